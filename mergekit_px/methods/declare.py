@@ -1,0 +1,262 @@
+"""How a merge method is declared: one decorated function and one parameter class in one file.
+
+The recipe schema, the command with its options, the documentation page and the conformance tests are derived
+from the declaration. A method is a pure function of blocks of tensors; reading, chunking, conversion to the
+accumulation dtype, adding the base back and rounding are done around it.
+
+    class LinearParams(Params):
+        normalize: bool = True
+        \"\"\"Divide the weights by their sum.\"\"\"
+
+    @merge_method(space="any", access="elementwise", paper="arXiv:2203.05482")
+    def linear(sources, weights, params: LinearParams):
+        \"\"\"Weighted average of the sources. ...\"\"\"
+
+A function asks for what it needs by the names of its arguments:
+
+==============  ======================================================================================
+``sources``     the sources' weights, one tensor each, in the accumulation dtype (methods on weights)
+``deltas``      the sources' task vectors, source minus base (methods on deltas)
+``base``        the base's block, or None where a method on weights was given none
+``weights``     one float for each source
+``params``      the parameter class, resolved for this tensor
+``statistics``  what the method's ``statistics`` generator returned for this tensor
+``random``      a :class:`RandomStream` whose numbers depend on (seed, tensor, source, element) only
+``name``        the name of the output tensor
+``shape``       the shape of the whole tensor
+==============  ======================================================================================
+
+It returns the merged block: weights if it takes ``sources``, a delta (the base is added afterwards) if it takes
+``deltas``. It never changes its arguments in place.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
+
+from pydantic import BaseModel, ConfigDict
+
+from mergekit_px.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Space = Literal["weights", "deltas", "any"]
+"""``weights``: takes full checkpoints. ``deltas``: takes task vectors, made by subtracting the base from full
+checkpoints. ``any``: a linear map, which takes either kind and returns the kind that the coefficients give."""
+
+Access = Literal["elementwise", "two_pass", "rows", "tensor"]
+"""How finely a tensor may be cut. ``elementwise``: any cut. ``two_pass``: sums over the whole tensor first, then
+any cut. ``rows``: whole rows (vectors along the last axis). ``tensor``: the whole tensor at once."""
+
+
+class Params(BaseModel):
+    """Base of the parameter classes. Field docstrings become help texts, bounds become option ranges."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PerSource:
+    """Marker in ``Annotated[float | tuple[float, ...], PerSource()]``: the recipe may give one value for each
+    source; the method then receives a tuple with one value for each source, whatever was written."""
+
+
+class RandomStream(Protocol):
+    def uniform(self, source: int) -> torch.Tensor:
+        """float32 in [0, 1), one for each element of this block, independent between sources."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What a method or a sweep sees of one block of one tensor. All tensors share one shape, dtype and device."""
+
+    tensors: Sequence[torch.Tensor]
+    weights: Sequence[float]
+    params: Any
+    base: torch.Tensor | None = None
+    statistics: Any = None
+    random: RandomStream | None = None
+    name: str = ""
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What a statistics generator knows before it has seen a value.
+
+    ``elements`` counts the elements that are swept: those of one tensor, or of all tensors that share the
+    statistics where the scope is the model.
+    """
+
+    sources: int
+    elements: int
+    weights: tuple[float, ...]
+    params: Any
+
+
+Sweep = Callable[[Operands], "torch.Tensor"]
+"""Maps a block to partial sums (int64 or float64). The engine adds them up over the blocks in a fixed order."""
+
+Statistics = Callable[[Extent], Generator[Sweep, "torch.Tensor", Any]]
+"""Yields sweeps, is sent each one's total (on the CPU), and returns what the method gets as ``statistics``."""
+
+P = TypeVar("P", bound=Params)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A declared merge method."""
+
+    name: str
+    function: Callable[..., torch.Tensor]
+    params: type[Params]
+    space: Space
+    access: Access
+    sources: tuple[int, int | None]
+    paper: str | None
+    default_weight: float
+    uses_weights: bool
+    statistics: Statistics | None
+    scope: Callable[[Any], Literal["tensor", "model"]]
+    random: bool
+    scratch: float
+    presets: Mapping[str, Mapping[str, Any]]
+    origin: str
+    arguments: frozenset[str] = field(default=frozenset())
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def documentation(self) -> str:
+        return inspect.getdoc(self.function) or ""
+
+    def __call__(self, operands: Operands) -> torch.Tensor:
+        """Apply the method to one block; shape and dtype of the result are those of the operands."""
+        available = {
+            "sources": operands.tensors,
+            "deltas": operands.tensors,
+            "base": operands.base,
+            "weights": operands.weights,
+            "params": operands.params,
+            "statistics": operands.statistics,
+            "random": operands.random,
+            "name": operands.name,
+            "shape": operands.shape,
+        }
+        return self.function(**{name: available[name] for name in self.arguments})
+
+    def per_source_fields(self) -> frozenset[str]:
+        return frozenset(
+            name
+            for name, info in self.params.model_fields.items()
+            if any(isinstance(mark, PerSource) or mark is PerSource for mark in info.metadata)
+        )
+
+
+REGISTRY: dict[str, Method] = {}
+
+_ARGUMENTS = {"sources", "deltas", "base", "weights", "params", "statistics", "random", "name", "shape"}
+
+
+def merge_method(
+    *,
+    space: Space,
+    access: Access,
+    paper: str | None = None,
+    sources: tuple[int, int | None] = (1, None),
+    default_weight: float = 1.0,
+    statistics: Statistics | None = None,
+    scope: Callable[[Any], Literal["tensor", "model"]] | None = None,
+    random: bool = False,
+    scratch: float = 2.0,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    name: str | None = None,
+) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Declare a merge method; the decorated function stays an ordinary function.
+
+    Args:
+        space: what it takes, see :data:`Space`.
+        access: how finely a tensor may be cut, see :data:`Access`.
+        paper: where it comes from, as ``arXiv:2306.01708``.
+        sources: least and most number of sources (base not counted); None for no limit.
+        default_weight: a source's weight where the recipe gives none.
+        statistics: generator of sweeps; required by ``two_pass``.
+        scope: whether the statistics of given parameters are of one ``tensor`` or of the whole ``model``.
+        random: whether it draws random numbers.
+        scratch: temporary memory, in tensors of the block's size in the accumulation dtype.
+        presets: parameter values of other implementations' variants, by their names, for ``like:``.
+        name: the method's name if it is not the function's.
+
+    Raises:
+        ValueError: for a declaration that contradicts itself.
+    """
+
+    def declare(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        arguments = frozenset(inspect.signature(function).parameters)
+        method_name = name or function.__name__
+        if unknown := arguments - _ARGUMENTS:
+            raise ValueError(
+                f"{method_name}: unknown arguments {sorted(unknown)}; known are {sorted(_ARGUMENTS)}"
+            )
+        if ("deltas" in arguments) != (space == "deltas"):
+            raise ValueError(f"{method_name}: methods on deltas, and only they, take `deltas`")
+        if (access == "two_pass") != (statistics is not None):
+            raise ValueError(f"{method_name}: two_pass methods, and only they, have a statistics generator")
+        if random != ("random" in arguments):
+            raise ValueError(f"{method_name}: random methods, and only they, take `random`")
+        if not inspect.getdoc(function):
+            raise ValueError(f"{method_name}: a method needs a docstring")
+        if method_name in REGISTRY and REGISTRY[method_name].origin != function.__module__:
+            raise ValueError(
+                f"{method_name} is declared by both {REGISTRY[method_name].origin} and {function.__module__}"
+            )
+        params = get_type_hints(function, localns={"torch": Any, "Tensor": Any}).get("params", Params)
+        REGISTRY[method_name] = Method(
+            name=method_name,
+            function=function,
+            params=params,
+            space=space,
+            access=access,
+            sources=sources,
+            paper=paper,
+            default_weight=default_weight,
+            uses_weights="weights" in arguments,
+            statistics=statistics,
+            scope=scope or (lambda _: "tensor"),
+            random=random,
+            scratch=scratch,
+            presets=presets or {},
+            origin=function.__module__,
+            arguments=arguments,
+        )
+        return function
+
+    return declare
+
+
+def method_slug(name: str) -> str:
+    """The name as a command: ``task_arithmetic`` -> ``task-arithmetic``."""
+    return re.sub("_", "-", name)
+
+
+def check_source_count(method: Method, count: int) -> None:
+    """Raises UsageError where the method cannot take that many sources."""
+    least, most = method.sources
+    if count < least or (most is not None and count > most):
+        wanted = (
+            f"exactly {least}"
+            if least == most
+            else f"at least {least}"
+            if most is None
+            else f"{least} to {most}"
+        )
+        raise UsageError(
+            f"{method.name} takes {wanted} source{'s' if wanted != 'exactly 1' else ''}, {count} given"
+        )
