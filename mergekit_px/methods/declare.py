@@ -36,7 +36,7 @@ import inspect
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -104,8 +104,6 @@ Sweep = Callable[[Operands], "torch.Tensor"]
 
 Statistics = Callable[[Extent], Generator[Sweep, "torch.Tensor", Any]]
 """Yields sweeps, is sent each one's total (on the CPU), and returns what the method gets as ``statistics``."""
-
-P = TypeVar("P", bound=Params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +200,7 @@ def merge_method(
         arguments = frozenset(inspect.signature(function).parameters)
         method_name = name or function.__name__
         if unknown := arguments - _ARGUMENTS:
-            raise ValueError(
-                f"{method_name}: unknown arguments {sorted(unknown)}; known are {sorted(_ARGUMENTS)}"
-            )
+            raise ValueError(f"{method_name}: unknown arguments {sorted(unknown)}; known are {sorted(_ARGUMENTS)}")
         if ("deltas" in arguments) != (space == "deltas"):
             raise ValueError(f"{method_name}: methods on deltas, and only they, take `deltas`")
         if (access == "two_pass") != (statistics is not None):
@@ -217,7 +213,7 @@ def merge_method(
             raise ValueError(
                 f"{method_name} is declared by both {REGISTRY[method_name].origin} and {function.__module__}"
             )
-        params = get_type_hints(function, localns={"torch": Any, "Tensor": Any}).get("params", Params)
+        params = _params_class(function)
         REGISTRY[method_name] = Method(
             name=method_name,
             function=function,
@@ -241,6 +237,18 @@ def merge_method(
     return declare
 
 
+def _params_class(function: Callable[..., Any]) -> type[Params]:
+    parameter = inspect.signature(function).parameters.get("params")
+    if parameter is None:
+        return Params
+    annotation = parameter.annotation
+    if isinstance(annotation, str):
+        annotation = function.__globals__[annotation]
+    if not (isinstance(annotation, type) and issubclass(annotation, Params)):
+        raise ValueError(f"{function.__name__}: annotate `params` with a subclass of Params")
+    return annotation
+
+
 def method_slug(name: str) -> str:
     """The name as a command: ``task_arithmetic`` -> ``task-arithmetic``."""
     return re.sub("_", "-", name)
@@ -250,13 +258,5 @@ def check_source_count(method: Method, count: int) -> None:
     """Raises UsageError where the method cannot take that many sources."""
     least, most = method.sources
     if count < least or (most is not None and count > most):
-        wanted = (
-            f"exactly {least}"
-            if least == most
-            else f"at least {least}"
-            if most is None
-            else f"{least} to {most}"
-        )
-        raise UsageError(
-            f"{method.name} takes {wanted} source{'s' if wanted != 'exactly 1' else ''}, {count} given"
-        )
+        wanted = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+        raise UsageError(f"{method.name} takes {wanted} source{'s' if wanted != 'exactly 1' else ''}, {count} given")

@@ -28,9 +28,7 @@ LayerRange = Annotated[
 
 
 class RecipeModel(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
 
 
 class ModelInput(RecipeModel):
