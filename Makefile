@@ -1,0 +1,60 @@
+# Every target makes what it needs of a virtual environment in .venv, with the versions of constraints.txt.
+# Beforehand it takes only make and Python >= 3.11; `make PYTHON=/path/to/python test` names one.
+
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test pytest lint format types imports docs docs-check clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.demo  ## train small models on real digits, merge them with every method, print the table
+	$(BIN)/pxmerge demo --output demo
+
+test: lint types imports docs-check pytest  ## everything that must hold before a change goes in
+
+pytest: .venv/.dev
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+imports: .venv/.dev
+	$(BIN)/lint-imports
+
+docs: .venv/.dev  ## rewrite the generated pages
+	$(BIN)/python -m mergekit_px.docs
+
+docs-check: .venv/.dev  ## fail where a generated page differs from the declarations
+	$(BIN)/python -m mergekit_px.docs --check
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo
+
+.venv/.made:
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; install one, or name one: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not Python >= 3.11; name one that is: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear .venv
+	@touch $@
+
+.venv/.build: .venv/.made constraints.txt
+	$(PIP) hatchling editables
+	@touch $@
+
+.venv/.demo: .venv/.build pyproject.toml
+	$(PIP) --no-build-isolation --editable ".[demo]"
+	@touch $@
+
+.venv/.dev: .venv/.build pyproject.toml
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch .venv/.demo $@
