@@ -1,0 +1,78 @@
+"""What a checkpoint holds, described: tensors, files, configuration. No bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mergekit_px.checkpoint.dtypes import DType
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor and where its bytes are.
+
+    Attributes:
+        shape: in elements as a header counts them (an F4 pair of torch is two).
+        file: relative to the checkpoint's folder.
+        offset: of the first byte, in that file.
+        nbytes: bytes of the whole tensor.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """One file of weights. ``header_sha256``: hex, over the JSON bytes of the header, padding included."""
+
+    name: str
+    size: int
+    metadata: Mapping[str, str]
+    header_sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of one model, described.
+
+    Attributes:
+        label: as the user wrote it, for messages.
+        directory: the folder that holds the files; None where they are not on this machine.
+        files: the weight files by name.
+        tensors: by name, in the order of the files, then of the bytes.
+        config: ``config.json`` parsed; None where there is none.
+        side_files: the carried files that are present, relative to the folder.
+        kind: how the bytes are kept.
+    """
+
+    label: str
+    directory: Path | None
+    files: Mapping[str, CheckpointFile]
+    tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any] | None = None
+    side_files: tuple[str, ...] = ()
+    kind: Literal["safetensors", "pickle", "memory"] = "safetensors"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The header strings of all files; the later file wins."""
+        return {key: text for file in self.files.values() for key, text in file.metadata.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())

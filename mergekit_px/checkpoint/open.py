@@ -1,0 +1,240 @@
+"""A folder or a file of weights -> ``Checkpoint``: names, types, shapes and places. Headers only.
+
+What a folder may be, in the order in which it is looked at: an index and its shards; ``model.safetensors``; an
+adapter's ``adapter_model.safetensors``; one safetensors file of any name; several without an index, if no
+tensor occurs twice. Pickles (``.bin``, ``.pt``, ``.pth``) only where the caller allows them. A folder that
+could be read in two ways is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile, StoredTensor
+from mergekit_px.checkpoint.header import Header, parse_header, read_raw_header
+from mergekit_px.checkpoint.index import INDEX_SUFFIX, check_index, index_name, parse_index
+from mergekit_px.checkpoint.json_text import parse_object, shown
+from mergekit_px.checkpoint.side_files import side_files as find_side_files
+from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointFile",
+    "StoredTensor",
+    "checkpoint_from_headers",
+    "open_checkpoint",
+]
+
+SAFETENSORS_SUFFIX = ".safetensors"
+MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "config.json"
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_PICKLE_FILES = ("pytorch_model.bin", "adapter_model.bin")
+_TRAINER_STATE = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states")
+
+
+def open_checkpoint(path: str | Path, *, label: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+    """Describe the checkpoint at ``path``: a folder, or one weight file, taken without its neighbours.
+
+    ``~`` is expanded, symlinks are followed. Raises ``InputNotFoundError``, ``InputError`` (unreadable, open
+    to two readings, or a pickle that was not allowed) and ``MalformedCheckpointError``.
+    """
+    label = str(path) if label is None else label
+    try:
+        place = Path(path).expanduser()
+        if place.is_dir():
+            return _open_folder(place, label, allow_pickle)
+        if not place.exists():
+            raise InputNotFoundError("no such file or folder", where=label, hint="check the path")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=label) from error
+    if place.name.endswith(INDEX_SUFFIX):
+        raise InputError("this is an index, not weights", where=label, hint=f"give its folder, {place.parent}")
+    if place.name.lower().endswith(_PICKLE_SUFFIXES):
+        _check_pickle_allowed(place.name, label, allow_pickle)
+        return _open_pickles(place.parent, [place.name], None, label)
+    return _open_files(place.parent, [place.name], None, label)
+
+
+def checkpoint_from_headers(
+    label: str,
+    headers: Mapping[str, Header],
+    sizes: Mapping[str, int],
+    header_hashes: Mapping[str, str],
+    index: bytes | None,
+    config: Mapping[str, Any] | None,
+    side_files: Sequence[str],
+    *,
+    directory: Path | None = None,
+) -> Checkpoint:
+    """Put parsed headers together, with the checks that concern several files.
+
+    Args:
+        headers: by file name, in the order in which the files count.
+        sizes: of the files, in bytes.
+        header_hashes: hex sha256 of the JSON bytes of each header.
+        index: the bytes of the index, where there is one.
+        directory: where the files are; None if not on this machine.
+
+    Raises ``MalformedCheckpointError`` where index and files disagree, ``InputError`` where there is no index
+    and a tensor occurs in two files.
+    """
+    where = f"{label}/{index_name(MODEL_FILE)}"
+    if index is not None:
+        weight_map = parse_index(index, where)
+        for file in weight_map.values():
+            if file not in headers:
+                raise _missing_shard(file, where)
+        check_index(weight_map, {file: header.entries for file, header in headers.items()}, where)
+    tensors: dict[str, StoredTensor] = {}
+    for file, header in headers.items():
+        for entry in header.entries.values():
+            if entry.name in tensors:
+                raise InputError(
+                    f"{shown(entry.name)} is both in {tensors[entry.name].file} and in {file}, and no index says"
+                    " which counts",
+                    where=label,
+                    hint="give one of the files itself",
+                )
+            tensors[entry.name] = StoredTensor(
+                name=entry.name,
+                dtype=entry.dtype,
+                shape=entry.shape,
+                file=file,
+                offset=header.data_start + entry.begin,
+                nbytes=entry.end - entry.begin,
+            )
+    files = {
+        file: CheckpointFile(file, sizes[file], header.metadata, header_hashes[file])
+        for file, header in headers.items()
+    }
+    return Checkpoint(label, directory, files, tensors, config, tuple(side_files))
+
+
+def _open_folder(folder: Path, label: str, allow_pickle: bool) -> Checkpoint:
+    names = sorted(entry.name for entry in folder.iterdir())
+    weights = [name for name in names if name.endswith(SAFETENSORS_SUFFIX)]
+    indices = [name for name in names if name.endswith(SAFETENSORS_SUFFIX + INDEX_SUFFIX)]
+    model_index = index_name(MODEL_FILE)
+    if model_index in indices:
+        return _open_indexed(folder, model_index, label, MODEL_FILE in weights)
+    for single in (MODEL_FILE, ADAPTER_FILE):
+        if single in weights:
+            return _open_files(folder, [single], None, label, whole_folder=True)
+    if len(indices) == 1:
+        return _open_indexed(folder, indices[0], label, False)
+    if weights:
+        return _open_files(folder, weights, None, label, whole_folder=True)
+    return _open_pickle_folder(folder, names, label, allow_pickle)
+
+
+def _open_indexed(folder: Path, index: str, label: str, has_model_file: bool) -> Checkpoint:
+    raw = _read_bytes(folder / index, f"{label}/{index}")
+    files = sorted(set(parse_index(raw, f"{label}/{index}").values()))
+    if has_model_file and MODEL_FILE not in files:
+        raise InputError(
+            f"it holds both {MODEL_FILE} and an index of other files, so which weights are meant is open",
+            where=label,
+            hint="remove one, or give the file itself",
+        )
+    return _open_files(folder, files, raw, label, whole_folder=True)
+
+
+def _open_files(
+    folder: Path, names: Sequence[str], index: bytes | None, label: str, *, whole_folder: bool = False
+) -> Checkpoint:
+    headers: dict[str, Header] = {}
+    sizes: dict[str, int] = {}
+    hashes: dict[str, str] = {}
+    for name in names:
+        where = f"{label}/{shown(name)}" if whole_folder else label
+        try:
+            raw, sizes[name] = read_raw_header(folder / name, where)
+        except InputNotFoundError:
+            if index is not None:
+                raise _missing_shard(name, f"{label}/{index_name(MODEL_FILE)}") from None
+            raise
+        headers[name] = parse_header(raw, sizes[name], where)
+        hashes[name] = hashlib.sha256(raw).hexdigest()
+    config = _read_config(folder, label) if whole_folder else None
+    carried = find_side_files(folder) if whole_folder else ()
+    return checkpoint_from_headers(label, headers, sizes, hashes, index, config, carried, directory=folder)
+
+
+def _missing_shard(file: str, where: str) -> MalformedCheckpointError:
+    return MalformedCheckpointError(
+        f"the index names {shown(file)}, which is missing", where=where, hint="fetch or copy the checkpoint again"
+    )
+
+
+def _open_pickle_folder(folder: Path, names: Sequence[str], label: str, allow_pickle: bool) -> Checkpoint:
+    for single in _PICKLE_FILES:
+        if single in names or index_name(single) in names:
+            _check_pickle_allowed(single, label, allow_pickle)
+            if index_name(single) not in names:
+                return _open_pickles(folder, [single], None, label, whole_folder=True)
+            where = f"{label}/{index_name(single)}"
+            weight_map = parse_index(_read_bytes(folder / index_name(single), where), where)
+            return _open_pickles(folder, sorted(set(weight_map.values())), weight_map, label, whole_folder=True)
+    others = [
+        name for name in names if name.lower().endswith(_PICKLE_SUFFIXES) and not name.startswith(_TRAINER_STATE)
+    ]
+    if len(others) == 1:
+        _check_pickle_allowed(others[0], label, allow_pickle)
+        return _open_pickles(folder, others, None, label, whole_folder=True)
+    if others:
+        raise InputError(
+            f"it holds {len(others)} PyTorch pickles ({others[0]}, ...) and no index",
+            where=label,
+            hint="give the file itself",
+        )
+    raise InputNotFoundError(
+        "the folder holds no weights", where=label, hint="a checkpoint has *.safetensors files directly in it"
+    )
+
+
+def _open_pickles(
+    folder: Path,
+    names: Sequence[str],
+    weight_map: Mapping[str, str] | None,
+    label: str,
+    *,
+    whole_folder: bool = False,
+) -> Checkpoint:
+    from mergekit_px.checkpoint.pickled import describe_pickles
+
+    files, tensors = describe_pickles(folder, names, weight_map, label)
+    config = _read_config(folder, label) if whole_folder else None
+    carried = find_side_files(folder) if whole_folder else ()
+    return Checkpoint(label, folder, files, tensors, config, carried, kind="pickle")
+
+
+def _check_pickle_allowed(name: str, label: str, allow_pickle: bool) -> None:
+    if not allow_pickle:
+        raise InputError(
+            f"{name} is a PyTorch pickle, which is not read unless asked for",
+            where=label,
+            hint="allow it with --allow-pickle, or convert it to safetensors",
+        )
+
+
+def _read_config(folder: Path, label: str) -> dict[str, Any] | None:
+    if not (folder / CONFIG_FILE).exists():
+        return None
+    where = f"{label}/{CONFIG_FILE}"
+    # Not strict: models that work have an Infinity in their configuration.
+    return parse_object(_read_bytes(folder / CONFIG_FILE, where), where, strict=False)
+
+
+def _read_bytes(path: Path, where: str) -> bytes:
+    if not path.is_file():
+        raise MalformedCheckpointError("not a regular file", where=where)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=where) from error
