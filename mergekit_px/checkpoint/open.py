@@ -181,9 +181,7 @@ def _open_pickle_folder(folder: Path, names: Sequence[str], label: str, allow_pi
             where = f"{label}/{index_name(single)}"
             weight_map = parse_index(_read_bytes(folder / index_name(single), where), where)
             return _open_pickles(folder, sorted(set(weight_map.values())), weight_map, label, whole_folder=True)
-    others = [
-        name for name in names if name.lower().endswith(_PICKLE_SUFFIXES) and not name.startswith(_TRAINER_STATE)
-    ]
+    others = [name for name in names if name.lower().endswith(_PICKLE_SUFFIXES) and not name.startswith(_TRAINER_STATE)]
     if len(others) == 1:
         _check_pickle_allowed(others[0], label, allow_pickle)
         return _open_pickles(folder, others, None, label, whole_folder=True)

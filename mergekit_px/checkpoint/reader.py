@@ -1,0 +1,165 @@
+"""Byte ranges of tensors into buffers that the caller owns and reuses. No mmap, no allocation per read."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Protocol
+
+from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.positional import PositionalFile, open_positional
+from mergekit_px.checkpoint.state_dict import MemoryReader, checkpoint_from_state_dict
+from mergekit_px.errors import InputError, InputNotFoundError
+
+__all__ = [
+    "FileReader",
+    "MemoryReader",
+    "PickleReader",
+    "TensorReader",
+    "checkpoint_from_state_dict",
+    "open_reader",
+]
+
+_OPEN_FILES = 64  # macOS allows 256 in all by default
+
+
+class TensorReader(Protocol):
+    """Where the bytes of tensors come from; safe to share between threads."""
+
+    def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with bytes ``[start, start + len(buffer))`` of ``tensor``.
+
+        ``buffer``: contiguous, of bytes, writable. Raises ``InputError`` naming file and tensor.
+        """
+
+    def close(self) -> None:
+        """Release what is held open; a second call does nothing."""
+
+
+def open_reader(checkpoint: Checkpoint, *, portable: bool = False) -> TensorReader:
+    """The reader for a checkpoint on this machine. Raises ``InputError`` where its bytes are elsewhere."""
+    if checkpoint.directory is None:
+        elsewhere = "in memory, so read them there" if checkpoint.kind == "memory" else "not on this machine"
+        raise InputError(f"the tensors are {elsewhere}", where=checkpoint.label)
+    if checkpoint.kind == "pickle":
+        return PickleReader(checkpoint)
+    return FileReader(checkpoint, portable=portable)
+
+
+class FileReader:
+    """Reads safetensors files by ``preadv``, or by seek and read with ``portable``.
+
+    Files are opened when they are first needed and stay open; beyond a few dozen, the one that was idle the
+    longest is closed. A file that changed its size since its header was read is refused.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, portable: bool = False) -> None:
+        if checkpoint.directory is None:
+            raise InputError("its files are not on this machine", where=checkpoint.label)
+        self._checkpoint = checkpoint
+        self._directory = checkpoint.directory
+        self._portable = portable
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
+        wanted = buffer.nbytes
+        if start < 0 or start + wanted > tensor.nbytes:
+            raise InputError(f"bytes {start} to {start + wanted} asked of {tensor.nbytes}", where=self._where(tensor))
+        if wanted == 0:
+            return
+        opened = self._borrow(tensor)
+        try:
+            count = opened.file.read_into(tensor.offset + start, buffer.cast("B"))
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror or error}", where=self._where(tensor)) from error
+        finally:
+            self._give_back(opened)
+        if count != wanted:
+            raise InputError(
+                f"the file ends {wanted - count} bytes early; it changed while it was read",
+                where=self._where(tensor),
+            )
+
+    def close(self) -> None:
+        with self._lock:
+            for opened in self._files.values():
+                opened.file.close()
+            self._files.clear()
+
+    def _borrow(self, tensor: StoredTensor) -> _OpenFile:
+        with self._lock:
+            opened = self._files.get(tensor.file)
+            if opened is None:
+                opened = _OpenFile(self._open(tensor))
+                self._files[tensor.file] = opened
+                self._close_idle(keep=tensor.file)
+            self._files.move_to_end(tensor.file)
+            opened.users += 1
+            return opened
+
+    def _give_back(self, opened: _OpenFile) -> None:
+        with self._lock:
+            opened.users -= 1
+
+    def _close_idle(self, keep: str) -> None:
+        for name in list(self._files):
+            if len(self._files) <= _OPEN_FILES:
+                return
+            if name != keep and self._files[name].users == 0:
+                self._files.pop(name).file.close()
+
+    def _open(self, tensor: StoredTensor) -> PositionalFile:
+        path = self._directory / tensor.file
+        try:
+            file = open_positional(path, portable=self._portable)
+            size = file.size()
+        except FileNotFoundError:
+            raise InputNotFoundError("the file is gone since its header was read", where=str(path)) from None
+        except OSError as error:
+            raise InputError(f"cannot be opened: {error.strerror or error}", where=self._where(tensor)) from error
+        expected = self._checkpoint.files[tensor.file].size
+        if size != expected:
+            file.close()
+            raise InputError(
+                f"the file changed since its header was read: {expected} bytes then, {size} now", where=str(path)
+            )
+        return file
+
+    def _where(self, tensor: StoredTensor) -> str:
+        return f"{self._directory / tensor.file}: {shown(tensor.name)}"
+
+
+class _OpenFile:
+    __slots__ = ("file", "users")
+
+    def __init__(self, file: PositionalFile) -> None:
+        self.file = file
+        self.users = 0
+
+
+class PickleReader:
+    """Reads the tensors of PyTorch pickles; each file is mapped when it is first needed."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.directory is None:
+            raise InputError("its files are not on this machine", where=checkpoint.label)
+        self._directory: Path = checkpoint.directory
+        self._readers: dict[str, MemoryReader] = {}
+        self._lock = threading.Lock()
+
+    def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
+        from mergekit_px.checkpoint.pickled import load_pickle
+
+        with self._lock:
+            if tensor.file not in self._readers:
+                path = self._directory / tensor.file
+                self._readers[tensor.file] = MemoryReader(load_pickle(path, str(path)))
+            reader = self._readers[tensor.file]
+        reader.read_into(tensor, start, buffer)
+
+    def close(self) -> None:
+        with self._lock:
+            self._readers.clear()
