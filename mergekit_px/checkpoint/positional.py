@@ -46,12 +46,14 @@ class PositionalFile(Protocol):
         """Close the file; a second call does nothing."""
 
 
-def open_positional(path: Path, *, writable: bool = False, portable: bool = False) -> PositionalFile:
-    """Open ``path``; a writable file is made if it is missing, with the permissions of the umask."""
-    flags = (os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY) | _BINARY
-    descriptor = os.open(path, flags, 0o666)
+def open_positional(
+    path: Path, *, writable: bool = False, create: bool = False, portable: bool = False
+) -> PositionalFile:
+    """Open ``path``; with ``create`` it is made if it is missing, with the permissions of the umask."""
+    flags = os.O_RDWR if writable or create else os.O_RDONLY
+    descriptor = os.open(path, flags | _BINARY | (os.O_CREAT if create else 0), 0o666)
     if is_portable(portable):
-        return _SeekingFile(descriptor, writable)
+        return _SeekingFile(descriptor, writable or create)
     return _PreadFile(descriptor)
 
 

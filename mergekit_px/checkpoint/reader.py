@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import Protocol
 
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
+from mergekit_px.checkpoint.file_pool import FilePool
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.positional import PositionalFile, open_positional
 from mergekit_px.checkpoint.state_dict import MemoryReader, checkpoint_from_state_dict
@@ -21,8 +21,6 @@ __all__ = [
     "checkpoint_from_state_dict",
     "open_reader",
 ]
-
-_OPEN_FILES = 64  # macOS allows 256 in all by default
 
 
 class TensorReader(Protocol):
@@ -61,8 +59,7 @@ class FileReader:
         self._checkpoint = checkpoint
         self._directory = checkpoint.directory
         self._portable = portable
-        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._pool = FilePool(self._open)
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         wanted = buffer.nbytes
@@ -70,13 +67,11 @@ class FileReader:
             raise InputError(f"bytes {start} to {start + wanted} asked of {tensor.nbytes}", where=self._where(tensor))
         if wanted == 0:
             return
-        opened = self._borrow(tensor)
         try:
-            count = opened.file.read_into(tensor.offset + start, buffer.cast("B"))
+            with self._pool.use(tensor.file) as file:
+                count = file.read_into(tensor.offset + start, buffer.cast("B"))
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror or error}", where=self._where(tensor)) from error
-        finally:
-            self._give_back(opened)
         if count != wanted:
             raise InputError(
                 f"the file ends {wanted - count} bytes early; it changed while it was read",
@@ -84,43 +79,15 @@ class FileReader:
             )
 
     def close(self) -> None:
-        with self._lock:
-            for opened in self._files.values():
-                opened.file.close()
-            self._files.clear()
+        self._pool.close()
 
-    def _borrow(self, tensor: StoredTensor) -> _OpenFile:
-        with self._lock:
-            opened = self._files.get(tensor.file)
-            if opened is None:
-                opened = _OpenFile(self._open(tensor))
-                self._files[tensor.file] = opened
-                self._close_idle(keep=tensor.file)
-            self._files.move_to_end(tensor.file)
-            opened.users += 1
-            return opened
-
-    def _give_back(self, opened: _OpenFile) -> None:
-        with self._lock:
-            opened.users -= 1
-
-    def _close_idle(self, keep: str) -> None:
-        for name in list(self._files):
-            if len(self._files) <= _OPEN_FILES:
-                return
-            if name != keep and self._files[name].users == 0:
-                self._files.pop(name).file.close()
-
-    def _open(self, tensor: StoredTensor) -> PositionalFile:
-        path = self._directory / tensor.file
+    def _open(self, name: str) -> PositionalFile:
+        path = self._directory / name
         try:
             file = open_positional(path, portable=self._portable)
-            size = file.size()
         except FileNotFoundError:
             raise InputNotFoundError("the file is gone since its header was read", where=str(path)) from None
-        except OSError as error:
-            raise InputError(f"cannot be opened: {error.strerror or error}", where=self._where(tensor)) from error
-        expected = self._checkpoint.files[tensor.file].size
+        size, expected = file.size(), self._checkpoint.files[name].size
         if size != expected:
             file.close()
             raise InputError(
@@ -130,14 +97,6 @@ class FileReader:
 
     def _where(self, tensor: StoredTensor) -> str:
         return f"{self._directory / tensor.file}: {shown(tensor.name)}"
-
-
-class _OpenFile:
-    __slots__ = ("file", "users")
-
-    def __init__(self, file: PositionalFile) -> None:
-        self.file = file
-        self.users = 0
 
 
 class PickleReader:

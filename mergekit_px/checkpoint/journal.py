@@ -1,0 +1,104 @@
+"""What has been written so far: one line per finished range, so that a killed run can go on.
+
+The first line names the plan. A line is appended after its bytes are in the file, by one ``write``; a line
+that is torn or missing only means that its range is computed again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_px.errors import OutputError
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRange:
+    """Bytes ``start .. stop - 1`` of ``tensor`` are in its file and have this CRC-32."""
+
+    tensor: str
+    start: int
+    stop: int
+    crc32: int
+
+
+class Journal:
+    """An open journal, to be appended to by several threads."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+
+    @classmethod
+    def create(cls, path: Path, plan_hash: str, *, replaces: bool) -> Journal:
+        """Begin a journal. ``replaces``: publishing removes an older output. Raises ``OSError``."""
+        first = json.dumps({"pxmerge_journal": _VERSION, "plan": plan_hash, "replaces": replaces}) + "\n"
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text(first, encoding="utf-8")
+        temporary.replace(path)
+        return cls(path, os.open(path, os.O_WRONLY | os.O_APPEND))
+
+    @classmethod
+    def reopen(cls, path: Path) -> Journal:
+        """Go on with a journal; an unfinished last line is ended first. Raises ``OSError``."""
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        os.lseek(descriptor, max(size - 1, 0), os.SEEK_SET)
+        if os.read(descriptor, 1) != b"\n":
+            os.write(descriptor, b"\n")
+        return cls(path, descriptor)
+
+    def append(self, finished: FinishedRange) -> None:
+        """Record a range whose bytes have been written. Raises ``OSError``."""
+        line = json.dumps([finished.tensor, finished.start, finished.stop, finished.crc32]).encode() + b"\n"
+        if os.write(self._descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class JournalHead:
+    """The first line of a journal."""
+
+    plan_hash: str
+    replaces: bool
+
+
+def read_head(path: Path) -> JournalHead | None:
+    """The first line; None where there is no journal. Raises ``OutputError`` where it cannot be understood."""
+    try:
+        with path.open("rb") as file:
+            head = json.loads(file.readline(4096))
+        if head["pxmerge_journal"] == _VERSION:
+            return JournalHead(str(head["plan"]), bool(head["replaces"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise OutputError(
+        "the journal of the unfinished run cannot be read", where=str(path), hint="start over with --overwrite"
+    )
+
+
+def read_ranges(path: Path) -> Iterator[FinishedRange]:
+    """The recorded ranges in order; lines that cannot be understood are left out. Raises ``OSError``."""
+    with path.open("rb") as file:
+        file.readline()
+        for line in file:
+            try:
+                tensor, start, stop, crc32 = json.loads(line)
+            except (ValueError, TypeError):
+                continue
+            if isinstance(tensor, str) and all(type(number) is int for number in (start, stop, crc32)):
+                yield FinishedRange(tensor, start, stop, crc32)

@@ -1,0 +1,153 @@
+"""Which output tensor goes into which shard at which byte: fixed before anything is computed.
+
+Names and split as the Hub's libraries make them: ``model.safetensors``, or ``model-00001-of-0000N.safetensors``
+with an index; shards filled greedily in the given order; a tensor above the limit has a shard of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mergekit_px.checkpoint.dtypes import DType, byte_count
+from mergekit_px.checkpoint.header import Header, build_header
+from mergekit_px.checkpoint.index import build_index, index_name
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.errors import UsageError
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor to be written; ``shape`` in elements as a header counts them."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """One file to be written. ``header_bytes`` are its first bytes, ``size`` is that of the whole file."""
+
+    file: str
+    header: Header
+    header_bytes: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class OutputLayout:
+    """The whole output.
+
+    Attributes:
+        shards: the files, in order.
+        index: the bytes of the JSON index; None for a single file.
+        location: tensor name -> (position in ``shards``, absolute offset in that file, bytes).
+        stem: what the file names begin with.
+    """
+
+    shards: tuple[OutputShard, ...]
+    index: bytes | None
+    location: Mapping[str, tuple[int, int, int]]
+    stem: str = "model"
+
+    @property
+    def index_file(self) -> str:
+        """The name of the index."""
+        return index_name(f"{self.stem}.safetensors")
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards, headers included."""
+        return sum(shard.size for shard in self.shards)
+
+
+def plan_layout(
+    tensors: Sequence[OutputTensor],
+    *,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    stem: str = "model",
+    metadata: Mapping[str, str],
+) -> OutputLayout:
+    """Split ``tensors``, in their order, into shards of at most ``shard_size`` bytes of data.
+
+    ``metadata`` goes into the header of every shard. Raises ``UsageError`` for a shard size below one and for
+    names used twice, ``MalformedCheckpointError`` for shapes that do not fill whole bytes.
+    """
+    if shard_size < 1:
+        raise UsageError(f"a shard of {shard_size} bytes holds nothing")
+    groups = _split(tensors, shard_size)
+    shards: list[OutputShard] = []
+    location: dict[str, tuple[int, int, int]] = {}
+    for number, group in enumerate(groups):
+        suffix = f"-{number + 1:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        header_bytes, header = build_header([(each.name, each.dtype, each.shape) for each in group], metadata)
+        for entry in header.entries.values():
+            if entry.name in location:
+                raise UsageError(f"the tensor name {shown(entry.name)} is used twice")
+            location[entry.name] = (number, header.data_start + entry.begin, entry.end - entry.begin)
+        size = header.data_start + header.data_size
+        shards.append(OutputShard(f"{stem}{suffix}.safetensors", header, header_bytes, size))
+    index = None
+    if len(shards) > 1:
+        index = build_index(
+            {name: shards[number].file for name, (number, _, _) in location.items()},
+            total_parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+            total_size=sum(nbytes for _, _, nbytes in location.values()),
+        )
+    return OutputLayout(tuple(shards), index, location, stem)
+
+
+def _split(tensors: Sequence[OutputTensor], shard_size: int) -> list[list[OutputTensor]]:
+    groups: list[list[OutputTensor]] = []
+    current: list[OutputTensor] = []
+    filled = 0
+    for tensor in tensors:
+        nbytes = byte_count(tensor.dtype, tensor.shape)
+        if nbytes > shard_size:
+            # Its own shard, in front of the one being filled, which stays open: so does the Hub's splitter.
+            groups.append([tensor])
+            continue
+        if filled + nbytes > shard_size:
+            groups.append(current)
+            current, filled = [], 0
+        current.append(tensor)
+        filled += nbytes
+    if current or not groups:
+        groups.append(current)
+    return groups
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes meant by ``5GB`` (decimal), ``5GiB`` (binary), ``1.5 GB``, ``200MB`` or a plain number.
+
+    Raises ``UsageError``.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = text
+    else:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", str(text).strip().upper())
+        if match is None or match[2] not in _UNITS:
+            raise UsageError(f"{text!r} is not a size", hint="write one such as 5GB, 512MiB or 1000000")
+        size = int(Fraction(match[1]) * _UNITS[match[2]])
+    if size < 1:
+        raise UsageError(f"the size {text!r} is not above zero", hint="write one such as 5GB, 512MiB or 1000000")
+    return size
