@@ -1,0 +1,178 @@
+"""Fetch: the files of a pinned commit that a merge needs, in the client's own cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from mergekit_px.errors import DiskSpaceError, OutputError
+from mergekit_px.hub.client import cache_folder, is_offline, quiet_client
+from mergekit_px.hub.files import WeightFiles, download, small_files, weight_files
+from mergekit_px.hub.reference import parse_repository
+from mergekit_px.hub.repository import ResolvedRepo
+from mergekit_px.hub.resolve import resolve
+
+DOWNLOADS_AT_ONCE = 4
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all), from any thread, one call at a time."""
+
+
+def fetch(resolved: ResolvedRepo, *, allow_pickle: bool = False, progress: Progress | None = None) -> Path:
+    """The snapshot folder of the commit, holding the weights, the index, the config and the side files.
+
+    Files that the cache holds are not asked for again. What breaks off inside a file is taken up again while
+    this runs; after a restart, finished files count and an unfinished one starts over. Weights come after
+    everything else, so that a cache with all the weights also has what belongs to them.
+
+    Raises:
+        HubError: a file cannot be had whole.
+        InputError: the repository has no usable weights.
+        DiskSpaceError: the cache has no room for what is missing.
+    """
+    folder = _snapshot(resolved)
+    weights = weight_files(resolved, allow_pickle=allow_pickle)
+    described = _described(resolved, weights)
+    names = (*described, *weights.names)
+    if not is_offline():
+        _check_room(resolved, folder, names)
+    meter = _Meter(sum(resolved.files[name].size for name in names), progress)
+    with quiet_client():
+        for group in (described, weights.names):
+            _download_all(resolved, group, meter)
+    if not is_offline():
+        _remember(resolved)
+    return folder
+
+
+def pull(
+    repository: str,
+    *,
+    local_dir: Path | None = None,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Resolve, pin and fetch ``org/name[@revision]``; the folder in the cache, named by the commit.
+
+    Args:
+        local_dir: where to put a copy that depends on no cache; must not exist yet, or be empty. Then this
+            is the folder returned.
+
+    Raises:
+        UsageError: not a repository.
+        OutputError: ``local_dir`` cannot be used.
+        HubError, InputError, DiskSpaceError: see `fetch`.
+    """
+    if local_dir is not None and local_dir.exists() and (local_dir.is_file() or any(local_dir.iterdir())):
+        raise OutputError("this is not an empty folder", where=str(local_dir), hint="name a new one")
+    resolved = resolve(parse_repository(repository))
+    folder = fetch(resolved, allow_pickle=allow_pickle, progress=progress)
+    if local_dir is None:
+        return folder
+    weights = weight_files(resolved, allow_pickle=allow_pickle)
+    return _copy(folder, local_dir, (*_described(resolved, weights), *weights.names))
+
+
+class _Meter:
+    """Adds up the bytes of files that arrive side by side; also the way to stop them all."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._lock = threading.Lock()
+        self.stopped = threading.Event()
+
+    def add(self, count: int) -> None:
+        if self.stopped.is_set():
+            raise _Stopped
+        with self._lock:
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _download_all(resolved: ResolvedRepo, names: tuple[str, ...], meter: _Meter) -> None:
+    with ThreadPoolExecutor(max_workers=DOWNLOADS_AT_ONCE) as pool:
+        waiting = [pool.submit(_download_one, resolved, name, meter) for name in names]
+        try:
+            for future in as_completed(waiting):
+                future.result()
+        except BaseException:
+            meter.stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _download_one(resolved: ResolvedRepo, name: str, meter: _Meter) -> None:
+    counted = 0
+
+    def report(count: int) -> None:
+        nonlocal counted
+        counted += count
+        meter.add(count)
+
+    download(resolved, name, report)
+    report(resolved.files[name].size - counted)
+
+
+def _described(resolved: ResolvedRepo, weights: WeightFiles) -> tuple[str, ...]:
+    index = () if weights.index_name is None else (weights.index_name,)
+    return (*small_files(resolved), *index)
+
+
+def _snapshot(resolved: ResolvedRepo) -> Path:
+    return cache_folder(resolved.repo) / "snapshots" / resolved.commit
+
+
+def _check_room(resolved: ResolvedRepo, folder: Path, names: tuple[str, ...]) -> None:
+    missing = sum(resolved.files[name].size for name in names if not (folder / name).exists())
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if missing > free:
+        raise DiskSpaceError(
+            f"{missing / 1e9:.1f} GB are to be downloaded, {free / 1e9:.1f} GB are free at {place}",
+            where=str(resolved),
+            hint="free some space, or let HF_HOME name another place for the cache",
+        )
+
+
+def _remember(resolved: ResolvedRepo) -> None:
+    """Notes in the cache what the revision meant, as the client does, for offline use later."""
+    revision = resolved.revision or "main"
+    if revision == resolved.commit:
+        return
+    place = cache_folder(resolved.repo) / "refs" / revision
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        fresh = place.with_name(f"{place.name}.{os.getpid()}")
+        fresh.write_text(resolved.commit)
+        fresh.replace(place)
+    except OSError:
+        return  # a cache that cannot be written to still serves
+
+
+def _copy(folder: Path, local_dir: Path, names: tuple[str, ...]) -> Path:
+    """Copies through the cache's links into a folder that appears only when it is whole."""
+    fresh = local_dir.absolute().with_name(f".{local_dir.name}.{os.getpid()}.part")
+    try:
+        for name in names:
+            target = fresh / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, target)
+        if local_dir.exists():
+            local_dir.rmdir()
+        fresh.rename(local_dir)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", where=str(local_dir)) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return local_dir

@@ -1,0 +1,148 @@
+"""Which files of a repository a merge needs, and its small ones whole, through the client's cache.
+
+The weights are found by the rule of `mergekit_px.checkpoint.open`, applied to the names in the repository, so
+that a fetched model opens as the same checkpoint as its remote headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_px.checkpoint.index import INDEX_SUFFIX, index_name, parse_index
+from mergekit_px.checkpoint.open import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, SAFETENSORS_SUFFIX
+from mergekit_px.checkpoint.side_files import is_side_file
+from mergekit_px.errors import HubError, InputError, InputNotFoundError
+from mergekit_px.hub.client import answer_timeout, byte_counter, hub_api, is_offline, quiet_client
+from mergekit_px.hub.errors import hub_errors
+from mergekit_px.hub.repository import ResolvedRepo
+
+LARGEST_SMALL_FILE = 200_000_000
+"""Bytes. An index of a million tensors has about a tenth; more is not read into memory."""
+
+_DESCRIPTIONS = (CONFIG_FILE, "adapter_config.json", "README.md")
+_PICKLE_FILES = ("pytorch_model.bin", "adapter_model.bin")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_CUT_SHORT = "run it again; if it stays so, report it to the owner of the repository"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of weights, sorted; the index that names them, if one does, with its bytes."""
+
+    names: tuple[str, ...]
+    index_name: str | None = None
+    index: bytes | None = None
+
+
+def weight_files(resolved: ResolvedRepo, *, allow_pickle: bool = False) -> WeightFiles:
+    """The weights of a repository; reads the index, if there is one.
+
+    Raises:
+        InputError: no weights, only pickles that are not allowed, or weights that could mean two things.
+        HubError: the index cannot be had.
+    """
+    top = sorted(name for name in resolved.files if "/" not in name)
+    weights = tuple(name for name in top if name.endswith(SAFETENSORS_SUFFIX))
+    indices = [name for name in top if name.endswith(SAFETENSORS_SUFFIX + INDEX_SUFFIX)]
+    if index_name(MODEL_FILE) in indices:
+        indexed = _indexed(resolved, index_name(MODEL_FILE))
+        if MODEL_FILE in weights and MODEL_FILE not in indexed.names:
+            raise InputError(
+                f"both {MODEL_FILE} and an index of other files are there, so which weights are meant is open",
+                where=str(resolved),
+                hint="download the one that is meant, and give the file itself",
+            )
+        return indexed
+    for single in (MODEL_FILE, ADAPTER_FILE):
+        if single in weights:
+            return WeightFiles((single,))
+    if len(indices) == 1:
+        return _indexed(resolved, indices[0])
+    return WeightFiles(weights) if weights else _pickles(resolved, top, allow_pickle)
+
+
+def small_files(resolved: ResolvedRepo) -> tuple[str, ...]:
+    """Everything beside weights and index that describes the model or travels with it, sorted.
+
+    The model card is among them: it tells licence and base models when the Hub is out of reach.
+    """
+    return tuple(sorted(name for name in resolved.files if name in _DESCRIPTIONS or is_side_file(name)))
+
+
+def read_small(resolved: ResolvedRepo, name: str) -> bytes:
+    """The bytes of a config or an index: from the cache, else downloaded into it."""
+    size = resolved.files[name].size
+    if size > LARGEST_SMALL_FILE:
+        raise HubError(f"{name} has {size} bytes, too many for a description", where=str(resolved))
+    with quiet_client():
+        return download(resolved, name).read_bytes()
+
+
+def download(resolved: ResolvedRepo, name: str, report: Callable[[int], None] = lambda count: None) -> Path:
+    """One file of the pinned commit as a path in the cache, whole or not at all.
+
+    Args:
+        report: called with the number of bytes written, while they arrive.
+
+    Raises:
+        HubError: the file cannot be had, or not with the size that the Hub lists.
+    """
+    size = resolved.files[name].size
+    path = _download(resolved, name, report, again=False)
+    if path.stat().st_size != size and not is_offline():
+        path = _download(resolved, name, report, again=True)
+    if path.stat().st_size != size:
+        raise HubError(
+            f"{name} has {path.stat().st_size} bytes where the Hub lists {size}",
+            where=str(resolved),
+            hint=_CUT_SHORT,
+        )
+    return path
+
+
+def _download(resolved: ResolvedRepo, name: str, report: Callable[[int], None], *, again: bool) -> Path:
+    with hub_errors(resolved.repo, resolved.revision, f"downloading {name}"):
+        path = hub_api().hf_hub_download(
+            resolved.repo,
+            name,
+            revision=resolved.commit,
+            etag_timeout=answer_timeout(),
+            force_download=again,
+            tqdm_class=byte_counter(report),
+        )
+    return Path(str(path))
+
+
+def _indexed(resolved: ResolvedRepo, index: str) -> WeightFiles:
+    raw = read_small(resolved, index)
+    names = sorted(set(parse_index(raw, f"{resolved}/{index}").values()))
+    for name in names:
+        if name not in resolved.files:
+            gone = "is not in the cache" if is_offline() else "is not in the repository"
+            raise HubError(
+                f"{index} names {name}, which {gone}",
+                where=str(resolved),
+                hint=f"unset HF_HUB_OFFLINE, or run `pxmerge pull {resolved.repo}` while online"
+                if is_offline()
+                else "the upload is incomplete; try another revision",
+            )
+    return WeightFiles(tuple(names), index, raw)
+
+
+def _pickles(resolved: ResolvedRepo, top: list[str], allow_pickle: bool) -> WeightFiles:
+    named = [name for name in _PICKLE_FILES if name in top or index_name(name) in top]
+    others = [name for name in top if name.endswith(_PICKLE_SUFFIXES)]
+    if not named and not others:
+        gone = "in the cache" if is_offline() else "there"
+        raise InputNotFoundError(f"no weights are {gone}: no .safetensors file", where=str(resolved))
+    if not allow_pickle:
+        raise InputError(
+            f"its weights are PyTorch pickles ({(named or others)[0]}), which are not read unless asked for",
+            where=str(resolved),
+            hint=f"`pxmerge pull {resolved.repo} --allow-pickle`, and merge the folder that it prints",
+        )
+    if named and index_name(named[0]) in top:
+        return _indexed(resolved, index_name(named[0]))
+    return WeightFiles(tuple(named[:1] or others))

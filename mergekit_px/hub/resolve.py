@@ -1,0 +1,153 @@
+"""Resolve and pin: a reference becomes a commit, its list of files, and a checkpoint known by its headers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_px.checkpoint.index import is_inside
+from mergekit_px.checkpoint.json_text import parse_object, shown
+from mergekit_px.checkpoint.side_files import is_side_file
+from mergekit_px.errors import HubError
+from mergekit_px.hub.client import answer_timeout, cache_folder, hub_api, is_offline, patiently
+from mergekit_px.hub.errors import hub_errors
+from mergekit_px.hub.files import read_small, weight_files
+from mergekit_px.hub.ranges import read_remote_header
+from mergekit_px.hub.reference import HubReference
+from mergekit_px.hub.repository import RemoteFile, ResolvedRepo
+
+if TYPE_CHECKING:
+    from mergekit_px.checkpoint.open import Checkpoint
+
+__all__ = ["RemoteFile", "ResolvedRepo", "remote_checkpoint", "resolve"]
+
+HEADERS_AT_ONCE = 8
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_CARD_KEYS = ("license", "license_name", "base_model")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def resolve(reference: HubReference) -> ResolvedRepo:
+    """What ``reference`` means now: one request to the Hub; offline, what the cache remembers.
+
+    Raises:
+        HubError: no such repository or revision, no access, no answer, or nothing in the cache.
+    """
+    return _resolve_cached(reference) if is_offline() else _resolve_remote(reference)
+
+
+def remote_checkpoint(resolved: ResolvedRepo) -> Checkpoint:
+    """The checkpoint by its headers: no byte of a weight is read, and no weight file is stored.
+
+    Config and index come whole, through the cache; each header takes two ranged requests, several files at
+    a time, or none where the cache holds the file.
+
+    Raises:
+        HubError: something cannot be had.
+        InputError: no weights in safetensors, or `MalformedCheckpointError`.
+    """
+    from mergekit_px.checkpoint.open import checkpoint_from_headers
+
+    weights = weight_files(resolved)
+    config = _config(resolved)
+    with ThreadPoolExecutor(max_workers=HEADERS_AT_ONCE) as pool:
+        found = list(pool.map(lambda name: read_remote_header(resolved, name), weights.names))
+    headers = dict(zip(weights.names, found, strict=True))
+    return checkpoint_from_headers(
+        str(resolved),
+        {name: header for name, (header, _) in headers.items()},
+        {name: resolved.files[name].size for name in weights.names},
+        {name: digest for name, (_, digest) in headers.items()},
+        weights.index,
+        config,
+        tuple(sorted(name for name in resolved.files if is_side_file(name))),
+    )
+
+
+def _resolve_remote(reference: HubReference) -> ResolvedRepo:
+    repo, revision = reference.repo, reference.revision
+    with hub_errors(repo, revision, "looking it up"):
+        info = patiently(
+            lambda: hub_api().model_info(repo, revision=revision, files_metadata=True, timeout=answer_timeout())
+        )
+        commit = info.sha or ""
+        files = {
+            sibling.rfilename: RemoteFile(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None)
+            for sibling in info.siblings or ()
+        }
+    _check_names(files, reference)
+    if not _COMMIT.fullmatch(commit):
+        raise HubError("the answer names no commit", where=str(reference), hint="check HF_ENDPOINT")
+    card = {key: info.card_data.get(key) for key in _CARD_KEYS} if info.card_data is not None else {}
+    return ResolvedRepo(repo, revision, commit, files, _license(card), _base_models(card))
+
+
+def _resolve_cached(reference: HubReference) -> ResolvedRepo:
+    repo, revision = reference.repo, reference.revision
+    folder = cache_folder(repo)
+    commit = revision or "main"
+    if not _COMMIT.fullmatch(commit):
+        reference_file = folder / "refs" / commit
+        commit = reference_file.read_text().strip() if reference_file.is_file() else ""
+    snapshot = folder / "snapshots" / commit
+    if not commit or not snapshot.is_dir():
+        raise HubError(
+            "offline mode is on and this is not in the cache",
+            where=str(reference),
+            hint=f"unset HF_HUB_OFFLINE, or run `pxmerge pull {reference}` while online",
+        )
+    paths = sorted(path for path in snapshot.rglob("*") if path.is_file())
+    files = {path.relative_to(snapshot).as_posix(): _cached_file(path) for path in paths}
+    card = _cached_card(snapshot / "README.md")
+    return ResolvedRepo(repo, revision, commit, files, _license(card), _base_models(card))
+
+
+def _cached_file(path: Path) -> RemoteFile:
+    # The cache names a blob by its etag, which is the sha256 for large files.
+    blob = path.resolve().name
+    return RemoteFile(path.stat().st_size, blob if _SHA256.fullmatch(blob) else None)
+
+
+def _cached_card(path: Path) -> Mapping[str, Any]:
+    from huggingface_hub import metadata_load
+
+    if not path.is_file():
+        return {}
+    try:
+        return metadata_load(path) or {}
+    except ValueError:
+        return {}
+
+
+def _config(resolved: ResolvedRepo) -> Mapping[str, Any] | None:
+    from mergekit_px.checkpoint.open import CONFIG_FILE
+
+    if CONFIG_FILE not in resolved.files:
+        return None
+    return parse_object(read_small(resolved, CONFIG_FILE), f"{resolved}/{CONFIG_FILE}", strict=False)
+
+
+def _check_names(names: Iterable[str], reference: HubReference) -> None:
+    for name in names:
+        if not is_inside(name):
+            raise HubError(f"it lists {shown(name)}, which is no path inside a repository", where=str(reference))
+
+
+def _license(card: Mapping[str, Any]) -> str | None:
+    license_id = card.get("license")
+    if isinstance(license_id, list):
+        license_id = " and ".join(str(part) for part in license_id)
+    if not isinstance(license_id, str) or not license_id.strip():
+        return None
+    name = card.get("license_name")
+    return f"other ({name})" if license_id == "other" and isinstance(name, str) else license_id
+
+
+def _base_models(card: Mapping[str, Any]) -> tuple[str, ...]:
+    found = card.get("base_model")
+    found = [found] if isinstance(found, str) else found
+    return tuple(base for base in found if isinstance(base, str)) if isinstance(found, list) else ()
