@@ -1,0 +1,90 @@
+"""pxmerge: streamed model merging on checkpoint files.
+
+    import mergekit_px as px
+
+    recipe = px.load_recipe("recipe.yaml")
+    plan = px.build_plan(recipe, px.PlanOptions(output=Path("merged")))
+    result = px.run_plan(plan)
+
+Names are imported when they are first used, so that ``import mergekit_px`` is quick and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mergekit_px._version import __version__
+
+if TYPE_CHECKING:
+    from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
+    from mergekit_px.errors import PxmergeError
+    from mergekit_px.execute.events import Progress, RunResult
+    from mergekit_px.execute.run import run_plan
+    from mergekit_px.memory import merge_state_dicts
+    from mergekit_px.methods import Method, find_method, load_methods
+    from mergekit_px.methods.declare import Params, PerSource, merge_method
+    from mergekit_px.plan.build import build_plan
+    from mergekit_px.plan.model import Plan
+    from mergekit_px.plan.options import PlanOptions
+    from mergekit_px.plan.report import plan_report
+    from mergekit_px.recipe.load import LoadedRecipe, load_recipe, parse_recipe
+    from mergekit_px.recipe.model import Recipe
+
+_HOMES = {
+    "build_plan": "plan.build",
+    "Checkpoint": "checkpoint.open",
+    "LoadedRecipe": "recipe.load",
+    "Method": "methods",
+    "Params": "methods.declare",
+    "PerSource": "methods.declare",
+    "Plan": "plan.model",
+    "PlanOptions": "plan.options",
+    "Progress": "execute.events",
+    "PxmergeError": "errors",
+    "Recipe": "recipe.model",
+    "RunResult": "execute.events",
+    "find_method": "methods",
+    "load_methods": "methods",
+    "load_recipe": "recipe.load",
+    "merge_method": "methods.declare",
+    "merge_state_dicts": "memory",
+    "open_checkpoint": "checkpoint.open",
+    "parse_recipe": "recipe.load",
+    "plan_report": "plan.report",
+    "run_plan": "execute.run",
+}
+
+__all__ = [
+    "Checkpoint",
+    "LoadedRecipe",
+    "Method",
+    "Params",
+    "PerSource",
+    "Plan",
+    "PlanOptions",
+    "Progress",
+    "PxmergeError",
+    "Recipe",
+    "RunResult",
+    "__version__",
+    "build_plan",
+    "find_method",
+    "load_methods",
+    "load_recipe",
+    "merge_method",
+    "merge_state_dicts",
+    "open_checkpoint",
+    "parse_recipe",
+    "plan_report",
+    "run_plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value

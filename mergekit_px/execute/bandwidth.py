@@ -1,0 +1,135 @@
+"""What this machine can move: memory and disk bandwidth, measured briefly and remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_PIECE = 16 << 20
+_SECONDS = 0.25
+_REMEMBERED_FOR = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """Bytes per second.
+
+    ``memory``: copying within memory with all cores, reads and writes counted once. ``read``: a file that is in the
+    page cache, by all cores. ``write``: a new file, synced to the disk.
+    """
+
+    memory: float
+    read: float
+    write: float
+
+    def bound(self, bytes_read: int, bytes_written: int) -> float:
+        """The least seconds for a merge: its reads and its writes go on side by side, and neither can be faster."""
+        memory = (bytes_read + bytes_written) / self.memory
+        return max(memory, bytes_read / self.read, bytes_written / self.write)
+
+
+def measure(directory: Path, *, megabytes: int = 256) -> Bandwidth:
+    """Measure on the file system of ``directory`` (which must exist) with a temporary file that is removed.
+
+    Takes about a second. Raises OSError where the folder cannot be written.
+    """
+    write, read = _file_bandwidth(directory, max(megabytes * 1_000_000 // _PIECE, 2))
+    return Bandwidth(memory=_memory_bandwidth(), read=read, write=write)
+
+
+def remembered(directory: Path) -> Bandwidth | None:
+    """The bandwidth of that file system as measured within the last week; None if it was not."""
+    try:
+        entry = json.loads(_store().read_text(encoding="utf-8"))[_key(directory)]
+        if time.time() - entry.pop("when") > _REMEMBERED_FOR:
+            return None
+        return Bandwidth(**entry)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(directory: Path, bandwidth: Bandwidth) -> None:
+    """Keep a measurement for later plans and runs; a cache that cannot be written is no error."""
+    with contextlib.suppress(OSError, ValueError):
+        store = _store()
+        try:
+            entries = json.loads(store.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            entries = {}
+        entries[_key(directory)] = {**asdict(bandwidth), "when": time.time()}
+        store.parent.mkdir(parents=True, exist_ok=True)
+        partial = store.with_suffix(".part")
+        partial.write_text(json.dumps(entries), encoding="utf-8")
+        partial.replace(store)
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above ``path`` (or itself) that exists."""
+    place = path.expanduser().resolve()
+    return next(parent for parent in (place, *place.parents) if parent.is_dir())
+
+
+def _store() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "pxmerge" / "bandwidth.json"
+
+
+def _key(directory: Path) -> str:
+    return str(existing_parent(directory).stat().st_dev)
+
+
+def _memory_bandwidth() -> float:
+    import numpy
+
+    copied = [0] * (os.cpu_count() or 1)
+
+    def work(place: int) -> None:
+        source = numpy.ones(_PIECE * 2, dtype=numpy.uint8)
+        target = numpy.empty_like(source)
+        numpy.copyto(target, source)
+        end = time.perf_counter() + _SECONDS
+        while time.perf_counter() < end:
+            numpy.copyto(target, source)
+            copied[place] += 2 * source.nbytes
+
+    return _in_threads(work, copied)
+
+
+def _file_bandwidth(directory: Path, pieces: int) -> tuple[float, float]:
+    piece = os.urandom(1 << 16) * (_PIECE >> 16)
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".pxmerge-bandwidth-") as file:
+        start = time.perf_counter()
+        for _ in range(pieces):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        write = pieces * _PIECE / (time.perf_counter() - start)
+        copied = [0] * (os.cpu_count() or 1)
+
+        def work(place: int) -> None:
+            buffer = bytearray(_PIECE)
+            end = time.perf_counter() + _SECONDS
+            with Path(file.name).open("rb", buffering=0) as own:
+                while time.perf_counter() < end:
+                    count = own.readinto(buffer)
+                    copied[place] += count
+                    if not count:
+                        own.seek(0)
+
+        return write, _in_threads(work, copied)
+
+
+def _in_threads(work: object, copied: list[int]) -> float:
+    start = time.perf_counter()
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(copied))]  # type: ignore[arg-type]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return max(sum(copied), 1) / (time.perf_counter() - start)

@@ -1,0 +1,48 @@
+"""What a run tells while it goes on, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """State of a run; bytes are those of the output."""
+
+    phase: str
+    bytes_done: int
+    bytes_total: int
+    tensors_done: int
+    tensors_total: int
+    tensor: str
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        files: published file -> sha256.
+        seconds: from the first read to the last rename.
+        bound_seconds: the least time that this machine needs for the bytes moved; None where it was not measured.
+        peak_memory: of the process, in bytes.
+    """
+
+    output: Path
+    files: Mapping[str, str]
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    bound_seconds: float | None
+    peak_memory: int
+    notes: tuple[str, ...]
+
+    @property
+    def achieved(self) -> float | None:
+        """Bound over actual time; 1 is as fast as the machine can be."""
+        return self.bound_seconds / self.seconds if self.bound_seconds and self.seconds else None

@@ -1,0 +1,142 @@
+"""The lock file and the model card: what was merged, from which bytes, by which versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import threading
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from mergekit_px._version import __version__
+from mergekit_px.checkpoint.hashing import file_sha256
+from mergekit_px.checkpoint.publish import PublishedFile
+from mergekit_px.hub.card import CardInput, CardMethod, model_card
+from mergekit_px.plan.inputs import ResolvedInput
+from mergekit_px.plan.model import Plan
+
+LOCK_FILE = "pxmerge.lock.json"
+RECIPE_FILE = "pxmerge.yaml"
+CARD_FILE = "README.md"
+
+
+class InputHashes:
+    """sha256 of the input files, computed beside the run. Hub files have theirs already."""
+
+    def __init__(self, inputs: Mapping[str, ResolvedInput], *, local: bool) -> None:
+        self._inputs = inputs
+        self._local = local
+        self._found: dict[tuple[str, str], str | None] = {}
+        self._failure: BaseException | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="pxmerge-input-hashes", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give up; what is missing stays unknown."""
+        self._stopped = True
+
+    def result(self) -> Mapping[tuple[str, str], str | None]:
+        """(input, file) -> hex sha256, or None where it was not asked for. Raises what reading raised."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._found
+
+    def _work(self) -> None:
+        try:
+            known: dict[str, str] = {}
+            for name, source in self._inputs.items():
+                for file in source.checkpoint.files:
+                    if self._stopped:
+                        return
+                    self._found[name, file] = self._hash(source, file, known)
+        except BaseException as error:
+            self._failure = error
+
+    def _hash(self, source: ResolvedInput, file: str, known: dict[str, str]) -> str | None:
+        if source.repo is not None:
+            remote = source.repo.files.get(file)
+            if remote is not None and remote.sha256 is not None:
+                return remote.sha256
+        directory = source.checkpoint.directory
+        if directory is None or not self._local:
+            return None
+        path = str((directory / file).resolve())
+        if path not in known:
+            known[path] = file_sha256(directory / file)
+        return known[path]
+
+
+def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: Mapping[str, PublishedFile]) -> bytes:
+    """``pxmerge.lock.json``: inputs pinned by commit and file hash, versions, plan hash, every output file."""
+    inputs: dict[str, Any] = {}
+    for name, source in plan.inputs.items():
+        inputs[name] = {
+            "reference": source.reference if source.repo is None else source.repo.repo,
+            "commit": source.repo.commit if source.repo is not None else None,
+            "files": {
+                file.name: {
+                    "size": file.size,
+                    "header_sha256": file.header_sha256,
+                    "sha256": hashes.get((name, file.name)),
+                }
+                for file in source.checkpoint.files.values()
+            },
+        }
+    document = {
+        "pxmerge_lock": 1,
+        "plan_hash": plan.hash,
+        "seed": plan.seed,
+        "inputs": inputs,
+        "versions": {
+            "pxmerge": __version__,
+            "torch": version("torch"),
+            "numpy": version("numpy"),
+            "python": platform.python_version(),
+        },
+        "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in files.items()},
+    }
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def card(plan: Plan) -> bytes:
+    """``README.md`` of the output."""
+    from mergekit_px.methods import find_method
+    from mergekit_px.recipe.load import dump_recipe
+
+    recipe = plan.loaded.recipe
+    bases = {step.get("base") for step in plan.steps.values()}
+    weights: dict[str, str] = {}
+    for step in recipe.steps.values():
+        if isinstance(step.sources, Mapping):
+            weights.update({name: str(value) for name, value in step.sources.items() if value is not None})
+    inputs = [
+        CardInput(
+            name=name,
+            source=source.repo.repo if source.repo is not None else source.reference,
+            commit=source.repo.commit if source.repo is not None else None,
+            weight=weights.get(name),
+            license=source.repo.license if source.repo is not None else None,
+            is_base=name in bases,
+        )
+        for name, source in plan.inputs.items()
+    ]
+    used: dict[str, CardMethod] = {}
+    for step_name, step in plan.steps.items():
+        method = find_method(step["method"])
+        parameters = {key: str(value) for key, value in step.get("params", {}).items()}
+        label = method.name if len(plan.steps) == 1 else f"{step_name}: {method.name}"
+        used[label] = CardMethod(name=label, summary=method.summary, paper=method.paper, parameters=parameters)
+    title = plan.output.name if plan.output is not None else "merge"
+    text = model_card(
+        title=title or "merge",
+        inputs=inputs,
+        methods=list(used.values()),
+        recipe=dump_recipe(recipe),
+        lock_hash=plan.hash,
+        version=__version__,
+        notes=list(plan.notes),
+    )
+    return text.encode()

@@ -1,0 +1,226 @@
+"""From a plan to a published checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.publish import SideFile
+from mergekit_px.checkpoint.reader import TensorReader, open_reader
+from mergekit_px.checkpoint.writer import CheckpointWriter
+from mergekit_px.errors import PlanError, UsageError
+from mergekit_px.execute import bandwidth
+from mergekit_px.execute.events import Progress, Report, RunResult
+from mergekit_px.execute.items import Execution, Sink
+from mergekit_px.execute.lane import Lane, pick_device
+from mergekit_px.execute.provenance import CARD_FILE, LOCK_FILE, RECIPE_FILE, InputHashes, card, lock_file
+from mergekit_px.execute.scheduler import Routine, Scheduler
+from mergekit_px.plan.build import build_plan
+from mergekit_px.plan.inputs import ResolvedInput
+from mergekit_px.plan.model import Apply, Plan, WorkItem
+
+
+def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool = True) -> RunResult:
+    """Carry out a plan: fetch what is on the Hub, compute, write, publish.
+
+    Args:
+        plan: as :func:`build_plan` gives it; its options say whether an unfinished run is resumed.
+        progress: called from worker threads, a few times a second at most.
+        measure_bound: compare with what the machine can move (measured once a week, about a second).
+
+    Raises:
+        InputError: an input that cannot be fetched or read.
+        NonFiniteError, WriteError, OutputLockedError: the run stopped; ``mode="resume"`` goes on.
+        KeyboardInterrupt: after running jobs have ended; resumable too.
+    """
+    if plan.output is None:
+        raise UsageError("a merge in memory has no output folder; use merge_state_dicts")
+    plan = fetch_inputs(plan, progress)
+    assert plan.output is not None
+    started = time.perf_counter()
+    reporter = _Reporter(plan, progress)
+    with ExitStack() as stack:
+        readers = {
+            name: stack.enter_context(_closing(open_reader(source.checkpoint))) for name, source in plan.inputs.items()
+        }
+        writer = stack.enter_context(CheckpointWriter(plan.output, plan.layout, plan.hash, mode=plan.options.mode))
+        hashes = InputHashes(plan.inputs, local=plan.options.hash_inputs)
+        stack.callback(hashes.stop)
+        execute(plan, readers, writer, reporter.advance)
+        reporter.phase("publishing")
+        published = writer.publish(_side_files(plan, hashes))
+    seconds = time.perf_counter() - started
+    reporter.phase("done")
+    bound = _bound(plan) if measure_bound else None
+    return RunResult(
+        output=plan.output,
+        files={name: file.sha256 for name, file in published.files.items()},
+        seconds=seconds,
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        bound_seconds=bound,
+        peak_memory=peak_memory(),
+        notes=plan.notes,
+    )
+
+
+def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance: Callable[[str, int], None]) -> None:
+    """Compute every item of a plan into a sink."""
+    device = pick_device(plan.device)
+    execution = Execution(
+        readers=readers,
+        labels={name: source.reference for name, source in plan.inputs.items()},
+        sink=sink,
+        chunk=plan.budget.chunk,
+        seed=plan.seed,
+        allow_nonfinite=plan.options.allow_nonfinite,
+        advance=advance,
+    )
+    make_lane = partial(Lane, device, plan.budget.workers)
+    for group in shared_groups(plan.items):
+        Scheduler(make_lane, plan.budget.workers).run(iter([execution.shared_statistics(group)]))
+    Scheduler(make_lane, plan.budget.workers).run(_routines(execution, plan.items))
+
+
+def shared_groups(items: Sequence[WorkItem]) -> list[list[tuple[WorkItem, Apply]]]:
+    """The nodes whose statistics span the model, grouped by step and parameters, inner steps first."""
+    groups: dict[Any, list[tuple[WorkItem, Apply]]] = {}
+    depth: dict[Any, int] = {}
+    for item in items:
+        for node in item.applied:
+            if node.method.statistics is None or node.method.scope(node.params) != "model":
+                continue
+            key = (node.step, node.method.name, node.params.model_dump_json(), node.source_indices)
+            groups.setdefault(key, []).append((item, node))
+            depth[key] = max(depth.get(key, 0), _depth(node))
+    return [groups[key] for key in sorted(groups, key=lambda key: depth[key])]
+
+
+def fetch_inputs(plan: Plan, progress: Report | None = None) -> Plan:
+    """A plan whose inputs are all on this machine, at the commits that were planned."""
+    missing = {
+        name: source
+        for name, source in plan.inputs.items()
+        if source.checkpoint.directory is None and source.repo is not None
+    }
+    if not missing:
+        return plan
+    from mergekit_px.hub.fetch import fetch
+
+    inputs: dict[str, ResolvedInput] = dict(plan.inputs)
+    for name, source in missing.items():
+        assert source.repo is not None
+
+        def tell(done: int, total: int, label: str = source.reference) -> None:
+            if progress is not None:
+                progress(Progress(f"fetching {label}", done, total, 0, len(plan.items), label))
+
+        directory = fetch(source.repo, progress=tell)
+        checkpoint = open_checkpoint(directory, label=source.reference)
+        inputs[name] = ResolvedInput(name, source.reference, checkpoint, source.repo)
+    rebuilt = build_plan(plan.loaded, plan.options, inputs)
+    if [item.name for item in rebuilt.items] != [item.name for item in plan.items]:
+        raise PlanError("the fetched files differ from the headers that were planned", hint="run again")
+    return rebuilt
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes; 0 where the platform does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _routines(execution: Execution, items: Sequence[WorkItem]) -> Iterator[Routine[Lane]]:
+    for item in items:
+        yield execution.routine(item)
+
+
+def _depth(node: Apply) -> int:
+    return 1 + max((_depth(operand) for operand in node.operands if isinstance(operand, Apply)), default=0)
+
+
+def _closing(reader: TensorReader) -> Any:
+    from contextlib import closing
+
+    return closing(reader)
+
+
+def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
+    from mergekit_px.recipe.load import dump_recipe
+
+    files: dict[str, SideFile] = {}
+    for name, donor in plan.side_files.items():
+        directory = plan.inputs[donor].checkpoint.directory
+        if directory is not None:
+            files[name] = Path(directory) / name
+    if plan.config is not None:
+        files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
+    files[CARD_FILE] = card(plan)
+    recipe = plan.loaded.source or dump_recipe(plan.loaded.recipe)
+    files[RECIPE_FILE] = recipe.encode()
+    files[LOCK_FILE] = lambda published: lock_file(plan, hashes.result(), published)
+    return files
+
+
+def _bound(plan: Plan) -> float | None:
+    assert plan.output is not None
+    known = bandwidth.remembered(plan.output)
+    if known is None:
+        try:
+            known = bandwidth.measure(bandwidth.existing_parent(plan.output))
+        except OSError:
+            return None
+        bandwidth.remember(plan.output, known)
+    return known.bound(plan.bytes_read, plan.bytes_written)
+
+
+class _Reporter:
+    """Counts bytes and tensors over all threads and passes them on at most ten times a second."""
+
+    def __init__(self, plan: Plan, report: Report | None) -> None:
+        self._report = report
+        self._lock = threading.Lock()
+        self._total = {item.name: item.elements * item.dtype.bits // 8 for item in plan.items}
+        self._left = dict(self._total)
+        self._bytes_total = sum(self._total.values())
+        self._bytes = 0
+        self._tensors = sum(1 for nbytes in self._total.values() if nbytes == 0)
+        self._phase = "merging"
+        self._last = 0.0
+        self._name = ""
+
+    def advance(self, name: str, nbytes: int) -> None:
+        with self._lock:
+            self._name = name
+            self._bytes += nbytes
+            self._left[name] -= nbytes
+            if self._left[name] == 0:
+                self._tensors += 1
+            now = time.monotonic()
+            if self._report is None or now - self._last < 0.1:
+                return
+            self._last = now
+            state = self._state()
+        self._report(state)
+
+    def phase(self, phase: str) -> None:
+        with self._lock:
+            self._phase = phase
+            state = self._state()
+        if self._report is not None:
+            self._report(state)
+
+    def _state(self) -> Progress:
+        return Progress(self._phase, self._bytes, self._bytes_total, self._tensors, len(self._total), self._name)

@@ -1,0 +1,141 @@
+"""The value of an expression on a block of its elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mergekit_px.errors import NonFiniteError
+from mergekit_px.kernels.random import RandomStream
+from mergekit_px.methods.declare import Operands
+from mergekit_px.plan.model import Apply, Node, Read
+
+Load = Callable[[Read], torch.Tensor]
+"""Gives a stored tensor's elements of the block, in the accumulation dtype and shaped as the method wants them."""
+
+
+class _ShapedRandom:
+    """A random stream of flat elements, given in the shape of the block; sources keep their own stream."""
+
+    def __init__(self, stream: RandomStream, shape: torch.Size, indices: Sequence[int]) -> None:
+        self._stream = stream
+        self._shape = shape
+        self._indices = indices
+
+    def uniform(self, source: int) -> torch.Tensor:
+        return self._stream.uniform(self._indices[source]).reshape(self._shape)
+
+
+class Block:
+    """Some elements of one output tensor: evaluates expressions on them, each node once.
+
+    Args:
+        name: the output tensor.
+        start: flat index of the block's first element.
+        load: reads stored tensors.
+        statistics: of the methods that have some, by node.
+        seed: of the run.
+        shape: of the whole tensor.
+    """
+
+    def __init__(
+        self, name: str, start: int, load: Load, statistics: Mapping[int, Any], seed: int, shape: tuple[int, ...]
+    ) -> None:
+        self._name = name
+        self._start = start
+        self._load = load
+        self._statistics = statistics
+        self._seed = seed
+        self._shape = shape
+        self._known: dict[int, torch.Tensor] = {}
+
+    def value(self, node: Node) -> torch.Tensor:
+        """The node's value, in the accumulation dtype."""
+        found = self._known.get(id(node))
+        if found is None:
+            found = self._load(node) if isinstance(node, Read) else self._apply(node)
+            self._known[id(node)] = found
+        return found
+
+    def operands(self, node: Apply, statistics: Any = None) -> Operands:
+        """What the node's method sees: sources, or their differences to the base."""
+        base = None if node.base is None else self.value(node.base)
+        tensors = [self._source(node, source, base) for source in node.sources]
+        return self._operands(node, tensors, base, tensors[0], statistics)
+
+    def _source(self, node: Apply, source: Node, base: torch.Tensor | None) -> torch.Tensor:
+        value = self.value(source)
+        return value - base if base is not None and node.base is not None and source.kind == node.base.kind else value
+
+    def _operands(
+        self,
+        node: Apply,
+        tensors: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        like: torch.Tensor,
+        statistics: Any,
+    ) -> Operands:
+        random = None
+        if node.method.random:
+            stream = RandomStream(self._seed, f"{node.step}/{self._name}", self._start, like.numel(), like.device)
+            random = _ShapedRandom(stream, like.shape, node.source_indices)
+        return Operands(
+            tensors=tensors,
+            weights=node.weights,
+            params=node.params,
+            base=base,
+            statistics=statistics,
+            random=random,
+            name=self._name,
+            shape=self._shape,
+        )
+
+    def _apply(self, node: Apply) -> torch.Tensor:
+        operands = self.operands(node, self._statistics.get(id(node)))
+        merged = node.method(operands)
+        return merged if operands.base is None else merged + operands.base
+
+
+class WholeTensor(Block):
+    """A tensor held whole, for methods that cannot be cut; sources are made one at a time, when asked for."""
+
+    def operands(self, node: Apply, statistics: Any = None) -> Operands:
+        base = None if node.base is None else self.value(node.base)
+        like = base if base is not None else self.value(node.sources[0])
+        return self._operands(node, _Lazy(self, node, base), base, like, statistics)
+
+    def value(self, node: Node) -> torch.Tensor:
+        """Nothing is kept: what is asked for twice is made twice, which costs time and no memory."""
+        return self._load(node) if isinstance(node, Read) else self._apply(node)
+
+
+class _Lazy(Sequence[torch.Tensor]):
+    def __init__(self, block: WholeTensor, node: Apply, base: torch.Tensor | None) -> None:
+        self._block = block
+        self._node = node
+        self._base = base
+
+    def __len__(self) -> int:
+        return len(self._node.sources)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self._block._source(self._node, self._node.sources[index], self._base)
+
+
+def check_finite(block: torch.Tensor, where: str, what: str) -> None:
+    """Raises NonFiniteError where a block holds a NaN or an infinity.
+
+    The sum is tried first: it is finite for almost every finite block and costs a tenth of testing each element.
+    """
+    if block.numel() == 0 or bool(torch.isfinite(block.sum())) or bool(torch.isfinite(block).all()):
+        return
+    bad = int((~torch.isfinite(block)).sum())
+    raise NonFiniteError(
+        f"{what} holds NaN or infinity ({bad} of the {block.numel()} elements looked at)",
+        where=where,
+        hint="repair the checkpoint, leave the tensor out by a rule, or pass --allow-nonfinite",
+    )

@@ -1,0 +1,83 @@
+"""What stands in for a base that the recipe leaves out.
+
+1. Sources that are all task vectors need none: the result is a task vector.
+2. Full checkpoints whose cards name one common base model: that one.
+3. Otherwise the mean of the sources is the centre (centred task vectors, arXiv:2412.12153).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mergekit_px.methods import find_method
+from mergekit_px.plan.inputs import ResolvedInput, resolve_input
+from mergekit_px.recipe.model import ModelInput, Recipe, Step
+
+DECLARED_BASE = "declared_base"
+
+
+def complete_bases(
+    recipe: Recipe, inputs: Mapping[str, ResolvedInput], *, allow_pickle: bool
+) -> tuple[Recipe, dict[str, ResolvedInput], list[str]]:
+    """The recipe with every base filled in, the inputs that this adds, and what to tell the user."""
+    added: dict[str, ResolvedInput] = {}
+    notes: list[str] = []
+    steps = dict(recipe.steps)
+    models = dict(recipe.models)
+    for name, step in recipe.steps.items():
+        if step.base is not None or step.slices is not None or not _works_on_deltas(step):
+            continue
+        full = [source for source in step.source_names() if not _is_delta(source, inputs, recipe)]
+        if not full:
+            continue
+        declared = _declared_base(full, inputs)
+        if declared is not None:
+            if DECLARED_BASE not in added:
+                request = ModelInput(model=declared)
+                added[DECLARED_BASE] = resolve_input(
+                    DECLARED_BASE, request, allow_pickle=allow_pickle, where=f"base model of {', '.join(full)}"
+                )
+                models[DECLARED_BASE] = request
+            notes.append(f"no base given: the sources' cards name {declared}, which is taken as the base of '{name}'")
+            steps[name] = step.model_copy(update={"base": DECLARED_BASE})
+            continue
+        centre = f"{name}_centre"
+        steps[centre] = Step(method="linear", sources=full, missing=step.missing, vocabulary=step.vocabulary)
+        steps[name] = step.model_copy(update={"base": centre})
+        notes.append(
+            f"no base given: the mean of {', '.join(full)} is the base of '{name}' (centred task vectors, arXiv:2412.12153)"
+        )
+    return recipe.model_copy(update={"steps": steps, "models": models}), added, notes
+
+
+def _works_on_deltas(step: Step) -> bool:
+    names = [step.method, *(rule.method for rule in step.rules if rule.method is not None)]
+    return any(find_method(name).space == "deltas" for name in names)
+
+
+def _is_delta(name: str, inputs: Mapping[str, ResolvedInput], recipe: Recipe) -> bool:
+    if name in inputs:
+        return inputs[name].is_task_vector
+    step = recipe.steps[name]
+    return (
+        step.base is None
+        and bool(step.source_names())
+        and all(_is_delta(source, inputs, recipe) for source in step.source_names())
+    )
+
+
+def _declared_base(sources: list[str], inputs: Mapping[str, ResolvedInput]) -> str | None:
+    """The one base that the cards of all sources name, if it can be found."""
+    found: set[str] = set()
+    for source in sources:
+        bases = inputs[source].declared_bases() if source in inputs else ()
+        if len(bases) != 1:
+            return None
+        found.update(bases)
+    if len(found) != 1:
+        return None
+    base = found.pop()
+    from mergekit_px.hub.reference import parse_reference
+
+    return base if Path(base).expanduser().exists() or parse_reference(base) is not None else None

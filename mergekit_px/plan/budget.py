@@ -1,0 +1,109 @@
+"""Peak memory of a plan, and how finely its tensors are cut to keep it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from mergekit_px.errors import MemoryBudgetError
+from mergekit_px.plan.model import Budget, WorkItem
+
+BLOCK = 1 << 18
+"""Elements on which a method computes at a time: 1 MiB of float32, so that its temporaries stay in the cache.
+Statistics are summed over blocks of this size in order, so results do not depend on chunks or threads."""
+
+DEFAULT_CHUNK = 1 << 20
+"""Elements that are read and written at a time."""
+
+BASELINE = 340_000_000
+"""What the interpreter with torch occupies before the first tensor is read."""
+
+_ACCUMULATION = 4
+
+
+def row_length(item: WorkItem) -> int:
+    """Elements of one row: the last axis."""
+    return max(1, item.shape[-1]) if item.shape else 1
+
+
+def unit(item: WorkItem) -> int:
+    """Elements of the smallest piece into which an item may be cut."""
+    if item.access == "rows":
+        row = row_length(item)
+        return row * max(1, BLOCK // row)
+    return BLOCK
+
+
+def _stored_bytes(item: WorkItem) -> float:
+    """Bytes of an element in all buffers of a chunk: every input and the output."""
+    return sum(read.dtype.bits for read in item.reads) / 8 + item.dtype.bits / 8
+
+
+def _scratch(item: WorkItem) -> float:
+    """Accumulation-width copies of a block that are alive at once."""
+    return len(item.reads) + sum(len(node.sources) + node.method.scratch for node in item.applied) + 1
+
+
+def _width(item: WorkItem) -> int:
+    return 2 * _ACCUMULATION if any(read.dtype.name == "F64" for read in item.reads) else _ACCUMULATION
+
+
+def chunk_bytes(item: WorkItem, chunk: int) -> int:
+    """Memory that one worker needs for an item cut at ``chunk`` elements."""
+    piece = unit(item)
+    held = min(max(chunk // piece, 1) * piece, max(item.elements, 1))
+    return int(held * _stored_bytes(item) + min(piece, max(item.elements, 1)) * _scratch(item) * _width(item))
+
+
+def whole_bytes(item: WorkItem) -> int:
+    """Memory of an item whose method needs the tensor whole: base, one source at a time, scratch, result."""
+    copies = 3 + max((node.method.scratch for node in item.applied), default=0)
+    return int(item.elements * (copies * _width(item) + max(read.dtype.bits for read in item.reads) / 8))
+
+
+def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int | None) -> Budget:
+    """Choose workers and chunk size.
+
+    Args:
+        memory: peak of the whole process in bytes; None to use what runs fastest.
+        threads: number of workers; None for one per core.
+
+    Raises:
+        MemoryBudgetError: the budget cannot be met; names the tensor and the need.
+    """
+    workers = threads or _cores()
+    whole = [item for item in items if item.access == "tensor" and item.action == "merge"]
+    cut = [item for item in items if not (item.access == "tensor" and item.action == "merge")]
+    largest_item = max(whole, key=whole_bytes, default=None)
+    largest = whole_bytes(largest_item) if largest_item is not None else 0
+    chunk = DEFAULT_CHUNK
+    while True:
+        worst = max(cut, key=lambda item: chunk_bytes(item, chunk), default=None)
+        worker = chunk_bytes(worst, chunk) if worst is not None else 0
+        budget = Budget(
+            baseline=BASELINE,
+            workers=workers,
+            worker=worker,
+            largest=largest,
+            largest_tensor=largest_item.name if largest_item is not None else None,
+            chunk=chunk,
+        )
+        if memory is None or budget.total <= memory:
+            return budget
+        if chunk > BLOCK:
+            chunk //= 2
+        elif workers > 1:
+            workers -= 1
+        else:
+            name = largest_item.name if largest_item is not None and largest > worker else (worst.name if worst else "")
+            raise MemoryBudgetError(
+                f"'{name}' needs {budget.total / 1e6:.0f} MB in all, and the budget is {memory / 1e6:.0f} MB",
+                hint=f"raise --memory to {budget.total / 1e6 + 1:.0f}MB",
+            )
+
+
+def _cores() -> int:
+    try:
+        return max(1, len(os.sched_getaffinity(0)))
+    except AttributeError:
+        return os.cpu_count() or 1

@@ -1,0 +1,465 @@
+"""From a recipe to a plan: every decision, and every refusal that needs no weight to be read."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_px.checkpoint.dtypes import DType, parse_dtype
+from mergekit_px.checkpoint.fingerprint import fingerprint
+from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.side_files import TOKENIZER_FILES, is_side_file
+from mergekit_px.checkpoint.task_vector import task_vector_metadata
+from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, UsageError
+from mergekit_px.methods import find_method
+from mergekit_px.plan import config as config_edits
+from mergekit_px.plan.bases import complete_bases
+from mergekit_px.plan.budget import plan_budget
+from mergekit_px.plan.expressions import Expressions
+from mergekit_px.plan.inputs import ResolvedInput, resolve_input
+from mergekit_px.plan.layers import is_embedding, stack_sizes
+from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, Read, WorkItem
+from mergekit_px.plan.options import PlanOptions
+from mergekit_px.recipe.load import LoadedRecipe
+from mergekit_px.recipe.model import Recipe
+
+UNKNOWN_FINGERPRINT = "0" * 64
+"""Stands for the fingerprint of a base that is not on this machine yet; as long as the real one."""
+
+
+def build_plan(
+    loaded: LoadedRecipe, options: PlanOptions | None = None, inputs: Mapping[str, ResolvedInput] | None = None
+) -> Plan:
+    """Decide everything about a merge. Headers are read, and a few bytes of a base that a task vector names.
+
+    Args:
+        loaded: the recipe.
+        options: how it is to be done.
+        inputs: opened inputs by name, where they are known already; others are resolved.
+
+    Raises:
+        RecipeError: the recipe asks for something that cannot be meant.
+        InputError: an input is missing, unreachable or malformed.
+        PlanError: inputs that do not fit, an output that cannot be used, too little memory or disk.
+    """
+    options = options or PlanOptions()
+    recipe = loaded.recipe
+    target = recipe.output.from_ or next(reversed(recipe.steps), None)
+    if target is None:
+        raise PlanError("the recipe has no steps", where=loaded.where())
+    needed = _reachable(recipe, target)
+    known = dict(inputs or {})
+    resolved = {
+        name: known.get(name)
+        or resolve_input(
+            name, recipe.models[name], allow_pickle=options.allow_pickle, where=loaded.where("models", name)
+        )
+        for name in recipe.models
+        if name in needed
+    }
+    notes = list(loaded.differences)
+    recipe, added, said = complete_bases(recipe, {**known, **resolved}, allow_pickle=options.allow_pickle)
+    resolved.update({name: known.get(name, source) for name, source in added.items()})
+    notes.extend(said)
+    notes.extend(f"model '{name}' is not used" for name in loaded.recipe.models if name not in needed)
+
+    expressions = Expressions(_with_recipe(loaded, recipe), resolved)
+    namespace = expressions.namespace(target)
+    kind = _kind(recipe, namespace)
+    if recipe.output.kind == "task_vector" and kind == "weights":
+        namespace, kind = _as_task_vector(recipe, target, namespace, expressions), "delta"
+    dtype = _output_dtype(options.dtype or recipe.output.dtype)
+    items, left_out = _items(namespace, kind, dtype)
+    if not items:
+        raise PlanError("the output would have no tensors", where=loaded.where("output"))
+    config_from = _config_donor(recipe, target, resolved, loaded)
+    config, config_notes = _config(recipe, target, config_from, resolved, items, dtype, expressions)
+    tokenizer_from = recipe.output.tokenizer_from or config_from
+    notes.extend(expressions.notes + config_notes)
+    _refuse_quantized(items, resolved)
+    used = list(dict.fromkeys(read.input for item in items for read in item.reads))
+    output = None if _in_memory(resolved) else Path(options.output or recipe.output.path).expanduser()
+    _check_base_fingerprints(items, resolved, options)
+    metadata = {"format": "pt"}
+    if kind == "delta":
+        metadata |= task_vector_metadata(_base_fingerprint(items, resolved))
+    layout = plan_layout(
+        [OutputTensor(item.name, item.dtype, item.shape) for item in items],
+        shard_size=parse_size(options.shard_size or recipe.output.shard_size),
+        metadata=metadata,
+    )
+    items.sort(key=lambda item: layout.location[item.name][:2])
+    plan = Plan(
+        inputs={name: resolved[name] for name in resolved if name in {*used, config_from, tokenizer_from}},
+        items=tuple(items),
+        layout=layout,
+        dropped=_dropped(items, resolved, expressions, left_out, used),
+        notes=tuple(dict.fromkeys(notes)),
+        config=config if kind == "weights" else None,
+        side_files=_side_files(resolved, config_from, tokenizer_from) if kind == "weights" else {},
+        config_from=config_from,
+        tokenizer_from=tokenizer_from,
+        output=output,
+        kind=kind,
+        seed=recipe.seed,
+        steps=_step_summaries(recipe, needed),
+        budget=plan_budget(items, memory=options.memory, threads=options.threads),
+        device=options.device,
+        loaded=loaded,
+        options=options,
+    )
+    if output is not None:
+        check_output(plan, output)
+    return plan
+
+
+def check_output(plan: Plan, output: Path) -> None:
+    """Refuse an output inside an input, in use, or on a full disk.
+
+    Raises:
+        OutputError, DiskSpaceError
+    """
+    place = output.resolve()
+    for source in plan.inputs.values():
+        directory = source.checkpoint.directory
+        if directory is not None and source.repo is None:
+            home = directory.resolve()
+            if place == home or home in place.parents:
+                raise OutputError(
+                    f"the output folder is input '{source.name}' or inside it",
+                    where=str(output),
+                    hint="write somewhere else; inputs are never changed",
+                )
+    if output.exists() and not output.is_dir():
+        raise OutputError("the output is a file, not a folder", where=str(output), hint="give a folder with -o")
+    if plan.options.mode == "new" and output.is_dir() and any(output.iterdir()):
+        unfinished = (output / ".pxmerge").is_dir()
+        raise OutputError(
+            "the folder holds an unfinished run" if unfinished else "the output folder is not empty",
+            where=str(output),
+            hint="go on with --resume or start again with --overwrite" if unfinished else "replace it with --overwrite",
+        )
+    existing = next(parent for parent in (place, *place.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.options.mode == "new" and free < plan.bytes_written:
+        raise DiskSpaceError(
+            f"{plan.bytes_written / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free", where=str(output)
+        )
+
+
+def _reachable(recipe: Recipe, target: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [target]
+    output = recipe.output
+    waiting += [name for name in (output.config_from, output.tokenizer_from) if name is not None]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        step = recipe.steps.get(name)
+        if step is None:
+            continue
+        waiting += step.source_names() + ([step.base] if step.base else [])
+        pieces = step.slices or []
+        waiting += [source.model for piece in pieces for source in piece.sources]
+        waiting += [piece.base for piece in pieces if piece.base]
+        rules = [*step.rules, *(rule for piece in pieces for rule in piece.rules)]
+        waiting += [rule.take for rule in rules if rule.take]
+    return found
+
+
+def _with_recipe(loaded: LoadedRecipe, recipe: Recipe) -> LoadedRecipe:
+    changed = copy.copy(loaded)
+    object.__setattr__(changed, "recipe", recipe)
+    return changed
+
+
+def _in_memory(inputs: Mapping[str, ResolvedInput]) -> bool:
+    return any(source.state is not None for source in inputs.values())
+
+
+def _kind(recipe: Recipe, namespace: Mapping[str, Node]) -> Kind:
+    """A task vector if every tensor that is computed is one; integers and the like do not count."""
+    kinds = {node.kind for node in namespace.values() if node.dtype.arithmetic}
+    if len(kinds) > 1:
+        delta = next(name for name, node in namespace.items() if node.kind == "delta")
+        weight = next(name for name, node in namespace.items() if node.kind == "weights" and node.dtype.arithmetic)
+        raise PlanError(f"the output mixes task vectors ('{delta}') with full weights ('{weight}')")
+    return kinds.pop() if kinds else "weights"
+
+
+def _as_task_vector(
+    recipe: Recipe, target: str, namespace: Mapping[str, Node], expressions: Expressions
+) -> dict[str, Node]:
+    step = recipe.steps.get(target)
+    if step is None or step.base is None:
+        raise PlanError(f"a task vector is the difference to a base, and '{target}' has none")
+    base = expressions.namespace(step.base)
+    combine = find_method("combine")
+    result: dict[str, Node] = {}
+    for name, node in namespace.items():
+        if not node.dtype.arithmetic:
+            result[name] = node
+            continue
+        if name not in base or base[name].shape != node.shape:
+            raise PlanError(f"'{name}' is not in the base '{step.base}' in the same shape, so it has no difference")
+        result[name] = Apply(
+            step=target,
+            method=combine,
+            params=combine.params(),
+            weights=(1.0, -1.0),
+            sources=(node, base[name]),
+            source_indices=(0, 1),
+            base=None,
+            kind="delta",
+            shape=node.shape,
+            dtype=node.dtype,
+        )
+    return result
+
+
+def _output_dtype(text: str | None) -> DType | None:
+    if text is None:
+        return None
+    dtype = parse_dtype(text)
+    if not dtype.arithmetic:
+        raise UsageError(f"merged weights cannot be stored as {text}")
+    return dtype
+
+
+def _items(namespace: Mapping[str, Node], kind: Kind, dtype: DType | None) -> tuple[list[WorkItem], dict[str, str]]:
+    """Work items and the names left out (with the reason) of a namespace."""
+    items: list[WorkItem] = []
+    left_out: dict[str, str] = {}
+    wide = parse_dtype("F32")
+    for name, node in namespace.items():
+        if not node.dtype.arithmetic:
+            if kind == "delta":
+                left_out[name] = f"{node.dtype.name} tensors have no difference"
+                continue
+            stored = node.dtype
+        elif dtype is not None:
+            stored = dtype
+        elif kind == "delta" and isinstance(node, Apply):
+            stored = node.dtype if node.dtype.bits > wide.bits else wide
+        else:
+            stored = node.dtype
+        items.append(WorkItem(name, stored, node.shape, node))
+    return items, left_out
+
+
+def _config_donor(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput], loaded: LoadedRecipe) -> str | None:
+    """The input whose config goes along: as asked, else the base, else the first source that has one."""
+    if recipe.output.config_from is not None:
+        donor = recipe.output.config_from
+        if donor not in inputs:
+            raise PlanError(
+                f"config_from names '{donor}', which is no model", where=loaded.where("output", "config_from")
+            )
+        return donor
+    queue = [target]
+    seen: set[str] = set()
+    while queue:
+        name = queue.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        if name in inputs:
+            if inputs[name].config is not None and not inputs[name].is_task_vector:
+                return name
+            continue
+        step = recipe.steps[name]
+        pieces = step.slices or []
+        queue += [step.base] if step.base else []
+        queue += step.source_names() + [source.model for piece in pieces for source in piece.sources]
+    return None
+
+
+def _config(
+    recipe: Recipe,
+    target: str,
+    donor: str | None,
+    inputs: Mapping[str, ResolvedInput],
+    items: Sequence[WorkItem],
+    dtype: DType | None,
+    expressions: Expressions,
+) -> tuple[dict[str, Any] | None, list[str]]:
+    if donor is None or inputs[donor].config is None:
+        return None, []
+    config = copy.deepcopy(dict(inputs[donor].config or {}))
+    notes = [f"config and side files come from '{donor}'"]
+    if dtype is not None and dtype.torch_name is not None:
+        config_edits.set_dtype(config, dtype.torch_name)
+    if any(item.name in expressions.untied for item in items) and config_edits.untie(config):
+        notes.append("config: tie_word_embeddings -> false")
+    for item in items:
+        if is_embedding(item.name) and len(item.shape) == 2:
+            stored = inputs[donor].checkpoint.tensors.get(item.name)
+            if stored is not None and stored.shape[0] != item.shape[0]:
+                config_edits.set_vocabulary(config, stored.shape[0], item.shape[0])
+                notes.append(f"config: vocab_size follows {item.name}")
+    layers = expressions.layer_sources.get(target)
+    if layers is not None:
+        notes += _restack(config, donor, layers, inputs, expressions)
+    return config, notes
+
+
+def _restack(
+    config: dict[str, Any],
+    donor: str,
+    layers: Sequence[Sequence[tuple[str, int]]],
+    inputs: Mapping[str, ResolvedInput],
+    expressions: Expressions,
+) -> list[str]:
+    """Per-layer entries follow the donor's own layer in each slice, else the first source's."""
+    old = config_edits.layer_count(config)
+    if old is None:
+        old = max(stack_sizes(inputs[donor].checkpoint.tensors).values())
+    origin = [next((layer for model, layer in pairs if model == donor), pairs[0][1]) for pairs in layers]
+    if any(layer >= old for layer in origin):
+        raise PlanError(
+            f"the config of '{donor}' speaks of {old} layers, and layer {max(origin)} is stacked",
+            hint="give the model with the most layers as output.config_from",
+        )
+    notes = config_edits.restack(config, origin, old)
+    config_edits.check_with_transformers(config)
+    return notes
+
+
+def _refuse_quantized(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInput]) -> None:
+    packed = {
+        name: source.config["quantization_config"].get("quant_method", "quantized")
+        for name, source in inputs.items()
+        if source.config is not None and isinstance(source.config.get("quantization_config"), dict)
+    }
+    for item in items:
+        if item.action == "copy":
+            continue
+        for read in item.reads:
+            if read.input in packed:
+                raise PlanError(
+                    f"'{read.input}' is stored quantized ({packed[read.input]}), and '{item.name}' would be computed from it",
+                    hint="give the dequantized checkpoint",
+                )
+
+
+def _side_files(
+    inputs: Mapping[str, ResolvedInput], config_from: str | None, tokenizer_from: str | None
+) -> dict[str, str]:
+    files: dict[str, str] = {}
+    if config_from in inputs:
+        for name in inputs[config_from].checkpoint.side_files:
+            if not _is_tokenizer_file(name):
+                files[name] = config_from
+    if tokenizer_from in inputs:
+        for name in inputs[tokenizer_from].checkpoint.side_files:
+            if _is_tokenizer_file(name):
+                files[name] = tokenizer_from
+    return {name: source for name, source in sorted(files.items()) if is_side_file(name)}
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    return name in TOKENIZER_FILES or name.startswith("additional_chat_templates/")
+
+
+def _dropped(
+    items: Iterable[WorkItem],
+    inputs: Mapping[str, ResolvedInput],
+    expressions: Expressions,
+    left_out: Mapping[str, str],
+    used: Sequence[str],
+) -> tuple[Dropped, ...]:
+    """Every tensor of every used input that no output tensor is made of, with the reason."""
+    read: set[tuple[str, str]] = set()
+    made: dict[str, WorkItem] = {}
+    for item in items:
+        made[item.name] = item
+        read.update((leaf.input, leaf.tensor.name) for leaf in item.reads)
+    dropped: list[Dropped] = []
+    for name in used:
+        for tensor in inputs[name].checkpoint.tensors:
+            if (name, tensor) in read:
+                continue
+            if tensor in expressions.dropped_names:
+                reason = expressions.dropped_names[tensor]
+            elif tensor in left_out:
+                reason = left_out[tensor]
+            elif tensor in made:
+                givers = ", ".join(dict.fromkeys(leaf.input for leaf in made[tensor].reads))
+                reason = f"the output has it from {givers}"
+            else:
+                reason = "its layer is in no slice"
+            dropped.append(Dropped(name, tensor, reason))
+    return tuple(dropped)
+
+
+def _full_bases(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInput]) -> dict[str, set[str]]:
+    """For each task-vector input with a recorded fingerprint, the full models that it is added to."""
+    found: dict[str, set[str]] = {}
+    for item in items:
+        deltas = {leaf.input for leaf in item.reads if leaf.kind == "delta"}
+        full = {leaf.input for leaf in item.reads if leaf.kind == "weights"}
+        for name in deltas:
+            if inputs[name].base_fingerprint is not None:
+                found.setdefault(name, set()).update(full)
+    return found
+
+
+def _check_base_fingerprints(
+    items: Sequence[WorkItem], inputs: Mapping[str, ResolvedInput], options: PlanOptions
+) -> None:
+    if options.allow_base_mismatch:
+        return
+    for delta, bases in _full_bases(items, inputs).items():
+        known = {base: local_fingerprint(inputs[base]) for base in sorted(bases)}
+        prints = [value for value in known.values() if value is not None]
+        if prints and len(prints) == len(known) and inputs[delta].base_fingerprint not in prints:
+            raise PlanError(
+                f"task vector '{delta}' was taken from another base than {', '.join(repr(base) for base in known)}",
+                where=inputs[delta].reference,
+                hint="give the base that it was subtracted from, or --allow-base-mismatch",
+            )
+
+
+def local_fingerprint(source: ResolvedInput) -> str | None:
+    """The fingerprint of an input that is on this machine; None for one that is not."""
+    from mergekit_px.checkpoint.reader import MemoryReader
+
+    if source.state is not None:
+        return fingerprint(source.checkpoint, MemoryReader(source.state))
+    if source.checkpoint.directory is None:
+        return None
+    reader = open_reader(source.checkpoint)
+    try:
+        return fingerprint(source.checkpoint, reader)
+    finally:
+        reader.close()
+
+
+def _base_fingerprint(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInput]) -> str | None:
+    """The fingerprint that a task vector is bound to: of its one base, or the one that its sources share."""
+    subtracted: set[str] = set()
+    recorded: set[str | None] = set()
+    for item in items:
+        for node in item.applied:
+            if node.kind == "delta" and node.method.name == "combine":
+                for source, weight in zip(node.sources, node.weights, strict=True):
+                    if isinstance(source, Read) and source.kind == "weights" and weight < 0:
+                        subtracted.add(source.input)
+        recorded.update(inputs[leaf.input].base_fingerprint for leaf in item.reads if leaf.kind == "delta")
+    if len(subtracted) == 1 and not recorded:
+        return local_fingerprint(inputs[subtracted.pop()]) or UNKNOWN_FINGERPRINT
+    return recorded.pop() if len(recorded) == 1 and not subtracted else None
+
+
+def _step_summaries(recipe: Recipe, needed: set[str]) -> dict[str, Any]:
+    return {
+        name: step.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+        for name, step in recipe.steps.items()
+        if name in needed or name.endswith("_centre")
+    }

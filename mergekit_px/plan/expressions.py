@@ -1,0 +1,342 @@
+"""From a recipe's graph to one expression for each output tensor.
+
+Everything is driven by the names in the files: the union of the names of a step's inputs is what the step gives,
+and a name is left out only where the recipe says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError, UsageError
+from mergekit_px.methods import find_method
+from mergekit_px.methods.declare import Method, Params, check_source_count
+from mergekit_px.plan.inputs import ResolvedInput
+from mergekit_px.plan.layers import depth, split_layer, stack_sizes
+from mergekit_px.plan.model import Apply, Kind, Node, Read
+from mergekit_px.plan.rules import matching
+from mergekit_px.plan.slices import Slot, slice_slots
+from mergekit_px.plan.tied import tied_source
+from mergekit_px.plan.values import resolve_params, resolve_weight, varies
+from mergekit_px.recipe.load import LoadedRecipe
+from mergekit_px.recipe.model import Rule, Step, Value
+
+Namespace = Mapping[str, Node]
+"""What a model or a step offers: tensor name -> expression, in file order."""
+
+
+@dataclass
+class Expressions:
+    """Builds the namespaces of a recipe's models and steps, each once.
+
+    ``notes`` and ``dropped`` fill up while namespaces are built.
+    """
+
+    loaded: LoadedRecipe
+    inputs: Mapping[str, ResolvedInput]
+    notes: list[str] = field(default_factory=list)
+    dropped_names: dict[str, str] = field(default_factory=dict)
+    """Output tensor name -> why the recipe leaves it out."""
+    untied: list[str] = field(default_factory=list)
+    """Heads that were tied in an input and are written on their own."""
+    layer_sources: dict[str, list[list[tuple[str, int]]]] = field(default_factory=dict)
+    """Step with slices -> for each output layer, its (source, layer) pairs."""
+    _namespaces: dict[str, Namespace] = field(default_factory=dict)
+    _resolved: dict[Any, tuple[Method, Params, tuple[float, ...]]] = field(default_factory=dict)
+
+    def namespace(self, name: str) -> Namespace:
+        """The tensors of a model or step.
+
+        Raises:
+            PlanError, RecipeError: the step cannot be made of its inputs; the message says where and why.
+        """
+        if name not in self._namespaces:
+            if name in self.inputs:
+                self._namespaces[name] = self._stored(self.inputs[name])
+            else:
+                self._namespaces[name] = self._step(name, self.loaded.recipe.steps[name])
+        return self._namespaces[name]
+
+    def _stored(self, source: ResolvedInput) -> Namespace:
+        if not source.checkpoint.tensors:
+            raise PlanError("the model has no tensors", where=source.reference)
+        kind: Kind = "delta" if source.is_task_vector else "weights"
+        return {
+            tensor.name: Read(source.name, tensor, tensor.shape, kind) for tensor in source.checkpoint.tensors.values()
+        }
+
+    def _step(self, name: str, step: Step) -> Namespace:
+        where = self.loaded.where("steps", name)
+        slots = slice_slots(name, step, self) if step.slices is not None else self._slots(step)
+        sizes = stack_sizes(slot.name for slot in slots)
+        nodes: dict[str, Node] = {}
+        for slot in slots:
+            node = self._node(name, step, slot, sizes, where)
+            if node is not None:
+                nodes[slot.name] = node
+        if not nodes:
+            raise PlanError(f"step '{name}' gives no tensors", where=where)
+        return nodes
+
+    def _slots(self, step: Step) -> list[Slot]:
+        sources = step.source_names()
+        names: dict[str, None] = {}
+        for member in ([step.base] if step.base else []) + sources:
+            names.update(dict.fromkeys(self.namespace(member)))
+        written = step.sources if isinstance(step.sources, Mapping) else dict.fromkeys(sources)
+        weights = tuple(written.values())
+        return [
+            Slot(
+                name=name,
+                sources=tuple((source, name) for source in sources),
+                base=(step.base, name) if step.base else None,
+                params=step.params,
+                weights=weights,
+                rules=tuple(step.rules),
+                position=None,
+                part=-1,
+            )
+            for name in names
+        ]
+
+    def _node(self, step_name: str, step: Step, slot: Slot, sizes: Mapping[str, int], where: str) -> Node | None:
+        found = split_layer(slot.name)
+        layer = found.layer if found else None
+        matched = matching(slot.rules, slot.name, layer)
+        rules = [slot.rules[index] for index in matched]
+        decisive = next((rule for rule in reversed(rules) if rule.drop or rule.take or rule.method), None)
+        if decisive is not None and decisive.drop:
+            self.dropped_names[slot.name] = f"dropped by a rule of step '{step_name}'"
+            return None
+        if decisive is not None and decisive.take is not None:
+            return self._taken(decisive.take, slot, where)
+        operands = [self._operand(source, name) for source, name in slot.sources]
+        base = self._operand(*slot.base) if slot.base is not None else None
+        method = find_method(decisive.method if decisive is not None and decisive.method else step.method)
+        storage = [node for node in (base, *operands) if node is not None]
+        if not storage:
+            return None
+        if not all(node.dtype.arithmetic for node in storage):
+            return self._uncomputed(step_name, slot, base, operands)
+        chosen = self._present(step_name, step, slot, method, base, operands, where)
+        if isinstance(chosen, (Read, Apply)):
+            return chosen
+        base, indices = chosen
+        method, params, weights = self._parameters(step, slot, rules, matched, method, indices, sizes, where)
+        sources = [operands[index] for index in indices]
+        nodes = self._same_shape(step, slot, base, [node for node in sources if node is not None], indices, where)
+        base, members = (nodes[0], nodes[1:]) if base is not None else (None, nodes)
+        return self._apply(step_name, slot, method, params, weights, members, tuple(indices), base, where)
+
+    def _taken(self, name: str, slot: Slot, where: str) -> Node:
+        translated = dict((source, tensor) for source, tensor in slot.sources)
+        if slot.base is not None:
+            translated.setdefault(*slot.base)
+        node = self._operand(name, translated.get(name, slot.name))
+        if node is None:
+            raise TensorMismatchError(
+                f"'{slot.name}' is to be taken from '{name}', which does not have it", where=where
+            )
+        return node
+
+    def _operand(self, source: str, name: str) -> Node | None:
+        """A source's tensor; a head that is tied to the embedding is read from the embedding."""
+        namespace = self.namespace(source)
+        node = namespace.get(name)
+        if node is None and source in self.inputs:
+            tied = tied_source(name, self.inputs[source])
+            if tied is not None:
+                if name not in self.untied:
+                    self.untied.append(name)
+                    self.notes.append(f"{name} is tied to {tied} in '{source}' and stands on its own in the output")
+                node = namespace[tied]
+        return node
+
+    def _uncomputed(self, step: str, slot: Slot, base: Node | None, operands: Sequence[Node | None]) -> Node:
+        """Integer, boolean and packed tensors are not averaged: the base's is kept, else the first source's."""
+        for candidate in (base, *operands):
+            if candidate is not None:
+                return candidate
+        raise PlanError(f"step '{step}': no input has '{slot.name}'")
+
+    def _present(
+        self,
+        step_name: str,
+        step: Step,
+        slot: Slot,
+        method: Method,
+        base: Node | None,
+        operands: Sequence[Node | None],
+        where: str,
+    ) -> Node | tuple[Node | None, list[int]]:
+        """Apply the policy for tensors that only some inputs have: a node to take, or the sources that take part."""
+        indices = [index for index, node in enumerate(operands) if node is not None]
+        base_needed = slot.base is not None and method.space == "deltas"
+        base_missing = base_needed and base is None
+        if len(indices) == len(operands) and not base_missing:
+            return base, indices
+        if step.missing == "base":
+            node = base or next(node for node in operands if node is not None)
+            return node
+        if step.missing == "present":
+            if not indices:
+                assert base is not None
+                return base
+            if base_missing:
+                if len(indices) == 1:
+                    node = operands[indices[0]]
+                    assert node is not None
+                    return node
+                return None, indices
+            return base, indices
+        have = [source for (source, _), node in zip(slot.sources, operands, strict=True) if node is not None]
+        lack = [source for (source, _), node in zip(slot.sources, operands, strict=True) if node is None]
+        if slot.base is not None:
+            (have if base is not None else lack).append(slot.base[0])
+        lacking = ", ".join(f"'{name}'" for name in dict.fromkeys(lack))
+        having = ", ".join(f"'{name}'" for name in dict.fromkeys(have))
+        raise TensorMismatchError(
+            f"step '{step_name}': '{slot.name}' is in {having} but not in {lacking}",
+            where=where,
+            hint="set `missing: present` or `missing: base`, drop it by a rule, or check that the models belong together",
+        )
+
+    def _parameters(
+        self,
+        step: Step,
+        slot: Slot,
+        rules: Sequence[Rule],
+        matched: tuple[int, ...],
+        method: Method,
+        indices: Sequence[int],
+        sizes: Mapping[str, int],
+        where: str,
+    ) -> tuple[Method, Params, tuple[float, ...]]:
+        changed = False
+        params: dict[str, Value] = dict(slot.params)
+        weights = list(slot.weights)
+        names = [source for source, _ in slot.sources]
+        for rule in rules:
+            if rule.method is not None:
+                params, changed = {}, True
+            params.update(rule.params)
+            if rule.weights is not None:
+                weights = self._rule_weights(rule, names, weights, where)
+        place = slot.position if slot.position is not None else depth(slot.name, sizes)
+        moving = any(varies(value) for value in (*params.values(), *weights))
+        key = (id(step), slot.part, matched, tuple(indices), place if moving else None, method.name)
+        if key not in self._resolved:
+            chosen = [names[index] for index in indices]
+            try:
+                check_source_count(method, len(chosen))
+            except UsageError as error:
+                raise RecipeError(error.what, where=where) from None
+            like = None if changed else step.like
+            resolved = resolve_params(method, params, like, chosen, place, where)
+            if not method.uses_weights and not changed and any(weights[index] is not None for index in indices):
+                raise RecipeError(f"{method.name} takes no weights", where=where)
+            numbers = tuple(
+                resolve_weight(weights[index], method.default_weight, place, names[index], where) for index in indices
+            )
+            self._resolved[key] = (method, resolved, numbers)
+        return self._resolved[key]
+
+    def _rule_weights(self, rule: Rule, names: list[str], weights: list[Value], where: str) -> list[Value]:
+        if isinstance(rule.weights, Mapping):
+            if unknown := rule.weights.keys() - set(names):
+                raise RecipeError(f"weights are given for {sorted(unknown)}, which are no sources here", where=where)
+            return [rule.weights.get(name, old) for name, old in zip(names, weights, strict=True)]
+        assert rule.weights is not None
+        if len(rule.weights) != len(names):
+            raise RecipeError(f"{len(rule.weights)} weights for {len(names)} sources", where=where)
+        return list(rule.weights)
+
+    def _same_shape(
+        self, step: Step, slot: Slot, base: Node | None, sources: list[Node], indices: Sequence[int], where: str
+    ) -> list[Node]:
+        nodes = sources if base is None else [base, *sources]
+        labels = [slot.sources[index][0] for index in indices]
+        if base is not None and slot.base is not None:
+            labels = [slot.base[0], *labels]
+        shape = nodes[0].shape
+        odd = next((index for index, node in enumerate(nodes) if node.shape != shape), None)
+        if odd is None:
+            return nodes
+        other = nodes[odd].shape
+        rows_differ = len(shape) == len(other) >= 1 and shape[1:] == other[1:]
+        if step.vocabulary == "truncate" and all(
+            len(node.shape) == len(shape) and node.shape[1:] == shape[1:] and isinstance(node, Read) for node in nodes
+        ):
+            rows = min(node.shape[0] for node in nodes)
+            self.notes.append(f"{slot.name} keeps its first {rows} rows, which all inputs have")
+            return [
+                Read(node.input, node.tensor, (rows, *node.shape[1:]), node.kind)
+                for node in nodes
+                if isinstance(node, Read)
+            ]
+        raise TensorMismatchError(
+            f"'{slot.name}' has shape {list(shape)} in '{labels[0]}' and {list(other)} in '{labels[odd]}'",
+            where=where,
+            hint=(
+                "set `vocabulary: truncate` to keep the common rows, or take it from one model by a rule"
+                if rows_differ
+                else "the models are of different architectures or sizes; take or drop the tensor by a rule"
+            ),
+        )
+
+    def _apply(
+        self,
+        step: str,
+        slot: Slot,
+        method: Method,
+        params: Params,
+        weights: tuple[float, ...],
+        sources: list[Node],
+        indices: tuple[int, ...],
+        base: Node | None,
+        where: str,
+    ) -> Node:
+        kinds = [source.kind for source in sources]
+        first = base if base is not None and base.kind == "weights" else sources[0]
+        kind: Kind
+        if method.space == "weights":
+            if "delta" in kinds:
+                delta = slot.sources[indices[kinds.index("delta")]][0]
+                raise RecipeError(f"{method.name} merges full models, and '{delta}' is a task vector", where=where)
+            kind, base = "weights", None
+        elif method.space == "any":
+            kind, base = self._linear_kind(method, weights, kinds, where), None
+        elif base is None and "weights" in kinds:
+            raise PlanError(f"step '{step}': {method.name} needs a base for '{slot.name}'", where=where)
+        else:
+            kind = "delta" if base is None else base.kind
+        return Apply(
+            step=step,
+            method=method,
+            params=params,
+            weights=weights,
+            sources=tuple(sources),
+            source_indices=indices,
+            base=base,
+            kind=kind,
+            shape=sources[0].shape,
+            dtype=first.dtype,
+        )
+
+    def _linear_kind(self, method: Method, weights: Sequence[float], kinds: Sequence[Kind], where: str) -> Kind:
+        if method.name != "combine":
+            if len(set(kinds)) > 1:
+                raise RecipeError(f"{method.name} cannot mix full models with task vectors", where=where)
+            return kinds[0]
+        total = sum(weight for weight, kind in zip(weights, kinds, strict=True) if kind == "weights")
+        if math.isclose(total, 1.0, abs_tol=1e-9):
+            return "weights"
+        if math.isclose(total, 0.0, abs_tol=1e-9):
+            return "delta"
+        raise RecipeError(
+            f"the coefficients of the full models add up to {total:g}; they must add up to 1 (a model) or 0 (a task vector)",
+            where=where,
+        )

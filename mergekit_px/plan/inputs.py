@@ -1,0 +1,109 @@
+"""From model references to opened checkpoints: local folders by their headers, Hub repositories pinned to a commit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
+from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
+from mergekit_px.errors import InputError, InputNotFoundError
+from mergekit_px.recipe.model import ModelInput
+
+if TYPE_CHECKING:
+    from mergekit_px.hub.resolve import ResolvedRepo
+
+
+@dataclass(frozen=True)
+class ResolvedInput:
+    """One input of a recipe, with its headers read and nothing else.
+
+    ``repo`` is None for local files; for Hub inputs that are not on this machine yet ``checkpoint.directory`` is None.
+    """
+
+    name: str
+    reference: str
+    checkpoint: Checkpoint
+    repo: ResolvedRepo | None = None
+    state: Mapping[str, Any] | None = None
+    """The tensors themselves, for merges in memory."""
+
+    @property
+    def is_task_vector(self) -> bool:
+        return is_task_vector(self.checkpoint)
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        return base_fingerprint(self.checkpoint)
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        return self.checkpoint.config
+
+    def identity(self) -> Any:
+        """What must be equal for two plans to be of the same inputs."""
+        files = [[file.name, file.size, file.header_sha256] for file in self.checkpoint.files.values()]
+        return {"commit": self.repo.commit if self.repo else None, "files": files}
+
+    def declared_bases(self) -> tuple[str, ...]:
+        """The base models that the input's own card names."""
+        if self.repo is not None:
+            return self.repo.base_models
+        directory = self.checkpoint.directory
+        return _card_bases(directory / "README.md") if directory is not None else ()
+
+
+def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: str) -> ResolvedInput:
+    """Open one input: a path on this machine, or a Hub repository pinned to a commit.
+
+    Raises:
+        InputError: missing, unreachable or malformed; ``where`` goes in front.
+    """
+    from mergekit_px.hub.reference import parse_reference
+
+    reference = request.model
+    if reference is None:
+        raise InputError(f"input '{name}' names no model", where=where)
+    hub_reference = parse_reference(reference)
+    if hub_reference is None:
+        path = Path(reference).expanduser()
+        if not path.exists():
+            raise InputNotFoundError(f"input '{name}': no such file or folder '{reference}'", where=where)
+        return ResolvedInput(name, reference, open_checkpoint(path, label=reference, allow_pickle=allow_pickle))
+    from mergekit_px.hub.resolve import remote_checkpoint, resolve
+
+    repo = resolve(hub_reference)
+    return ResolvedInput(name, reference, remote_checkpoint(repo), repo)
+
+
+def file_identity(checkpoint: Checkpoint) -> str:
+    """One hash over the names, sizes and headers of a checkpoint's files."""
+    digest = hashlib.sha256()
+    for file in checkpoint.files.values():
+        digest.update(f"{file.name}\0{file.size}\0{file.header_sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def _card_bases(card: Path) -> tuple[str, ...]:
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ()
+    if not text.startswith("---"):
+        return ()
+    front, found, _ = text[3:].partition("\n---")
+    if not found:
+        return ()
+    try:
+        data = yaml.safe_load(front)
+    except yaml.YAMLError:
+        return ()
+    bases = data.get("base_model") if isinstance(data, dict) else None
+    if isinstance(bases, str):
+        return (bases,)
+    return tuple(base for base in bases if isinstance(base, str)) if isinstance(bases, list) else ()

@@ -1,0 +1,250 @@
+"""What was decided: a frozen plan that can be printed, compared and hashed.
+
+Each output tensor is a :class:`WorkItem` with an expression over stored tensors. Nothing in a plan depends on the
+number of threads, the memory budget or the device, except :class:`Budget`, which is left out of the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mergekit_px.checkpoint.dtypes import DType
+from mergekit_px.checkpoint.layout import OutputLayout
+from mergekit_px.checkpoint.open import StoredTensor
+from mergekit_px.methods.declare import Access, Method, Params
+
+if TYPE_CHECKING:
+    from mergekit_px.plan.inputs import ResolvedInput
+    from mergekit_px.plan.options import PlanOptions
+    from mergekit_px.recipe.load import LoadedRecipe
+
+Kind = Literal["weights", "delta"]
+"""Whether a value is a model's weights or a task vector (a difference of weights)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """A stored tensor of an input; ``shape`` may keep only its first rows."""
+
+    input: str
+    tensor: StoredTensor
+    shape: tuple[int, ...]
+    kind: Kind
+
+    @property
+    def dtype(self) -> DType:
+        return self.tensor.dtype
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        return ()
+
+    def describe(self) -> Any:
+        return f"{self.input}:{self.tensor.name}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Apply:
+    """A method applied to sources.
+
+    For methods on deltas, ``base`` is subtracted from the sources that are weights, and added to the result; where
+    it is None all sources are deltas and so is the result.
+    """
+
+    step: str
+    method: Method
+    params: Params
+    weights: tuple[float, ...]
+    sources: tuple[Node, ...]
+    source_indices: tuple[int, ...]
+    """Place of each source among the step's sources: the random streams follow it."""
+    base: Node | None
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        return self.sources if self.base is None else (self.base, *self.sources)
+
+    def describe(self) -> Any:
+        return {
+            "step": self.step,
+            "method": self.method.name,
+            "params": self.params.model_dump(mode="json"),
+            "weights": list(self.weights),
+            "sources": [source.describe() for source in self.sources],
+            "base": self.base.describe() if self.base is not None else None,
+        }
+
+
+Node = Read | Apply
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """The distinct nodes of an expression, operands before the nodes that use them."""
+    seen: set[int] = set()
+
+    def visit(current: Node) -> Iterator[Node]:
+        if id(current) in seen:
+            return
+        seen.add(id(current))
+        for operand in current.operands:
+            yield from visit(operand)
+        yield current
+
+    return visit(node)
+
+
+@dataclass(frozen=True, eq=False)
+class WorkItem:
+    """One output tensor: its storage and the expression that gives its value."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    node: Node
+
+    @cached_property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def action(self) -> Literal["merge", "copy", "convert"]:
+        if isinstance(self.node, Apply):
+            return "merge"
+        return "copy" if self.node.dtype == self.dtype else "convert"
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """The distinct nodes of the expression, operands first."""
+        return tuple(walk(self.node))
+
+    @cached_property
+    def reads(self) -> tuple[Read, ...]:
+        """The stored tensors that the expression reads, each once."""
+        return tuple(node for node in self.nodes if isinstance(node, Read))
+
+    @cached_property
+    def applied(self) -> tuple[Apply, ...]:
+        """The methods of the expression, inner ones first."""
+        return tuple(node for node in self.nodes if isinstance(node, Apply))
+
+    @cached_property
+    def access(self) -> Access:
+        """The finest cut that every method of the expression allows."""
+        found = {node.method.access for node in self.applied}
+        order: tuple[Access, ...] = ("tensor", "rows", "two_pass", "elementwise")
+        return next((access for access in order if access in found), "elementwise")
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """An input tensor that is not in the output, and why."""
+
+    input: str
+    tensor: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Peak memory, in bytes, as planned.
+
+    ``total = baseline + workers * worker + largest``: the interpreter with its libraries, the buffers of each
+    worker, and the largest tensor that a method needs whole.
+    """
+
+    baseline: int
+    workers: int
+    worker: int
+    largest: int
+    largest_tensor: str | None
+    chunk: int
+    """Elements of a tensor that one worker holds at a time."""
+
+    @property
+    def total(self) -> int:
+        return self.baseline + self.workers * self.worker + self.largest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run does, fixed before a weight is read."""
+
+    inputs: Mapping[str, ResolvedInput]
+    items: tuple[WorkItem, ...]
+    layout: OutputLayout
+    dropped: tuple[Dropped, ...]
+    notes: tuple[str, ...]
+    config: Mapping[str, Any] | None
+    side_files: Mapping[str, str]
+    """File name -> the input that it is copied from."""
+    config_from: str | None
+    tokenizer_from: str | None
+    output: Path | None
+    kind: Kind
+    seed: int
+    steps: Mapping[str, Any]
+    """For people: what each step does, as ``pxmerge plan`` and the model card tell it."""
+    budget: Budget
+    device: str
+    loaded: LoadedRecipe = field(repr=False)
+    options: PlanOptions = field(repr=False)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of input that one pass reads (methods with statistics read some tensors again)."""
+        return sum(read.tensor.nbytes for item in self.items for read in item.reads)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(shard.size for shard in self.layout.shards)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over the inputs, every expression and the output's layout: what a resumed run must share."""
+        digest = hashlib.sha256()
+
+        def put(value: Any) -> None:
+            digest.update(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+            digest.update(b"\n")
+
+        put([self.seed, self.kind, self.options.allow_nonfinite])
+        for name, source in sorted(self.inputs.items()):
+            put([name, source.identity()])
+        described: dict[int, str] = {}
+        for item in self.items:
+            put([item.name, item.dtype.name, item.shape, _digest(item.node, described)])
+        for shard in self.layout.shards:
+            put([shard.file, hashlib.sha256(shard.header_bytes).hexdigest()])
+        return digest.hexdigest()
+
+
+def _digest(node: Node, known: dict[int, str]) -> str:
+    if id(node) in known:
+        return known[id(node)]
+    if isinstance(node, Read):
+        text = json.dumps([node.input, node.tensor.name, node.shape, node.kind])
+    else:
+        text = json.dumps(
+            [
+                node.method.name,
+                node.params.model_dump(mode="json"),
+                node.weights,
+                node.source_indices,
+                node.kind,
+                None if node.base is None else _digest(node.base, known),
+                [_digest(source, known) for source in node.sources],
+            ],
+            sort_keys=True,
+        )
+    known[id(node)] = hashlib.sha256(text.encode()).hexdigest()
+    return known[id(node)]

@@ -1,0 +1,26 @@
+"""How a run is to be done, apart from what the recipe asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """Options of ``pxmerge run`` that the plan must know; each overrides the recipe where both speak."""
+
+    output: Path | None = None
+    dtype: str | None = None
+    shard_size: str | int | None = None
+    device: str = "auto"
+    memory: int | None = None
+    """Peak memory of the process in bytes; None for no limit but what the machine has."""
+    threads: int | None = None
+    mode: Literal["new", "resume", "overwrite"] = "new"
+    allow_nonfinite: bool = False
+    allow_pickle: bool = False
+    allow_base_mismatch: bool = False
+    hash_inputs: bool = True
+    """Whether the lock file gets the sha256 of every local input file."""

@@ -1,0 +1,92 @@
+"""A plan as plain data, for ``pxmerge plan`` and its ``--json``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from mergekit_px.plan.build import local_fingerprint
+from mergekit_px.plan.inputs import ResolvedInput
+from mergekit_px.plan.model import Plan
+
+_NAMED = 50
+
+
+def plan_report(plan: Plan, *, seconds_bound: float | None = None) -> dict[str, Any]:
+    """Everything that a plan decided, JSON-able.
+
+    Args:
+        seconds_bound: the least time for the bytes moved on this machine, where it was measured.
+    """
+    names = {name: set(source.checkpoint.tensors) for name, source in plan.inputs.items()}
+    outputs = {item.name for item in plan.items}
+    everywhere = set.intersection(*names.values()) if names else set()
+    actions = Counter(item.action for item in plan.items)
+    methods = Counter(node.method.name for item in plan.items for node in item.applied)
+    return {
+        "plan_hash": plan.hash,
+        "kind": "task vector" if plan.kind == "delta" else "model",
+        "inputs": {name: _input(source, plan) for name, source in plan.inputs.items()},
+        "steps": dict(plan.steps),
+        "tensors": {
+            "output": len(plan.items),
+            "merged": actions["merge"],
+            "copied": actions["copy"],
+            "converted": actions["convert"],
+            "in_all_inputs": len(everywhere),
+            "in_some_inputs": {
+                name: sorted(outputs - found)[:_NAMED] for name, found in names.items() if outputs - found
+            },
+            "by_method": dict(methods),
+            "dropped": [{"input": drop.input, "tensor": drop.tensor, "reason": drop.reason} for drop in plan.dropped],
+        },
+        "parameters": sum(item.elements for item in plan.items),
+        "dtypes": dict(Counter(item.dtype.name for item in plan.items)),
+        "tied_embeddings": _tied(plan),
+        "config_from": plan.config_from,
+        "tokenizer_from": plan.tokenizer_from,
+        "side_files": dict(plan.side_files),
+        "output": {
+            "path": str(plan.output) if plan.output is not None else None,
+            "shards": [{"file": shard.file, "bytes": shard.size} for shard in plan.layout.shards],
+            "bytes": plan.bytes_written,
+        },
+        "memory": {
+            "peak_bytes": plan.budget.total,
+            "baseline_bytes": plan.budget.baseline,
+            "workers": plan.budget.workers,
+            "bytes_per_worker": plan.budget.worker,
+            "largest_bytes": plan.budget.largest,
+            "largest_tensor": plan.budget.largest_tensor,
+            "chunk_elements": plan.budget.chunk,
+        },
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "seconds_bound": seconds_bound,
+        "seed": plan.seed,
+        "notes": list(plan.notes),
+    }
+
+
+def _input(source: ResolvedInput, plan: Plan) -> dict[str, Any]:
+    checkpoint = source.checkpoint
+    return {
+        "reference": source.reference,
+        "commit": source.repo.commit if source.repo is not None else None,
+        "local": checkpoint.directory is not None,
+        "kind": "task vector" if source.is_task_vector else "model",
+        "files": len(checkpoint.files),
+        "tensors": len(checkpoint.tensors),
+        "parameters": sum(tensor.elements for tensor in checkpoint.tensors.values()),
+        "bytes": sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+        "dtypes": dict(Counter(tensor.dtype.name for tensor in checkpoint.tensors.values())),
+        "architecture": ((source.config or {}).get("architectures") or [None])[0],
+        "fingerprint": local_fingerprint(source) if plan.kind == "delta" else None,
+    }
+
+
+def _tied(plan: Plan) -> bool | None:
+    if plan.config is None:
+        return None
+    value = plan.config.get("tie_word_embeddings")
+    return bool(value) if value is not None else None

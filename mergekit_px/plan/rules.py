@@ -1,0 +1,38 @@
+"""Which rules of a step select a tensor, and what they change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import translate
+from functools import lru_cache
+
+from mergekit_px.recipe.layer_range import parse_layers
+from mergekit_px.recipe.model import Rule
+
+
+@lru_cache(maxsize=4096)
+def _glob(pattern: str) -> re.Pattern[str]:
+    return re.compile(translate(pattern))
+
+
+@lru_cache(maxsize=4096)
+def _layers(text: str | int | tuple[int, ...]) -> object:
+    return parse_layers(list(text) if isinstance(text, tuple) else text)
+
+
+def selects(rule: Rule, name: str, layer: int | None) -> bool:
+    """Whether a rule applies to an output tensor; ``layer`` is None outside the numbered layers."""
+    if rule.match is not None:
+        globs = [rule.match] if isinstance(rule.match, str) else rule.match
+        if not any(_glob(glob).match(name) for glob in globs):
+            return False
+    if rule.layers is not None:
+        selection = _layers(tuple(rule.layers) if isinstance(rule.layers, list) else rule.layers)
+        return bool(selection.contains(layer))  # type: ignore[attr-defined]
+    return True
+
+
+def matching(rules: Sequence[Rule], name: str, layer: int | None) -> tuple[int, ...]:
+    """Places of the rules that select a tensor, in the order in which they apply."""
+    return tuple(index for index, rule in enumerate(rules) if selects(rule, name, layer))

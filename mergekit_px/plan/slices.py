@@ -1,0 +1,160 @@
+"""Layers stacked anew: which tensors of which sources make each tensor of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mergekit_px.errors import PlanError, RecipeError
+from mergekit_px.plan.layers import is_embedding, position, split_layer, stack_sizes
+from mergekit_px.recipe.layer_range import parse_layers
+from mergekit_px.recipe.model import Rule, Slice, Step, Value
+
+if TYPE_CHECKING:
+    from mergekit_px.plan.expressions import Expressions
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One output tensor of a step before its parameters are known."""
+
+    name: str
+    sources: tuple[tuple[str, str], ...]
+    """(model or step, tensor name) of each source."""
+    base: tuple[str, str] | None
+    params: Mapping[str, Value]
+    weights: tuple[Value, ...]
+    rules: tuple[Rule, ...]
+    position: float | None
+    """Depth within the slice; None where depth is that of the output."""
+    part: int
+    """Number of the slice; -1 outside of slices."""
+
+
+def slice_slots(step_name: str, step: Step, expressions: Expressions) -> list[Slot]:
+    """The slots of a step with slices, embeddings first, then the layers, then the rest.
+
+    Tensors outside the layers are made as in the first slice (embeddings) or the last (everything else).
+
+    Raises:
+        PlanError, RecipeError: layers that a source does not have, or sources that cannot be stacked.
+    """
+    assert step.slices is not None
+    where = expressions.loaded.where("steps", step_name, "slices")
+    if step.sources:
+        raise RecipeError("a step has either sources or slices", where=where)
+    if not step.slices:
+        raise RecipeError("slices is empty", where=where)
+    layers: list[Slot] = []
+    sources_of_layers: list[list[tuple[str, int]]] = []
+    for part, piece in enumerate(step.slices):
+        here = expressions.loaded.where("steps", step_name, "slices", part)
+        stacked = [_stack(source.model, expressions, here) for source in piece.sources]
+        numbers = []
+        for source, (_, count) in zip(piece.sources, stacked, strict=True):
+            chosen = parse_layers(source.layers).to_list(count)
+            if not chosen or chosen[-1] >= count or chosen[0] < 0:
+                raise PlanError(
+                    f"layers {source.layers} of '{source.model}', which has {count} (0-{count - 1})", where=here
+                )
+            numbers.append(chosen)
+        if len({len(chosen) for chosen in numbers}) > 1:
+            counts = ", ".join(f"'{s.model}' {len(n)}" for s, n in zip(piece.sources, numbers, strict=True))
+            raise PlanError(f"the sources of one slice must have as many layers each: {counts}", where=here)
+        for index in range(len(numbers[0])):
+            place = position(index, len(numbers[0]))
+            own = [
+                (source.model, stack, chosen[index])
+                for source, (stack, _), chosen in zip(piece.sources, stacked, numbers, strict=True)
+            ]
+            sources_of_layers.append([(model, layer) for model, _, layer in own])
+            layers.extend(_layer_slots(step, piece, part, own, len(sources_of_layers) - 1, place, expressions))
+    expressions.layer_sources[step_name] = sources_of_layers
+    before = _outside(step, 0, True, expressions)
+    after = _outside(step, len(step.slices) - 1, False, expressions)
+    return [*before, *layers, *after]
+
+
+def _stack(model: str, expressions: Expressions, where: str) -> tuple[str, int]:
+    """The one numbered stack of a model and its number of layers."""
+    sizes = stack_sizes(expressions.namespace(model))
+    if len(sizes) != 1:
+        found = ", ".join(f"{stack}* ({count})" for stack, count in sizes.items()) or "none"
+        raise PlanError(f"slices need a model with one stack of layers; '{model}' has {found}", where=where)
+    return next(iter(sizes.items()))
+
+
+def _layer_slots(
+    step: Step,
+    piece: Slice,
+    part: int,
+    own: list[tuple[str, str, int]],
+    layer: int,
+    place: float,
+    expressions: Expressions,
+) -> list[Slot]:
+    base_model = piece.base or step.base
+    base_place = next((entry for entry in own if entry[0] == base_model), own[0])
+    base_prefix = f"{base_place[1]}{base_place[2]}"
+    members_and_base = [*own, (base_model, *base_place[1:])] if base_model is not None else own
+    names: dict[str, None] = {}
+    for model, stack, number in members_and_base:
+        for name in expressions.namespace(model):
+            found = split_layer(name)
+            if found is not None and found.stack == stack and found.layer == number:
+                names[found.suffix] = None
+    members = [(model, stack, number) for model, stack, number in own if model != base_model]
+    params, weights = _values(step, piece, base_model)
+    return [
+        Slot(
+            name=f"{own[0][1]}{layer}{suffix}",
+            sources=tuple((model, f"{stack}{number}{suffix}") for model, stack, number in members),
+            base=(base_model, f"{base_prefix}{suffix}") if base_model is not None else None,
+            params=params,
+            weights=weights,
+            rules=(*step.rules, *piece.rules),
+            position=place,
+            part=part,
+        )
+        for suffix in names
+    ]
+
+
+def _outside(step: Step, part: int, embeddings: bool, expressions: Expressions) -> list[Slot]:
+    assert step.slices is not None
+    piece = step.slices[part]
+    base_model = piece.base or step.base
+    members = [source.model for source in piece.sources if source.model != base_model]
+    names: dict[str, None] = {}
+    for model in ([base_model] if base_model is not None else []) + members:
+        for name in expressions.namespace(model):
+            if split_layer(name) is None and is_embedding(name) == embeddings:
+                names[name] = None
+    params, weights = _values(step, piece, base_model)
+    return [
+        Slot(
+            name=name,
+            sources=tuple((model, name) for model in members),
+            base=(base_model, name) if base_model is not None else None,
+            params=params,
+            weights=weights,
+            rules=(*step.rules, *piece.rules),
+            position=0.0 if embeddings else 1.0,
+            part=part,
+        )
+        for name in names
+    ]
+
+
+def _values(step: Step, piece: Slice, base: str | None) -> tuple[dict[str, Value], tuple[Value, ...]]:
+    """The parameters of a slice and the weights of its sources (the base has none)."""
+    params: dict[str, Value] = {**step.params, **piece.params}
+    members = [source for source in piece.sources if source.model != base]
+    for name in {key for source in members for key in source.params}:
+        shared = params.get(name)
+        params[name] = {
+            source.model: source.params.get(name, shared.get(source.model) if isinstance(shared, Mapping) else shared)
+            for source in members
+        }
+    return params, tuple(source.weight for source in members)

@@ -1,0 +1,128 @@
+"""From values as written to the numbers of one tensor: interpolation over depth, one value for each source."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from mergekit_px.errors import RecipeError
+from mergekit_px.methods.declare import Method, Params
+from mergekit_px.recipe.model import Value
+
+
+def interpolate(values: Sequence[Any], position: float) -> float:
+    """Piecewise linear through ``values`` placed evenly over [0, 1].
+
+    Raises:
+        ValueError: an empty list, or something that is not a number.
+    """
+    if not values or any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
+        raise ValueError(f"a list is interpolated over depth and must hold numbers only, not {list(values)}")
+    place = position * (len(values) - 1)
+    below = min(int(place), len(values) - 1)
+    above = min(below + 1, len(values) - 1)
+    share = place - below
+    return float(values[below]) if share == 0 else float(values[below]) * (1 - share) + float(values[above]) * share
+
+
+def varies(value: Value) -> bool:
+    """Whether a value depends on depth."""
+    if isinstance(value, Mapping):
+        return any(varies(inner) for inner in value.values())
+    return isinstance(value, (list, tuple))
+
+
+def at_depth(value: Value, position: float) -> Any:
+    """A scalar, or the value of a list at that depth."""
+    return interpolate(value, position) if isinstance(value, (list, tuple)) else value
+
+
+def takes_list(method: Method, field: str) -> bool:
+    """Whether a parameter is itself a list, which is then not interpolated."""
+    info = method.params.model_fields.get(field)
+    if info is None or field in method.per_source_fields():
+        return False
+    annotation = info.annotation
+    candidates = typing.get_args(annotation) or (annotation,)
+    return any((typing.get_origin(candidate) or candidate) in (list, tuple) for candidate in (annotation, *candidates))
+
+
+def resolve_params(
+    method: Method,
+    written: Mapping[str, Value],
+    like: str | None,
+    sources: Sequence[str],
+    position: float,
+    where: str,
+) -> Params:
+    """The parameter object of one tensor: defaults, then the ``like`` preset, then what was written.
+
+    Args:
+        sources: names of the sources that take part, for values given by source.
+        position: depth in [0, 1].
+
+    Raises:
+        RecipeError: a parameter that does not exist, cannot vary, or is out of bounds.
+    """
+    values: dict[str, Any] = {}
+    if like is not None:
+        if like not in method.presets:
+            known = ", ".join(method.presets) or "none"
+            raise RecipeError(f"{method.name} has no variant like '{like}' (known: {known})", where=where)
+        values.update(method.presets[like])
+    per_source = method.per_source_fields()
+    for field, value in written.items():
+        if field not in method.params.model_fields:
+            raise RecipeError(
+                f"{method.name} has no parameter '{field}'",
+                where=where,
+                hint=f"known are {', '.join(method.params.model_fields) or 'none'}",
+            )
+        try:
+            if field in per_source:
+                values[field] = tuple(
+                    at_depth(value[source] if isinstance(value, Mapping) else value, position) for source in sources
+                )
+            elif isinstance(value, Mapping):
+                raise ValueError("it is one value for all sources")
+            elif takes_list(method, field):
+                values[field] = value
+            else:
+                values[field] = at_depth(value, position)
+        except KeyError as missing:
+            raise RecipeError(f"parameter '{field}' has no value for source {missing}", where=where) from None
+        except ValueError as problem:
+            raise RecipeError(f"parameter '{field}': {problem}", where=where) from None
+    for field in per_source - values.keys():
+        default = method.params.model_fields[field].get_default()
+        if not isinstance(default, tuple) and default is not None:
+            values[field] = tuple(default for _ in sources)
+    for field in per_source & values.keys():
+        if not isinstance(values[field], tuple):
+            values[field] = tuple(values[field] for _ in sources)
+    try:
+        return method.params(**values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in issue['loc'][:1])}: {issue['msg'].lower()}, got {issue['input']!r}"
+            for issue in error.errors()[:2]
+        )
+        raise RecipeError(f"{method.name}: {problems}", where=where) from None
+
+
+def resolve_weight(value: Value, default: float, position: float, source: str, where: str) -> float:
+    """A source's weight for one tensor.
+
+    Raises:
+        RecipeError: not a finite number.
+    """
+    try:
+        found = default if value is None else at_depth(value, position)
+    except ValueError as problem:
+        raise RecipeError(f"weight of '{source}': {problem}", where=where) from None
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or abs(found) == float("inf"):
+        raise RecipeError(f"the weight of '{source}' must be a finite number, not {found!r}", where=where)
+    return float(found)
