@@ -89,6 +89,9 @@ class _PreadFile:
         if descriptor >= 0:
             os.close(descriptor)
 
+    def __del__(self) -> None:
+        self.close()
+
 
 class _SeekingFile:
     def __init__(self, descriptor: int, writable: bool) -> None:

@@ -1,0 +1,81 @@
+"""Whatever the bytes: an error of ours, or a header whose entries tile the data exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergekit_px.checkpoint.dtypes import DTYPES
+from mergekit_px.checkpoint.header import Header, build_header, parse_header
+from mergekit_px.errors import MalformedCheckpointError
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
+tensors = st.dictionaries(
+    names, st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 5), max_size=3)), max_size=6
+).map(
+    lambda found: [
+        (name, dtype, tuple(shape)) for name, (dtype, shape) in found.items() if math.prod(shape) * dtype.bits % 8 == 0
+    ]
+)
+metadata = st.dictionaries(names, st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=3)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from(list(DTYPES)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def check(raw: bytes, file_size: int) -> Header | None:
+    try:
+        header = parse_header(raw, file_size, "fuzzed")
+    except MalformedCheckpointError as error:
+        assert str(error).startswith("fuzzed") and "\n" not in str(error)
+        return None
+    reached = 0
+    for entry in header.entries.values():
+        assert entry.begin == reached and (entry.end - entry.begin) * 8 == math.prod(entry.shape) * entry.dtype.bits
+        reached = entry.end
+    assert header.data_start == 8 + len(raw) and header.data_start + reached == file_size
+    return header
+
+
+@given(tensors, metadata)
+def test_round_trip(listing, strings) -> None:
+    start, header = build_header(listing, strings)
+    assert int.from_bytes(start[:8], "little") == len(start) - 8
+    parsed = check(start[8:], len(start) + header.data_size)
+    assert parsed == header
+    assert {(each.name, each.dtype, each.shape) for each in header.entries.values()} == set(listing)
+
+
+@given(st.binary(max_size=200), st.integers(0, 400))
+def test_arbitrary_bytes(raw, file_size) -> None:
+    check(raw, file_size)
+
+
+@given(st.dictionaries(st.text(max_size=8), json_values, max_size=4), st.integers(0, 400))
+def test_arbitrary_json(document, extra) -> None:
+    raw = json.dumps(document).encode()
+    check(raw, 8 + len(raw) + extra)
+
+
+@settings(max_examples=300)
+@given(tensors.filter(bool), st.data())
+def test_mutated_headers(listing, data) -> None:
+    start, header = build_header(listing, {"format": "pt"})
+    raw = bytearray(start[8:])
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(raw) - 1))
+        kind = data.draw(st.sampled_from(["flip", "drop", "repeat", "digit"]))
+        if kind == "flip":
+            raw[place] = data.draw(st.integers(0, 255))
+        elif kind == "drop" and len(raw) > 1:
+            del raw[place]
+        elif kind == "repeat":
+            raw[place:place] = raw[place : place + 8]
+        else:
+            raw[place] = data.draw(st.sampled_from(b"0123456789-"))
+    check(bytes(raw), 8 + len(raw) + header.data_size + data.draw(st.integers(-2, 2)))
