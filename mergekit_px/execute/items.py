@@ -127,7 +127,7 @@ class Execution:
         return jobs
 
     def _copy(self, item: WorkItem, read: Read, start: int, stop: int, lane: Lane) -> None:
-        buffer = memoryview(lane.host_bytes("copy", stop - start).numpy())
+        buffer = as_bytes(lane.host_bytes("copy", stop - start))
         self.readers[read.input].read_into(read.tensor, start, buffer)
         self.sink.write(item.name, start, buffer)
         self.advance(item.name, stop - start)
@@ -147,7 +147,7 @@ class Execution:
             if out is not host:
                 host.copy_(out, non_blocking=True)
         lane.finish()
-        self.sink.write(item.name, start * width, memoryview(host.numpy()))
+        self.sink.write(item.name, start * width, as_bytes(host))
         self.advance(item.name, (stop - start) * width)
 
     def _write_whole(self, item: WorkItem, lane: Lane) -> None:
@@ -163,7 +163,7 @@ class Execution:
             self._store(item, value, stored)
             host = stored.view(torch.uint8).cpu()
         lane.release()
-        self.sink.write(item.name, 0, memoryview(host.numpy()))
+        self.sink.write(item.name, 0, as_bytes(host))
         self.advance(item.name, host.numel())
 
     def _sweep_chunk(
@@ -194,7 +194,7 @@ class Execution:
         for number, read in enumerate(reads):
             width = read.dtype.bits // 8
             host = lane.host_bytes(f"read {number}", (stop - start) * width)
-            self.readers[read.input].read_into(read.tensor, start * width, memoryview(host.numpy()))
+            self.readers[read.input].read_into(read.tensor, start * width, as_bytes(host))
             raw[id(read)] = lane.to_device(host).view(read.dtype.torch)
         return raw
 
@@ -213,7 +213,7 @@ class Execution:
     def _load_whole(self, item: WorkItem, lane: Lane, read: Read) -> torch.Tensor:
         width = read.dtype.bits // 8
         host = lane.host_bytes("whole", item.elements * width)
-        self.readers[read.input].read_into(read.tensor, 0, memoryview(host.numpy()))
+        self.readers[read.input].read_into(read.tensor, 0, as_bytes(host))
         value = lane.to_device(host).view(read.dtype.torch).to(accumulation_dtype(item), copy=True)
         lane.finish()
         if not self.allow_nonfinite:
@@ -269,6 +269,12 @@ def accumulation_dtype(item: WorkItem) -> torch.dtype:
     """float64 where an input is float64, else float32."""
     wide = any(read.dtype.name == "F64" for read in item.reads)
     return torch.float64 if wide else torch.float32
+
+
+def as_bytes(buffer: torch.Tensor) -> memoryview:
+    """The memory of a uint8 tensor on the CPU."""
+    view: memoryview = buffer.numpy().data
+    return view
 
 
 def _generator(node: Apply, elements: int) -> Any:

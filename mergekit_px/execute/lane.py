@@ -40,7 +40,7 @@ class Lane:
         self.device = device
         self.threads = threads
         self._buffers: dict[str, torch.Tensor] = {}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         torch.set_num_threads(1)
 
     def host_bytes(self, role: str, count: int) -> torch.Tensor:

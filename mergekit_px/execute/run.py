@@ -18,6 +18,7 @@ from mergekit_px.checkpoint.reader import TensorReader, open_reader
 from mergekit_px.checkpoint.writer import CheckpointWriter
 from mergekit_px.errors import PlanError, UsageError
 from mergekit_px.execute import bandwidth
+from mergekit_px.execute.allocator import keep_freed_memory
 from mergekit_px.execute.events import Progress, Report, RunResult
 from mergekit_px.execute.items import Execution, Sink
 from mergekit_px.execute.lane import Lane, pick_device
@@ -49,7 +50,7 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
     reporter = _Reporter(plan, progress)
     with ExitStack() as stack:
         readers = {
-            name: stack.enter_context(_closing(open_reader(source.checkpoint))) for name, source in plan.inputs.items()
+            name: stack.enter_context(closing(open_reader(source.checkpoint))) for name, source in plan.inputs.items()
         }
         writer = stack.enter_context(CheckpointWriter(plan.output, plan.layout, plan.hash, mode=plan.options.mode))
         hashes = InputHashes(plan.inputs, local=plan.options.hash_inputs)
@@ -74,6 +75,7 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
 
 def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance: Callable[[str, int], None]) -> None:
     """Compute every item of a plan into a sink."""
+    keep_freed_memory()
     device = pick_device(plan.device)
     execution = Execution(
         readers=readers,
@@ -149,12 +151,6 @@ def _routines(execution: Execution, items: Sequence[WorkItem]) -> Iterator[Routi
 
 def _depth(node: Apply) -> int:
     return 1 + max((_depth(operand) for operand in node.operands if isinstance(operand, Apply)), default=0)
-
-
-def _closing(reader: TensorReader) -> Any:
-    from contextlib import closing
-
-    return closing(reader)
 
 
 def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:

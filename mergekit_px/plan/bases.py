@@ -46,7 +46,8 @@ def complete_bases(
         steps[centre] = Step(method="linear", sources=full, missing=step.missing, vocabulary=step.vocabulary)
         steps[name] = step.model_copy(update={"base": centre})
         notes.append(
-            f"no base given: the mean of {', '.join(full)} is the base of '{name}' (centred task vectors, arXiv:2412.12153)"
+            f"no base given: the mean of {', '.join(full)} is the base of '{name}' "
+            "(centred task vectors, arXiv:2412.12153)"
         )
     return recipe.model_copy(update={"steps": steps, "models": models}), added, notes
 

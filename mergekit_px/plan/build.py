@@ -343,7 +343,8 @@ def _refuse_quantized(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedIn
         for read in item.reads:
             if read.input in packed:
                 raise PlanError(
-                    f"'{read.input}' is stored quantized ({packed[read.input]}), and '{item.name}' would be computed from it",
+                    f"'{read.input}' is stored quantized ({packed[read.input]}), "
+                    f"and '{item.name}' would be computed from it",
                     hint="give the dequantized checkpoint",
                 )
 
@@ -352,11 +353,11 @@ def _side_files(
     inputs: Mapping[str, ResolvedInput], config_from: str | None, tokenizer_from: str | None
 ) -> dict[str, str]:
     files: dict[str, str] = {}
-    if config_from in inputs:
+    if config_from is not None:
         for name in inputs[config_from].checkpoint.side_files:
             if not _is_tokenizer_file(name):
                 files[name] = config_from
-    if tokenizer_from in inputs:
+    if tokenizer_from is not None:
         for name in inputs[tokenizer_from].checkpoint.side_files:
             if _is_tokenizer_file(name):
                 files[name] = tokenizer_from

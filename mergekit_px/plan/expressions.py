@@ -179,18 +179,14 @@ class Expressions:
         if len(indices) == len(operands) and not base_missing:
             return base, indices
         if step.missing == "base":
-            node = base or next(node for node in operands if node is not None)
-            return node
+            return base or next(node for node in operands if node is not None)
         if step.missing == "present":
             if not indices:
                 assert base is not None
                 return base
             if base_missing:
-                if len(indices) == 1:
-                    node = operands[indices[0]]
-                    assert node is not None
-                    return node
-                return None, indices
+                only = operands[indices[0]]
+                return only if len(indices) == 1 and only is not None else (None, indices)
             return base, indices
         have = [source for (source, _), node in zip(slot.sources, operands, strict=True) if node is not None]
         lack = [source for (source, _), node in zip(slot.sources, operands, strict=True) if node is None]
@@ -201,7 +197,7 @@ class Expressions:
         raise TensorMismatchError(
             f"step '{step_name}': '{slot.name}' is in {having} but not in {lacking}",
             where=where,
-            hint="set `missing: present` or `missing: base`, drop it by a rule, or check that the models belong together",
+            hint="set `missing: present` or `missing: base`, drop it by a rule, or check that the models fit together",
         )
 
     def _parameters(
@@ -337,6 +333,7 @@ class Expressions:
         if math.isclose(total, 0.0, abs_tol=1e-9):
             return "delta"
         raise RecipeError(
-            f"the coefficients of the full models add up to {total:g}; they must add up to 1 (a model) or 0 (a task vector)",
+            f"the coefficients of the full models add up to {total:g}, "
+            "and must add up to 1 (a model) or 0 (a task vector)",
             where=where,
         )
