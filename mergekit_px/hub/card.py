@@ -75,7 +75,7 @@ def model_card(
 
     Args:
         recipe: the whole recipe as YAML; paths of the local machine in it are cut to their last part.
-        lock_hash: sha256 of ``pxmerge.lock.json``, in hex.
+        lock_hash: the plan's hash as ``pxmerge.lock.json`` records it, in hex.
         version: of pxmerge.
         notes: what was said aloud on the way, one sentence each.
     """
@@ -96,7 +96,7 @@ def merged_license(inputs: Sequence[CardInput]) -> str:
     """The licence id for the front matter: what all inputs agree on, else ``other``. This decides no law."""
     found = {card_input.license for card_input in inputs}
     agreed = found.pop() if len(found) == 1 else None
-    return agreed if agreed is not None and not agreed.startswith("other") else "other"
+    return _line(agreed) if agreed is not None and not agreed.startswith("other") else "other"
 
 
 def _front_matter(
@@ -182,7 +182,7 @@ def _reproduction(recipe: str, lock_hash: str, inputs: Sequence[CardInput]) -> s
         [
             "## How to reproduce",
             "Equal inputs give equal bytes. `pxmerge.yaml` is the recipe, `pxmerge.lock.json` pins the commit and"
-            f" the hash of every input and output file (its sha256: `{lock_hash}`).{needs}",
+            f" the hash of every input and output file; the plan's hash is `{lock_hash}`.{needs}",
             _fenced("pxmerge run pxmerge.yaml -o merged\npxmerge verify merged", "sh"),
             "## Recipe",
             _fenced(_without_local_paths(recipe, inputs), "yaml"),

@@ -103,7 +103,7 @@ def quiet_client() -> Iterator[None]:
         hub_logging.set_verbosity(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="huggingface_hub")
+            warnings.simplefilter("ignore")
             yield
     finally:
         if hush:
@@ -120,6 +120,7 @@ def byte_counter(report: Callable[[int], None]) -> type[Any]:
 
     class Counter:
         total: int | None = None
+        n = 0
 
         def __init__(self, *args: Any, **keywords: Any) -> None:
             pass

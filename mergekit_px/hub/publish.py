@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_px.checkpoint.destination import PART_SUFFIX, STATE_FOLDER
 from mergekit_px.checkpoint.index import parse_index
 from mergekit_px.errors import HubError, InputError, InputNotFoundError
 from mergekit_px.hub.client import answer_timeout, hub_api, is_offline, patiently, quiet_client
@@ -70,9 +71,9 @@ def finished_files(directory: Path) -> tuple[str, ...]:
     if not directory.is_dir():
         raise InputNotFoundError("no such folder", where=str(directory))
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    unfinished = [name for name in names if name.endswith(".part") or name.startswith(".pxmerge/")]
-    if unfinished or (directory / ".pxmerge").exists():
-        sign = unfinished[0] if unfinished else ".pxmerge"
+    parts = [name for name in names if name.endswith(PART_SUFFIX)]
+    if parts or (directory / STATE_FOLDER).exists():
+        sign = parts[0] if parts else STATE_FOLDER
         raise InputError(
             f"a run has not finished here: {sign} is left", where=str(directory), hint="`pxmerge run --resume` first"
         )

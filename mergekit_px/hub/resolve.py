@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from mergekit_px.hub.reference import HubReference
 from mergekit_px.hub.repository import RemoteFile, ResolvedRepo
 
 if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
     from mergekit_px.checkpoint.open import Checkpoint
 
 __all__ = ["RemoteFile", "ResolvedRepo", "remote_checkpoint", "resolve"]
@@ -75,11 +77,7 @@ def _resolve_remote(reference: HubReference) -> ResolvedRepo:
             lambda: hub_api().model_info(repo, revision=revision, files_metadata=True, timeout=answer_timeout())
         )
         commit = info.sha or ""
-        files = {
-            sibling.rfilename: RemoteFile(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None)
-            for sibling in info.siblings or ()
-        }
-    _check_names(files, reference)
+    files = {each.rfilename: _remote_file(each, reference) for each in info.siblings or ()}
     if not _COMMIT.fullmatch(commit):
         raise HubError("the answer names no commit", where=str(reference), hint="check HF_ENDPOINT")
     card = {key: info.card_data.get(key) for key in _CARD_KEYS} if info.card_data is not None else {}
@@ -106,6 +104,15 @@ def _resolve_cached(reference: HubReference) -> ResolvedRepo:
     return ResolvedRepo(repo, revision, commit, files, _license(card), _base_models(card))
 
 
+def _remote_file(sibling: RepoSibling, reference: HubReference) -> RemoteFile:
+    if not is_inside(sibling.rfilename):
+        name = shown(sibling.rfilename)
+        raise HubError(f"it lists {name}, which is no path inside a repository", where=str(reference))
+    if sibling.size is None:
+        raise HubError(f"the size of {sibling.rfilename} is not told", where=str(reference), hint="check HF_ENDPOINT")
+    return RemoteFile(sibling.size, sibling.lfs.sha256 if sibling.lfs is not None else None)
+
+
 def _cached_file(path: Path) -> RemoteFile:
     # The cache names a blob by its etag, which is the sha256 for large files.
     blob = path.resolve().name
@@ -129,12 +136,6 @@ def _config(resolved: ResolvedRepo) -> Mapping[str, Any] | None:
     if CONFIG_FILE not in resolved.files:
         return None
     return parse_object(read_small(resolved, CONFIG_FILE), f"{resolved}/{CONFIG_FILE}", strict=False)
-
-
-def _check_names(names: Iterable[str], reference: HubReference) -> None:
-    for name in names:
-        if not is_inside(name):
-            raise HubError(f"it lists {shown(name)}, which is no path inside a repository", where=str(reference))
 
 
 def _license(card: Mapping[str, Any]) -> str | None:

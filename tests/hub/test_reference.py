@@ -100,6 +100,15 @@ def test_a_password_in_an_address_is_not_repeated() -> None:
     assert "hf_secret" not in str(caught.value)
 
 
+def test_no_module_loads_the_client_or_torch_before_it_is_needed() -> None:
+    code = (
+        "import sys; from mergekit_px.hub import card, fetch, publish, resolve;"
+        "print([name for name in ('huggingface_hub', 'httpx2', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_local_path_loads_no_client() -> None:
     code = (
         "import sys; from mergekit_px.hub.reference import parse_reference; parse_reference('./a');"

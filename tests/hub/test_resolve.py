@@ -100,9 +100,22 @@ def test_headers_are_read_from_the_cache_where_it_has_the_file(hub: FakeHub, sha
 
 
 def test_a_server_that_ignores_ranges_is_read_no_further(hub: FakeHub, weights: Weights) -> None:
-    hub.add("org/model", {"model.safetensors": weights("a", elements=1000)})
-    hub.fault("storage", ignore_range=True)
+    body = weights("a", elements=16_000_000)
+    hub.add("org/model", {"model.safetensors": body})
+    fault = hub.fault("storage", ignore_range=True)
     assert list(remote_checkpoint(resolve(HubReference("org/model"))).tensors) == ["a"]
+    hub.wait_until(lambda: hub.sent("/storage/") < len(body))  # both answers were broken off
+    assert fault.hits == 2
+
+
+def test_a_listing_without_sizes_is_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    hub.add("org/model", {"config.json": b"{}"})
+    plain = HfApi.model_info
+    monkeypatch.setattr(HfApi, "model_info", lambda *given, files_metadata, **named: plain(*given, **named))
+    with pytest.raises(HubError, match=r"the size of config\.json is not told"):
+        resolve(HubReference("org/model"))
 
 
 def test_headers_are_pinned_too(hub: FakeHub, weights: Weights) -> None:
