@@ -39,8 +39,3 @@ class RangeSet:
     def prefix(self) -> int:
         """The first number from 0 on that is not in the set."""
         return self._stops[0] if self._starts and self._starts[0] == 0 else 0
-
-    def first_gap(self, size: int) -> int | None:
-        """The first number below ``size`` that is not in the set; None if there is none."""
-        reached = self.prefix()
-        return reached if reached < size else None

@@ -110,6 +110,7 @@ class CheckpointWriter:
             self._discard()
         if unfinished is not None:
             withdraw(self.directory, self._layout)
+            self._remove_staged()
         self._check_space()
         if unfinished is None:
             self._disposable = True
@@ -267,6 +268,7 @@ class CheckpointWriter:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
+        self._remove_staged()  # made anew by the next attempt, and it takes room
         if discard:
             with suppress(OSError):
                 self._discard()
@@ -280,9 +282,12 @@ class CheckpointWriter:
         """Remove what an unfinished run consists of; the journal first, so that none is seen without its files."""
         for name in (JOURNAL_FILE, PUBLISHING_FILE):
             (self._state / name).unlink(missing_ok=True)
-        shutil.rmtree(self._state / STAGE_FOLDER, ignore_errors=True)
+        self._remove_staged()
         for part in weight_files(self.directory, self._layout.stem, PART_SUFFIX):
             part.unlink()
+
+    def _remove_staged(self) -> None:
+        shutil.rmtree(self._state / STAGE_FOLDER, ignore_errors=True)
 
     def _finished_prefix(self, number: int) -> int:
         with self._mutex:

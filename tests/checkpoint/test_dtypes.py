@@ -19,8 +19,30 @@ WITH_TORCH = [dtype for dtype in DTYPES.values() if dtype.torch_name is not None
 
 def test_all_types_of_the_format_are_there() -> None:
     assert set(DTYPES) == set(
-        "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 I32 U32 F32"
-        " C64 F64 I64 U64".split()
+        [
+            "BOOL",
+            "F4",
+            "F6_E2M3",
+            "F6_E3M2",
+            "U8",
+            "I8",
+            "F8_E5M2",
+            "F8_E4M3",
+            "F8_E8M0",
+            "F8_E4M3FNUZ",
+            "F8_E5M2FNUZ",
+            "I16",
+            "U16",
+            "F16",
+            "BF16",
+            "I32",
+            "U32",
+            "F32",
+            "C64",
+            "F64",
+            "I64",
+            "U64",
+        ]
     )
     assert all(name == dtype.name for name, dtype in DTYPES.items())
 
@@ -118,7 +140,20 @@ def test_table_is_finite_and_positive() -> None:
 
 
 def test_reading_headers_needs_no_torch() -> None:
-    modules = "dtypes header index open reader layout writer side_files fingerprint task_vector hashing pickled".split()
+    modules = [
+        "dtypes",
+        "header",
+        "index",
+        "open",
+        "reader",
+        "layout",
+        "writer",
+        "side_files",
+        "fingerprint",
+        "task_vector",
+        "hashing",
+        "pickled",
+    ]
     lines = [f"import mergekit_px.checkpoint.{module}" for module in modules]
     code = ";".join([*lines, "import sys", "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"])
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -85,7 +85,7 @@ def test_shards_behind_symlinks_as_in_the_hub_cache(tmp_path) -> None:
     sharded(tmp_path / "real")
     snapshot = tmp_path / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
-    for name in os.listdir(tmp_path / "real"):
+    for name in [path.name for path in (tmp_path / "real").iterdir()]:
         blob = tmp_path / "blobs" / hashlib.sha256(name.encode()).hexdigest()
         blob.parent.mkdir(exist_ok=True)
         (tmp_path / "real" / name).rename(blob)

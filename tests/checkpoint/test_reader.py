@@ -107,12 +107,12 @@ def test_errors_name_file_and_tensor(tmp_path, tensors, portable) -> None:
     stored = checkpoint.tensors["w"]
     reader = FileReader(checkpoint, portable=portable)
     buffer = memoryview(bytearray(stored.nbytes))
-    with pytest.raises(InputError, match="model.safetensors: w: bytes 1 to 8401 asked of 8400"):
+    with pytest.raises(InputError, match=r"model\.safetensors: w: bytes 1 to 8401 asked of 8400"):
         reader.read_into(stored, 1, buffer)
     reader.read_into(stored, 0, buffer)
     whole = path.read_bytes()
     path.write_bytes(whole[: stored.offset + 100])
-    with pytest.raises(InputError, match="model.safetensors: w: the file ends 8300 bytes early; it changed"):
+    with pytest.raises(InputError, match=r"model\.safetensors: w: the file ends 8300 bytes early; it changed"):
         reader.read_into(stored, 0, buffer)
     reader.close()
     with pytest.raises(InputError, match=f"changed since its header was read: {len(whole)} bytes then"):
