@@ -1,0 +1,62 @@
+"""Random numbers that depend on what they are for, never on how the work was divided.
+
+The generator is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) addressed by counter: word ``j`` of a stream is
+``mix(key + j * gamma)``, where the key is a hash of (seed, tensor name, source). Two streams are two stretches of one
+cycle of 2**64 words; that any two of the streams of a merge overlap is as likely as a collision of their keys.
+Integer operations alone make the words, so all devices give the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+_LAST_SHIFT = 31
+_MANTISSA_BITS = 24
+
+
+class RandomStream:
+    """The random numbers of elements ``start`` to ``start + count`` of one tensor.
+
+    Args:
+        seed: any integer.
+        name: the name of the output tensor.
+        start: index of the block's first element in the flattened tensor.
+        count: number of elements of the block.
+        device: where the numbers are made.
+    """
+
+    def __init__(self, seed: int, name: str, start: int, count: int, device: torch.device | str = "cpu") -> None:
+        self._identity = f"{seed}\0{name}"
+        self._start = start
+        self._count = count
+        self._device = device
+
+    def uniform(self, source: int) -> torch.Tensor:
+        """float32 multiples of 2**-24 in [0, 1), shape (count,), fresh memory, independent between sources."""
+        first, skip = divmod(self._start, 2)
+        words = self._words(source, first, (skip + self._count + 1) // 2)
+        halves = words.view(torch.int32)[skip : skip + self._count]
+        return halves.bitwise_and(2**_MANTISSA_BITS - 1).to(torch.float32).mul_(2.0**-_MANTISSA_BITS)
+
+    def _words(self, source: int, first: int, count: int) -> torch.Tensor:
+        """int64, shape (count,): each word serves two neighbouring elements."""
+        digest = hashlib.blake2b(f"{self._identity}\0{source}".encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, "little", signed=True)
+        words = torch.arange(first, first + count, dtype=torch.int64, device=self._device).mul_(_GAMMA).add_(key)
+        for shift, multiplier in _ROUNDS:
+            words.bitwise_xor_(_shift_right(words, shift)).mul_(multiplier)
+        return words.bitwise_xor_(_shift_right(words, _LAST_SHIFT))
+
+
+def _shift_right(words: torch.Tensor, distance: int) -> torch.Tensor:
+    """Logical shift: torch's own copies the sign bit."""
+    return words.bitwise_right_shift(distance).bitwise_and_(2 ** (64 - distance) - 1)
+
+
+def bernoulli(uniform: torch.Tensor, probability: float | torch.Tensor) -> torch.Tensor:
+    """1 where ``uniform < probability``, else 0; changes ``uniform`` in place and returns it."""
+    return uniform.neg_().add_(probability).sign_().clamp_(min=0)

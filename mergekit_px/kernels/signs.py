@@ -1,0 +1,115 @@
+"""Sign election and the disjoint mean of TIES (arXiv:2306.01708, section 3), on sources taken one at a time.
+
+Everything is arithmetic on floats: on a CPU boolean masks cost several times as much as the sums they guard.
+A *cut* is the largest magnitude that is trimmed away; inf trims everything, 0 nothing. NaN passes through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+_TIE = 2.0**-18
+
+Vote = Literal["sum", "count"]
+Tie = Literal["zero", "positive"]
+
+
+def trim(values: torch.Tensor, cut: float) -> torch.Tensor:
+    """Zero where ``|value| <= cut``, in fresh memory."""
+    return torch.nn.functional.hardshrink(values, _round_down(cut, values.dtype))
+
+
+def elect_signs(
+    tensors: Sequence[torch.Tensor], coefficients: Sequence[float], cuts: Sequence[float], *, vote: Vote, tie: Tie
+) -> torch.Tensor:
+    """The sign of each element that the sources agree on: -1, 0 or 1, in the dtype and shape of the tensors.
+
+    Differences of bfloat16 numbers are small multiples of one unit, so that votes cancel often; with unequal
+    coefficients rounding would then decide. Hence sums within 2**-18 of their terms' magnitudes are ties.
+
+    Args:
+        tensors: the sources, equal in shape and dtype.
+        coefficients: what each source is multiplied with before the vote.
+        cuts: what is trimmed from each source before the vote.
+        vote: ``sum``: the sign of the sum; ``count``: each nonzero element has one vote.
+        tie: what wins where the votes cancel: neither sign, or the positive one.
+    """
+    if vote == "count":
+        coefficients = [math.copysign(1.0, value) if value else 0.0 for value in coefficients]
+    exact = len(set(coefficients)) == 1
+    if exact and coefficients[0]:
+        coefficients = [math.copysign(1.0, coefficients[0])] * len(tensors)
+    total = torch.zeros_like(tensors[0])
+    mass = torch.zeros_like(tensors[0])
+    for tensor, coefficient, cut in zip(tensors, coefficients, cuts, strict=True):
+        ballot = trim(tensor, cut)
+        if vote == "count":
+            ballot.sign_()
+        total.add_(ballot, alpha=coefficient)
+        if not exact:
+            mass.add_(ballot.abs_(), alpha=abs(coefficient))
+    if not exact:
+        decided = mass.mul_(-_TIE).add_(total.abs()).clamp_(min=0)
+        total.mul_(decided.sign_())
+    total.sign_()
+    return total.add_(0.5).sign_() if tie == "positive" else total
+
+
+def disjoint_sum(
+    tensors: Sequence[torch.Tensor],
+    signs: torch.Tensor,
+    coefficients: Sequence[float],
+    cuts: Sequence[float],
+    *,
+    orientations: Sequence[float],
+    shares: Sequence[float] | None,
+) -> torch.Tensor:
+    """Sum, or mean, over the sources that have the elected sign.
+
+    Source i takes part in an element where ``orientations[i] * tensors[i]`` has the sign in ``signs`` and its
+    magnitude is above ``cuts[i]``.
+
+    Args:
+        tensors: the sources, equal in shape and dtype.
+        signs: -1, 0 or 1, of the same shape and dtype.
+        coefficients: what each source is multiplied with in the sum.
+        cuts: what is trimmed from each source.
+        orientations: 1, or -1 for a source whose opposite is compared with ``signs``, or 0 for one left out.
+        shares: what each source that takes part adds to the divisor (a divisor of 0 counts as 1); None for no
+            division.
+    """
+    total = torch.zeros_like(signs)
+    divisor = torch.zeros_like(signs)
+    for index, tensor in enumerate(tensors):
+        if orientations[index] == 0:
+            continue
+        agreeing = torch.mul(tensor, signs)
+        if orientations[index] < 0:
+            agreeing.neg_()
+        torch.threshold_(agreeing, _round_down(cuts[index], tensor.dtype), 0.0)
+        total.add_(agreeing, alpha=orientations[index] * coefficients[index])
+        if shares is not None:
+            divisor.add_(agreeing.sign_(), alpha=shares[index])
+    if shares is not None:
+        total.div_(_zero_to_one(divisor, least=min(shares)))
+    return total.mul_(signs)
+
+
+def _zero_to_one(divisor: torch.Tensor, least: float) -> torch.Tensor:
+    """Replace 0 in place; ``least`` is the smallest term that the divisor is a sum of."""
+    if least > 0:
+        return divisor.clamp_(min=least)
+    return divisor.add_(divisor.sign().square_().neg_().add_(1.0))
+
+
+def _round_down(value: float, dtype: torch.dtype) -> float:
+    """The largest number of that dtype that is not above a nonnegative value."""
+    if dtype == torch.float64:
+        return value
+    narrow = np.float32(value)
+    return float(narrow if narrow <= value else np.nextafter(narrow, np.float32(0)))
