@@ -175,6 +175,7 @@ def merge_method(
     random: bool = False,
     scratch: float = 2.0,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    params: type[Params] | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Declare a merge method; the decorated function stays an ordinary function.
@@ -190,6 +191,8 @@ def merge_method(
         random: whether it draws random numbers.
         scratch: temporary memory, in tensors of the block's size in the accumulation dtype.
         presets: parameter values of other implementations' variants, by their names, for ``like:``.
+        params: the parameter class, where only the statistics take it; else it is read off the annotation of
+            the function's ``params``.
         name: the method's name if it is not the function's.
 
     Raises:
@@ -213,11 +216,10 @@ def merge_method(
             raise ValueError(
                 f"{method_name} is declared by both {REGISTRY[method_name].origin} and {function.__module__}"
             )
-        params = _params_class(function)
         REGISTRY[method_name] = Method(
             name=method_name,
             function=function,
-            params=params,
+            params=params or _params_class(function),
             space=space,
             access=access,
             sources=sources,
