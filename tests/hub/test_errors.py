@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -149,13 +150,25 @@ def test_an_endpoint_that_is_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
     assert "not what a Hub sends" in refusal(lambda: read_small(resolved, "config.json"))
 
 
-def test_the_client_prints_nothing_of_its_own(
+def test_the_client_says_nothing_of_its_own(
     hub: FakeHub, weights: Callable[..., bytes], waits: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.add("org/model", {"model.safetensors": weights("a"), "config.json": b"{}"})
     resolved = resolve(HubReference("org/model"))
     hub.fault("storage", cut_after=10, times=2)
-    fetch(resolved)
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.addHandler(listener)
+    try:
+        fetch(resolved)
+    finally:
+        logger.removeHandler(listener)
+    assert len(waits) == 2  # it had something to say
+    assert said == []
+    assert logger.level == level
     assert capfd.readouterr() == ("", "")
 
 

@@ -171,20 +171,33 @@ def test_progress_counts_every_byte_once(hub: FakeHub, sharded: Sharded, waits: 
     assert len(seen) > len(files)
 
 
-def test_an_interruption_stops_the_other_downloads(hub: FakeHub, sharded: Sharded, tmp_path: Path) -> None:
-    files = sharded(8, elements=10_000)
+def test_an_interruption_stops_the_other_downloads(
+    hub: FakeHub, sharded: Sharded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)
+    files = sharded(8, elements=1_000_000)
     hub.add("org/model", files)
     resolved = resolve(HubReference("org/model"))
+    interrupted: list[int] = []
 
-    def interrupt(done: int, total: int) -> None:
-        if done > total // 4:
+    def interrupt_once(done: int, total: int) -> None:
+        if done > 1_000_000 and not interrupted:
+            interrupted.append(done)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fetch(resolved, progress=interrupt)
+        fetch(resolved, progress=interrupt_once)
     assert leftovers(tmp_path) == []
-    assert len(hub.asked("storage", method="GET")) < 8
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == []
     assert contents(fetch(resolved)) == files
+
+
+def test_weights_wait_for_everything_else(hub: FakeHub, sharded: Sharded) -> None:
+    hub.add("org/model", sharded(2) | {"tokenizer.json": b"{}"})
+    hub.fault("resolve", path="tokenizer.json", method="GET", status=403)
+    with pytest.raises(HubError, match=r"downloading tokenizer\.json failed"):
+        fetch(resolve(HubReference("org/model")))
+    assert hub.asked("storage") == []
 
 
 def test_no_token_goes_to_the_storage_host(logged_in: FakeHub, weights: Weights) -> None:
