@@ -177,7 +177,9 @@ def _notes(notes: Sequence[str]) -> str:
 
 def _reproduction(recipe: str, lock_hash: str, inputs: Sequence[CardInput]) -> str:
     local = any(not card_input.is_on_hub for card_input in inputs)
-    needs = " The local inputs are needed under the paths that the recipe gives." if local else ""
+    pinned = any(card_input.is_on_hub for card_input in inputs)
+    needs = " Where a branch has moved on, write the commit of the table: `org/name@commit`." if pinned else ""
+    needs += " The local inputs are needed under the paths that the recipe gives." if local else ""
     return "\n\n".join(
         [
             "## How to reproduce",
