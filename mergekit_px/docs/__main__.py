@@ -1,0 +1,40 @@
+"""``python -m mergekit_px.docs [--check]``, run in a checkout of the project."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import mergekit_px
+from mergekit_px.docs.pages import generated_pages
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the pages, or with ``--check`` name those that differ; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m mergekit_px.docs", description="Generate the documentation.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is out of date")
+    check = parser.parse_args(argv).check
+    root = Path(mergekit_px.__file__).parents[1]
+    if not (root / "docs").is_dir():
+        sys.stderr.write(f"{root} is not a checkout of the project: it has no docs folder\n")
+        return 2
+    stale = [
+        path
+        for path, content in generated_pages(root).items()
+        if not path.exists() or path.read_text(encoding="utf-8") != content
+    ]
+    if check:
+        for path in stale:
+            sys.stderr.write(f"{path.relative_to(root)} differs from the declarations; run: make docs\n")
+        return 1 if stale else 0
+    for path, content in generated_pages(root).items():
+        if path in stale:
+            path.write_text(content, encoding="utf-8")
+            sys.stderr.write(f"wrote {path.relative_to(root)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""docs/api.md: every name of ``mergekit_px.__all__`` with its signature and docstring."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import mergekit_px
+from mergekit_px.docs.markdown import docstring, signature
+
+_INTRODUCTION = """# Python
+
+    import mergekit_px
+
+Importing it does not import torch; the functions that compute do.
+"""
+
+
+def api_page() -> str:
+    names = sorted(mergekit_px.__all__, key=str.lower)
+    return _INTRODUCTION + "".join(_section(name, getattr(mergekit_px, name)) for name in names)
+
+
+def _section(name: str, found: Any) -> str:
+    heading = f"\n## {name}\n\n"
+    if inspect.isclass(found):
+        return heading + _class_text(name, found)
+    if callable(found):
+        return heading + _code(signature(name, found)) + _documentation(found)
+    return heading + _code(f"{name} = {found!r}")
+
+
+def _class_text(name: str, found: type) -> str:
+    parts = [
+        _code(f"class {signature(name, found)}" if _is_constructed(found) else f"class {name}"),
+        _documentation(found),
+    ]
+    for member, value in vars(found).items():
+        function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+        if member.startswith("_") or not inspect.getdoc(value):
+            continue
+        if inspect.isfunction(function):
+            parts += [f"\n### {name}.{member}\n\n", _code(signature(member, function)), _documentation(function)]
+        elif isinstance(value, property):
+            parts += [f"\n### {name}.{member}\n\n", _documentation(value)]
+    return "".join(parts)
+
+
+def _is_constructed(found: type) -> bool:
+    return not issubclass(found, BaseException) and found.__init__ is not object.__init__
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```\n"
+
+
+def _documentation(found: Any) -> str:
+    documentation = inspect.getdoc(found)
+    return f"\n{docstring(documentation)}\n" if documentation else ""

@@ -1,0 +1,66 @@
+"""docs/cli.md, and the list of commands in the README: what the program itself prints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from unittest.mock import patch
+
+from mergekit_px.cli import main
+from mergekit_px.cli._commands import GROUPS, Command, all_commands
+from mergekit_px.docs.markdown import table
+from mergekit_px.docs.methods import own_methods
+from mergekit_px.methods.declare import method_slug
+
+_INTRODUCTION = """# Commands
+
+Data goes to stdout, everything else to stderr. Exit codes are listed under [errors](errors.md).
+An option that takes several values takes them after one flag (`--sources a b c`) or with the flag repeated.
+
+"""
+
+
+def commands_page() -> str:
+    sections = [f"## pxmerge\n\n{_help([])}"]
+    sections += [f"## pxmerge {command.name}\n\n{_help([command.name])}" for command in own_commands()]
+    return _INTRODUCTION + "\n".join(sections)
+
+
+def command_tables() -> str:
+    """A table for each group of commands."""
+    parts = []
+    for group in GROUPS:
+        rows = [
+            (f"[`pxmerge {command.name}`](docs/cli.md#pxmerge-{command.name.replace(' ', '-')})", command.summary)
+            for command in own_commands()
+            if command.group == group
+        ]
+        if rows:
+            parts.append(table((group, ""), rows))
+    return "\n".join(parts)
+
+
+def own_commands() -> list[Command]:
+    """The commands of the package itself, without those of methods from installed plug-ins."""
+    own = {method_slug(name) for name in own_methods()}
+    return [command for command in all_commands().values() if command.place is not None or command.name in own]
+
+
+def _help(words: list[str]) -> str:
+    return f"```text\n{_output([*words, '--help'])}```\n"
+
+
+def _output(words: list[str]) -> str:
+    with _plain_terminal(), contextlib.redirect_stdout(io.StringIO()) as stdout:
+        code = main(words)
+    if code != 0:
+        raise RuntimeError(f"pxmerge {' '.join(words)} ended with exit code {code}")
+    return "".join(f"{line.rstrip()}\n" for line in stdout.getvalue().splitlines())
+
+
+@contextlib.contextmanager
+def _plain_terminal() -> Iterator[None]:
+    with patch.dict(os.environ, {"COLUMNS": "100", "LINES": "50", "NO_COLOR": "1"}):
+        yield

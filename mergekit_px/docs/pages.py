@@ -1,0 +1,35 @@
+"""All generated pages of a checkout, by path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mergekit_px.docs.api import api_page
+from mergekit_px.docs.commands import command_tables, commands_page
+from mergekit_px.docs.errors import errors_page
+from mergekit_px.docs.markdown import fill
+from mergekit_px.docs.methods import methods_page
+from mergekit_px.docs.recipes import key_tables, schema_file
+
+
+def generated_pages(root: Path) -> dict[Path, str]:
+    """What the generated pages, and the hand-written pages with generated parts, should hold.
+
+    Raises:
+        OSError: a hand-written page is missing.
+        ValueError: the marks of a hand-written page are not those that are generated.
+    """
+    docs = root / "docs"
+    return {
+        root / "README.md": fill(_text(root / "README.md"), {"commands": command_tables()}),
+        docs / "recipe.md": fill(_text(docs / "recipe.md"), key_tables()),
+        docs / "recipe.schema.json": schema_file(),
+        docs / "methods.md": methods_page(),
+        docs / "cli.md": commands_page(),
+        docs / "errors.md": errors_page(),
+        docs / "api.md": api_page(),
+    }
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

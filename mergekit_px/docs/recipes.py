@@ -1,0 +1,31 @@
+"""The tables of docs/recipe.md: the keys of a recipe, from the models that check it."""
+
+from __future__ import annotations
+
+import json
+
+from mergekit_px.docs.fields import HEADER, field_rows
+from mergekit_px.docs.markdown import table
+from mergekit_px.recipe import model
+
+_PARTS = (
+    model.Recipe,
+    model.ModelInput,
+    model.Step,
+    model.Rule,
+    model.Slice,
+    model.SliceSource,
+    model.Output,
+    model.Push,
+)
+
+
+def key_tables() -> dict[str, str]:
+    """For each part of a recipe, by its name, a table of its keys."""
+    return {f"keys of {part.__name__}": table(HEADER, field_rows(part)) for part in _PARTS}
+
+
+def schema_file() -> str:
+    from mergekit_px.recipe.schema import recipe_schema
+
+    return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
