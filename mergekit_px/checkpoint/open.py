@@ -71,6 +71,7 @@ def checkpoint_from_headers(
     side_files: Sequence[str],
     *,
     directory: Path | None = None,
+    index_file: str = index_name(MODEL_FILE),
 ) -> Checkpoint:
     """Put parsed headers together, with the checks that concern several files.
 
@@ -80,11 +81,12 @@ def checkpoint_from_headers(
         header_hashes: hex sha256 of the JSON bytes of each header.
         index: the bytes of the index, where there is one.
         directory: where the files are; None if not on this machine.
+        index_file: what the index is called, for messages.
 
     Raises ``MalformedCheckpointError`` where index and files disagree, ``InputError`` where there is no index
     and a tensor occurs in two files.
     """
-    where = f"{label}/{index_name(MODEL_FILE)}"
+    where = f"{label}/{index_file}"
     if index is not None:
         weight_map = parse_index(index, where)
         for file in weight_map.values():
@@ -142,11 +144,17 @@ def _open_indexed(folder: Path, index: str, label: str, has_model_file: bool) ->
             where=label,
             hint="remove one, or give the file itself",
         )
-    return _open_files(folder, files, raw, label, whole_folder=True)
+    return _open_files(folder, files, raw, label, whole_folder=True, index_file=index)
 
 
 def _open_files(
-    folder: Path, names: Sequence[str], index: bytes | None, label: str, *, whole_folder: bool = False
+    folder: Path,
+    names: Sequence[str],
+    index: bytes | None,
+    label: str,
+    *,
+    whole_folder: bool = False,
+    index_file: str = index_name(MODEL_FILE),
 ) -> Checkpoint:
     headers: dict[str, Header] = {}
     sizes: dict[str, int] = {}
@@ -157,13 +165,15 @@ def _open_files(
             raw, sizes[name] = read_raw_header(folder / name, where)
         except InputNotFoundError:
             if index is not None:
-                raise _missing_shard(name, f"{label}/{index_name(MODEL_FILE)}") from None
+                raise _missing_shard(name, f"{label}/{index_file}") from None
             raise
         headers[name] = parse_header(raw, sizes[name], where)
         hashes[name] = hashlib.sha256(raw).hexdigest()
     config = _read_config(folder, label) if whole_folder else None
     carried = find_side_files(folder) if whole_folder else ()
-    return checkpoint_from_headers(label, headers, sizes, hashes, index, config, carried, directory=folder)
+    return checkpoint_from_headers(
+        label, headers, sizes, hashes, index, config, carried, directory=folder, index_file=index_file
+    )
 
 
 def _missing_shard(file: str, where: str) -> MalformedCheckpointError:
@@ -206,7 +216,8 @@ def _open_pickles(
 ) -> Checkpoint:
     from mergekit_px.checkpoint.pickled import describe_pickles
 
-    files, tensors = describe_pickles(folder, names, weight_map, label)
+    places = {name: f"{label}/{shown(name)}" if whole_folder else label for name in names}
+    files, tensors = describe_pickles(folder, places, weight_map, label)
     config = _read_config(folder, label) if whole_folder else None
     carried = find_side_files(folder) if whole_folder else ()
     return Checkpoint(label, folder, files, tensors, config, carried, kind="pickle")

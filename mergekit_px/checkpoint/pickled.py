@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_px.checkpoint.contents import CheckpointFile, StoredTensor
 from mergekit_px.checkpoint.index import check_index
-from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.state_dict import describe_state_dict
 from mergekit_px.errors import MalformedCheckpointError
 
@@ -45,14 +44,16 @@ def load_pickle(path: Path, where: str) -> dict[str, torch.Tensor]:
 
 
 def describe_pickles(
-    folder: Path, names: Sequence[str], weight_map: Mapping[str, str] | None, label: str
+    folder: Path, places: Mapping[str, str], weight_map: Mapping[str, str] | None, label: str
 ) -> tuple[dict[str, CheckpointFile], dict[str, StoredTensor]]:
-    """Files and tensors of a save in pickles. Raises ``InputError``, ``MalformedCheckpointError``."""
+    """Files and tensors of a save in pickles; ``places``: file -> what to call it in messages.
+
+    Raises ``InputError``, ``MalformedCheckpointError``.
+    """
     files: dict[str, CheckpointFile] = {}
     tensors: dict[str, StoredTensor] = {}
     contents: dict[str, dict[str, StoredTensor]] = {}
-    for name in names:
-        where = f"{label}/{shown(name)}"
+    for name, where in places.items():
         files[name], contents[name] = describe_state_dict(load_pickle(folder / name, where), name, where)
         tensors.update(contents[name])
     if weight_map is not None:

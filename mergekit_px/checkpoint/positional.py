@@ -124,7 +124,7 @@ class _SeekingFile:
             self._file.truncate(size)
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

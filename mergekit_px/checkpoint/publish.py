@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from mergekit_px.checkpoint.index import is_inside
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.layout import OutputLayout
 from mergekit_px.checkpoint.positional import sync
-from mergekit_px.errors import UsageError
+from mergekit_px.errors import InputError, UsageError
 
 _LAST = (CONFIG_FILE, LOCKFILE)
 _PIECE = 1 << 20
@@ -62,7 +62,7 @@ def stage(
     """Put all side files, complete, beside the output, so that a failure here costs nothing.
 
     Returns all files of the output in the order in which they are to be published, shards first. Raises
-    ``UsageError`` for names that leave the folder, ``OSError``.
+    ``UsageError`` for names that leave the folder, ``InputError`` for paths that cannot be read, ``OSError``.
     """
     stage_folder = directory / STATE_FOLDER / STAGE_FOLDER
     shutil.rmtree(stage_folder, ignore_errors=True)
@@ -86,19 +86,25 @@ def _write_staged(source: bytes | Path, target: Path) -> PublishedFile:
     digest = hashlib.sha256()
     size = 0
     with target.open("wb") as out:
-        if isinstance(source, bytes):
-            out.write(source)
-            digest.update(source)
-            size = len(source)
-        else:
-            with source.open("rb") as file:
-                while piece := file.read(_PIECE):
-                    out.write(piece)
-                    digest.update(piece)
-                    size += len(piece)
+        for piece in _pieces(source):
+            out.write(piece)
+            digest.update(piece)
+            size += len(piece)
         out.flush()
         sync(out.fileno())
     return PublishedFile(size, digest.hexdigest())
+
+
+def _pieces(source: bytes | Path) -> Iterator[bytes]:
+    if isinstance(source, bytes):
+        yield source
+        return
+    try:
+        with source.open("rb") as file:
+            while piece := file.read(_PIECE):
+                yield piece
+    except OSError as error:
+        raise InputError(f"cannot be copied: {error.strerror or error}", where=str(source)) from error
 
 
 def put_in_place(

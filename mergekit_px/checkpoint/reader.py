@@ -39,8 +39,9 @@ class TensorReader(Protocol):
 def open_reader(checkpoint: Checkpoint, *, portable: bool = False) -> TensorReader:
     """The reader for a checkpoint on this machine. Raises ``InputError`` where its bytes are elsewhere."""
     if checkpoint.directory is None:
-        elsewhere = "in memory, so read them there" if checkpoint.kind == "memory" else "not on this machine"
-        raise InputError(f"the tensors are {elsewhere}", where=checkpoint.label)
+        if checkpoint.kind == "memory":
+            raise InputError("its tensors are in memory", where=checkpoint.label, hint="read them by MemoryReader")
+        raise InputError("its files are not on this machine", where=checkpoint.label, hint="fetch them first")
     if checkpoint.kind == "pickle":
         return PickleReader(checkpoint)
     return FileReader(checkpoint, portable=portable)

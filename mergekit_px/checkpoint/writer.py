@@ -222,11 +222,12 @@ class CheckpointWriter:
                 the files published before it (so the lock file can hold the sha256 of all others).
 
         Raises ``RunError`` if bytes of tensors are missing, ``UsageError`` for a name that leaves the folder,
-        ``WriteError`` where the disk refuses; the run can be resumed after each.
+        ``InputError`` for a path that cannot be read, ``WriteError`` where the disk refuses; the run can be
+        resumed after each.
         """
-        missing = self.remaining_bytes
-        if missing or self._hasher is None or self._flusher is None:
-            raise RunError(f"{missing:,} bytes of the output were not written", where=str(self.directory), hint=_RESUME)
+        if self._journal is None or self._hasher is None or self._flusher is None:
+            raise RunError("the run has ended", where=str(self.directory), hint=_RESUME)
+        self._check_complete()
         try:
             self._flusher.stop()
             if self._flusher.error is not None:
@@ -245,6 +246,16 @@ class CheckpointWriter:
             raise self._refused(error, str(error.filename or self.directory)) from error
         self._end(discard=True)
         return PublishedCheckpoint(self.directory, published)
+
+    def _check_complete(self) -> None:
+        missing = self.remaining_bytes
+        if missing:
+            first = next(name for name, (_, _, size) in self._layout.location.items() if not self.done(name, 0, size))
+            raise RunError(
+                f"{missing:,} bytes of the output were not written, the first of them in {shown(first)}",
+                where=str(self.directory),
+                hint=_RESUME,
+            )
 
     def close(self) -> None:
         """End the run and give the folder free. An unfinished run can be resumed; one without a finished byte

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from mergekit_px.checkpoint.dtypes import DTYPES
 from mergekit_px.checkpoint.layout import OutputTensor, plan_layout
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.writer import CheckpointWriter
-from mergekit_px.errors import OutputError, OutputLockedError, RunError, UsageError
+from mergekit_px.errors import InputError, OutputError, OutputLockedError, RunError, UsageError
 
 BOTH_WAYS = pytest.mark.parametrize("portable", [False, True], ids=["pwrite", "portable"])
 
@@ -126,6 +127,15 @@ def test_side_files_stay_in_the_folder(tmp_path, name) -> None:
     assert output_state(tmp_path).unfinished is not None
 
 
+def test_a_side_file_that_cannot_be_read_is_an_input_error(tmp_path) -> None:
+    layout = sample_layout()
+    with CheckpointWriter(tmp_path / "out", layout, PLAN, mode="new") as writer:
+        write_all(writer, layout)
+        with pytest.raises(InputError, match=r"vocab\.txt: cannot be copied: No such file"):
+            writer.publish({"vocab.txt": tmp_path / "vocab.txt", "config.json": b"{}"})
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 @BOTH_WAYS
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
 def test_permissions_follow_the_umask(tmp_path, umask, portable) -> None:
@@ -146,7 +156,7 @@ def test_nothing_looks_finished_before_it_is(tmp_path) -> None:
     writer = CheckpointWriter(tmp_path, layout, PLAN, mode="new")
     for name, start, data in pieces(layout)[:-1]:
         writer.write(name, start, memoryview(data))
-    with pytest.raises(RunError, match=r"bytes of the output were not written.*--resume"):
+    with pytest.raises(RunError, match=r"bytes of the output were not written, the first of them in \w.*--resume"):
         writer.publish(SIDE_FILES)
     writer.close()
     writer.close()
@@ -229,6 +239,29 @@ def test_a_writer_in_another_process_is_seen(tmp_path) -> None:
             CheckpointWriter(tmp_path, sample_layout(), PLAN, mode="resume")
         child.kill()
     CheckpointWriter(tmp_path, sample_layout(), PLAN, mode="resume").close()
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_a_crowd_at_one_folder(tmp_path, attempt) -> None:
+    layout = sample_layout()
+    crowd = 6
+    start_line = threading.Barrier(crowd)
+
+    def run(_: int) -> str:
+        start_line.wait()
+        try:
+            with CheckpointWriter(tmp_path / "out", layout, PLAN, mode="new") as writer:
+                write_all(writer, layout)
+                writer.publish(SIDE_FILES)
+        except (OutputLockedError, OutputError) as error:
+            return type(error).__name__
+        return "published"
+
+    with ThreadPoolExecutor(crowd) as threads:
+        ends = list(threads.map(run, range(crowd)))
+    assert ends.count("published") == 1
+    assert files_in(tmp_path / "out") == expected_files(layout) | SIDE_FILES
+    assert not (tmp_path / "out" / ".pxmerge").exists()
 
 
 def test_many_small_tensors(tmp_path) -> None:
