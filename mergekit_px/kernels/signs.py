@@ -112,4 +112,4 @@ def _round_down(value: float, dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return value
     narrow = np.float32(value)
-    return float(narrow if narrow <= value else np.nextafter(narrow, np.float32(0)))
+    return float(narrow if float(narrow) <= value else np.nextafter(narrow, np.float32(0)))
