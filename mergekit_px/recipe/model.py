@@ -49,8 +49,9 @@ class Rule(RecipeModel):
     method: str | None = None
     """Another method for these tensors (its parameters start from their defaults)."""
     params: dict[str, Value] = Field(default_factory=dict)
+    """Other values of the method's parameters; values by source change only the sources that they name."""
     weights: dict[str, Value] | list[Value] | None = None
-    """Other weights of the sources."""
+    """Other weights of the sources: by name, which leaves the others as they are, or one for each in order."""
     take: str | None = None
     """Take these tensors from this model or step, unmerged."""
     drop: bool = False
@@ -67,7 +68,11 @@ class SliceSource(RecipeModel):
 
 
 class Slice(RecipeModel):
-    """Consecutive output layers, made from as many layers of each of its sources."""
+    """Consecutive output layers, made from as many layers of each of its sources.
+
+    Lists of values are interpolated over the layers of the slice. Tensors outside the numbered layers are made as
+    in the first slice where they belong to an embedding, else as in the last.
+    """
 
     sources: list[SliceSource] = Field(min_length=1)
     base: str | None = None
@@ -75,6 +80,7 @@ class Slice(RecipeModel):
     ``sources`` if it is listed there, else with those of the first source."""
     params: dict[str, Value] = Field(default_factory=dict)
     rules: list[Rule] = Field(default_factory=list)
+    """Rules of this slice, after those of the step. Names and layer numbers are those of the output."""
 
 
 class Step(RecipeModel):

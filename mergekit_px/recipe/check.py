@@ -1,0 +1,104 @@
+"""Whether a recipe can be meant: its names, its graph, its values, its output."""
+
+from __future__ import annotations
+
+import re
+
+from mergekit_px.errors import RecipeError
+from mergekit_px.recipe.catalog import MethodCatalog
+from mergekit_px.recipe.check_methods import check_methods
+from mergekit_px.recipe.check_step import check_step
+from mergekit_px.recipe.graph import check_graph, check_reference
+from mergekit_px.recipe.model import Output, Recipe
+from mergekit_px.recipe.nearest import hint_for
+from mergekit_px.recipe.places import Places
+
+HIGHEST_SEED = 2**63 - 1
+
+DTYPES = frozenset(
+    "f64 f32 f16 bf16 f8_e4m3 f8_e5m2 f8_e4m3fnuz f8_e5m2fnuz "
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz "
+    "double float half fp64 fp32 fp16".split()
+)
+"""Spellings of the dtypes in which merged tensors can be stored."""
+
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+_SIZE = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?\s*([KMGT]I?)?B|[0-9]{1,18}", re.IGNORECASE)
+
+
+def check_recipe(recipe: Recipe, places: Places, methods: MethodCatalog | None) -> None:
+    """Refuse a recipe that cannot be meant. Without ``methods`` their names and parameters are not looked at.
+
+    Raises:
+        RecipeError: the first problem, at its place.
+    """
+    _check_names(recipe, places)
+    _check_models(recipe, places)
+    for name, step in recipe.steps.items():
+        check_step(step, ("steps", name), places)
+    check_graph(recipe, places)
+    _check_output(recipe, recipe.output, places)
+    if not 0 <= recipe.seed <= HIGHEST_SEED:
+        what = f"'seed' must be a whole number from 0 to {HIGHEST_SEED}, not {recipe.seed}"
+        raise RecipeError(what, where=places.value(("seed",)))
+    if methods is not None:
+        check_methods(recipe, places, methods)
+
+
+def _check_names(recipe: Recipe, places: Places) -> None:
+    for part, entries in (("models", recipe.models), ("steps", recipe.steps)):
+        if not entries:
+            raise RecipeError(f"'{part}' is empty", where=places.key((part,)))
+        for name in entries:
+            if not _NAME.fullmatch(name):
+                raise RecipeError(
+                    f"'{name[:80]}' cannot be a name",
+                    where=places.key((part, name)),
+                    hint="names are letters, digits, '_', '-' and '.', and begin with a letter, a digit or '_'",
+                )
+    for name in recipe.steps:
+        if name in recipe.models:
+            where = places.key(("steps", name))
+            raise RecipeError(f"step '{name}' has the name of a model", where=where, hint="rename one of them")
+
+
+def _check_models(recipe: Recipe, places: Places) -> None:
+    for name, entry in recipe.models.items():
+        adapters = [entry.adapter] if isinstance(entry.adapter, str) else entry.adapter or []
+        if entry.model is None and not adapters:
+            where = places.key(("models", name))
+            raise RecipeError(f"'models.{name}' names neither a model nor an adapter", where=where)
+        if entry.model is not None and not entry.model.strip():
+            raise RecipeError("a path cannot be empty", where=places.value(("models", name, "model")))
+        if not all(adapter.strip() for adapter in adapters):
+            raise RecipeError("a path cannot be empty", where=places.value(("models", name, "adapter")))
+
+
+def _check_output(recipe: Recipe, output: Output, places: Places) -> None:
+    if output.from_ is not None:
+        check_reference(recipe, output.from_, ("output", "from"), places)
+    for key in ("config_from", "tokenizer_from"):
+        name = getattr(output, key)
+        if name is None or name in recipe.models:
+            continue
+        where = places.value(("output", key))
+        if name in recipe.steps:
+            raise RecipeError(f"'{name}' is a step, and '{key}' takes a model", where=where)
+        raise RecipeError(f"no model is named '{name[:80]}'", where=where, hint=hint_for(name, recipe.models))
+    if not output.path.strip():
+        raise RecipeError("'output.path' is empty", where=places.value(("output", "path")))
+    if output.dtype is not None and output.dtype.strip().lower().removeprefix("torch.") not in DTYPES:
+        raise RecipeError(
+            f"merged tensors cannot be stored as '{output.dtype[:80]}'",
+            where=places.value(("output", "dtype")),
+            hint=hint_for(output.dtype, ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")),
+        )
+    size = str(output.shard_size).strip()
+    if not _SIZE.fullmatch(size) or not re.search("[1-9]", size):
+        raise RecipeError(
+            f"'{size[:80]}' is not a size",
+            where=places.value(("output", "shard_size")),
+            hint="write one such as 5GB, 512MiB or 1000000",
+        )
+    if output.push is not None and not output.push.repo.strip():
+        raise RecipeError("'output.push.repo' is empty", where=places.value(("output", "push", "repo")))

@@ -1,0 +1,176 @@
+"""From a file, a text or Python data to a checked recipe, in pxmerge's own form or in mergekit's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mergekit_px.errors import RecipeError
+from mergekit_px.recipe.catalog import MethodCatalog
+from mergekit_px.recipe.check import check_recipe
+from mergekit_px.recipe.model import Recipe
+from mergekit_px.recipe.overrides import apply_overrides
+from mergekit_px.recipe.places import Places
+from mergekit_px.recipe.validate import validate_recipe
+from mergekit_px.recipe.yaml_text import LONGEST_TEXT, Node, Place, mapping, node_of, parse_yaml
+
+Dialect = Literal["pxmerge", "mergekit"]
+
+_MERGEKIT_KEYS = frozenset(
+    {"merge_method", "slices", "modules", "base_model", "experts", "gate_mode", "tokenizer_source", "out_dtype"}
+)
+_OWN_KEYS = frozenset({"pxmerge", "steps", "merge"})
+_AFTER_TRANSLATION = ("output", "seed")
+"""First keys of overrides that a mergekit config has no place for; they change its translation."""
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A checked recipe, and what is known of where it came from.
+
+    Attributes:
+        recipe: what was asked.
+        source: the text as given; where overrides changed it, the recipe as it then is.
+        path: the file, if it came from one.
+        differences: for a mergekit config, each difference in meaning, as a sentence.
+        dialect: the form of the text.
+        places: where each part stands.
+    """
+
+    recipe: Recipe
+    source: str
+    path: Path | None = None
+    differences: tuple[str, ...] = ()
+    dialect: Dialect = "pxmerge"
+    places: Places | None = field(default=None, repr=False, compare=False)
+
+    def where(self, *keys: str | int) -> str:
+        """The place of a key path of the recipe in what the user wrote, as ``recipe.yaml:12:5``.
+
+        A path that the text does not have gets the place of its nearest parent; a recipe made in code has
+        ``recipe`` for all places.
+        """
+        return self.places.key(keys) if self.places is not None else "recipe"
+
+
+def load_recipe(
+    path: str | Path, *, overrides: Sequence[str] = (), methods: MethodCatalog | None = None
+) -> LoadedRecipe:
+    """Read a recipe file of either dialect. Paths of models in it are relative to the current directory.
+
+    Args:
+        path: the file.
+        overrides: ``key=value`` changes, see :mod:`mergekit_px.recipe.overrides`.
+        methods: the merge methods; without them their names and parameters are not checked.
+
+    Raises:
+        RecipeError: there is no such file, or it holds no recipe that can be meant.
+    """
+    path = Path(path)
+    return parse_recipe(_read(path), name=str(path), overrides=overrides, methods=methods, path=path)
+
+
+def parse_recipe(
+    text: str,
+    *,
+    name: str = "recipe",
+    overrides: Sequence[str] = (),
+    methods: MethodCatalog | None = None,
+    path: Path | None = None,
+) -> LoadedRecipe:
+    """Read a recipe from text; ``name`` begins the places of errors. See :func:`load_recipe`.
+
+    Raises:
+        RecipeError: it is no recipe that can be meant.
+    """
+    root = parse_yaml(text, name)
+    if root.value is None:
+        raise RecipeError("the recipe is empty", where=name)
+    return replace(_build(root, text, overrides, methods), path=path)
+
+
+def recipe_from_mapping(data: Mapping[str, Any], methods: MethodCatalog | None = None) -> LoadedRecipe:
+    """A recipe from Python data of the same form as the YAML.
+
+    Raises:
+        RecipeError: it is no recipe that can be meant.
+    """
+    return _build(node_of(data, "recipe"), None, (), methods)
+
+
+def _build(root: Node, text: str | None, overrides: Sequence[str], methods: MethodCatalog | None) -> LoadedRecipe:
+    from mergekit_px.recipe.dump import dump_recipe
+
+    if not isinstance(root.value, dict):
+        raise RecipeError("a recipe is a mapping with models and steps", where=str(root.place))
+    dialect: Dialect = "mergekit" if _is_mergekit(root.value) else "pxmerge"
+    differences: tuple[str, ...] = ()
+    if dialect == "mergekit":
+        from mergekit_px.recipe.mergekit import translate
+
+        later = [override for override in overrides if override.strip().startswith(_AFTER_TRANSLATION)]
+        translation = translate(apply_overrides(root, [override for override in overrides if override not in later]))
+        root = apply_overrides(translation.recipe, later)
+        differences = tuple(translation.differences)
+    else:
+        root = _written_out(apply_overrides(root, overrides))
+    places = Places(root)
+    recipe = validate_recipe(root.data(), places)
+    check_recipe(recipe, places, methods)
+    if text is None:
+        text = dump_recipe(recipe)
+    elif overrides:
+        notes = "".join(f"# --set {' '.join(override.split())}\n" for override in overrides)
+        text = f"{notes}{dump_recipe(recipe)}"
+    return LoadedRecipe(recipe, text, None, differences, dialect, places)
+
+
+def _written_out(root: Node) -> Node:
+    """The tree with its short forms written out: ``merge:`` for a single step, a path for a model."""
+    assert isinstance(root.value, dict)
+    entries: dict[str, Node | None] = dict(root.value)
+    keys = dict(root.keys)
+    if (step := entries.pop("merge", None)) is not None:
+        if "steps" in entries:
+            raise RecipeError("a recipe has either merge or steps", where=str(root.keys["merge"]))
+        entries["steps"] = mapping(root.keys["merge"], {"merge": step}, {"merge": root.keys["merge"]})
+        keys["steps"] = root.keys["merge"]
+    models = entries.get("models")
+    if models is not None and isinstance(models.value, dict):
+        entries["models"] = mapping(
+            models.place,
+            {
+                name: mapping(entry.place, {"model": entry}) if isinstance(entry.value, str) else entry
+                for name, entry in models.value.items()
+            },
+            models.keys,
+        )
+    return mapping(root.place, entries, keys)
+
+
+def _is_mergekit(entries: Mapping[str, Node]) -> bool:
+    if _OWN_KEYS & entries.keys():
+        return False
+    models = entries.get("models")
+    return bool(_MERGEKIT_KEYS & entries.keys()) or (models is not None and isinstance(models.value, list))
+
+
+def _read(path: Path) -> str:
+    if path.is_dir():
+        raise RecipeError("a folder is no recipe", where=str(path), hint="give the file in it")
+    try:
+        with path.open("rb") as file:
+            data = file.read(4 * LONGEST_TEXT + 4)
+    except FileNotFoundError:
+        raise RecipeError("there is no such recipe", where=str(path)) from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
+        place = Place(str(path), before.count(b"\n") + 1, column)
+        raise RecipeError("not UTF-8 text", where=str(place), hint="save the file as UTF-8") from None

@@ -1,0 +1,101 @@
+"""What a config means to mergekit and cannot mean here, one sentence each; and parameters that mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mergekit_px.errors import RecipeError
+from mergekit_px.recipe.mergekit.pieces import Piece, entries_of
+from mergekit_px.recipe.mergekit.table import ALL_PARAMETERS, PeerMethod
+from mergekit_px.recipe.nearest import hint_for
+from mergekit_px.recipe.yaml_text import Node
+
+
+def parameter_differences(peer: PeerMethod, pieces: Iterable[Piece], parameters: Node | None) -> list[str]:
+    """Check the names of all parameters, and tell which of them change nothing.
+
+    Raises:
+        RecipeError: a parameter that mergekit does not have.
+    """
+    told: list[str] = []
+    known = [*peer.parameters, *sorted(ALL_PARAMETERS - peer.parameters.keys())]
+
+    def look(node: Node | None, source: str | None, is_base: bool) -> None:
+        for name in entries_of(node, "'parameters'") if node is not None else {}:
+            assert node is not None
+            if name not in ALL_PARAMETERS:
+                hint = hint_for(name, known)
+                raise RecipeError(f"unknown parameter '{name[:80]}'", where=str(node.keys[name]), hint=hint)
+            if name not in peer.parameters:
+                told.append(f"'{name}' has no effect on the result of {peer.name}, there or here.")
+            elif is_base:
+                told.append(f"'{name}' of the base model '{source}' has no effect, there or here.")
+            elif source is not None and not peer.parameters[name].per_source:
+                told.append(
+                    f"'{name}' of '{source}' has no effect, there or here: {peer.name} has one value for all models."
+                )
+
+    look(parameters, None, False)
+    for piece in pieces:
+        look(piece.parameters, None, False)
+        for source in piece.sources:
+            is_base = peer.base == "subtracted" and source.reference == piece.base
+            look(source.parameters, str(source.reference), is_base)
+        if piece.residual_weight:
+            told.append("'residual_weight' has no effect, there or here.")
+    return told
+
+
+def method_differences(peer: PeerMethod, pieces: list[Piece], step: Node) -> list[str]:
+    """Differences that lie in the methods and in what takes part, given the translated step."""
+    told: list[str] = []
+    values = _scalars(step)
+    if peer.name == "ties":
+        told.append(
+            "Elements that tie at the trim threshold are all kept; mergekit keeps as many of them as its sort has in "
+            "front."
+        )
+    if peer.is_random:
+        told.append(
+            "Other elements are dropped: random numbers follow from the seed, the tensor, the source and the element "
+            "here, and from the order of execution in mergekit."
+        )
+    if peer.like is not None and ("rescale", "l1") in values | _default_rescale(peer):
+        told.append("mergekit does not rescale task vectors whose L1 norm is below 1e-7; here all are rescaled.")
+    if ("normalize", True) in values and peer.base == "subtracted":
+        told.append("Weights that add up to zero cannot be normalized, and are refused; mergekit leaves them as they are.")
+    if peer.name == "slerp":
+        told.append("A tensor that is all zero is interpolated on a straight line; mergekit uses sines at a right angle.")
+    told.append(
+        "Every tensor of the inputs is kept, under its own name and in its own layout; mergekit leaves out tensors "
+        "that its description of the architecture does not name, and stores the experts of some models as one tensor."
+    )
+    if any(len(piece.sources) > 1 for piece in pieces) or peer.base == "subtracted":
+        told.append(
+            "A tensor that some models have and others lack is refused; mergekit merges what there is of tensors that "
+            "its description calls optional."
+        )
+    if pieces[0].sources[0].layers is not None:
+        told.append(
+            "Of the tensors outside the layers, embeddings are made as in the first slice and all others as in the "
+            "last; mergekit decides this by its description of the architecture."
+        )
+        if len(pieces[-1].sources) > len(pieces[0].sources):
+            told.append(
+                "Tensors after the layers are made from all sources of the last slice; mergekit uses only as many as "
+                "the first slice has."
+            )
+    return told
+
+
+def _default_rescale(peer: PeerMethod) -> set[tuple[str, object]]:
+    return {("rescale", "l1")} if peer.is_random else set()
+
+
+def _scalars(node: Node, name: str = "") -> set[tuple[str, object]]:
+    """All (key, value) pairs anywhere in a tree."""
+    if isinstance(node.value, dict):
+        return {pair for key, child in node.value.items() for pair in _scalars(child, key)}
+    if isinstance(node.value, list):
+        return {pair for child in node.value for pair in _scalars(child, name)}
+    return {(name, node.value)}

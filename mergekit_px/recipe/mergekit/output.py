@@ -1,0 +1,95 @@
+"""What a mergekit config says of the result: dtype, config, tokenizer."""
+
+from __future__ import annotations
+
+from mergekit_px.errors import RecipeError
+from mergekit_px.recipe.mergekit.pieces import entries_of
+from mergekit_px.recipe.mergekit.references import Reference, read_reference
+from mergekit_px.recipe.nearest import hint_for
+from mergekit_px.recipe.validate import shown
+from mergekit_px.recipe.yaml_text import Node, Place
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def read_dtype(node: Node | None, key: str) -> Node | None:
+    """A dtype by its name in torch.
+
+    Raises:
+        RecipeError: it is none that mergekit computes in.
+    """
+    if node is None:
+        return None
+    name = node.value.removeprefix("torch.") if isinstance(node.value, str) else None
+    if name not in DTYPES:
+        hint = hint_for(name, DTYPES) if name is not None else None
+        raise RecipeError(f"'{key}' cannot be {shown(node.value)}", where=str(node.place), hint=hint)
+    return Node(name, node.place)
+
+
+def precision_differences(method: str, dtype: Node | None, out_dtype: Node | None) -> list[str]:
+    """How arithmetic differs, given ``dtype`` (in which mergekit computes) and ``out_dtype``."""
+    exact = method in ("linear", "slerp")  # mergekit computes these in float32 at least
+    told: list[str] = []
+    if dtype is None and not exact:
+        told.append("Everything is computed in float32 and rounded once; mergekit computes in the inputs' dtype.")
+    if dtype is None and out_dtype is None:
+        told.append(
+            "Without dtype the result has the dtype of the base model, or else of the first model; in mergekit it has "
+            "the widest of the inputs' dtypes."
+        )
+    if dtype is not None and dtype.value == "float64":
+        told.append("Everything is computed in float32 (in float64 where inputs are stored so); mergekit uses float64.")
+    elif dtype is not None and dtype.value != "float32":
+        told.append(
+            f"Inputs are read as they are stored; mergekit rounds them to {dtype.value} first."
+            if exact
+            else "Inputs are read as they are stored, everything is computed in float32, and the result is rounded "
+            f"once; mergekit rounds the inputs to {dtype.value} first and computes in {dtype.value}."
+        )
+    return told
+
+
+def read_tokenizer(
+    source: Node | None, tokenizer: Node | None, base: Reference | None
+) -> tuple[Reference, Place] | None:
+    """The model whose tokenizer goes with the result, if the config names one.
+
+    Raises:
+        RecipeError: both keys are given, or the vocabulary would have to change.
+    """
+    if source is not None and tokenizer is not None:
+        raise RecipeError("either tokenizer_source or tokenizer, not both", where=str(tokenizer.place))
+    if tokenizer is not None:
+        entries = entries_of(tokenizer, "'tokenizer'", ("source", "tokens", "pad_to_multiple_of"))
+        for key, what in (("tokens", "embeddings for single tokens"), ("pad_to_multiple_of", "a padded vocabulary")):
+            if key in entries:
+                raise not_yet(f"{what} (tokenizer.{key})", tokenizer.keys[key])
+        source = entries.get("source") or Node("union", tokenizer.place)
+    if source is None:
+        return None
+    if source.value == "union":
+        raise not_yet("tokenizer union", source.place, "name one model: tokenizer_source: base")
+    if source.value != "base":
+        return read_reference(source), source.place
+    if base is None:
+        raise RecipeError("the tokenizer of the base is wanted, and there is no base_model", where=str(source.place))
+    return base, source.place
+
+
+def check_chat_template(node: Node | None) -> bool:
+    """Whether the config asks for mergekit's choice of a chat template.
+
+    Raises:
+        RecipeError: it asks for a certain one.
+    """
+    if node is None or node.value == "":
+        return False
+    if node.value != "auto":
+        raise not_yet("a chat template of one's own (chat_template)", node.place, "put it into the result's folder")
+    return True
+
+
+def not_yet(what: str, place: Place, hint: str | None = None) -> RecipeError:
+    """The error for what mergekit has and pxmerge does not."""
+    return RecipeError(f"not supported yet: {what}", where=str(place), hint=hint)

@@ -1,0 +1,319 @@
+"""mergekit's YAML as a pxmerge recipe of the same meaning.
+
+What cannot be kept is refused by name, and every difference in meaning that remains is told in a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mergekit_px.errors import RecipeError
+from mergekit_px.recipe.mergekit.differences import method_differences, parameter_differences
+from mergekit_px.recipe.mergekit.output import (
+    check_chat_template,
+    not_yet,
+    precision_differences,
+    read_dtype,
+    read_tokenizer,
+)
+from mergekit_px.recipe.mergekit.pieces import Piece, Source, entries_of, read_models, read_slices
+from mergekit_px.recipe.mergekit.references import Reference, read_reference, short_name
+from mergekit_px.recipe.mergekit.settings import Choice, Settings, read_choices
+from mergekit_px.recipe.mergekit.table import METHODS, NOT_YET, Parameter, PeerMethod
+from mergekit_px.recipe.nearest import hint_for
+from mergekit_px.recipe.validate import shown
+from mergekit_px.recipe.yaml_text import Node, mapping, sequence
+
+STEP = "merge"
+"""The name of the step that a config becomes."""
+
+_KEYS = (
+    "merge_method base_model models slices parameters dtype out_dtype tokenizer_source tokenizer chat_template name"
+).split()
+_REFUSED = {
+    "modules": "parts of a model with slices of their own (modules)",
+    **dict.fromkeys(
+        ("experts", "gate_mode", "shared_experts", "experts_per_token"), "building a mixture of experts (mergekit-moe)"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """A recipe whose parts have the places of what they were made from, and how it differs in meaning."""
+
+    recipe: Node
+    differences: list[str]
+
+
+def translate(root: Node) -> Translation:
+    """Translate a mergekit config.
+
+    Raises:
+        RecipeError: the config is wrong, or asks for something that is not supported.
+    """
+    return _Translator(root).run()
+
+
+@dataclass(slots=True)
+class _Translator:
+    root: Node
+    entries: dict[str, Node] = field(default_factory=dict)
+    names: dict[Reference, str] = field(default_factory=dict)
+    models: dict[str, Node | None] = field(default_factory=dict)
+    differences: list[str] = field(default_factory=list)
+
+    def run(self) -> Translation:
+        for key, place in self.root.keys.items():
+            if key in _REFUSED:
+                raise not_yet(_REFUSED[key], place)
+        self.entries = entries_of(self.root, "the config", _KEYS)
+        peer = self._method()
+        base = read_reference(self.entries["base_model"]) if "base_model" in self.entries else None
+        if base is not None:
+            self._name(base, self.entries["base_model"])
+        pieces = self._pieces(base)
+        self.differences += parameter_differences(peer, pieces, self.entries.get("parameters"))
+        pieces = [self._with_roles(piece, peer) for piece in pieces]
+        step = self._step(peer, pieces, base)
+        output = self._output(peer, pieces, base)
+        self.differences += method_differences(peer, pieces, step)
+        recipe = mapping(
+            self.root.place,
+            {
+                "models": mapping(pieces[0].node.place, self.models),
+                "steps": mapping(self.root.place, {STEP: step}),
+                "output": output,
+            },
+        )
+        return Translation(recipe, list(dict.fromkeys(self.differences)))
+
+    def _method(self) -> PeerMethod:
+        node = self.entries.get("merge_method")
+        if node is None:
+            raise RecipeError("'merge_method' is missing", where=str(self.root.place))
+        if node.value in NOT_YET:
+            raise not_yet(f"mergekit's method '{node.value}'", node.place)
+        if not isinstance(node.value, str) or node.value not in METHODS:
+            hint = hint_for(str(node.value), [*METHODS, *NOT_YET])
+            raise RecipeError(f"unknown merge method {shown(node.value)}", where=str(node.place), hint=hint)
+        return METHODS[node.value]
+
+    def _pieces(self, base: Reference | None) -> list[Piece]:
+        if ("models" in self.entries) == ("slices" in self.entries):
+            both = "models" in self.entries
+            what = "either models or slices, not both" if both else "'models' or 'slices' is missing"
+            raise RecipeError(what, where=str(self.root.keys["slices"] if both else self.root.place))
+        if "models" in self.entries:
+            return read_models(self.entries["models"], base)
+        return read_slices(self.entries["slices"], base)
+
+    def _name(self, reference: Reference, node: Node) -> str:
+        """The name of a model in the recipe; models get one when they are first seen."""
+        if reference not in self.names:
+            name = short_name(reference, [*self.models, STEP])
+            self.names[reference] = name
+            adapter = Node(reference.adapter, node.place) if reference.adapter is not None else None
+            model = Node(reference.model, node.place)
+            self.models[name] = mapping(node.place, {"model": model, "adapter": adapter})
+        return self.names[reference]
+
+    def _with_roles(self, piece: Piece, peer: PeerMethod) -> Piece:
+        """The piece with its sources as the method sees them: a base added where mergekit adds it, ends in order."""
+        sources = list(piece.sources)
+        where = str(piece.node.place)
+        listed = next((source for source in sources if source.reference == piece.base), None)
+        if peer.base != "ignored":
+            if piece.base is None:
+                raise RecipeError(f"{peer.name} needs a base_model", where=where)
+            if listed is None and "slices" in self.entries:
+                raise RecipeError(f"base_model '{piece.base}' is not among the sources of the slice", where=where)
+            if peer.base == "end":
+                others = [source for source in sources if source is not listed]
+                sources = [listed or Source(piece.base, self.entries["base_model"]), *others]
+            elif sources == [listed]:
+                raise RecipeError(f"{peer.name} needs a model besides the base_model", where=where)
+        elif piece.base is not None and listed is None and "models" in self.entries and peer.sources is None:
+            added = Source(piece.base, self.entries["base_model"])
+            if self._choices("weight", METHODS[peer.name].parameters["weight"], piece, added):
+                sources.append(added)
+            else:
+                self.differences.append(
+                    f"{peer.name} does not use the base_model, which only gives the config and the tokenizer; mergekit "
+                    "asks for a weight of it and stops."
+                )
+        if peer.sources is not None and len(sources) != peer.sources:
+            wanted = "one source" if peer.sources == 1 else "two models, the base_model counted"
+            raise RecipeError(f"{peer.name} takes {wanted}, and {len(sources)} are given", where=where)
+        for source in sources:
+            self._name(source.reference, source.node)
+        return Piece(piece.node, tuple(sources), piece.base, piece.parameters, piece.first, piece.residual_weight)
+
+    def _members(self, peer: PeerMethod, piece: Piece) -> list[Source]:
+        """The sources that are merged: all but a base that is subtracted."""
+        return [s for s in piece.sources if peer.base != "subtracted" or s.reference != piece.base]
+
+    def _step(self, peer: PeerMethod, pieces: list[Piece], base: Reference | None) -> Node:
+        place = self.root.place
+        in_models = "models" in self.entries
+        whole = Settings()
+        own = [whole if in_models else Settings(outside=piece is pieces[-1]) for piece in pieces]
+        for name, parameter in peer.parameters.items():
+            if parameter.per_source and peer.sources != 1:
+                for piece, settings in zip(pieces, own, strict=True):
+                    self._put_per_source(name, parameter, peer, piece, settings)
+                continue
+            found = [
+                self._choices(name, parameter, piece, piece.sources[0] if parameter.per_source else None)
+                for piece in pieces
+            ]
+            if missing := [piece for piece, choices in zip(pieces, found, strict=True) if not choices]:
+                if parameter.required:
+                    where = str(missing[0].node.place)
+                    raise RecipeError(f"{peer.name} needs the parameter '{name}'", where=where)
+            alike = all(_same(choices, found[0]) for choices in found)
+            for settings, choices in zip([whole] if alike else own, found, strict=False):
+                settings.put(("params", parameter.target), choices)
+        method = self.entries["merge_method"].place
+        subtracted = base if peer.base == "subtracted" else None
+        slices = [self._slice(peer, piece, settings, base) for piece, settings in zip(pieces, own, strict=True)]
+        return mapping(
+            place,
+            {
+                "method": Node(peer.name, method),
+                "base": Node(self.names[subtracted], self.entries["base_model"].place) if subtracted else None,
+                "sources": self._sources(peer, pieces[0], whole) if in_models else None,
+                "params": whole.part("params"),
+                "like": Node(peer.like, method) if peer.like else None,
+                "rules": whole.rules(place),
+                "slices": None if in_models else sequence(self.entries["slices"].place, slices),
+            },
+        )
+
+    def _put_per_source(
+        self, name: str, parameter: Parameter, peer: PeerMethod, piece: Piece, settings: Settings
+    ) -> None:
+        members = _members(peer, piece)
+        found = [self._choices(name, parameter, piece, member) for member in members]
+        for member, choices in zip(members, found, strict=True):
+            if not choices and parameter.required:
+                what = f"{peer.name} needs the parameter '{name}' for '{member.reference}'"
+                raise RecipeError(what, where=str(member.node.place))
+        if not parameter.required and not any(found):
+            return
+        default = Node(parameter.default, piece.node.place) if parameter.default is not None else None
+        if "models" in self.entries and name != "weight" and all(_same(choices, found[0]) for choices in found):
+            settings.put(("params", parameter.target), found[0], default)
+            return
+        for member, choices in zip(members, found, strict=True):
+            source = self.names[member.reference]
+            key = ("weights", source) if name == "weight" else ("params", parameter.target, source)
+            settings.put(key, choices, default)
+
+    def _choices(self, name: str, parameter: Parameter, piece: Piece, source: Source | None) -> list[Choice]:
+        """What a parameter is in a piece (for a source), as it is called here."""
+        holders = [source.parameters if source else None, piece.parameters, self.entries.get("parameters")]
+        settings = [node.value.get(name) for node in holders if node is not None and isinstance(node.value, dict)]
+        choices = read_choices(settings, parameter.kind, name)
+        if parameter.required and choices and choices[-1].filter is not None:
+            self.differences.append(
+                f"Tensors that no filter of '{name}' matches get this method's default; mergekit stops at them."
+            )
+        if source is not None and source.layers is not None and source.layers[0] != piece.first:
+            _check_filters(choices, name)
+        if parameter.words is None:
+            return choices
+        return [
+            Choice(choice.filter, Node(parameter.words[bool(choice.value.value)], choice.value.place))
+            for choice in choices
+        ]
+
+    def _sources(self, peer: PeerMethod, piece: Piece, settings: Settings) -> Node:
+        names = {self.names[member.reference]: member for member in _members(peer, piece)}
+        if "weight" not in peer.parameters:
+            return sequence(piece.node.place, [Node(name, member.node.place) for name, member in names.items()])
+        entries: dict[str, Node | None] = {
+            name: settings.values.get(("weights", name), Node(None, member.node.place))
+            for name, member in names.items()
+        }
+        keys = {name: member.node.place for name, member in names.items()}
+        return mapping(piece.node.place, entries, keys)
+
+    def _slice(self, peer: PeerMethod, piece: Piece, settings: Settings, base: Reference | None) -> Node:
+        place = piece.node.place
+        sources = []
+        for source in piece.sources:
+            name, here = self.names[source.reference], source.node.place
+            first, last = source.layers or (0, 0)
+            own = {key[1]: value for key, value in settings.values.items() if len(key) == 3 and key[2] == name}
+            sources.append(
+                mapping(
+                    here,
+                    {
+                        "model": Node(name, here),
+                        "layers": Node(first if first == last else f"{first}-{last}", here),
+                        "weight": settings.values.get(("weights", name)),
+                        "params": mapping(here, {**own}) if own else None,
+                    },
+                )
+            )
+        other = peer.base == "subtracted" and piece.base is not None and piece.base != base
+        return mapping(
+            place,
+            {
+                "sources": sequence(place, sources),
+                "base": Node(self.names[piece.base], place) if other and piece.base else None,
+                "params": settings.part("params", by_source=False),
+                "rules": settings.rules(place),
+            },
+        )
+
+    def _output(self, peer: PeerMethod, pieces: list[Piece], base: Reference | None) -> Node:
+        computed = read_dtype(self.entries.get("dtype"), "dtype")
+        stored = read_dtype(self.entries.get("out_dtype"), "out_dtype")
+        self.differences += precision_differences(peer.name, computed, stored)
+        tokenizer = read_tokenizer(self.entries.get("tokenizer_source"), self.entries.get("tokenizer"), base)
+        auto_template = check_chat_template(self.entries.get("chat_template"))
+        config_from = None
+        if base is not None and peer.base == "ignored":
+            config_from = Node(self.names[base], self.entries["base_model"].place)
+        tokenizer_from = None
+        if tokenizer is not None:
+            reference, place = tokenizer
+            tokenizer_from = Node(self._name(reference, Node(None, place)), place)
+            self.differences.append(
+                f"The tokenizer of '{tokenizer_from.value}' is copied, and rows of embeddings stay where they are; "
+                "mergekit moves them where the vocabularies of the models differ, and cuts rows without a token."
+            )
+        elif base is None and len(self.names) > 1:
+            first = self.names[pieces[0].sources[0].reference]
+            self.differences.append(
+                f"Config and tokenizer come from '{first}', the first model; without a base_model, mergekit takes "
+                "those of a model picked at random."
+            )
+        if auto_template:
+            self.differences.append(
+                "The chat template comes along with the tokenizer; mergekit takes the one that most models share."
+            )
+        return mapping(
+            self.root.place,
+            {"dtype": stored or computed, "config_from": config_from, "tokenizer_from": tokenizer_from},
+        )
+
+
+def _members(peer: PeerMethod, piece: Piece) -> list[Source]:
+    """The sources that are merged: all but a base that is subtracted."""
+    return [source for source in piece.sources if peer.base != "subtracted" or source.reference != piece.base]
+
+
+def _same(choices: list[Choice], others: list[Choice]) -> bool:
+    return [(one.filter, one.value.data()) for one in choices] == [(one.filter, one.value.data()) for one in others]
+
+
+def _check_filters(choices: list[Choice], name: str) -> None:
+    """Refuse filters that may hit a layer number: mergekit tests the source's, and rules here the output's."""
+    for choice in choices:
+        if choice.filter is not None and any(part.isdecimal() for part in choice.filter.split(".")):
+            what = f"the filter '{choice.filter}' of '{name}' with layers that change their number"
+            raise not_yet(what, choice.value.place, "write slices for the layers that it is meant for")

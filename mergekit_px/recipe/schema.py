@@ -1,0 +1,121 @@
+"""JSON Schema of recipes, for editors: completion, help texts, and misspelt keys underlined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_px.recipe.catalog import MethodCatalog, MethodFacts
+from mergekit_px.recipe.model import Recipe
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+_LAYERS = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": r"^\s*([0-9]+\s*(-\s*[0-9]*)?\s*|none)$"},
+        {"type": "array", "items": {"type": ["integer", "string"]}, "minItems": 1},
+    ]
+}
+_WEIGHT = {
+    "description": "A number, or a list of numbers, interpolated over the layers.",
+    "anyOf": [{"type": ["number", "null"]}, {"type": "array", "items": {"type": "number"}, "minItems": 1}],
+}
+_FREE = {"description": "A value, a list over the layers, or one value for each source by name."}
+
+
+def recipe_schema(methods: MethodCatalog) -> dict[str, Any]:
+    """The schema (2020-12) of a recipe in pxmerge's own form, with the parameters of each method."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    definitions: dict[str, Any] = schema["$defs"]
+    definitions["Weight"] = _WEIGHT
+    for name, facts in methods.methods.items():
+        definitions[f"{name}_params"] = _parameters(facts)
+    _strip(schema)
+
+    step, rule = definitions["Step"], definitions["Rule"]
+    names = {"enum": [*methods.methods]}
+    step["properties"]["method"] |= names
+    rule["properties"]["method"] = {**names, "description": rule["properties"]["method"]["description"]}
+    step["properties"]["sources"] = {
+        "description": step["properties"]["sources"]["description"],
+        "anyOf": [
+            {"type": "object", "additionalProperties": {"$ref": "#/$defs/Weight"}, "minProperties": 1},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True},
+        ],
+    }
+    step["allOf"] = [
+        arm for name, facts in methods.methods.items() for arm in _arms(name, facts, {"params", "like"})
+    ]
+    step["oneOf"] = [{"required": ["sources"]}, {"required": ["slices"]}]
+    rule["allOf"] = [arm for name, facts in methods.methods.items() for arm in _arms(name, facts, {"params"})]
+    rule["properties"]["layers"] = {**_LAYERS, "description": _description(rule, "layers")}
+    slice_source = definitions["SliceSource"]
+    slice_source["properties"]["layers"] = {**_LAYERS, "description": _description(slice_source, "layers")}
+    slice_source["properties"]["weight"] = {"$ref": "#/$defs/Weight"}
+    weights = {"type": "object", "additionalProperties": {"$ref": "#/$defs/Weight"}}
+    rule["properties"]["weights"] = {
+        "description": rule["properties"]["weights"]["description"],
+        "anyOf": [weights, {"type": "array", "items": {"$ref": "#/$defs/Weight"}}],
+    }
+
+    properties = schema["properties"]
+    properties["models"] |= {
+        "additionalProperties": {"anyOf": [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/ModelInput"}]},
+        "minProperties": 1,
+    }
+    properties["steps"]["minProperties"] = 1
+    properties["merge"] = {"$ref": "#/$defs/Step", "description": "The one step of a recipe that has only one."}
+    schema["required"] = ["models"]
+    schema["oneOf"] = [{"required": ["steps"]}, {"required": ["merge"]}]
+    return {"$schema": DIALECT, "title": "pxmerge recipe", **schema}
+
+
+def _parameters(facts: MethodFacts) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": facts.summary,
+        "additionalProperties": False,
+        "properties": {name: _as_written(name, field, facts) for name, field in facts.parameters.items()},
+    }
+
+
+def _as_written(name: str, field: Mapping[str, Any], facts: MethodFacts) -> dict[str, Any]:
+    """A parameter's schema, opened for lists over the layers and for values by source."""
+    about = {key: value for key, value in field.items() if key in ("description", "default")}
+    single = {key: value for key, value in field.items() if key not in about}
+    arms: list[dict[str, Any]] = [single]
+    if name in facts.interpolated:
+        arms.append({"type": "array", "items": single, "minItems": 1})
+    if name in facts.per_source:
+        arms.append({"type": "object", "additionalProperties": {"anyOf": list(arms)}, "minProperties": 1})
+    return {**about, "anyOf": arms} if len(arms) > 1 else {**about, **single}
+
+
+def _arms(name: str, facts: MethodFacts, keys: set[str]) -> list[dict[str, Any]]:
+    """What a step or rule of one method may have."""
+    then: dict[str, Any] = {"params": {"$ref": f"#/$defs/{name}_params"}}
+    if "like" in keys:
+        then["like"] = {"enum": [*facts.presets]} if facts.presets else False
+    condition = {"properties": {"method": {"const": name}}, "required": ["method"]}
+    return [{"if": condition, "then": {"properties": then}}]
+
+
+def _description(definition: Mapping[str, Any], name: str) -> str:
+    found = definition["properties"][name]
+    arms = [found, *found.get("anyOf", [])]
+    return next(str(arm["description"]) for arm in arms if "description" in arm)
+
+
+def _strip(schema: Any) -> None:
+    """Remove what editors should not show: titles that repeat the field's name, and null as the value to fill in."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("title"), str):
+            del schema["title"]
+        if "default" in schema and schema["default"] is None:
+            del schema["default"]
+        for inner in schema.values():
+            _strip(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            _strip(inner)
