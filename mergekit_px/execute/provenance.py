@@ -104,7 +104,7 @@ def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: M
 def card(plan: Plan) -> bytes:
     """``README.md`` of the output."""
     from mergekit_px.methods import find_method
-    from mergekit_px.recipe.load import dump_recipe
+    from mergekit_px.recipe.dump import dump_recipe
 
     recipe = plan.loaded.recipe
     bases = {step.get("base") for step in plan.steps.values()}

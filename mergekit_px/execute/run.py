@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def _depth(node: Apply) -> int:
 
 
 def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
-    from mergekit_px.recipe.load import dump_recipe
+    from mergekit_px.recipe.dump import dump_recipe
 
     files: dict[str, SideFile] = {}
     for name, donor in plan.side_files.items():

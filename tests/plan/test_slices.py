@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from models import make_models, plan_of, recipe
+
+from mergekit_px.errors import PlanError, RecipeError
+from mergekit_px.testing import tiny_llama_config
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_models(tmp_path / "models", count=2, layers=4)
+    return tmp_path / "models"
+
+
+def stack(*pieces: tuple[str, str]) -> dict[str, object]:
+    slices = [{"sources": [{"model": model, "layers": layers}]} for model, layers in pieces]
+    return {"method": "passthrough", "slices": slices}
+
+
+def test_layers_are_renumbered_and_the_config_follows(folder: Path, tmp_path: Path) -> None:
+    plan = plan_of(recipe(folder, stack(("fine0", "0-2"), ("fine1", "1-3"))), tmp_path / "out")
+    origin = {
+        item.name: next(iter(item.reads)).describe() for item in plan.items if item.name.endswith("up_proj.weight")
+    }
+    assert origin == {
+        f"model.layers.{out}.mlp.up_proj.weight": f"{model}:model.layers.{layer}.mlp.up_proj.weight"
+        for out, (model, layer) in enumerate(
+            [("fine0", 0), ("fine0", 1), ("fine0", 2), ("fine1", 1), ("fine1", 2), ("fine1", 3)]
+        )
+    }
+    assert plan.config is not None
+    assert plan.config["num_hidden_layers"] == 6
+
+
+def test_embeddings_come_from_the_first_slice_and_the_head_from_the_last(folder: Path, tmp_path: Path) -> None:
+    plan = plan_of(recipe(folder, stack(("fine0", "0-1"), ("fine1", "2-3"))), tmp_path / "out")
+    origin = {item.name: item.reads[0].input for item in plan.items}
+    assert origin["model.embed_tokens.weight"] == "fine0"
+    assert origin["model.norm.weight"] == origin["lm_head.weight"] == "fine1"
+
+
+def test_per_layer_lists_of_the_config_follow_the_layers(folder: Path, tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    for name in ("fine0", "fine1"):
+        config = {**tiny_llama_config(layers=4), "model_type": "unknown-type", "layer_types": kinds}
+        (folder / name / "config.json").write_text(json.dumps(config))
+    plan = plan_of(recipe(folder, stack(("fine0", "1-2"), ("fine1", "1-1"))), tmp_path / "out")
+    assert plan.config is not None
+    assert plan.config["layer_types"] == [kinds[1], kinds[2], kinds[1]]
+
+
+def test_layers_left_out_are_listed(folder: Path, tmp_path: Path) -> None:
+    plan = plan_of(recipe(folder, stack(("fine0", "0-2"))), tmp_path / "out")
+    assert {drop.tensor.split(".")[2] for drop in plan.dropped} == {"3"}
+    assert all("no slice" in drop.reason for drop in plan.dropped)
+
+
+def test_values_are_interpolated_over_a_slice(folder: Path, tmp_path: Path) -> None:
+    pieces = [
+        {
+            "sources": [{"model": "fine0", "layers": "0-2"}, {"model": "fine1", "layers": "0-2"}],
+            "params": {"t": [0.0, 1.0]},
+        },
+        {"sources": [{"model": "fine0", "layers": 3}, {"model": "fine1", "layers": 3}], "params": {"t": 0.25}},
+    ]
+    plan = plan_of(recipe(folder, {"method": "slerp", "slices": pieces}), tmp_path / "out")
+    values = {item.name: item.node.params.t for item in plan.items}  # type: ignore[union-attr]
+    assert [values[f"model.layers.{n}.mlp.up_proj.weight"] for n in range(4)] == [0, 0.5, 1, 0.25]
+
+
+@pytest.mark.parametrize("layers", ["2-4", "7", "9-"])
+def test_layers_that_do_not_exist_are_refused(folder: Path, tmp_path: Path, layers: str) -> None:
+    with pytest.raises(PlanError, match="which has 4"):
+        plan_of(recipe(folder, stack(("fine0", layers))), tmp_path / "out")
+
+
+def test_sources_of_a_slice_have_as_many_layers_each(folder: Path, tmp_path: Path) -> None:
+    pieces = [{"sources": [{"model": "fine0", "layers": "0-2"}, {"model": "fine1", "layers": "0-1"}]}]
+    with pytest.raises(RecipeError, match="as many layers each, not 3 of 'fine0', 2 of 'fine1'"):
+        plan_of(recipe(folder, {"method": "slerp", "slices": pieces}), tmp_path / "out")
+    pieces[0]["sources"][1]["layers"] = "2-"
+    with pytest.raises(PlanError, match="as many layers each: 'fine0' 3, 'fine1' 2"):
+        plan_of(recipe(folder, {"method": "slerp", "slices": pieces}), tmp_path / "out")
