@@ -1,0 +1,90 @@
+"""Every command: a table of names and where each one's function is. Nothing is imported until it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_px.cli._options import flatten
+
+RECIPES = "Recipes"
+METHODS = "Methods"
+TASK_VECTORS = "Task vectors"
+INSPECTION = "Look and check"
+HUB = "Hub"
+ABOUT = "About"
+
+GROUPS = (RECIPES, METHODS, TASK_VECTORS, INSPECTION, HUB, ABOUT)
+"""The order of the groups in ``pxmerge --help``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A row of the table.
+
+    Attributes:
+        summary: one line for ``pxmerge --help``.
+        place: ``module:function`` below this package, or None for a command made from a merge method.
+    """
+
+    name: str
+    group: str
+    summary: str
+    place: str | None = None
+
+    def load(self) -> Callable[..., Any]:
+        """The command's function, with every option a parameter."""
+        if self.place is None:
+            from mergekit_px.cli.method import method_command
+            from mergekit_px.methods import load_methods
+
+            return flatten(method_command(load_methods()[self.name.replace("-", "_")]))
+        module, _, function = self.place.partition(":")
+        return flatten(getattr(importlib.import_module(f"mergekit_px.cli.{module}"), function))
+
+
+_TABLE = (
+    Command("run", RECIPES, "Carry out a recipe.", "run:run"),
+    Command("plan", RECIPES, "Say what a recipe would read, compute and write.", "plan:plan"),
+    Command("convert", RECIPES, "Translate a mergekit config into a recipe.", "convert:convert"),
+    Command("schema", RECIPES, "Print the JSON Schema of recipes.", "schema:schema"),
+    Command("add", TASK_VECTORS, "Add task vectors to a model.", "task_vectors:add"),
+    Command("subtract", TASK_VECTORS, "Take the task vector of a fine-tune, or remove one.", "task_vectors:subtract"),
+    Command("negate", TASK_VECTORS, "Turn a task vector, or a fine-tune, the other way.", "task_vectors:negate"),
+    Command("scale", TASK_VECTORS, "Make a task vector, or a fine-tune, stronger or weaker.", "task_vectors:scale"),
+    Command("analogy", TASK_VECTORS, "A is to B as C is to the result.", "task_vectors:analogy"),
+    Command("inspect", INSPECTION, "Show what a checkpoint holds, from its headers.", "inspect:inspect"),
+    Command("compare", INSPECTION, "Measure how models differ, tensor by tensor.", "compare:compare"),
+    Command("verify", INSPECTION, "Check every byte of a merged model against its lock file.", "verify:verify"),
+    Command("pull", HUB, "Download a model, pinned to a commit.", "pull:pull"),
+    Command("push", HUB, "Upload a model in one commit.", "push:push"),
+    Command("methods", ABOUT, "List the merge methods, or explain one.", "methods:methods"),
+    Command("doctor", ABOUT, "Show versions, hardware and measured speeds.", "doctor:doctor"),
+    Command("demo", ABOUT, "Train, merge and score small models on real data.", "demo:demo"),
+)
+
+
+def built_in(name: str) -> Command | None:
+    """The command of that name, merge methods aside; underscores count as dashes."""
+    return next((command for command in _TABLE if command.name == name.replace("_", "-")), None)
+
+
+def all_commands() -> Mapping[str, Command]:
+    """All commands by name, group by group; a merge method never hides a command."""
+    from mergekit_px.methods import load_methods
+    from mergekit_px.methods.declare import method_slug
+
+    taken = {command.name for command in _TABLE}
+    methods = [
+        Command(method_slug(name), METHODS, method.summary)
+        for name, method in load_methods().items()
+        if method_slug(name) not in taken
+    ]
+    return {command.name: command for group in GROUPS for command in (*_TABLE, *methods) if command.group == group}
+
+
+def find_command(name: str) -> Command | None:
+    """A command by its name as typed, or None. Merge methods are imported only if no other command fits."""
+    return built_in(name) or all_commands().get(name.replace("_", "-"))

@@ -1,0 +1,39 @@
+"""From an error to an exit code and one line that says what, where, why and what to do."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+import typer
+
+from mergekit_px.cli._commands import find_command
+from mergekit_px.errors import PxmergeError
+
+PROGRAM = "pxmerge"
+INTERRUPTED = 130
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run that can go on later."""
+
+
+def explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
+    """The exit code for an error, and the line that is printed for it.
+
+    Args:
+        words: the command line, without the program's name.
+    """
+    if isinstance(error, PxmergeError):
+        return error.exit_code, f"error: {error}"
+    if isinstance(error, typer.TyperException):
+        text = " ".join(error.format_message().split()).replace("Value error, ", "")
+        command = f"{PROGRAM} {words[0]}" if words and find_command(words[0]) else PROGRAM
+        return error.exit_code, f"error: {text.rstrip('.')}; see `{command} --help`"
+    if isinstance(error, Interrupted):
+        again = [word for word in words if word not in ("--overwrite", "--resume")]
+        return INTERRUPTED, f"interrupted; to go on: {shlex.join([PROGRAM, *again, '--resume'])}"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return 1, f"error: unexpected {' '.join(what.split())}; PXMERGE_DEBUG=1 shows the traceback"

@@ -1,0 +1,194 @@
+"""Options that several commands share: one spelling, one help text.
+
+A command that merges takes one parameter ``options: RunOptions``; `flatten` turns the fields of such a parameter
+into options of the command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mergekit_px.cli._arguments import Several
+from mergekit_px.errors import UsageError
+
+if TYPE_CHECKING:
+    from mergekit_px.plan.options import PlanOptions
+
+RUN_PANEL = "Run"
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or a mergekit config.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the result and errors.")]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read .bin and .pt files too (weights only; no code in them is run)."),
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="The model that the sources were fine-tuned from."),
+]
+Sources = Annotated[
+    list[str],
+    typer.Option(
+        "--sources",
+        metavar="MODEL...",
+        help="The models to merge: folders, .safetensors files, org/name or org/name@revision.",
+    ),
+    Several("--sources"),
+]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        metavar="X...",
+        help="One weight for each source, in their order; 0.2,0.8 is interpolated over depth.",
+    ),
+    Several("--weights", "numbers"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a merge is done and where its result goes: the options of every command that merges."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="DIR", help="Where the result is written.  [default: ./merged]"),
+    ] = None
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE...", help="Set keys of the recipe, as in --set output.dtype=float32."),
+        Several("--set", "assignments"),
+    ] = None
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")] = "auto"
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Peak memory of the process, as 4GB; never exceeded.")
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", metavar="N", min=1, help="Number of workers; the result does not depend on it."),
+    ] = None
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="TYPE", help="Storage type of the result, as bfloat16.")
+    ] = None
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", metavar="SIZE", help="Largest file of the result, as 5GB.")
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the output folder.")] = (
+        False
+    )
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")] = False
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Upload the result to org/name on the Hub.")
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="With --push: make the repository private.")] = False
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity in the inputs through.")
+    ] = False
+    allow_pickle: AllowPickle = False
+    allow_base_mismatch: Annotated[
+        bool,
+        typer.Option("--allow-base-mismatch", help="Use task vectors on a base that they were not taken from."),
+    ] = False
+    no_hash_inputs: Annotated[
+        bool, typer.Option("--no-hash-inputs", help="Leave the hashes of local inputs out of the lock file.")
+    ] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
+    json: Json = False
+    quiet: Quiet = False
+
+    @property
+    def mode(self) -> Literal["new", "resume", "overwrite"]:
+        """Raises ``UsageError`` where both --resume and --overwrite are given."""
+        if self.resume and self.overwrite:
+            raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
+        if self.resume:
+            return "resume"
+        return "overwrite" if self.overwrite else "new"
+
+    def overrides(self) -> list[str]:
+        """What these options change in the recipe, so that the recipe kept with the result says it too.
+
+        Raises ``UsageError`` for ``--private`` without ``--push``.
+        """
+        found = list(self.assignments or ())
+        if self.dtype is not None:
+            found.append(f"output.dtype={self.dtype}")
+        if self.shard_size is not None:
+            found.append(f"output.shard_size={self.shard_size}")
+        if self.push is not None:
+            found.append(f"output.push={{repo: {self.push!r}, private: {str(self.private).lower()}}}")
+        elif self.private:
+            raise UsageError("--private goes with --push", hint="add --push org/name")
+        return found
+
+    def plan_options(self) -> PlanOptions:
+        """Raises ``UsageError`` for options that contradict one another and for a size that is none."""
+        from mergekit_px.checkpoint.layout import parse_size
+        from mergekit_px.plan.options import PlanOptions
+
+        return PlanOptions(
+            output=self.output,
+            device=self.device,
+            memory=None if self.memory is None else parse_size(self.memory),
+            threads=self.threads,
+            mode=self.mode,
+            allow_nonfinite=self.allow_nonfinite,
+            allow_pickle=self.allow_pickle,
+            allow_base_mismatch=self.allow_base_mismatch,
+            hash_inputs=not self.no_hash_inputs,
+        )
+
+
+def flatten(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``command`` with the fields of its dataclass parameters as parameters of its own, all by keyword."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if dataclasses.is_dataclass(parameter.annotation)
+    }
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if name in groups:
+            parameters.extend(_fields(groups[name]))
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> Any:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+        return command(**given)
+
+    flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return flat
+
+
+def _fields(group: Any) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(group)
+    ]
+
+
+def list_options(command: Callable[..., Any]) -> dict[str, Several]:
+    """The list options of a command, by flag."""
+    marks = (
+        mark
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        for mark in getattr(parameter.annotation, "__metadata__", ())
+    )
+    return {mark.flag: mark for mark in marks if isinstance(mark, Several)}

@@ -1,0 +1,154 @@
+"""The command line: words in, exit code out.
+
+Only the command that was asked for is imported. Typer parses the words; the command itself runs outside Typer, so
+that its errors are handled in one place.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import IO, Annotated, Any
+
+import typer
+
+from mergekit_px._version import __version__
+from mergekit_px.cli._arguments import expand_lists
+from mergekit_px.cli._commands import GROUPS, Command, all_commands, find_command
+from mergekit_px.cli._errors import PROGRAM, explain
+from mergekit_px.cli._options import list_options
+from mergekit_px.cli._output import write_error_line
+from mergekit_px.cli._prose import plain
+from mergekit_px.cli._width import terminal_width
+
+_COMPLETION = "_PXMERGE_COMPLETE"
+"""Set by the shell while it completes a command line; Typer's name for it."""
+
+
+_SUMMARY = "Merge models by arithmetic on their checkpoint files."
+
+_EXAMPLES = """Examples:
+  pxmerge run recipe.yaml
+  pxmerge ties --base ./base --sources ./math ./code"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``pxmerge`` with the given words (those of the process if None); returns the exit code, never raises."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    stdout = sys.stdout
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _discard(stdout)
+        return 0
+    except SystemExit as stop:
+        if sys.stdout is not stdout:  # What Typer does to the streams when it prints help into a closed pipe.
+            sys.stdout = stdout
+            _discard(stdout)
+            return 0
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("PXMERGE_DEBUG", "0") not in ("", "0"):
+            import traceback
+
+            traceback.print_exception(error)
+        code, line = explain(error, words)
+        write_error_line(line)
+        return code
+
+
+def _dispatch(words: list[str]) -> int:
+    words = words or ["--help"]
+    name = next((word for word in words if not word.startswith("-")), None)
+    command = find_command(name) if name is not None else None
+    if command is None or _COMPLETION in os.environ:
+        app = _whole_app()
+    else:
+        function = command.load()
+        at = words.index(name)  # type: ignore[arg-type]
+        words = [*words[:at], command.name, *expand_lists(words[at + 1 :], list_options(function))]
+        app = _app()
+        _add(app, command, function)
+    action = app(words, prog_name=PROGRAM, standalone_mode=False)
+    result = action() if callable(action) else action
+    return result if isinstance(result, int) else 0
+
+
+def _app(**settings: Any) -> typer.Typer:
+    app = typer.Typer(
+        name=PROGRAM,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "terminal_width": terminal_width()},
+        **settings,
+    )
+    app.callback()(_root)
+    return app
+
+
+def _whole_app() -> typer.Typer:
+    """All commands: listed by group in the help text, which is why Typer does not list them again."""
+    completing = _COMPLETION in os.environ
+    app = _app(help=_overview(), subcommand_metavar="COMMAND ...", epilog=f"`{PROGRAM} COMMAND --help` explains one.")
+    for command in all_commands().values():
+        if completing:
+            _add(app, command, command.load())
+        else:
+            app.command(command.name, help=command.summary, hidden=True)(_not_loaded)
+    return app
+
+
+def _add(app: typer.Typer, command: Command, function: Callable[..., Any]) -> None:
+    @functools.wraps(function)
+    def parsed(**given: Any) -> Callable[[], Any]:
+        return functools.partial(function, **given)
+
+    app.command(command.name, short_help=command.summary)(parsed)
+
+
+def _not_loaded() -> None:
+    """Stands for a command in lists of names."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of ``pxmerge`` itself."""
+
+
+def _overview() -> str:
+    """The help text of ``pxmerge``: what it is, and the commands by group."""
+    commands = all_commands().values()
+    indent = max(len(command.name) for command in commands) + 4
+    blocks = [_EXAMPLES]
+    for group in GROUPS:
+        rows = [_row(command, indent) for command in commands if command.group == group]
+        blocks.append("\n".join([f"{group}:", *rows]))
+    # A paragraph that begins with \b is printed as it is.
+    return _SUMMARY + "".join(f"\n\n\b\n{block}" for block in blocks)
+
+
+def _row(command: Command, indent: int) -> str:
+    first, others = f"  {command.name}".ljust(indent), " " * indent
+    width = terminal_width() - 2  # Typer indents the whole text by two.
+    return textwrap.fill(plain(command.summary), width, initial_indent=first, subsequent_indent=others)
+
+
+def _discard(stream: IO[str]) -> None:
+    """Nobody reads the stream any more: what Python still holds for it goes nowhere instead of failing at exit."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)

@@ -1,0 +1,126 @@
+"""``pxmerge METHOD``: one command for each merge method, made from its declaration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mergekit_px.cli._merge import merge_mapping
+from mergekit_px.cli._naming import model_names
+from mergekit_px.cli._options import Base, RunOptions, Sources, Weights
+from mergekit_px.cli._parameters import ParameterOption, choice, parameter_options, parse_numbers
+from mergekit_px.cli._prose import paragraphs
+from mergekit_px.cli._width import terminal_width
+from mergekit_px.errors import UsageError
+from mergekit_px.methods.declare import Method, check_source_count, method_slug
+
+Missing = Annotated[
+    Literal["error", "present", "base"],
+    typer.Option(
+        "--missing",
+        help="A tensor that only some inputs have: refuse, merge it over those that have it, or take the base's.",
+    ),
+]
+Vocabulary = Annotated[
+    Literal["error", "truncate"],
+    typer.Option("--vocabulary", help="Embeddings of different length: refuse, or keep the common rows."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the random numbers.")]
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def method_command(method: Method) -> Callable[..., int]:
+    """The function of a method's command, whose signature holds the method's parameters as options."""
+    options = parameter_options(method)
+    reserved = {"base", "sources", "weights", "like", "seed", "missing", "vocabulary", "options"}
+    if clash := reserved & {option.name for option in options}:
+        raise ValueError(f"{method.name}: {sorted(clash)[0]} is an option of every method's command")
+
+    def command(**given: Any) -> int:
+        run = given.pop("options")
+        return merge_mapping(_recipe(method, options, given), run)
+
+    command.__doc__ = _help(method, options)
+    command.__signature__ = inspect.Signature(_parameters(method, options))  # type: ignore[attr-defined]
+    return command
+
+
+def _parameters(method: Method, options: Sequence[ParameterOption]) -> list[inspect.Parameter]:
+    def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+        return inspect.Parameter(name, _KEYWORD, default=default, annotation=annotation)
+
+    parameters = [parameter("sources", Sources), parameter("base", Base, None)]
+    if method.uses_weights:
+        parameters.append(parameter("weights", Weights, None))
+    parameters += [option.as_parameter() for option in options]
+    if method.presets:
+        option = typer.Option("--like", help="Start from another implementation's variant.")
+        parameters.append(parameter("like", Annotated[choice(list(method.presets)) | None, option], None))
+    if method.random:
+        parameters.append(parameter("seed", Seed, 0))
+    parameters += [parameter("missing", Missing, "error"), parameter("vocabulary", Vocabulary, "error")]
+    return [*parameters, parameter("options", RunOptions)]
+
+
+def _recipe(method: Method, options: Sequence[ParameterOption], given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe that the command line means. Raises ``UsageError``."""
+    references: list[str] = given["sources"]
+    check_source_count(method, len(references))
+    base_reference = given["base"]
+    names = model_names([*([] if base_reference is None else [base_reference]), *references])
+    base = names.pop(0) if base_reference is not None else None
+    models = dict(zip(names, references, strict=True))
+    step: dict[str, Any] = {"method": method.name, "sources": names}
+    if base is not None:
+        models = {base: base_reference, **models}
+        step["base"] = base
+    if given.get("weights"):
+        step["sources"] = dict(zip(names, _weights(given["weights"], len(names)), strict=True))
+    params = {
+        option.name: option.value(given[option.name], names) for option in options if given[option.name] is not None
+    }
+    if params:
+        step["params"] = params
+    if given.get("like"):
+        step["like"] = given["like"]
+    step |= {key: given[key] for key in ("missing", "vocabulary") if given[key] != "error"}
+    recipe: dict[str, Any] = {"pxmerge": 1, "models": models, "merge": step}
+    if given.get("seed"):
+        recipe["seed"] = given["seed"]
+    return recipe
+
+
+def _weights(words: Sequence[str], count: int) -> list[Any]:
+    if len(words) != count:
+        raise UsageError(f"--weights has {len(words)} values for {count} sources", hint="give one for each source")
+    return [parse_numbers(word, "--weights") for word in words]
+
+
+def _help(method: Method, options: Sequence[ParameterOption]) -> str:
+    blocks = paragraphs(method.documentation, terminal_width() - 2)  # Typer indents by two.
+    if method.paper:
+        blocks.append(f"Paper: {method.paper}")
+    blocks.append(f"Example:\n  {example(method, options)}")
+    # A paragraph that begins with \\b is printed as it is.
+    return "\n\n".join(f"\b\n{block}" for block in blocks)
+
+
+def example(method: Method, options: Sequence[ParameterOption]) -> str:
+    """A command line that works for the method, given such folders."""
+    least, most = method.sources
+    count = max(least, 1) if most == least else max(least, 2)
+    words = ["pxmerge", method_slug(method.name)]
+    if method.space == "deltas":
+        words += ["--base", "./base"]
+    words += ["--sources", *[f"./{name}" for name in ("math", "code", "chat", "law")[:count]]]
+    if method.uses_weights and count == 2:
+        words += ["--weights", "0.6", "0.4"]
+    for option in options:
+        if option.kind == "numbers" and option.bounds and isinstance(option.default, (int, float)):
+            words += [option.flag, f"{option.default:g}"]
+            break
+    return " ".join(words)

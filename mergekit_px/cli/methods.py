@@ -1,0 +1,113 @@
+"""``pxmerge methods``: the merge methods."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from mergekit_px.cli._options import Json
+from mergekit_px.cli._output import Column, Output, output_for
+from mergekit_px.cli._parameters import ParameterOption, parameter_options
+from mergekit_px.cli._prose import paragraphs, plain
+from mergekit_px.cli._width import terminal_width
+from mergekit_px.cli.method import example
+from mergekit_px.methods import find_method, load_methods
+from mergekit_px.methods.declare import Method
+
+Name = Annotated[str | None, typer.Argument(metavar="NAME", help="A method to explain.")]
+
+_ACCESS = {
+    "elementwise": "element by element",
+    "two_pass": "in two passes",
+    "rows": "row by row",
+    "tensor": "whole tensors",
+}
+
+
+def methods(name: Name = None, json: Json = False) -> int:
+    """List the merge methods, or explain one: its formula, parameters and paper.
+
+    \b
+    Examples:
+      pxmerge methods
+      pxmerge methods ties
+    """
+    output = output_for(json=json)
+    if name is not None:
+        _explain(find_method(name), output)
+        return 0
+    found = load_methods().values()
+    output.document([_facts(method) for method in found])
+    columns = [
+        Column("method"),
+        Column("what it does"),
+        Column("takes", essential=False),
+        Column("sources", "right", essential=False),
+        Column("reads", essential=False),
+        Column("paper", essential=False),
+    ]
+    rows = [
+        (method.name, plain(method.summary), method.space, _sources(method), _ACCESS[method.access], method.paper)
+        for method in found
+    ]
+    output.table(columns, rows)
+    return 0
+
+
+def _explain(method: Method, output: Output) -> None:
+    options = parameter_options(method)
+    output.document(_facts(method))
+    output.text(f"{method.name}\n")
+    for paragraph in paragraphs(method.documentation, terminal_width()):
+        output.text(f"{paragraph}\n")
+    output.pairs(
+        [
+            ("takes", {"weights": "models", "deltas": "task vectors", "any": "models or task vectors"}[method.space]),
+            ("sources", _sources(method)),
+            ("reads", _ACCESS[method.access]),
+            ("variants", ", ".join(f"like {name}" for name in method.presets) or None),
+            ("paper", method.paper),
+            ("declared in", method.origin),
+        ]
+    )
+    if options:
+        output.heading("Parameters")
+        rows = [(option.name, option.default, _range(option), option.help) for option in options]
+        output.table([Column("name"), Column("default"), Column("values", essential=False), Column("what")], rows)
+    output.heading("Example")
+    output.text(f"  {example(method, options)}")
+
+
+def _facts(method: Method) -> dict[str, Any]:
+    least, most = method.sources
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "documentation": method.documentation,
+        "takes": method.space,
+        "access": method.access,
+        "sources": {"least": least, "most": most},
+        "uses_weights": method.uses_weights,
+        "random": method.random,
+        "variants": {name: dict(values) for name, values in method.presets.items()},
+        "paper": method.paper,
+        "origin": method.origin,
+        "parameters": method.params.model_json_schema().get("properties", {}),
+    }
+
+
+def _sources(method: Method) -> str:
+    least, most = method.sources
+    if most is None:
+        return f"{least} or more"
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def _range(option: ParameterOption) -> str:
+    parts = [*option.choices, *(f"{comparison} {bound:g}" for comparison, bound in option.bounds.items())]
+    if option.kind == "flag":
+        parts = ["true", "false"]
+    if option.per_source:
+        parts.append("one, or one for each source")
+    return ", ".join(parts)

@@ -1,0 +1,104 @@
+"""What a checkpoint holds, as plain data, from its headers alone."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
+from mergekit_px.checkpoint.open import ADAPTER_FILE
+from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
+from mergekit_px.inspection.source import Source
+from mergekit_px.plan.layers import stack_sizes
+
+_ADAPTER_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", "lora_embedding_A", ".hada_", ".lokr_", ".oft_")
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """Files, sizes, dtypes, parameters, layers, tied embeddings, kind and metadata; JSON-able.
+
+    ``layers`` counts the layers of each numbered stack of names. ``tied_embeddings`` is what the config says, None
+    where it says nothing; ``embedding_and_head`` are the names of the embeddings and heads that are stored.
+    """
+    checkpoint = source.checkpoint
+    tensors = checkpoint.tensors.values()
+    config = checkpoint.config or {}
+    return {
+        "reference": source.reference,
+        "commit": None if source.repo is None else source.repo.commit,
+        "license": None if source.repo is None else source.repo.license,
+        "kind": kind_of(checkpoint),
+        "format": checkpoint.kind,
+        "architectures": list(config.get("architectures") or ()),
+        "model_type": config.get("model_type"),
+        "tensors": len(checkpoint.tensors),
+        "parameters": sum(tensor.elements for tensor in tensors),
+        "bytes": checkpoint.nbytes,
+        "dtypes": _dtypes(checkpoint),
+        "layers": dict(stack_sizes(checkpoint.tensors)),
+        "tied_embeddings": tied_embeddings(config),
+        "embedding_and_head": [tensor.name for tensor in tensors if _is_embedding_or_head(tensor)],
+        "base_fingerprint": base_fingerprint(checkpoint),
+        "files": [
+            {
+                "name": file.name,
+                "bytes": file.size,
+                "tensors": sum(tensor.file == file.name for tensor in tensors),
+                "header_sha256": file.header_sha256,
+            }
+            for file in checkpoint.files.values()
+        ],
+        "side_files": list(checkpoint.side_files),
+        "metadata": checkpoint.metadata,
+    }
+
+
+def tensor_rows(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
+    """Name, dtype, shape, bytes and file of the tensors whose names match a glob."""
+    return [
+        {
+            "name": tensor.name,
+            "dtype": tensor.dtype.name,
+            "shape": list(tensor.shape),
+            "bytes": tensor.nbytes,
+            "file": tensor.file,
+        }
+        for tensor in checkpoint.tensors.values()
+        if fnmatch.fnmatchcase(tensor.name, pattern)
+    ]
+
+
+def kind_of(checkpoint: Checkpoint) -> str:
+    """``model``, ``task vector`` or ``adapter``."""
+    if is_task_vector(checkpoint):
+        return "task vector"
+    if ADAPTER_FILE in checkpoint.files or any(mark in name for name in checkpoint.tensors for mark in _ADAPTER_MARKS):
+        return "adapter"
+    return "model"
+
+
+def tied_embeddings(config: Mapping[str, Any]) -> bool | None:
+    """Whether a config ties the head to the embedding; None where it does not say."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
+def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """Per dtype, most bytes first: number of tensors, parameters, bytes."""
+    found: dict[str, dict[str, int]] = {}
+    for tensor in checkpoint.tensors.values():
+        entry = found.setdefault(tensor.dtype.name, {"tensors": 0, "parameters": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["parameters"] += tensor.elements
+        entry["bytes"] += tensor.nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _is_embedding_or_head(tensor: StoredTensor) -> bool:
+    parts = tensor.name.split(".")
+    if len(tensor.shape) != 2 or parts[-1] != "weight" or len(parts) < 2:
+        return False
+    return parts[-2] in {"lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}

@@ -1,0 +1,100 @@
+"""Whether a merged folder still holds the bytes that its lock file names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_px.checkpoint.hashing import file_sha256
+from mergekit_px.checkpoint.index import is_inside
+from mergekit_px.checkpoint.json_text import parse_object, shown
+from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError
+
+LOCK_FILE = "pxmerge.lock.json"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """File names by what became of them. ``extra`` files are in the folder and not in the lock file."""
+
+    matching: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    lock: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether nothing is changed, missing or extra."""
+        return not (self.changed or self.missing or self.extra)
+
+
+def verify(directory: Path, progress: Callable[[int, int], None] | None = None) -> Verification:
+    """Hash every file of a merged folder and compare with its lock file. Hidden files are not looked at.
+
+    Args:
+        progress: called with bytes hashed and bytes in all, after each file.
+
+    Raises:
+        InputNotFoundError: no such folder, or no lock file in it.
+        MalformedCheckpointError: a lock file that cannot be read.
+        InputError: a file that cannot be read.
+    """
+    lock = read_lock(directory)
+    expected: dict[str, dict[str, Any]] = lock["files"]
+    there = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    total = sum(path.stat().st_size for name, path in there.items() if name in expected)
+    matching: list[str] = []
+    changed: list[str] = []
+    done = 0
+    for name, entry in expected.items():
+        if name not in there:
+            continue
+        size = there[name].stat().st_size
+        is_same = size == entry.get("size", size) and _sha256(there[name]) == entry["sha256"]
+        (matching if is_same else changed).append(name)
+        done += size
+        if progress is not None:
+            progress(done, total)
+    return Verification(
+        matching=tuple(matching),
+        changed=tuple(changed),
+        missing=tuple(name for name in expected if name not in there),
+        extra=tuple(sorted(name for name in there if name not in expected and not _is_aside(name))),
+        lock=lock,
+    )
+
+
+def read_lock(directory: Path) -> dict[str, Any]:
+    """The lock file of a merged folder, its list of files checked. Raises as ``verify`` does."""
+    path = directory / LOCK_FILE
+    if not directory.is_dir():
+        raise InputNotFoundError("no such folder", where=str(directory))
+    try:
+        lock = parse_object(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise InputNotFoundError(
+            f"there is no {LOCK_FILE}", where=str(directory), hint="only what pxmerge has merged can be verified"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    files = lock.get("files")
+    if not isinstance(files, dict) or not files:
+        raise MalformedCheckpointError("it lists no files", where=str(path))
+    for name, entry in files.items():
+        if not is_inside(name):
+            raise MalformedCheckpointError(f"{shown(name)} is not a path inside the folder", where=str(path))
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            raise MalformedCheckpointError(f"{shown(name)} has no sha256", where=str(path))
+    return lock
+
+
+def _sha256(path: Path) -> str:
+    # The names in a cache prove nothing here: the bytes themselves are what is asked about.
+    return file_sha256(path, trust_cache=False)
+
+
+def _is_aside(name: str) -> bool:
+    return name == LOCK_FILE or any(part.startswith(".") for part in name.split("/"))

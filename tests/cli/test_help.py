@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from syrupy.assertion import SnapshotAssertion
+
+from mergekit_px.cli._commands import all_commands
+
+
+@pytest.mark.parametrize("name", list(all_commands()))
+def test_every_command_explains_itself(run, snapshot: SnapshotAssertion, name: str) -> None:
+    outcome = run(name, "--help")
+    assert outcome.code == 0
+    assert outcome.stderr == ""
+    assert f"pxmerge {name} " in outcome.stdout.partition("Example")[2]
+    assert outcome.stdout == snapshot
+
+
+def test_overview(run, snapshot: SnapshotAssertion) -> None:
+    outcome = run("--help")
+    assert outcome.code == 0
+    assert outcome.stdout == snapshot
+    assert outcome.stdout == run().stdout == run("-h").stdout
+
+
+@pytest.mark.parametrize("name", ["", "ties", "run"])
+def test_forty_columns_are_enough(run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text = run(*name.split(), "--help").stdout
+    prose = text.partition("Options:")[0]
+    too_long = [line for line in prose.splitlines() if len(line) > 40 and "pxmerge" not in line]
+    assert too_long == []
+
+
+def test_every_option_has_a_help_text(run) -> None:
+    for name in all_commands():
+        options = run(name, "-h").stdout.partition("Options:")[2].splitlines()
+        for this, following in zip(options, [*options[1:], ""], strict=True):
+            if this.startswith("  -"):
+                assert "  " in this.strip() or following.startswith(" " * 10), f"{name}: {this}"
+
+
+HELP = "import sys; from mergekit_px.cli import main; main(sys.argv[1:]); "
+HEAVY = "sys.exit(', '.join({'torch', 'numpy', 'huggingface_hub', 'transformers', 'rich'} & set(sys.modules)) or 0)"
+
+
+@pytest.mark.parametrize("words", ["--help", "ties --help", "run --help", "inspect --help", "doctor -h", "nonsense"])
+def test_help_imports_nothing_heavy(words: str) -> None:
+    finished = subprocess.run([sys.executable, "-c", HELP + HEAVY, *words.split()], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+
+import pytest
+
+from mergekit_px.cli._output import Column, Output, output_for, write_error_line
+
+COLUMNS = [Column("name"), Column("size", "right"), Column("more", essential=False)]
+ROWS = [("a", 1, "x"), ("a-long-name", 20, None)]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def say_everything(output: Output) -> None:
+    output.heading("Title")
+    output.table(COLUMNS, ROWS)
+    output.pairs([("key", "value"), ("nothing", None)])
+    output.text("result")
+    output.document({"result": 1})
+    output.note("by the way")
+    output.warning("careful")
+
+
+def test_people_get_tables_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    say_everything(Output())
+    captured = capsys.readouterr()
+    assert captured.out == (
+        "\nTitle\nname         size  more\na               1  x\na-long-name    20\nkey  value\nresult\n"
+    )
+    assert captured.err == "by the way\nwarning: careful\n"
+
+
+def test_programs_get_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    say_everything(output_for(json=True))
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"result": 1}
+    assert captured.err == "by the way\nwarning: careful\n"
+
+
+def test_quiet_leaves_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    say_everything(output_for(quiet=True))
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("result\n", "")
+
+
+def test_a_pipe_keeps_each_row_on_its_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS")
+    Output().table([Column("name")], [("x" * 500,)])
+    assert capsys.readouterr().out == f"name\n{'x' * 500}\n"
+
+
+def test_a_narrow_terminal_gets_the_essential_and_nothing_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("LINES", "20")
+    name = "model.layers.0.self_attn.q_proj.weight.with.a.long.tail"
+    Output().table(COLUMNS, [(name, 1, "x")])
+    lines = re.sub(r"\x1b\[\d*m", "", terminal.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert "more" not in lines[0]
+    assert name in "".join(line.split("  ")[0] for line in lines[1:])
+
+
+def test_square_brackets_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().table([Column("[bold]x")], [("[red]y[/red] :smile:",)])
+    assert capsys.readouterr().out == "[bold]x\n[red]y[/red] :smile:\n"
+
+
+def test_a_reader_of_stderr_that_went_away_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    write_error_line("hello")
