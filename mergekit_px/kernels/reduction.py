@@ -6,32 +6,57 @@ cannot change them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from functools import lru_cache
 
 import torch
 
 _ROW = 4096
+_LARGEST_INTEGER = 2**12
 
 
-def weighted_sum(tensors: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
+@lru_cache(maxsize=1024)
+def integer_ratio(coefficients: tuple[float, ...]) -> tuple[tuple[float, ...], float]:
+    """Integers and a common divisor that stand for the coefficients: 0.5, 0.3, 0.2 are 5, 3, 2 divided by 10.
+
+    Small integer multiples of bfloat16 and float16 numbers are exact in float32, so that a sum of them is rounded
+    in the division only. Coefficients that are not ratios of small integers come back as they are, divisor 1.
+    """
+    fractions = [Fraction(value).limit_denominator(_LARGEST_INTEGER) for value in coefficients]
+    divisor = math.lcm(*(fraction.denominator for fraction in fractions))
+    integers = tuple(float(fraction * divisor) for fraction in fractions)
+    alike = all(math.isclose(f, value, rel_tol=1e-14) for f, value in zip(fractions, coefficients, strict=True))
+    small = max(divisor, *map(abs, integers)) <= _LARGEST_INTEGER
+    return (integers, float(divisor)) if alike and small else (coefficients, 1.0)
+
+
+def weighted_sum(tensors: Iterable[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
     """``sum_i coefficients[i] * tensors[i]`` in the order given, in fresh memory.
 
     Args:
-        tensors: at least one; equal shapes, one floating-point dtype, which is that of the result.
-        coefficients: one for each tensor. A tensor with coefficient 0 takes no part at all, and a lone one with
-            coefficient 1 is copied bit for bit.
+        tensors: at least one; equal shapes, one floating-point dtype, which is that of the result. Taken one at a
+            time.
+        coefficients: one for each tensor, finite; see :func:`integer_ratio`. A tensor with coefficient 0 takes no
+            part at all, and a lone one with coefficient 1 is copied bit for bit.
     """
+    factors, divisor = integer_ratio(tuple(coefficients))
     total: torch.Tensor | None = None
-    for tensor, coefficient in zip(tensors, coefficients, strict=True):
-        if coefficient == 0:
-            continue
-        if total is not None:
-            total.add_(tensor, alpha=coefficient)
-        elif coefficient == 1:
-            total = tensor.clone()
-        else:
-            total = torch.mul(tensor, coefficient)
-    return torch.zeros_like(tensors[0]) if total is None else total
+    for tensor, factor in zip(tensors, factors, strict=True):
+        if total is None:
+            total = _multiple(tensor, factor)
+        elif factor:
+            total.add_(tensor, alpha=factor)
+    if total is None:
+        raise ValueError("a sum of no tensors has no shape")
+    return total if divisor == 1 else total.div_(divisor)
+
+
+def _multiple(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    if factor == 0:
+        return torch.zeros_like(tensor)
+    return tensor.clone() if factor == 1 else torch.mul(tensor, factor)
 
 
 def element_sum(values: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-_TIE = 2.0**-18
+from mergekit_px.kernels.reduction import integer_ratio
 
 Vote = Literal["sum", "count"]
 Tie = Literal["zero", "positive"]
@@ -29,8 +29,8 @@ def elect_signs(
 ) -> torch.Tensor:
     """The sign of each element that the sources agree on: -1, 0 or 1, in the dtype and shape of the tensors.
 
-    Differences of bfloat16 numbers are small multiples of one unit, so that votes cancel often; with unequal
-    coefficients rounding would then decide. Hence sums within 2**-18 of their terms' magnitudes are ties.
+    Differences of bfloat16 numbers are small multiples of one unit, so that votes cancel often. With coefficients
+    that are ratios of small integers the sums are exact then, and a tie is a tie whatever the order of the sources.
 
     Args:
         tensors: the sources, equal in shape and dtype.
@@ -41,21 +41,16 @@ def elect_signs(
     """
     if vote == "count":
         coefficients = [math.copysign(1.0, value) if value else 0.0 for value in coefficients]
-    exact = len(set(coefficients)) == 1
-    if exact and coefficients[0]:
-        coefficients = [math.copysign(1.0, coefficients[0])] * len(tensors)
+    elif len({abs(value) for value in coefficients}) == 1 and coefficients[0]:
+        coefficients = [value / abs(coefficients[0]) for value in coefficients]
+    factors, _ = integer_ratio(tuple(coefficients))
     total = torch.zeros_like(tensors[0])
-    mass = torch.zeros_like(tensors[0])
-    for tensor, coefficient, cut in zip(tensors, coefficients, cuts, strict=True):
+    for tensor, factor, cut in zip(tensors, factors, cuts, strict=True):
         ballot = trim(tensor, cut)
         if vote == "count":
             ballot.sign_()
-        total.add_(ballot, alpha=coefficient)
-        if not exact:
-            mass.add_(ballot.abs_(), alpha=abs(coefficient))
-    if not exact:
-        decided = mass.mul_(-_TIE).add_(total.abs()).clamp_(min=0)
-        total.mul_(decided.sign_())
+        # Not fused with the addition, so that opposite products cancel.
+        total.add_(ballot if factor == 1 else ballot.mul_(factor))
     total.sign_()
     return total.add_(0.5).sign_() if tie == "positive" else total
 
@@ -96,20 +91,23 @@ def disjoint_sum(
         if shares is not None:
             divisor.add_(agreeing.sign_(), alpha=shares[index])
     if shares is not None:
-        total.div_(_zero_to_one(divisor, least=min(shares)))
+        total.div_(_zero_to_one(divisor, shares))
     return total.mul_(signs)
 
 
-def _zero_to_one(divisor: torch.Tensor, least: float) -> torch.Tensor:
-    """Replace 0 in place; ``least`` is the smallest term that the divisor is a sum of."""
-    if least > 0:
-        return divisor.clamp_(min=least)
-    return divisor.add_(divisor.sign().square_().neg_().add_(1.0))
+def _zero_to_one(divisor: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
+    """Replace 0 in place, in a sum of some of the shares."""
+    if min(shares) > 0:
+        return divisor.clamp_(min=min(shares))
+    # Shares of both signs may cancel, but for their rounding.
+    solid = divisor.abs().sub_(2.0**-18 * sum(map(abs, shares))).clamp_(min=0).sign_()
+    return divisor.mul_(solid).add_(solid.neg_().add_(1.0))
 
 
 def _round_down(value: float, dtype: torch.dtype) -> float:
     """The largest number of that dtype that is not above a nonnegative value."""
     if dtype == torch.float64:
         return value
-    narrow = np.float32(value)
+    with np.errstate(over="ignore"):
+        narrow = np.float32(value)
     return float(narrow if float(narrow) <= value else np.nextafter(narrow, np.float32(0)))

@@ -94,14 +94,12 @@ def dare_linear(
         UsageError: the weights add up to zero and are to be divided by their sum, one is not finite, or densities
             are given for another number of sources.
     """
-    import torch
+    from mergekit_px.kernels.reduction import weighted_sum
 
     factor = params.scale / total_weight(weights) if params.normalize else params.scale
     factors = statistics or (1.0,) * len(deltas)
-    total = torch.zeros_like(deltas[0])
-    for thin, weight, rescale in zip(_thinned(deltas, random, params), finite_weights(weights), factors, strict=True):
-        total.add_(thin, alpha=factor * weight * rescale)
-    return total
+    coefficients = [factor * weight * rescale for weight, rescale in zip(finite_weights(weights), factors, strict=True)]
+    return weighted_sum(_thinned(deltas, random, params), coefficients)
 
 
 @merge_method(

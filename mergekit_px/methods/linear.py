@@ -33,5 +33,4 @@ def linear(sources: Sequence[torch.Tensor], weights: Sequence[float], params: Li
     from mergekit_px.kernels.reduction import weighted_sum
 
     divisor = total_weight(weights) if params.normalize else 1.0
-    total = weighted_sum(sources, finite_weights(weights))
-    return total if divisor == 1 else total.div_(divisor)
+    return weighted_sum(sources, [weight / divisor for weight in finite_weights(weights)])

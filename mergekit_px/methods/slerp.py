@@ -54,6 +54,7 @@ def slerp_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[flo
     space="weights",
     access="two_pass",
     sources=(2, 2),
+    params=SlerpParams,
     statistics=slerp_statistics,
     scratch=6.0,
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
-from mergekit_px.kernels.reduction import absolute_sum, element_sum, gram, weighted_sum
+from mergekit_px.kernels.reduction import absolute_sum, element_sum, gram, integer_ratio, weighted_sum
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,6 +21,39 @@ def test_weighted_sum_is_the_linear_combination() -> None:
     coefficients = [0.3, -1.7, 4.0]
     expected = sum(c * t.numpy().astype(np.float64) for c, t in zip(coefficients, tensors, strict=True))
     np.testing.assert_allclose(weighted_sum(tensors, coefficients).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "expected"),
+    [
+        ((0.5, 0.3, 0.2), ((5.0, 3.0, 2.0), 10.0)),
+        ((1 / 3, 2 / 3), ((1.0, 2.0), 3.0)),
+        ((0.1 * 0.7, -0.25), ((7.0, -25.0), 100.0)),
+        ((1.0, 0.0, -2.0), ((1.0, 0.0, -2.0), 1.0)),
+        ((0.123456789, 0.5), ((0.123456789, 0.5), 1.0)),
+        ((1e9, 0.5), ((1e9, 0.5), 1.0)),
+        ((1e-9, 0.5), ((1e-9, 0.5), 1.0)),
+    ],
+)
+def test_coefficients_as_ratios_of_integers(
+    coefficients: tuple[float, ...], expected: tuple[tuple[float, ...], float]
+) -> None:
+    assert integer_ratio(coefficients) == expected
+
+
+def test_decimal_coefficients_of_bfloat16_numbers_are_rounded_once() -> None:
+    """Exact fractions decide, where the sum lies halfway between two bfloat16 numbers too."""
+    tensors = [(draw(2000, seed=i) * 0.02).bfloat16() for i in range(3)]
+    merged = weighted_sum([t.float() for t in tensors], [0.5, 0.3, 0.2])
+    weights = [Fraction(5, 10), Fraction(3, 10), Fraction(2, 10)]
+    exact = [
+        sum(w * Fraction(v) for w, v in zip(weights, values, strict=True))
+        for values in zip(*(t.tolist() for t in tensors), strict=True)
+    ]
+    halfway = sum(1 for value in exact if (value * 2**17).denominator == 1 and value * 2**16 % 1)
+    assert halfway > 20
+    singles = np.array([np.float32(float(value)) for value in exact])
+    np.testing.assert_array_equal(merged.bfloat16().float().numpy(), torch.from_numpy(singles).bfloat16().float())
 
 
 def test_a_coefficient_of_zero_leaves_a_tensor_out() -> None:

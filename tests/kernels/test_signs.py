@@ -75,6 +75,18 @@ def test_disjoint_sums(shares: tuple[float, ...] | None, orientations: tuple[flo
     np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_divisor_that_cancels_counts_as_one() -> None:
+    tensors = [torch.tensor([1.0, 2.0])] * 3
+    merged = disjoint_sum(
+        tensors, torch.ones(2), (1.0, 1.0, 1.0), NO_CUTS, orientations=(1.0, 1.0, 1.0), shares=(0.1, 0.2, -0.3)
+    )
+    assert merged.tolist() == [3.0, 6.0]
+
+
+def test_a_cut_beyond_float32_trims_everything() -> None:
+    assert trim(torch.tensor([torch.finfo(torch.float32).max]), 1e300).item() == 0
+
+
 def test_nan_is_not_hidden() -> None:
     tensors = [torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0])]
     signs = elect_signs(tensors, (1.0, 1.0), (0.5, 0.5), vote="sum", tie="zero")
