@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -52,10 +52,14 @@ class Execution:
         elif item.access == "tensor":
             if not self._skip(item, 0, item.elements):
                 yield [Job(partial(self._write_whole, item), wide=True)]
+        elif item.elements <= self._length(item):
+            if item.elements and not self._skip(item, 0, item.elements):
+                yield [Job(partial(self._write_small, item))]
         else:
             chunks = [(start, stop) for start, stop in self._chunks(item) if not self._skip(item, start, stop)]
             if chunks:
-                yield from self._statistics(item, [node for node in item.applied if id(node) not in self.statistics])
+                for node in self._unknown(item):
+                    self.statistics[id(node)] = yield from self._swept(node, [(item, node)])
                 yield [Job(partial(self._write_chunk, item, start, stop)) for start, stop in chunks]
         for node in item.applied:
             self.statistics.pop(id(node), None)
@@ -63,47 +67,43 @@ class Execution:
     def shared_statistics(self, members: Sequence[tuple[WorkItem, Apply]]) -> Routine[Lane]:
         """Statistics over all tensors of the model that one step treats alike."""
         for item, node in members:
-            inner = [other for other in item.applied if other is not node and id(other) not in self.statistics]
-            yield from self._statistics(item, inner[: _place(item, node, inner)])
-        first = members[0][1]
-        elements = sum(item.elements for item, _ in members)
-        generator = _generator(first, elements)
+            for inner in self._unknown(item):
+                if item.applied.index(inner) < item.applied.index(node):
+                    self.statistics[id(inner)] = yield from self._swept(inner, [(item, inner)])
+        found = yield from self._swept(members[0][1], members)
+        for _, node in members:
+            self.statistics[id(node)] = found
+
+    def _unknown(self, item: WorkItem) -> list[Apply]:
+        """The methods of an item that have statistics and do not know them yet, inner ones first."""
+        return [node for node in item.applied if node.method.statistics is not None and id(node) not in self.statistics]
+
+    def _swept(
+        self, node: Apply, members: Sequence[tuple[WorkItem, Apply]]
+    ) -> Generator[Sequence[Job[Lane]], list[Any], Any]:
+        """Sweep all chunks of all members as often as the method asks; returns its statistics."""
+        generator = _generator(node, sum(item.elements for item, _ in members))
         total = None
         try:
             while True:
                 sweep = next(generator) if total is None else generator.send(total)
                 sums = _Totals()
                 yield [
-                    Job(partial(self._sweep_chunk, item, node, sweep, start, stop, (number, start), sums))
-                    for number, (item, node) in enumerate(members)
+                    Job(partial(self._sweep_chunk, item, member, sweep, start, stop, number, sums))
+                    for number, (item, member) in enumerate(members)
                     for start, stop in self._chunks(item)
                 ]
                 total = sums.total()
-        except StopIteration as stop_iteration:
-            for _, node in members:
-                self.statistics[id(node)] = stop_iteration.value
+        except StopIteration as finished:
+            return finished.value
 
-    def _statistics(self, item: WorkItem, nodes: Sequence[Apply]) -> Routine[Lane]:
-        for node in nodes:
-            if node.method.statistics is None:
-                continue
-            generator = _generator(node, item.elements)
-            total = None
-            try:
-                while True:
-                    sweep = next(generator) if total is None else generator.send(total)
-                    sums = _Totals()
-                    yield [
-                        Job(partial(self._sweep_chunk, item, node, sweep, start, stop, (0, start), sums))
-                        for start, stop in self._chunks(item)
-                    ]
-                    total = sums.total()
-            except StopIteration as stop_iteration:
-                self.statistics[id(node)] = stop_iteration.value
+    def _length(self, item: WorkItem) -> int:
+        """Elements of an item's chunks."""
+        piece = unit(item)
+        return max(self.chunk // piece, 1) * piece
 
     def _chunks(self, item: WorkItem) -> Iterator[tuple[int, int]]:
-        piece = unit(item)
-        length = max(self.chunk // piece, 1) * piece
+        length = self._length(item)
         for start in range(0, item.elements, length):
             yield start, min(start + length, item.elements)
 
@@ -134,18 +134,34 @@ class Execution:
 
     def _write_chunk(self, item: WorkItem, start: int, stop: int, lane: Lane) -> None:
         with lane.computing():
-            raw = self._read(item, start, stop, lane)
-            width = item.dtype.bits // 8
-            host = lane.host_bytes("output", (stop - start) * width)
-            out = host if lane.device.type == "cpu" else torch.empty_like(host, device=lane.device)
-            stored = out.view(item.dtype.torch)
-            piece = unit(item) if lane.device.type == "cpu" else stop - start
-            for begin in range(start, stop, piece):
-                end = min(begin + piece, stop)
-                value = self._block(item, raw, start, begin, end).value(item.node)
-                self._store(item, value, stored[begin - start : end - start])
-            if out is not host:
-                host.copy_(out, non_blocking=True)
+            self._write(item, self._read(item, item.reads, start, stop, lane), start, stop, lane)
+
+    def _write_small(self, item: WorkItem, lane: Lane) -> None:
+        """An item of one chunk: it is read once, swept in memory and written."""
+        with lane.computing():
+            raw = self._read(item, item.reads, 0, item.elements, lane)
+            for node in self._unknown(item):
+
+                def total(sweep: Sweep, node: Apply = node) -> torch.Tensor:
+                    sums = _Totals()
+                    self._sweep(item, node, sweep, raw, 0, item.elements, 0, sums)
+                    return sums.total()
+
+                self.statistics[id(node)] = _driven(node, item.elements, total)
+            self._write(item, raw, 0, item.elements, lane)
+
+    def _write(self, item: WorkItem, raw: Mapping[int, torch.Tensor], start: int, stop: int, lane: Lane) -> None:
+        width = item.dtype.bits // 8
+        host = lane.host_bytes("output", (stop - start) * width)
+        out = host if lane.device.type == "cpu" else torch.empty_like(host, device=lane.device)
+        stored = out.view(item.dtype.torch)
+        piece = unit(item) if lane.device.type == "cpu" else stop - start
+        for begin in range(start, stop, piece):
+            end = min(begin + piece, stop)
+            value = self._block(item, raw, start, begin, end).value(item.node)
+            self._store(item, value, stored[begin - start : end - start])
+        if out is not host:
+            host.copy_(out, non_blocking=True)
         lane.finish()
         self.sink.write(item.name, start * width, as_bytes(host))
         self.advance(item.name, (stop - start) * width)
@@ -155,9 +171,8 @@ class Execution:
             block = WholeTensor(
                 item.name, 0, partial(self._load_whole, item, lane), self.statistics, self.seed, item.shape
             )
-            for node in item.applied:
-                if node.method.statistics is not None and id(node) not in self.statistics:
-                    self.statistics[id(node)] = _whole_statistics(item, node, block)
+            for node in self._unknown(item):
+                self.statistics[id(node)] = _whole_statistics(item, node, block)
             value = block.value(item.node)
             stored = torch.empty(item.elements, dtype=item.dtype.torch, device=value.device)
             self._store(item, value, stored)
@@ -173,23 +188,35 @@ class Execution:
         sweep: Sweep,
         start: int,
         stop: int,
-        order: tuple[int, int],
+        number: int,
         sums: _Totals,
         lane: Lane,
     ) -> None:
         with lane.computing():
-            raw = self._read(item, start, stop, lane, node)
-            piece = unit(item)
-            for begin in range(start, stop, piece):
-                block = self._block(item, raw, start, begin, min(begin + piece, stop))
-                sums.add((order[0], begin), sweep(block.operands(node)))
+            reads = [leaf for leaf in item.reads if _uses(node, leaf)]
+            self._sweep(item, node, sweep, self._read(item, reads, start, stop, lane), start, stop, number, sums)
         lane.finish()
 
+    def _sweep(
+        self,
+        item: WorkItem,
+        node: Apply,
+        sweep: Sweep,
+        raw: Mapping[int, torch.Tensor],
+        start: int,
+        stop: int,
+        number: int,
+        sums: _Totals,
+    ) -> None:
+        piece = unit(item)
+        for begin in range(start, stop, piece):
+            block = self._block(item, raw, start, begin, min(begin + piece, stop))
+            sums.add((number, begin), sweep(block.operands(node)))
+
     def _read(
-        self, item: WorkItem, start: int, stop: int, lane: Lane, node: Apply | None = None
+        self, item: WorkItem, reads: Sequence[Read], start: int, stop: int, lane: Lane
     ) -> dict[int, torch.Tensor]:
-        """The stored elements [start, stop) of every tensor that is needed, on the device, in storage dtype."""
-        reads = item.reads if node is None else [leaf for leaf in item.reads if _uses(node, leaf)]
+        """The stored elements [start, stop) of some tensors, on the device, in their storage dtypes."""
         raw: dict[int, torch.Tensor] = {}
         for number, read in enumerate(reads):
             width = read.dtype.bits // 8
@@ -286,31 +313,27 @@ def _uses(node: Apply, leaf: Read) -> bool:
     return any(operand is leaf or (isinstance(operand, Apply) and _uses(operand, leaf)) for operand in node.operands)
 
 
-def _place(item: WorkItem, node: Apply, others: Sequence[Apply]) -> int:
-    """How many of ``others`` stand before ``node`` in the item's order."""
-    limit = item.applied.index(node)
-    return sum(1 for other in others if item.applied.index(other) < limit)
-
-
-def _whole_statistics(item: WorkItem, node: Apply, block: WholeTensor) -> Any:
-    """Statistics of a method inside an expression that is evaluated whole, over the same blocks as elsewhere."""
-    operands = block.operands(node)
-    tensors = [tensor.reshape(-1) for tensor in operands.tensors]
-    generator = _generator(node, item.elements)
+def _driven(node: Apply, elements: int, total_of: Callable[[Sweep], torch.Tensor]) -> Any:
+    """A method's statistics where each sweep's total is at hand at once."""
+    generator = _generator(node, elements)
     total = None
     try:
         while True:
-            sweep = next(generator) if total is None else generator.send(total)
-            sums = _Totals()
-            for begin in range(0, item.elements, BLOCK):
-                piece = [tensor[begin : begin + BLOCK] for tensor in tensors]
-                sums.add((0, begin), sweep(_replace_tensors(operands, piece)))
-            total = sums.total()
-    except StopIteration as stop_iteration:
-        return stop_iteration.value
+            total = total_of(next(generator) if total is None else generator.send(total))
+    except StopIteration as finished:
+        return finished.value
 
 
-def _replace_tensors(operands: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    from dataclasses import replace
+def _whole_statistics(item: WorkItem, node: Apply, block: WholeTensor) -> Any:
+    """Statistics inside an expression that is evaluated whole, over the same blocks as elsewhere."""
+    operands = block.operands(node)
+    tensors = [tensor.reshape(-1) for tensor in operands.tensors]
 
-    return replace(operands, tensors=tensors)
+    def total(sweep: Sweep) -> torch.Tensor:
+        sums = _Totals()
+        for begin in range(0, item.elements, BLOCK):
+            pieces = [tensor[begin : begin + BLOCK] for tensor in tensors]
+            sums.add((0, begin), sweep(replace(operands, tensors=pieces)))
+        return sums.total()
+
+    return _driven(node, item.elements, total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -40,7 +41,8 @@ class Lane:
         self.device = device
         self.threads = threads
         self._buffers: dict[str, torch.Tensor] = {}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        make_stream: Any = torch.cuda.Stream
+        self._stream: torch.cuda.Stream | None = make_stream(device) if device.type == "cuda" else None
         torch.set_num_threads(1)
 
     def host_bytes(self, role: str, count: int) -> torch.Tensor:
