@@ -78,6 +78,8 @@ def disjoint_sum(
         shares: what each source that takes part adds to the divisor (a divisor of 0 counts as 1); None for no
             division.
     """
+    scaled, unit = integer_ratio((*coefficients, *(shares or ())))
+    factors, parts = scaled[: len(coefficients)], scaled[len(coefficients) :]
     total = torch.zeros_like(signs)
     divisor = torch.zeros_like(signs)
     for index, tensor in enumerate(tensors):
@@ -87,21 +89,23 @@ def disjoint_sum(
         if orientations[index] < 0:
             agreeing.neg_()
         torch.threshold_(agreeing, _round_down(cuts[index], tensor.dtype), 0.0)
-        total.add_(agreeing, alpha=orientations[index] * coefficients[index])
-        if shares is not None:
-            divisor.add_(agreeing.sign_(), alpha=shares[index])
-    if shares is not None:
-        total.div_(_zero_to_one(divisor, shares))
+        total.add_(agreeing, alpha=orientations[index] * factors[index])
+        if parts:
+            divisor.add_(agreeing.sign_(), alpha=parts[index])
+    if parts:
+        total.div_(_replace_zero(divisor, parts, unit))
+    elif unit != 1:
+        total.div_(unit)
     return total.mul_(signs)
 
 
-def _zero_to_one(divisor: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
-    """Replace 0 in place, in a sum of some of the shares."""
-    if min(shares) > 0:
-        return divisor.clamp_(min=min(shares))
-    # Shares of both signs may cancel, but for their rounding.
-    solid = divisor.abs().sub_(2.0**-18 * sum(map(abs, shares))).clamp_(min=0).sign_()
-    return divisor.mul_(solid).add_(solid.neg_().add_(1.0))
+def _replace_zero(divisor: torch.Tensor, parts: Sequence[float], value: float) -> torch.Tensor:
+    """Replace 0 in place, in a sum of some of the parts."""
+    if min(parts) > 0:
+        return divisor.clamp_(min=min(parts))  # 0 is the divisor of 0 alone
+    # Parts of both signs may cancel, but for their rounding.
+    solid = divisor.abs().sub_(2.0**-18 * sum(map(abs, parts))).clamp_(min=0).sign_()
+    return divisor.mul_(solid).add_(solid.neg_().add_(1.0), alpha=value)
 
 
 def _round_down(value: float, dtype: torch.dtype) -> float:
