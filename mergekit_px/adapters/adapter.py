@@ -1,0 +1,152 @@
+"""An adapter as found on disk, and what it makes of a base checkpoint."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit_px.adapters import tokens
+from mergekit_px.adapters.binder import Binder, BindOptions
+from mergekit_px.adapters.config import AdapterConfig
+from mergekit_px.adapters.patch import Patch, ReplacePatch, chain
+from mergekit_px.adapters.peft_keys import Module, ParsedKeys
+from mergekit_px.adapters.registry import Family
+from mergekit_px.adapters.ties import config_updates, is_vocabulary
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.open import Checkpoint, StoredTensor
+
+_DENOISERS = {"unet", "transformer"}
+"""Two names of one thing: formats disagree on what the denoising network of a pipeline is called."""
+
+
+@dataclass(frozen=True)
+class Binding(Mapping[str, Patch]):
+    """The patches of one adapter on one base, by target.
+
+    Attributes:
+        config_updates: fields of the base's config.json that must change with the tensors, nested as in the file.
+        left_out: adapter tensors that belong to another component of a pipeline than the one bound.
+    """
+
+    patches: Mapping[str, Patch]
+    config_updates: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def __getitem__(self, target: str) -> Patch:
+        return self.patches[target]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.patches)
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter, described; no numbers are read.
+
+    Attributes:
+        label: as the user wrote it.
+        checkpoint: its tensors.
+        config: its configuration; for files without one, what their names tell.
+        family: how its modules are merged.
+        keys: its tensors, sorted.
+    """
+
+    label: str
+    checkpoint: Checkpoint
+    config: AdapterConfig
+    family: Family
+    keys: ParsedKeys
+
+    @property
+    def kind(self) -> str:
+        """``peft_type``, or the family of a file that has no configuration."""
+        return self.config.kind
+
+    @property
+    def base_model_name(self) -> str | None:
+        """The base that the adapter says it was trained on."""
+        return self.config.base_model_name
+
+    def bind(self, base: Checkpoint, options: BindOptions | None = None) -> Binding:
+        """What the adapter makes of each tensor of ``base``. Every tensor of the adapter takes part.
+
+        Patches that replace a whole tensor come first, then the adapter proper, then single rows.
+
+        Raises AdapterError: an adapter that cannot be merged, with the reason; names that fit nothing in the base;
+        shapes that clash; a missing half; a rank that contradicts the configuration.
+        """
+        options = options or BindOptions()
+        self.family.check(self.config, options)
+        modules, left_out = self._of_component(options.component)
+        binder = Binder(base, self.config, options, modules)
+        collected: dict[str, list[Patch]] = defaultdict(list)
+        for patch in self._replacements(binder):
+            collected[patch.target].append(patch)
+        resized = {name: patches[0].out_shape for name, patches in collected.items()}
+        binder.resize(resized)
+        owners: dict[str, str] = {}
+        for module in modules.values():
+            for patch in self.family.bind(module, binder):
+                other = owners.setdefault(patch.target, module.name)
+                if other != module.name:
+                    raise self.config.error(
+                        f"{shown(other)} and {shown(module.name)} both fit {shown(patch.target)} of the base"
+                    )
+                collected[patch.target].append(patch)
+        for path, rows in self.keys.tokens.items():
+            patch = tokens.bind(path, rows, resized, binder)
+            collected[patch.target].append(patch)
+        patches, untied = binder.ties.resolve(
+            {target: chain(patches) for target, patches in collected.items()},
+            keep_tied=options.keep_tied,
+            trained_tied=self.config.flag("ensure_weight_tying"),
+            where=self.config.where,
+        )
+        return Binding(patches, config_updates(base.config, patches, untied=untied), left_out)
+
+    def _of_component(self, wanted: str | None) -> tuple[dict[str, Module], tuple[str, ...]]:
+        """The modules of one component of a pipeline, and the names of the other tensors; all, where none is named."""
+        present = {module.component for module in self.keys.modules.values() if module.component}
+        if wanted is None:
+            return self.keys.modules, ()
+        names = _DENOISERS if wanted in _DENOISERS else {wanted}
+        if not present & names:
+            raise self.config.error(
+                f"there is nothing for the component {shown(wanted)}",
+                hint=f"the file has {', '.join(sorted(present)) or 'no components'}",
+            )
+        chosen = {key: module for key, module in self.keys.modules.items() if module.component in names}
+        others = [key for name, module in self.keys.modules.items() if name not in chosen for key in module.keys]
+        return chosen, tuple(sorted(others))
+
+    def _replacements(self, binder: Binder) -> Iterator[Patch]:
+        for name, tensor in self.keys.whole.items():
+            yield _replacement(name, tensor, binder)
+
+
+def _replacement(name: str, tensor: StoredTensor, binder: Binder) -> ReplacePatch:
+    module, _, leaf = name.rpartition(".")
+    place = binder.names.find(module)
+    target = f"{place}.{leaf}" if place else leaf if place == "" else name
+    existing = binder.base.tensors.get(target)
+    listed = any(
+        module == saved or module.endswith(f".{saved}") or f".{saved}." in f".{module}."
+        for saved in binder.config.names("modules_to_save")
+    )
+    if existing is None and not listed and not binder.ties.is_missing_head(module):
+        raise binder.names.unmatched([name])
+    resized = is_vocabulary(target) and existing is not None and existing.shape[1:] == tensor.shape[1:]
+    if existing is not None and existing.shape != tensor.shape and not (listed or resized):
+        raise binder.clash(existing, tensor.shape)
+    return ReplacePatch(
+        target=target,
+        source=None,
+        out_shape=tensor.shape,
+        out_dtype=None if existing is not None and existing.dtype.arithmetic else tensor.dtype,
+        factors={"value": tensor},
+    )

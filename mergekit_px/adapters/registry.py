@@ -1,0 +1,86 @@
+"""The kinds of PEFT adapters: those that can be merged, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mergekit_px.adapters import (
+    adalora,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    miss,
+    oft,
+    shira,
+    vera,
+)
+from mergekit_px.adapters.binder import Binder, BindOptions
+from mergekit_px.adapters.config import AdapterConfig
+from mergekit_px.adapters.patch import Patch
+from mergekit_px.adapters.peft_keys import Module
+from mergekit_px.checkpoint.json_text import shown
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of adapter.
+
+    Attributes:
+        parameters: the names of its factors in files.
+        bind: the patches of one adapted module.
+        check: refuses configurations that cannot be merged.
+    """
+
+    parameters: frozenset[str]
+    bind: Callable[[Module, Binder], list[Patch]]
+    check: Callable[[AdapterConfig, BindOptions], None] = lambda config, options: None
+
+
+def _no_modules(module: Module, binder: Binder) -> list[Patch]:
+    raise binder.error(f"{shown(module.keys[0])} has no meaning for {binder.config.kind}")
+
+
+FAMILIES: dict[str, Family] = {
+    "LORA": Family(lora.PARAMETERS, lora.bind, lora.check),
+    "ADALORA": Family(adalora.PARAMETERS, adalora.bind),
+    "LOHA": Family(loha.PARAMETERS, loha.bind),
+    "LOKR": Family(lokr.PARAMETERS, lokr.bind),
+    "IA3": Family(ia3.PARAMETERS, ia3.bind),
+    "OFT": Family(oft.PARAMETERS, oft.bind, oft.check),
+    "VERA": Family(vera.PARAMETERS, vera.bind),
+    "HRA": Family(hra.PARAMETERS, hra.bind),
+    "HIRA": Family(hira.PARAMETERS, hira.bind),
+    "LN_TUNING": Family(ln_tuning.PARAMETERS, ln_tuning.bind),
+    "SHIRA": Family(shira.PARAMETERS, shira.bind),
+    "MISS": Family(miss.PARAMETERS, miss.bind),
+    "TRAINABLE_TOKENS": Family(frozenset(), _no_modules),
+}
+
+_PROMPTS = "it adds learned tokens to the input of the model, not numbers to its weights"
+
+REFUSED: dict[str, str] = {
+    "PROMPT_TUNING": _PROMPTS,
+    "MULTITASK_PROMPT_TUNING": _PROMPTS,
+    "P_TUNING": _PROMPTS,
+    "PREFIX_TUNING": "it adds learned keys and values to the attention, not numbers to the weights",
+    "CPT": _PROMPTS,
+    "CARTRIDGE": "it adds learned keys and values to the attention, not numbers to the weights",
+    "ADAPTION_PROMPT": "it adds gated attention to learned tokens, not numbers to the weights",
+    "POLY": "which adapters act depends on the task at run time",
+    "XLORA": "which adapters act depends on each token at run time",
+    "SHADOW": "it runs a second network beside the model",
+}
+
+
+def family(config: AdapterConfig) -> Family:
+    """The family of a configuration. Raises AdapterError with the reason where it cannot be merged."""
+    if config.kind in REFUSED:
+        raise config.error(f"{config.kind} cannot be merged: {REFUSED[config.kind]}")
+    if config.kind not in FAMILIES:
+        raise config.error(f"unknown peft_type {shown(config.kind)}", hint=f"known are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[config.kind]
