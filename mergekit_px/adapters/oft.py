@@ -15,7 +15,6 @@ from mergekit_px.adapters.binder import Binder, BindOptions, only, roles
 from mergekit_px.adapters.config import AdapterConfig
 from mergekit_px.adapters.patch import Factors, Patch, columns, get, present
 from mergekit_px.adapters.peft_keys import Module
-from mergekit_px.checkpoint.json_text import shown
 
 if TYPE_CHECKING:
     import torch
