@@ -13,6 +13,9 @@ from mergekit_px.errors import PxmergeError
 PROGRAM = "pxmerge"
 INTERRUPTED = 130
 
+_EXTRAS = {"transformers": "models", "sklearn": "demo", "matplotlib": "plot"}
+"""The extra that brings each optional package."""
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a run that can go on later."""
@@ -33,6 +36,8 @@ def explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, Interrupted):
         again = [word for word in words if word not in ("--overwrite", "--resume")]
         return INTERRUPTED, f"interrupted; to go on: {shlex.join([PROGRAM, *again, '--resume'])}"
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in _EXTRAS:
+        return 2, f"error: this needs the package {package}; pip install '{PROGRAM}[{_EXTRAS[package]}]'"
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

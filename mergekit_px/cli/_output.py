@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
+    from rich.table import Table
 
 Mode = Literal["human", "json", "quiet"]
 
-NARROW = 72
-"""Below so many columns only the essential is shown."""
+_ENDLESS = 4000
+
+_NARROW = 60
+"""Columns of a terminal below which a table that does not fit becomes a list."""
 
 Alignment = Literal["left", "right"]
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table. Columns that are not ``essential`` are left out where the terminal is narrow."""
+    """A column of a table. One that is not ``essential`` is left out where the table is wider than the terminal."""
 
     title: str
     align: Alignment = "left"
@@ -70,20 +73,24 @@ class Output:
             self._draw("", Text(text, style="bold"))
 
     def table(self, columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
-        """Rows under titles, in human mode only. Cells are folded, never cut short."""
+        """Rows under titles, in human mode only. Cells are folded, never cut short.
+
+        Where a table is too wide, columns that are not essential are left out; on a terminal so narrow that this
+        does not help, each row is printed as a short list.
+        """
         if not self.is_human:
             return
-        from rich.table import Table
-        from rich.text import Text
-
-        is_narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < NARROW
-        shown = [index for index, column in enumerate(columns) if column.essential or not is_narrow]
-        table = Table(box=None, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for index in shown:
-            table.add_column(Text(columns[index].title), justify=columns[index].align, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text("" if row[index] is None else str(row[index])) for index in shown))
-        self._draw(table)
+        cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+        width = self._console().width
+        every = range(len(columns))
+        essential = [index for index in every if columns[index].essential]
+        if _natural_width(columns, cells, every) <= width:
+            self._draw(_table(columns, cells, every))
+        elif _natural_width(columns, cells, essential) <= width or width >= _NARROW:
+            self._draw(_table(columns, cells, essential))
+        else:
+            for row in cells:
+                self.text("\n".join(_record(columns, row, width)))
 
     def pairs(self, pairs: Iterable[tuple[str, object]]) -> None:
         """Names with their values, one to a line, in human mode only; None is left out."""
@@ -110,15 +117,46 @@ class Output:
         if self.mode != "quiet":
             write_error_line(f"warning: {text}")
 
-    def _draw(self, *renderables: RenderableType) -> None:
+    def _console(self) -> Console:
         from rich.console import Console
 
         # A pipe has no width: every row stays on its line, for grep and the like.
-        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 4000
-        console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _ENDLESS
+        return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+
+    def _draw(self, *renderables: RenderableType) -> None:
+        console = self._console()
         with console.capture() as capture:
             console.print(*renderables, sep="\n")
         sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+
+
+def _natural_width(columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> int:
+    """Columns of the terminal that a table needs without folding: two between its own."""
+    longest = [max(len(text) for text in (columns[index].title, *(row[index] for row in rows))) for index in shown]
+    return sum(longest) + 2 * (len(longest) - 1)
+
+
+def _record(columns: Sequence[Column], row: Sequence[str], width: int) -> list[str]:
+    """One row as lines: its first cell, then the others with their titles, indented."""
+    lines = textwrap.wrap(row[0], width) or [""]
+    for column, cell in zip(columns[1:], row[1:], strict=True):
+        if cell:
+            text = f"{column.title}: {cell}"
+            lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
+    return lines
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index in shown:
+        table.add_column(Text(columns[index].title), justify=columns[index].align, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(row[index]) for index in shown))
+    return table
 
 
 def output_for(*, json: bool = False, quiet: bool = False) -> Output:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mergekit_px.cli._output import NARROW, Output, write_error_line
+from mergekit_px.cli._output import Output, write_error_line
 from mergekit_px.cli._units import show_bytes, show_rate, show_seconds
 
 Advance = Callable[[str, int, int], None]
@@ -17,6 +17,9 @@ Advance = Callable[[str, int, int], None]
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain lines."""
+
+_NARROW = 72
+"""Columns below which the bar gives way to the figures."""
 
 
 @contextmanager
@@ -47,7 +50,7 @@ def _live() -> Iterator[Advance]:
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     phase = TextColumn("{task.description}", markup=False)
     columns = [phase, BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
-    if console.width < NARROW:
+    if console.width < _NARROW:
         columns = [TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)

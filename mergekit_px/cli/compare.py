@@ -104,8 +104,8 @@ def _show_tensors(document: dict[str, Any], limit: int, output: Output) -> None:
     columns = [Column("tensor")]
     for name in document["models"]:
         prefix = f"{name}: " if several else ""
-        columns += [Column(f"{prefix}relative", "right"), Column("largest", "right", essential=False)]
-        columns += [Column("cosine", "right", essential=not several)]
+        columns += [Column(f"{prefix}relative", "right"), Column(f"{prefix}largest", "right", essential=False)]
+        columns += [Column(f"{prefix}cosine", "right", essential=not several)]
     columns += [Column("conflicts", "right")] if several else []
     shown = document["tensors"][: limit or None]
     rows = []

@@ -24,6 +24,8 @@ _ACCESS = {
     "tensor": "whole tensors",
 }
 
+_TAKES = {"weights": "models", "deltas": "task vectors", "any": "models or task vectors"}
+
 
 def methods(name: Name = None, json: Json = False) -> int:
     """List the merge methods, or explain one: its formula, parameters and paper.
@@ -48,7 +50,14 @@ def methods(name: Name = None, json: Json = False) -> int:
         Column("paper", essential=False),
     ]
     rows = [
-        (method.name, plain(method.summary), method.space, _sources(method), _ACCESS[method.access], method.paper)
+        (
+            method.name,
+            plain(method.summary),
+            _TAKES[method.space],
+            _sources(method),
+            _ACCESS[method.access],
+            method.paper,
+        )
         for method in found
     ]
     output.table(columns, rows)
@@ -63,7 +72,7 @@ def _explain(method: Method, output: Output) -> None:
         output.text(f"{paragraph}\n")
     output.pairs(
         [
-            ("takes", {"weights": "models", "deltas": "task vectors", "any": "models or task vectors"}[method.space]),
+            ("takes", _TAKES[method.space]),
             ("sources", _sources(method)),
             ("reads", _ACCESS[method.access]),
             ("variants", ", ".join(f"like {name}" for name in method.presets) or None),

@@ -55,6 +55,11 @@ def add(base: AddedTo, task_vectors: TaskVectors, options: RunOptions, weights: 
         if len(weights) != len(task_vectors):
             raise UsageError(f"--weights has {len(weights)} values for {len(task_vectors)} task vectors")
         factors = [parse_numbers(word, "--weights") for word in weights]
+    for reference in task_vectors:
+        if not _is_task_vector(reference, options):
+            raise UsageError(
+                "this is a full model, not a task vector", where=reference, hint="`pxmerge subtract` makes one of it"
+            )
     return _combine([base, *task_vectors], [1.0, *factors], options)
 
 
@@ -110,15 +115,20 @@ def analogy(first: First, second: Second, third: Third, options: RunOptions) -> 
 
 
 def _scaled(reference: str, factor: float, base: str | None, options: RunOptions) -> int:
-    from mergekit_px.checkpoint.task_vector import is_task_vector
-    from mergekit_px.inspection.source import open_source
-
-    is_delta = is_task_vector(open_source(reference, allow_pickle=options.allow_pickle).checkpoint)
+    is_delta = _is_task_vector(reference, options)
     if base is None:
         if not is_delta:
             raise UsageError("this is a full model, not a task vector", where=reference, hint="give its --base")
         return _combine([reference], [factor], options)
     return _combine([base, reference], [1.0 if is_delta else 1.0 - factor, factor], options)
+
+
+def _is_task_vector(reference: str, options: RunOptions) -> bool:
+    """Raises ``InputError`` where there is no checkpoint."""
+    from mergekit_px.checkpoint.task_vector import is_task_vector
+    from mergekit_px.inspection.source import open_source
+
+    return is_task_vector(open_source(reference, allow_pickle=options.allow_pickle).checkpoint)
 
 
 def _combine(references: Sequence[str], weights: Sequence[Any], options: RunOptions) -> int:

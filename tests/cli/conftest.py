@@ -28,7 +28,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A terminal of 80 columns, no Hub, and a bandwidth that is known already."""
+    """A terminal of 80 columns, and a bandwidth that is known already."""
     cache = tmp_path / "cache"
     (cache / "pxmerge").mkdir(parents=True)
     known = {"memory": 1e10, "read": 1e9, "write": 1e9, "when": time.time()}
@@ -37,8 +37,6 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "COLUMNS": "80",
         "NO_COLOR": "1",
         "XDG_CACHE_HOME": str(cache),
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_HUB_OFFLINE": "1",
     }.items():
         monkeypatch.setenv(name, value)
     for name in ("PXMERGE_DEBUG", "FORCE_COLOR", "GITHUB_ACTIONS", "HF_TOKEN"):

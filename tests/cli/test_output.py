@@ -56,17 +56,26 @@ def test_a_pipe_keeps_each_row_on_its_line(capsys: pytest.CaptureFixture[str], m
     assert capsys.readouterr().out == f"name\n{'x' * 500}\n"
 
 
-def test_a_narrow_terminal_gets_the_essential_and_nothing_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, rows: list[tuple[object, ...]]) -> list[str]:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("LINES", "20")
-    name = "model.layers.0.self_attn.q_proj.weight.with.a.long.tail"
-    Output().table(COLUMNS, [(name, 1, "x")])
+    Output().table(COLUMNS, rows)
     lines = re.sub(r"\x1b\[\d*m", "", terminal.getvalue()).splitlines()
-    assert max(map(len, lines)) <= 40
-    assert "more" not in lines[0]
-    assert name in "".join(line.split("  ")[0] for line in lines[1:])
+    assert max(map(len, lines)) <= width
+    return [line.rstrip() for line in lines]
+
+
+def test_columns_that_do_not_fit_are_left_out_if_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = drawn_on_a_terminal(monkeypatch, 62, [("a" * 50, 1, "x" * 10)])
+    assert lines == [f"name{' ' * 46}  size", f"{'a' * 50}     1"]
+
+
+def test_a_narrow_terminal_gets_a_list_and_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight.with.a.long.tail"
+    lines = drawn_on_a_terminal(monkeypatch, 40, [(name, 1, "x"), ("b", 2, None)])
+    assert lines == [name[:40], name[40:], "  size: 1", "  more: x", "b", "  size: 2"]
 
 
 def test_square_brackets_are_text(capsys: pytest.CaptureFixture[str]) -> None:

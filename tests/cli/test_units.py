@@ -24,14 +24,7 @@ def test_counts(count: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [
-        (4e-6, "under 1 ms"),
-        (0.0123, "0.0123 s"),
-        (3.21, "3.21 s"),
-        (59.96, "60 s"),
-        (125, "2 min 5 s"),
-        (3840, "1 h 4 min"),
-    ],
+    [(4e-6, "under 1 ms"), (0.0123, "0.0123 s"), (59.96, "60 s"), (125, "2 min 5 s"), (3840, "1 h 4 min")],
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert show_seconds(seconds) == text

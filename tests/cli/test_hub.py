@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hub_server import FakeHub, point_client_at
+
+
+@pytest.fixture
+def hub(tmp_path: Path, models, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A small Hub with the models on it, and the client logged in."""
+    import huggingface_hub
+
+    huggingface_hub.close_session()
+    with FakeHub() as server:
+        point_client_at(server, tmp_path / "home", monkeypatch, token=server.token)
+        for name in ("base", "math", "code"):
+            folder = getattr(models, name)
+            server.add(f"org/{name}", {path.name: path.read_bytes() for path in folder.iterdir()})
+        yield server
+        huggingface_hub.close_session()
+
+
+def test_inspect_reads_headers_only(run, hub: FakeHub, models) -> None:
+    document = run("inspect", "org/math@main", "--json").document()
+    assert document["parameters"] == 472
+    assert len(document["commit"]) == 40
+    assert hub.sent("model.safetensors") < (models.math / "model.safetensors").stat().st_size
+
+
+def test_plan_downloads_no_weights(run, hub: FakeHub, models) -> None:
+    document = run("linear", "--sources", "org/math", "org/code", "--dry-run", "--json").document()
+    assert len(document["inputs"]["math"]["commit"]) == 40
+    assert document["inputs"]["math"]["local"] is False
+    assert hub.sent("model.safetensors") < 2 * (models.math / "model.safetensors").stat().st_size
+
+
+def test_a_merge_of_models_on_the_hub(run, hub: FakeHub, models) -> None:
+    assert run("linear", "--sources", "org/math", "org/code", "-o", "remote").code == 0
+    assert run("linear", "--sources", "math", "code", "-o", "local").code == 0
+    assert Path("remote/model.safetensors").read_bytes() == Path("local/model.safetensors").read_bytes()
+
+
+def test_pull_prints_the_folder(run, hub: FakeHub, models) -> None:
+    outcome = run("pull", "org/math", "-o", "copy")
+    assert (outcome.code, outcome.stdout) == (0, "copy\n")
+    assert Path("copy/model.safetensors").read_bytes() == (models.math / "model.safetensors").read_bytes()
+    cached = run("pull", "org/math")
+    assert (Path(cached.stdout.strip()) / "config.json").exists()
+
+
+def test_compare_fetches_what_it_needs(run, hub: FakeHub) -> None:
+    outcome = run("compare", "math", "org/math", "--json")
+    assert outcome.document()["total"]["models"][0]["tensors_equal"] == 7
+
+
+def test_a_merge_is_pushed_in_one_commit(run, hub: FakeHub) -> None:
+    outcome = run("linear", "--sources", "math", "code", "-o", "out", "--push", "org/merged", "--private", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert "org/merged" in outcome.document()["pushed"]
+    there = hub.files("org/merged")
+    assert there["model.safetensors"] == Path("out/model.safetensors").read_bytes()
+    assert {"README.md", "pxmerge.yaml", "pxmerge.lock.json", "config.json"} <= set(there)
+
+
+def test_push_prints_the_address(run, hub: FakeHub) -> None:
+    outcome = run("push", "math", "org/again", "--message", "Once more")
+    assert outcome.code == 0, outcome.stderr
+    assert "org/again" in outcome.stdout
+    assert hub.history("org/again")[0].message == "Once more"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("inspect org/none", "no such model"),
+        ("pull org/math@nowhere", "no revision"),
+        ("linear --sources org/math org/none", "no such model"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(run, hub: FakeHub, words: str, message: str) -> None:
+    outcome = run(*words.split())
+    assert (outcome.code, outcome.stdout) == (3, "")
+    assert message in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert hub.token not in outcome.stderr
