@@ -7,10 +7,13 @@ of the digits each; every merge method joins the three through the command line;
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mergekit_px.errors import OutputError, RunError, UsageError
 
@@ -23,8 +26,8 @@ TABLE, DATA, PICTURE = "accuracy.md", "accuracy.json", "accuracy.png"
 class Score:
     """One row of the table: test accuracy in percent for each task, and their mean."""
 
-    name: str
-    kind: str
+    label: str
+    kind: Literal["base", "fine-tune", "merge"]
     command: str | None
     accuracy: dict[str, float]
 
@@ -74,16 +77,16 @@ def run_demo(output: Path, seed: int, merge: Callable[[Sequence[str]], int], say
     for name in FINE_TUNES:
         say(f"{name}: fine-tuning the base on {name} digits")
         trainer.save(trainer.fine_tune(base, tasks[name]), output / name)
-        scores.append(Score(name, "fine-tune", None, trainer.score(output / name, tasks)))
+        scores.append(Score(f"fine-tune {name}", "fine-tune", None, trainer.score(output / name, tasks)))
 
-    for name, arguments in merge_commands(output, FINE_TUNES).items():
-        say(f"pxmerge {' '.join(arguments)}")
-        code = merge(arguments)
+    for command in merge_commands(output, FINE_TUNES):
+        line = " ".join(["pxmerge", *command.arguments])
+        say(line)
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = merge(command.arguments)
         if code != 0:
-            raise RunError(f"`pxmerge {' '.join(arguments)}` ended with exit code {code}", where=f"demo: {name}")
-        scores.append(
-            Score(name, "merge", "pxmerge " + " ".join(arguments), trainer.score(output / MERGED / name, tasks))
-        )
+            raise RunError(f"`{line}` ended with exit code {code}", where="demo")
+        scores.append(Score(command.label, "merge", line, trainer.score(command.output, tasks)))
 
     result = DemoResult(tuple(scores), output / TABLE, output / DATA, output / PICTURE)
     table = markdown_table(result.scores)
@@ -95,6 +98,9 @@ def run_demo(output: Path, seed: int, merge: Callable[[Sequence[str]], int], say
     return result
 
 
+LEFT_OUT = frozenset({"combine"})
+"""Whole checkpoints can be combined in many ways, most of which are no model: no weights fit without a purpose."""
+
 SETTINGS: dict[str, tuple[str, ...]] = {
     "task_arithmetic": ("--weights", "0.5", "0.5", "0.5"),
     "dare_linear": ("--weights", "0.5", "0.5", "0.5"),
@@ -103,25 +109,38 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 the numbers are not tuned to the test digits."""
 
 
-def merge_commands(output: Path, fine_tunes: Sequence[str]) -> dict[str, list[str]]:
-    """The arguments of one ``pxmerge`` call for each declared method, by the method's name.
+@dataclass(frozen=True, slots=True)
+class MergeCommand:
+    """The arguments of one ``pxmerge`` call, where its result goes, and its row's label in the table."""
 
-    A method that takes fewer sources than there are fine-tunes gets the first of them. A method of a single source
-    merges nothing, and one with a parameter that has no default cannot be run blindly: both are left out.
+    label: str
+    arguments: list[str]
+    output: Path
+
+
+def merge_commands(output: Path, fine_tunes: Sequence[str]) -> list[MergeCommand]:
+    """One ``pxmerge`` call for each declared method.
+
+    A method that takes fewer sources than there are fine-tunes gets the first of them. Left out are methods of a
+    single source, which merge nothing, and those with a parameter that has no default.
     """
     from mergekit_px.methods import load_methods
     from mergekit_px.methods.declare import method_slug
 
-    commands = {}
-    for name, method in sorted(load_methods().items()):
+    commands = []
+    for name, method in load_methods().items():
         least, most = method.sources
-        count = min(most or len(fine_tunes), len(fine_tunes))
-        if count < max(least, 2) or any(field.is_required() for field in method.params.model_fields.values()):
+        taken = fine_tunes[:most]
+        needs_more = any(field.is_required() for field in method.params.model_fields.values())
+        if name in LEFT_OUT or needs_more or len(taken) < max(least, 2):
             continue
         base = ["--base", str(output / BASE)] if method.space == "deltas" else []
-        sources = [str(output / source) for source in fine_tunes[:count]]
-        target = ["-o", str(output / MERGED / name), "--overwrite", "-q"]
-        commands[name] = [method_slug(name), *base, "--sources", *sources, *SETTINGS.get(name, ()), *target]
+        sources = ["--sources", *(str(output / source) for source in taken)]
+        target = output / MERGED / name
+        run = ["--output", str(target), "--overwrite", "--quiet"]
+        label = name if taken == fine_tunes else f"{name} ({', '.join(taken)})"
+        arguments = [method_slug(name), *base, *sources, *SETTINGS.get(name, ()), *run]
+        commands.append(MergeCommand(label, arguments, target))
     return commands
 
 

@@ -15,9 +15,7 @@ def markdown_table(scores: Sequence[Score]) -> str:
     """One row per checkpoint; accuracies in percent of the test digits."""
     tasks = list(scores[0].accuracy)
     rows = [["", *tasks, "mean"]]
-    rows += [
-        [_label(score), *(f"{score.accuracy[task]:.1f}" for task in tasks), f"{score.mean:.1f}"] for score in scores
-    ]
+    rows += [[score.label, *(f"{score.accuracy[task]:.1f}" for task in tasks), f"{score.mean:.1f}"] for score in scores]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
@@ -27,7 +25,7 @@ def markdown_table(scores: Sequence[Score]) -> str:
 def write_data(scores: Sequence[Score], seed: int, path: Path) -> None:
     rows = [
         {
-            "name": score.name,
+            "label": score.label,
             "kind": score.kind,
             "command": score.command,
             "accuracy": score.accuracy,
@@ -55,7 +53,7 @@ def write_picture(scores: Sequence[Score], path: Path) -> None:
     for task, (mark, colour) in marks.items():
         values = [score.accuracy[task] for score in scores]
         axes.scatter(values, rows, marker=mark, s=28, color=colour, label=task, zorder=3)
-    axes.set_yticks(rows, [_label(score) for score in scores])
+    axes.set_yticks(rows, [score.label for score in scores])
     axes.invert_yaxis()
     axes.set_xlim(0, 105)
     axes.set_xlabel("test accuracy in percent: bar = mean of the four tasks, marks = each task")
@@ -65,7 +63,3 @@ def write_picture(scores: Sequence[Score], path: Path) -> None:
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside upper center", ncols=len(marks), frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def _label(score: Score) -> str:
-    return f"{score.kind} {score.name}" if score.kind == "fine-tune" else score.name

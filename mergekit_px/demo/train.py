@@ -16,6 +16,8 @@ Model = Any
 """An instance of ``transformers.ViTForImageClassification``."""
 
 BATCH = 64
+BASE_EPOCHS = 30
+FINE_TUNE_EPOCHS = 8
 
 
 class Trainer:
@@ -46,10 +48,10 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = ViTForImageClassification(config)
-        return self._train(model, task, epochs=30, learning_rate=2e-3)
+        return self._train(model, task, epochs=BASE_EPOCHS, learning_rate=2e-3)
 
     def fine_tune(self, base: Model, task: Task) -> Model:
-        return self._train(copy.deepcopy(base), task, epochs=8, learning_rate=5e-4)
+        return self._train(copy.deepcopy(base), task, epochs=FINE_TUNE_EPOCHS, learning_rate=5e-4)
 
     def save(self, model: Model, folder: Path) -> None:
         model.save_pretrained(folder)

@@ -32,7 +32,9 @@ def _section(name: str, found: Any) -> str:
 
 def _class_text(name: str, found: type) -> str:
     parts = [
-        _code(f"class {signature(name, found)}" if _is_constructed(found) else f"class {name}"),
+        _code(
+            f"class {signature(name, found).removesuffix(' -> None')}" if _is_constructed(found) else f"class {name}"
+        ),
         _documentation(found),
     ]
     for member, value in vars(found).items():
@@ -42,7 +44,7 @@ def _class_text(name: str, found: type) -> str:
         if inspect.isfunction(function):
             parts += [f"\n### {name}.{member}\n\n", _code(signature(member, function)), _documentation(function)]
         elif isinstance(value, property):
-            parts += [f"\n### {name}.{member}\n\n", _documentation(value)]
+            parts += [f"\n### {name}.{member}\n", _documentation(value)]
     return "".join(parts)
 
 

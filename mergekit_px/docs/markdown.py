@@ -62,7 +62,8 @@ def signature(name: str, function: Callable[..., Any]) -> str:
 
 
 def _annotation(annotation: Any) -> str:
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return re.sub(r"\bmergekit_px(\.\w+)*\.", "", text)
 
 
 def _section(paragraph: str) -> str:

@@ -6,7 +6,9 @@ import json
 
 from mergekit_px.docs.fields import HEADER, field_rows
 from mergekit_px.docs.markdown import table
+from mergekit_px.plan.method_catalog import method_catalog
 from mergekit_px.recipe import model
+from mergekit_px.recipe.schema import recipe_schema
 
 _PARTS = (
     model.Recipe,
@@ -26,6 +28,4 @@ def key_tables() -> dict[str, str]:
 
 
 def schema_file() -> str:
-    from mergekit_px.recipe.schema import recipe_schema
-
-    return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(recipe_schema(method_catalog()), indent=2, ensure_ascii=False) + "\n"

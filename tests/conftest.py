@@ -1,0 +1,70 @@
+"""What every test runs under: one thread, no network beyond this machine, no Hub but those that tests start."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+_HOME = tempfile.mkdtemp(prefix="pxmerge-tests-")
+
+# Libraries read these when they are imported, processes that tests start inherit them.
+os.environ.update(
+    {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HOME": _HOME,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MPLCONFIGDIR": _HOME,
+    }
+)
+for _name in ("HF_TOKEN", "PXMERGE_DEBUG"):
+    os.environ.pop(_name, None)
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+
+def _is_this_machine(host: Any) -> bool:
+    name = host.decode() if isinstance(host, bytes) else str(host or "")
+    try:
+        return ipaddress.ip_address(name.partition("%")[0]).is_loopback
+    except ValueError:
+        return name in ("", "localhost")
+
+
+def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "socket.connect":
+        address = arguments[1]
+        host = address[0] if isinstance(address, tuple) else None
+    elif event == "socket.getaddrinfo":
+        host = arguments[0]
+    else:
+        return
+    if not _is_this_machine(host):
+        raise PermissionError(f"a test reached for the network: {event} {host}")
+
+
+sys.addaudithook(_refuse_network)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_HOME, ignore_errors=True)

@@ -1,0 +1,98 @@
+"""What the project says of itself: the README's commands work, versions agree, files stay small and portable."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mergekit_px
+from mergekit_px.cli import main
+
+ROOT = Path(__file__).parents[1]
+LONGEST_MODULE = 500
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def marked_blocks(page: str) -> Iterator[tuple[str, str, str]]:
+    """(mark, language, text) of each code block that a comment marks to be run or to be a file."""
+    pattern = r"<!-- (run|file: [\w.]+) -->\n```(\w+)\n(.*?)```\n"
+    return ((found[1], found[2], found[3]) for found in re.finditer(pattern, page, re.DOTALL))
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mergekit_px.demo.train.BASE_EPOCHS", 1)
+    monkeypatch.setattr("mergekit_px.demo.train.FINE_TUNE_EPOCHS", 1)
+    blocks = list(marked_blocks((ROOT / "README.md").read_text()))
+    assert len(blocks) >= 6
+    for mark, language, text in blocks:
+        if mark != "run":
+            Path(mark.removeprefix("file: ")).write_text(text)
+        elif language == "python":
+            exec(compile(text, "README.md", "exec"), {})
+        else:
+            for line in text.splitlines():
+                words = shlex.split(line, comments=True)
+                assert words[0] == "pxmerge"
+                assert main(words[1:]) == 0, (line, capsys.readouterr().err)
+    for folder in ("demo/base", "ties-merge", "merged", "turning", "half-turned", "from-python"):
+        assert (tmp_path / folder / "model.safetensors").is_file(), folder
+
+
+def test_all_is_what_is_exported() -> None:
+    tree = ast.parse(Path(mergekit_px.__file__).read_text())
+    declared = next(node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.name for node in declared.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(mergekit_px.__all__) == imported | {"__version__"}
+    assert len(mergekit_px.__all__) == len(set(mergekit_px.__all__))
+    found: dict[str, object] = {}
+    exec("from mergekit_px import *", found)
+    assert set(mergekit_px.__all__) <= found.keys()
+
+
+def test_version_is_that_of_the_changelog() -> None:
+    versions = re.findall(r"^## \[(\S+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == mergekit_px.__version__
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text()):
+            other = page.parent / target if target else page
+            assert other.exists(), f"{page.name} links to {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE)
+                assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, f"{page.name}: {anchor}"
+
+
+def test_modules_are_short(tracked: list[Path]) -> None:
+    lengths = {path: len(path.read_bytes().splitlines()) for path in tracked if path.suffix == ".py"}
+    long = {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length >= LONGEST_MODULE}
+    assert not long
+
+
+def test_no_file_knows_a_machine_or_a_package_index(tracked: list[Path]) -> None:
+    machine = re.compile(rb"/(?:root|work|Users|opt)/\w")
+    index = re.compile(rb"(?:pypi|pythonhosted|download\.pytorch)\.org|(?:extra-)?index-url")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0].decode()}"
+        for path in tracked
+        if path != Path(__file__) and path.suffix not in (".png",)
+        for pattern in (machine, index)
+        if (match := pattern.search(path.read_bytes()))
+    ]
+    assert not found
