@@ -18,7 +18,15 @@ _EXTRAS = {"transformers": "models", "sklearn": "demo", "matplotlib": "plot"}
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a run that can go on later."""
+    """Ctrl-C where something can go on later.
+
+    Attributes:
+        command: the words that go on; None for the same command line with ``--resume``.
+    """
+
+    def __init__(self, command: Sequence[str] | None = None) -> None:
+        self.command = command
+        super().__init__()
 
 
 def explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
@@ -34,8 +42,8 @@ def explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
         command = f"{PROGRAM} {words[0]}" if words and find_command(words[0]) else PROGRAM
         return error.exit_code, f"error: {text.rstrip('.')}; see `{command} --help`"
     if isinstance(error, Interrupted):
-        again = [word for word in words if word not in ("--overwrite", "--resume")]
-        return INTERRUPTED, f"interrupted; to go on: {shlex.join([PROGRAM, *again, '--resume'])}"
+        resumed = [*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"]
+        return INTERRUPTED, f"interrupted; to go on: {shlex.join([PROGRAM, *(error.command or resumed)])}"
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in _EXTRAS:
         return 2, f"error: this needs the package {package}; pip install '{PROGRAM}[{_EXTRAS[package]}]'"
     if isinstance(error, KeyboardInterrupt):

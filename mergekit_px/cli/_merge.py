@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mergekit_px.cli._errors import Interrupted
+from mergekit_px.cli._errors import PROGRAM, Interrupted
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Output, output_for
 from mergekit_px.cli._plan_view import show_plan
 from mergekit_px.cli._progress import progress_on
 from mergekit_px.cli._units import show_bytes, show_seconds
+from mergekit_px.errors import HubError
 
 if TYPE_CHECKING:
     from mergekit_px.execute.events import RunResult
     from mergekit_px.plan.model import Plan
     from mergekit_px.recipe.load import LoadedRecipe
+    from mergekit_px.recipe.model import Push
 
 
 def merge_file(path: str, options: RunOptions) -> int:
@@ -47,10 +50,13 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
     if options.dry_run:
         show_plan(plan, output)
         return 0
+    push = plan.loaded.recipe.output.push
+    if push is not None:
+        _check_push(push)
     for note in plan.notes:
         output.note(f"note: {note}")
     result = _run(plan, output)
-    address = _publish(plan, result, output)
+    address = None if push is None else _publish(push, result, output)
     _report(result, plan, address, output)
     return 0
 
@@ -65,22 +71,38 @@ def _run(plan: Plan, output: Output) -> RunResult:
             raise Interrupted from None
 
 
-def _publish(plan: Plan, result: RunResult, output: Output) -> str | None:
-    """The address of the upload; None where the recipe asks for none."""
-    push = plan.loaded.recipe.output.push
-    if push is None:
-        return None
+def _check_push(push: Push) -> None:
+    """Refuse before the merge what would fail after it. Raises ``UsageError``, ``HubError``."""
+    from mergekit_px.hub.client import is_offline
+    from mergekit_px.hub.reference import parse_repository
+
+    parse_repository(push.repo)
+    if is_offline():
+        raise HubError("offline mode is on", where=push.repo, hint="unset HF_HUB_OFFLINE to upload")
+
+
+def _publish(push: Push, result: RunResult, output: Output) -> str:
+    """The address of the upload; a failure names the command that goes on from the finished folder."""
     from mergekit_px.hub.publish import publish
 
-    with progress_on(output) as advance:
-        return publish(
-            result.output,
-            push.repo,
-            private=push.private,
-            revision=push.revision,
-            message="Merge with pxmerge",
-            progress=partial(advance, "uploading"),
-        )
+    again = ["push", str(result.output), push.repo, *(["--private"] if push.private else [])]
+    again += ["--revision", push.revision] if push.revision is not None else []
+    try:
+        with progress_on(output) as advance:
+            return publish(
+                result.output,
+                push.repo,
+                private=push.private,
+                revision=push.revision,
+                message="Merge with pxmerge",
+                progress=partial(advance, "uploading"),
+            )
+    except HubError as error:
+        later = f"the merge is complete; to upload it: {shlex.join([PROGRAM, *again])}"
+        hint = f"{error.hint}; {later}" if error.hint else later
+        raise HubError(error.what, where=error.where, hint=hint) from error
+    except KeyboardInterrupt:
+        raise Interrupted(again) from None
 
 
 def _report(result: RunResult, plan: Plan, address: str | None, output: Output) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -36,7 +37,8 @@ _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 def method_command(method: Method) -> Callable[..., int]:
     """The function of a method's command, whose signature holds the method's parameters as options."""
     options = parameter_options(method)
-    reserved = {"base", "sources", "weights", "like", "seed", "missing", "vocabulary", "options"}
+    reserved = {"base", "sources", "weights", "like", "seed", "missing", "vocabulary"}
+    reserved |= {field.name for field in dataclasses.fields(RunOptions)}
     if clash := reserved & {option.name for option in options}:
         raise ValueError(f"{method.name}: {sorted(clash)[0]} is an option of every method's command")
 

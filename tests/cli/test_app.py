@@ -85,6 +85,11 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
     )
 
 
+def test_an_interrupted_upload_says_how_to_go_on() -> None:
+    error = Interrupted(["push", "out", "org/name"])
+    assert explain(error, ["run", "r.yaml"])[1] == "interrupted; to go on: pxmerge push out org/name"
+
+
 def test_a_traceback_only_where_it_is_asked_for(run, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = run("inspect", "./nowhere")
     monkeypatch.setenv("PXMERGE_DEBUG", "1")

@@ -68,6 +68,20 @@ def test_a_merge_is_pushed_in_one_commit(run, hub: FakeHub) -> None:
     assert {"README.md", "pxmerge.yaml", "pxmerge.lock.json", "config.json"} <= set(there)
 
 
+def test_a_push_that_fails_names_the_command_that_goes_on(run, hub: FakeHub) -> None:
+    hub.fault("commit", status=403, times=None)
+    outcome = run("linear", "--sources", "math", "code", "-o", "out", "--push", "org/merged", "--private")
+    assert outcome.code == 3
+    assert Path("out/model.safetensors").exists()
+    assert outcome.stderr.splitlines()[-1].endswith("to upload it: pxmerge push out org/merged --private")
+
+
+def test_a_push_that_cannot_work_is_refused_before_the_merge(run, hub: FakeHub) -> None:
+    outcome = run("linear", "--sources", "math", "code", "-o", "out", "--push", "no repo")
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert not Path("out").exists()
+
+
 def test_push_prints_the_address(run, hub: FakeHub) -> None:
     outcome = run("push", "math", "org/again", "--message", "Once more")
     assert outcome.code == 0, outcome.stderr
