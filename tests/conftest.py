@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +55,18 @@ def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_refuse_network)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `models` of the checkpoints base, math and code: a tiny Llama of four layers and two fine-tunes."""
+    from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
+
+    folder = tmp_path_factory.mktemp("examples") / "models"
+    base = tiny_llama_tensors(layers=4)
+    for name, tensors in (("base", base), ("math", fine_tune(base, 1)), ("code", fine_tune(base, 2))):
+        write_checkpoint(folder / name, tensors, config=tiny_llama_config(layers=4))
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

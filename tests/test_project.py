@@ -53,6 +53,19 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert (tmp_path / folder / "model.safetensors").is_file(), folder
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.y*ml")), ids=lambda path: path.name)
+def test_examples_run(
+    recipe: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(models.parent)
+    assert main(["run", str(recipe), "--output", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_there_are_examples() -> None:
+    assert len(list((ROOT / "recipes").glob("*.y*ml"))) >= 8
+
+
 def test_all_is_what_is_exported() -> None:
     tree = ast.parse(Path(mergekit_px.__file__).read_text())
     declared = next(node for node in tree.body if isinstance(node, ast.If))

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import mergekit_px
+import mergekit_px.testing
 from mergekit_px.docs.markdown import docstring, signature
 
 _INTRODUCTION = """# Python
@@ -15,10 +16,18 @@ _INTRODUCTION = """# Python
 Importing it does not import torch; the functions that compute do.
 """
 
+_TESTING = """
+# Testing
+
+`mergekit_px.testing` is for tests of merges and of merge methods, in other packages too.
+"""
+
 
 def api_page() -> str:
     names = sorted(mergekit_px.__all__, key=str.lower)
-    return _INTRODUCTION + "".join(_section(name, getattr(mergekit_px, name)) for name in names)
+    text = _INTRODUCTION + "".join(_section(name, getattr(mergekit_px, name)) for name in names)
+    helpers = ((f"testing.{name}", getattr(mergekit_px.testing, name)) for name in mergekit_px.testing.__all__)
+    return text + _TESTING + "".join(_section(name, found) for name, found in helpers)
 
 
 def _section(name: str, found: Any) -> str:
@@ -26,7 +35,7 @@ def _section(name: str, found: Any) -> str:
     if inspect.isclass(found):
         return heading + _class_text(name, found)
     if callable(found):
-        return heading + _code(signature(name, found)) + _documentation(found)
+        return heading + _code(signature(name.rpartition(".")[2], found)) + _documentation(found)
     return heading + _code(f"{name} = {found!r}")
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from mergekit_px.cli import main
 from mergekit_px.docs import __main__ as command
@@ -21,28 +18,6 @@ RECIPES = [
     for page in ("methods.md", "recipe.md")
     for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL))
 ]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders base, math and code: a tiny language model's tensors."""
-    folder = tmp_path_factory.mktemp("models")
-    generator = np.random.default_rng(0)
-    shapes = {"model.embed_tokens.weight": (32, 8), "model.norm.weight": (8,), "lm_head.weight": (32, 8)}
-    for layer in range(2):
-        shapes[f"model.layers.{layer}.input_layernorm.weight"] = (8,)
-        shapes[f"model.layers.{layer}.mlp.up_proj.weight"] = (16, 8)
-    base = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    for model in ("base", "math", "code"):
-        (folder / model).mkdir()
-        shift = 0.0 if model == "base" else 0.1
-        tensors = {
-            name: (value + shift * generator.normal(size=value.shape)).astype(np.float32)
-            for name, value in base.items()
-        }
-        save_file(tensors, folder / model / "model.safetensors", metadata={"format": "pt"})
-        (folder / model / "config.json").write_text(json.dumps({"model_type": "tiny", "num_hidden_layers": 2}))
-    return folder
 
 
 @pytest.mark.parametrize("text", RECIPES)
