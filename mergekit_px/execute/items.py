@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.values import Block, WholeTensor, check_finite
 from mergekit_px.methods.declare import Extent, Sweep
 from mergekit_px.plan.budget import BLOCK, row_length, unit
-from mergekit_px.plan.model import Apply, Read, WorkItem
+from mergekit_px.plan.model import Adapted, Apply, Node, Read, WorkItem
 
 _COPY_BYTES = 8 << 20
 
@@ -150,7 +151,7 @@ class Execution:
                 self.statistics[id(node)] = _driven(node, item.elements, total)
             self._write(item, raw, 0, item.elements, lane)
 
-    def _write(self, item: WorkItem, raw: Mapping[int, torch.Tensor], start: int, stop: int, lane: Lane) -> None:
+    def _write(self, item: WorkItem, raw: Mapping[int, Any], start: int, stop: int, lane: Lane) -> None:
         width = item.dtype.bits // 8
         host = lane.host_bytes("output", (stop - start) * width)
         out = host if lane.device.type == "cpu" else torch.empty_like(host, device=lane.device)
@@ -169,7 +170,14 @@ class Execution:
     def _write_whole(self, item: WorkItem, lane: Lane) -> None:
         with lane.computing(), lane.wide():
             block = WholeTensor(
-                item.name, 0, partial(self._load_whole, item, lane), self.statistics, self.seed, item.shape
+                item.name,
+                0,
+                partial(self._load_whole, item, lane),
+                partial(self._read_factors, lane=lane),
+                self.statistics,
+                self.seed,
+                item.shape,
+                item.elements,
             )
             for node in self._unknown(item):
                 self.statistics[id(node)] = _whole_statistics(item, node, block)
@@ -202,7 +210,7 @@ class Execution:
         item: WorkItem,
         node: Apply,
         sweep: Sweep,
-        raw: Mapping[int, torch.Tensor],
+        raw: Mapping[int, Any],
         start: int,
         stop: int,
         number: int,
@@ -213,39 +221,57 @@ class Execution:
             block = self._block(item, raw, start, begin, min(begin + piece, stop))
             sums.add((number, begin), sweep(block.operands(node)))
 
-    def _read(
-        self, item: WorkItem, reads: Sequence[Read], start: int, stop: int, lane: Lane
-    ) -> dict[int, torch.Tensor]:
-        """The stored elements [start, stop) of some tensors, on the device, in their storage dtypes."""
-        raw: dict[int, torch.Tensor] = {}
+    def _read(self, item: WorkItem, reads: Sequence[Read], start: int, stop: int, lane: Lane) -> dict[int, Any]:
+        """The stored elements [start, stop) of some tensors, and all of the adapters' tensors, by node."""
+        raw: dict[int, Any] = {}
         for number, read in enumerate(reads):
             width = read.dtype.bits // 8
             host = lane.host_bytes(f"read {number}", (stop - start) * width)
             self.readers[read.input].read_into(read.tensor, start * width, as_bytes(host))
             raw[id(read)] = lane.to_device(host).view(read.dtype.torch)
+        for node in item.adapted:
+            raw[id(node)] = self._read_factors(node, lane)
         return raw
 
-    def _block(self, item: WorkItem, raw: Mapping[int, torch.Tensor], origin: int, begin: int, end: int) -> Block:
+    def _block(self, item: WorkItem, raw: Mapping[int, Any], origin: int, begin: int, end: int) -> Block:
         dtype = accumulation_dtype(item)
-        row = row_length(item) if item.access == "rows" else None
+        row = row_length(item) if any(node.method.access == "rows" for node in item.applied) else None
 
         def load(read: Read) -> torch.Tensor:
-            value = raw[id(read)][begin - origin : end - origin].to(dtype)
+            value: torch.Tensor = raw[id(read)][begin - origin : end - origin].to(dtype)
             if not self.allow_nonfinite:
                 check_finite(value, f"{self.labels[read.input]}: {read.tensor.name}", "the source")
             return value if row is None else value.view(-1, row)
 
-        return Block(item.name, begin, load, self.statistics, self.seed, item.shape)
+        factors = partial(self._factors, raw)
+        return Block(item.name, begin, load, factors, self.statistics, self.seed, item.shape, end)
+
+    def _factors(self, raw: Mapping[int, Any], node: Adapted) -> Mapping[str, torch.Tensor]:
+        factors: Mapping[str, torch.Tensor] = raw[id(node)]
+        return factors
+
+    def _read_factors(self, node: Adapted, lane: Lane) -> dict[str, torch.Tensor]:
+        """An adapter's tensors for one target, on the device, as stored."""
+        found: dict[str, torch.Tensor] = {}
+        for role, stored in (node.patch.factors if node.patch is not None else {}).items():
+            host = torch.empty(stored.nbytes, dtype=torch.uint8)
+            label = f"{node.input}#{node.number}"
+            self.readers[label].read_into(stored, 0, as_bytes(host))
+            value = host.view(stored.dtype.torch).reshape(stored.shape).to(lane.device)
+            if not self.allow_nonfinite and value.is_floating_point():
+                check_finite(value.float(), f"{self.labels[label]}: {stored.name}", "the adapter")
+            found[role] = value
+        return found
 
     def _load_whole(self, item: WorkItem, lane: Lane, read: Read) -> torch.Tensor:
         width = read.dtype.bits // 8
-        host = lane.host_bytes("whole", item.elements * width)
+        host = lane.host_bytes("whole", math.prod(read.shape) * width)
         self.readers[read.input].read_into(read.tensor, 0, as_bytes(host))
         value = lane.to_device(host).view(read.dtype.torch).to(accumulation_dtype(item), copy=True)
         lane.finish()
         if not self.allow_nonfinite:
             check_finite(value, f"{self.labels[read.input]}: {read.tensor.name}", "the source")
-        return value.view(item.shape)
+        return value.view(read.shape)
 
     def _store(self, item: WorkItem, value: torch.Tensor, stored: torch.Tensor) -> None:
         """Round once into the storage dtype; what does not fit there is an error."""
@@ -309,8 +335,8 @@ def _generator(node: Apply, elements: int) -> Any:
     return node.method.statistics(Extent(len(node.sources), elements, node.weights, node.params))
 
 
-def _uses(node: Apply, leaf: Read) -> bool:
-    return any(operand is leaf or (isinstance(operand, Apply) and _uses(operand, leaf)) for operand in node.operands)
+def _uses(node: Node, leaf: Read) -> bool:
+    return any(operand is leaf or _uses(operand, leaf) for operand in node.operands)
 
 
 def _driven(node: Apply, elements: int, total_of: Callable[[Sweep], torch.Tensor]) -> Any:

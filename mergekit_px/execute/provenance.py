@@ -84,6 +84,16 @@ def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: M
                 }
                 for file in source.checkpoint.files.values()
             },
+            "adapters": [
+                {
+                    "reference": adapter.label,
+                    "files": {
+                        file.name: {"size": file.size, "header_sha256": file.header_sha256}
+                        for file in adapter.checkpoint.files.values()
+                    },
+                }
+                for adapter in source.adapters
+            ],
         }
     document = {
         "pxmerge_lock": 1,

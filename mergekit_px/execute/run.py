@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
 from mergekit_px.checkpoint.writer import CheckpointWriter
@@ -50,7 +51,8 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
     reporter = _Reporter(plan, progress)
     with ExitStack() as stack:
         readers = {
-            name: stack.enter_context(closing(open_reader(source.checkpoint))) for name, source in plan.inputs.items()
+            label: stack.enter_context(closing(open_reader(checkpoint)))
+            for label, checkpoint in plan_checkpoints(plan).items()
         }
         writer = stack.enter_context(CheckpointWriter(plan.output, plan.layout, plan.hash, mode=plan.options.mode))
         hashes = InputHashes(plan.inputs, local=plan.options.hash_inputs)
@@ -79,7 +81,7 @@ def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance
     device = pick_device(plan.device)
     execution = Execution(
         readers=readers,
-        labels={name: source.reference for name, source in plan.inputs.items()},
+        labels={label: checkpoint.label for label, checkpoint in plan_checkpoints(plan).items()},
         sink=sink,
         chunk=plan.budget.chunk,
         seed=plan.seed,
@@ -90,6 +92,15 @@ def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance
     for group in shared_groups(plan.items):
         Scheduler(make_lane, plan.budget.workers).run(iter([execution.shared_statistics(group)]))
     Scheduler(make_lane, plan.budget.workers).run(_routines(execution, plan.items))
+
+
+def plan_checkpoints(plan: Plan) -> dict[str, Checkpoint]:
+    """Every checkpoint that a plan reads: inputs by their names, their adapters as ``name#0``, ``name#1``."""
+    found: dict[str, Checkpoint] = {}
+    for name, source in plan.inputs.items():
+        found[name] = source.checkpoint
+        found.update({f"{name}#{number}": adapter.checkpoint for number, adapter in enumerate(source.adapters)})
+    return found
 
 
 def shared_groups(items: Sequence[WorkItem]) -> list[list[tuple[WorkItem, Apply]]]:
@@ -127,7 +138,7 @@ def fetch_inputs(plan: Plan, progress: Report | None = None) -> Plan:
 
         directory = fetch(source.repo, progress=tell)
         checkpoint = open_checkpoint(directory, label=source.reference)
-        inputs[name] = ResolvedInput(name, source.reference, checkpoint, source.repo)
+        inputs[name] = replace(source, checkpoint=checkpoint)
     rebuilt = build_plan(plan.loaded, plan.options, inputs)
     if [item.name for item in rebuilt.items] != [item.name for item in plan.items]:
         raise PlanError("the fetched files differ from the headers that were planned", hint="run again")

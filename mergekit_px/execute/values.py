@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from mergekit_px.adapters.patch import AdditivePatch
 from mergekit_px.errors import NonFiniteError
 from mergekit_px.kernels.random import RandomStream
 from mergekit_px.methods.declare import Operands
-from mergekit_px.plan.model import Apply, Node, Read
+from mergekit_px.plan.model import Adapted, Apply, Node, Read
 
 Load = Callable[[Read], torch.Tensor]
 """Gives a stored tensor's elements of the block, in the accumulation dtype and shaped as the method wants them."""
+
+LoadFactors = Callable[[Adapted], Mapping[str, torch.Tensor]]
+"""Gives an adapter's tensors for one target, as stored."""
 
 
 class _ShapedRandom:
@@ -33,19 +38,30 @@ class Block:
 
     Args:
         name: the output tensor.
-        start: flat index of the block's first element.
+        start: flat index of the block's first element; ``stop``: of the one after its last.
         load: reads stored tensors.
+        factors: reads the tensors of adapters.
         statistics: of the methods that have some, by node.
         seed: of the run.
         shape: of the whole tensor.
     """
 
     def __init__(
-        self, name: str, start: int, load: Load, statistics: Mapping[int, Any], seed: int, shape: tuple[int, ...]
+        self,
+        name: str,
+        start: int,
+        load: Load,
+        factors: LoadFactors,
+        statistics: Mapping[int, Any],
+        seed: int,
+        shape: tuple[int, ...],
+        stop: int,
     ) -> None:
         self._name = name
         self._start = start
+        self._stop = stop
         self._load = load
+        self._factors = factors
         self._statistics = statistics
         self._seed = seed
         self._shape = shape
@@ -55,7 +71,7 @@ class Block:
         """The node's value, in the accumulation dtype."""
         found = self._known.get(id(node))
         if found is None:
-            found = self._load(node) if isinstance(node, Read) else self._apply(node)
+            found = self._made(node)
             self._known[id(node)] = found
         return found
 
@@ -92,6 +108,29 @@ class Block:
             shape=self._shape,
         )
 
+    def _made(self, node: Node) -> torch.Tensor:
+        if isinstance(node, Read):
+            return self._load(node)
+        return self._adapt(node) if isinstance(node, Adapted) else self._apply(node)
+
+    def _adapt(self, node: Adapted) -> torch.Tensor:
+        """The adapted rows of this block, or their change."""
+        base = None if node.base is None else self.value(node.base)
+        if node.patch is None:
+            assert base is not None
+            return torch.zeros_like(base)
+        factors = self._factors(node)
+        inner = node.shape[1:]
+        row = max(1, math.prod(inner))
+        rows = slice(self._start // row, self._stop // row) if node.shape else None
+        block = None if base is None else base.reshape(-1, *inner) if node.shape else base
+        if node.kind == "delta" and isinstance(node.patch, AdditivePatch):
+            assert base is not None and block is not None
+            return node.patch.delta(factors, rows, block).reshape(base.shape)
+        adapted = node.patch.merged(block, factors, rows)
+        shaped = adapted.reshape(base.shape) if base is not None else adapted.reshape(-1)
+        return shaped - base if node.kind == "delta" and base is not None else shaped
+
     def _apply(self, node: Apply) -> torch.Tensor:
         operands = self.operands(node, self._statistics.get(id(node)))
         merged = node.method(operands)
@@ -108,7 +147,7 @@ class WholeTensor(Block):
 
     def value(self, node: Node) -> torch.Tensor:
         """Nothing is kept: what is asked for twice is made twice, which costs time and no memory."""
-        return self._load(node) if isinstance(node, Read) else self._apply(node)
+        return self._made(node)
 
 
 class _Lazy(Sequence[torch.Tensor]):
@@ -131,7 +170,7 @@ def check_finite(block: torch.Tensor, where: str, what: str) -> None:
 
     The sum is tried first: it is finite for almost every finite block and costs a tenth of testing each element.
     """
-    if block.numel() == 0 or bool(torch.isfinite(block.sum())) or bool(torch.isfinite(block).all()):
+    if math.isfinite(block.sum().item()) or bool(torch.isfinite(block).all()):
         return
     bad = int((~torch.isfinite(block)).sum())
     raise NonFiniteError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from mergekit_px.errors import PlanError
 from mergekit_px.methods import find_method
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.recipe.model import ModelInput, Recipe, Step
@@ -26,20 +27,30 @@ def complete_bases(
     steps = dict(recipe.steps)
     models = dict(recipe.models)
     for name, step in recipe.steps.items():
-        if step.base is not None or step.slices is not None or not _works_on_deltas(step):
+        if step.base is not None or step.slices is not None:
             continue
+        adapters = [source for source in step.source_names() if source in inputs and inputs[source].adapter_only]
         full = [source for source in step.source_names() if not _is_delta(source, inputs, recipe)]
-        if not full:
+        if not adapters and not (full and _works_on_deltas(step)):
             continue
-        declared = _declared_base(full, inputs)
+        declared = _declared_base(adapters or full, inputs)
+        if declared is None and adapters:
+            raise PlanError(
+                f"step '{name}' merges adapters, which need the model that they were trained on",
+                hint="give it as base (--base)",
+            )
         if declared is not None:
             if DECLARED_BASE not in added:
                 request = ModelInput(model=declared)
                 added[DECLARED_BASE] = resolve_input(
-                    DECLARED_BASE, request, allow_pickle=allow_pickle, where=f"base model of {', '.join(full)}"
+                    DECLARED_BASE,
+                    request,
+                    allow_pickle=allow_pickle,
+                    where=f"base model of {', '.join(adapters or full)}",
                 )
                 models[DECLARED_BASE] = request
-            notes.append(f"no base given: the sources' cards name {declared}, which is taken as the base of '{name}'")
+            said = "adapters" if adapters else "sources' cards"
+            notes.append(f"no base given: the {said} name {declared}, which is taken as the base of '{name}'")
             steps[name] = step.model_copy(update={"base": DECLARED_BASE})
             continue
         centre = f"{name}_centre"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -27,11 +28,12 @@ def row_length(item: WorkItem) -> int:
 
 
 def unit(item: WorkItem) -> int:
-    """Elements of the smallest piece into which an item may be cut."""
-    if item.access == "rows":
-        row = row_length(item)
-        return row * max(1, BLOCK // row)
-    return BLOCK
+    """Elements of the smallest piece into which an item may be cut: whole rows of the first axis for adapters,
+    vectors along the last axis for methods on rows, else a block."""
+    if item.access != "rows":
+        return BLOCK
+    row = max(1, math.prod(item.shape[1:])) if item.adapted else row_length(item)
+    return row * max(1, BLOCK // row)
 
 
 def _stored_bytes(item: WorkItem) -> float:
@@ -52,13 +54,17 @@ def chunk_bytes(item: WorkItem, chunk: int) -> int:
     """Memory that one worker needs for an item cut at ``chunk`` elements."""
     piece = unit(item)
     held = min(max(chunk // piece, 1) * piece, max(item.elements, 1))
-    return int(held * _stored_bytes(item) + min(piece, max(item.elements, 1)) * _scratch(item) * _width(item))
+    factors = 3 * item.factor_bytes
+    return int(factors + held * _stored_bytes(item) + min(piece, max(item.elements, 1)) * _scratch(item) * _width(item))
 
 
 def whole_bytes(item: WorkItem) -> int:
     """Memory of an item whose method needs the tensor whole: base, one source at a time, scratch, result."""
-    copies = 3 + max((node.method.scratch for node in item.applied), default=0)
-    return int(item.elements * (copies * _width(item) + max(read.dtype.bits for read in item.reads) / 8))
+    scratch = [node.method.scratch for node in item.applied]
+    scratch += [node.patch.scratch for node in item.adapted if node.patch is not None]
+    copies = 3 + max(scratch, default=0)
+    stored = max((read.dtype.bits for read in item.reads), default=32) / 8
+    return int(item.elements * (copies * _width(item) + stored) + 3 * item.factor_bytes)
 
 
 def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int | None) -> Budget:

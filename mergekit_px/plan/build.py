@@ -81,7 +81,7 @@ def build_plan(
     tokenizer_from = recipe.output.tokenizer_from or config_from
     notes.extend(expressions.notes + config_notes)
     _refuse_quantized(items, resolved)
-    used = list(dict.fromkeys(read.input for item in items for read in item.reads))
+    used = _used_inputs(items)
     output = None if _in_memory(resolved) else Path(options.output or recipe.output.path).expanduser()
     _check_base_fingerprints(items, resolved, options)
     metadata = {"format": "pt"}
@@ -177,6 +177,15 @@ def _with_recipe(loaded: LoadedRecipe, recipe: Recipe) -> LoadedRecipe:
     changed = copy.copy(loaded)
     object.__setattr__(changed, "recipe", recipe)
     return changed
+
+
+def _used_inputs(items: Iterable[WorkItem]) -> list[str]:
+    """The inputs whose tensors, or whose adapters' tensors, the items need, in order of first use."""
+    used: dict[str, None] = {}
+    for item in items:
+        used.update((read.model, None) for read in item.reads)
+        used.update((node.input, None) for node in item.adapted)
+    return list(used)
 
 
 def _in_memory(inputs: Mapping[str, ResolvedInput]) -> bool:
@@ -293,6 +302,10 @@ def _config(
         return None, []
     config = copy.deepcopy(dict(inputs[donor].config or {}))
     notes = [f"config and side files come from '{donor}'"]
+    updates = expressions.config_updates.get(donor, {})
+    if updates:
+        config_edits.update(config, updates)
+        notes.append(f"config: {', '.join(updates)} as the adapter of '{donor}' needs")
     if dtype is not None and dtype.torch_name is not None:
         config_edits.set_dtype(config, dtype.torch_name)
     if any(item.name in expressions.untied for item in items) and config_edits.untie(config):
@@ -341,9 +354,9 @@ def _refuse_quantized(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedIn
         if item.action == "copy":
             continue
         for read in item.reads:
-            if read.input in packed:
+            if read.model in packed:
                 raise PlanError(
-                    f"'{read.input}' is stored quantized ({packed[read.input]}), "
+                    f"'{read.model}' is stored quantized ({packed[read.model]}), "
                     f"and '{item.name}' would be computed from it",
                     hint="give the dequantized checkpoint",
                 )
@@ -383,6 +396,8 @@ def _dropped(
         read.update((leaf.input, leaf.tensor.name) for leaf in item.reads)
     dropped: list[Dropped] = []
     for name in used:
+        if inputs[name].adapter_only:
+            continue
         for tensor in inputs[name].checkpoint.tensors:
             if (name, tensor) in read:
                 continue
@@ -391,7 +406,7 @@ def _dropped(
             elif tensor in left_out:
                 reason = left_out[tensor]
             elif tensor in made:
-                givers = ", ".join(dict.fromkeys(leaf.input for leaf in made[tensor].reads))
+                givers = ", ".join(dict.fromkeys(leaf.model for leaf in made[tensor].reads))
                 reason = f"the output has it from {givers}"
             else:
                 reason = "its layer is in no slice"
@@ -403,8 +418,8 @@ def _full_bases(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInput]) 
     """For each task-vector input with a recorded fingerprint, the full models that it is added to."""
     found: dict[str, set[str]] = {}
     for item in items:
-        deltas = {leaf.input for leaf in item.reads if leaf.kind == "delta"}
-        full = {leaf.input for leaf in item.reads if leaf.kind == "weights"}
+        deltas = {leaf.model for leaf in item.reads if leaf.kind == "delta"}
+        full = {leaf.model for leaf in item.reads if leaf.kind == "weights"}
         for name in deltas:
             if inputs[name].base_fingerprint is not None:
                 found.setdefault(name, set()).update(full)
@@ -452,7 +467,7 @@ def _base_fingerprint(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedIn
                 for source, weight in zip(node.sources, node.weights, strict=True):
                     if isinstance(source, Read) and source.kind == "weights" and weight < 0:
                         subtracted.add(source.input)
-        recorded.update(inputs[leaf.input].base_fingerprint for leaf in item.reads if leaf.kind == "delta")
+        recorded.update(inputs[leaf.model].base_fingerprint for leaf in item.reads if leaf.kind == "delta")
     if len(subtracted) == 1 and not recorded:
         return local_fingerprint(inputs[subtracted.pop()]) or UNKNOWN_FINGERPRINT
     return recorded.pop() if len(recorded) == 1 and not subtracted else None

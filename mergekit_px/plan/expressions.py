@@ -14,6 +14,7 @@ from typing import Any
 from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError, UsageError
 from mergekit_px.methods import find_method
 from mergekit_px.methods.declare import Method, Params, check_source_count
+from mergekit_px.plan.adapters import adapted_model, adapter_changes, as_kind, is_unchanged
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import depth, split_layer, stack_sizes
 from mergekit_px.plan.model import Apply, Kind, Node, Read
@@ -44,29 +45,39 @@ class Expressions:
     """Heads that were tied in an input and are written on their own."""
     layer_sources: dict[str, list[list[tuple[str, int]]]] = field(default_factory=dict)
     """Step with slices -> for each output layer, its (source, layer) pairs."""
-    _namespaces: dict[str, Namespace] = field(default_factory=dict)
+    config_updates: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Input with adapters -> what they change in its config."""
+    _namespaces: dict[tuple[str, str | None], Namespace] = field(default_factory=dict)
     _resolved: dict[Any, tuple[Method, Params, tuple[float, ...]]] = field(default_factory=dict)
 
-    def namespace(self, name: str) -> Namespace:
+    def namespace(self, name: str, base: str | None = None) -> Namespace:
         """The tensors of a model or step.
+
+        Args:
+            base: for an adapter without a model, the model that it is for.
 
         Raises:
             PlanError, RecipeError: the step cannot be made of its inputs; the message says where and why.
         """
-        if name not in self._namespaces:
-            if name in self.inputs:
-                self._namespaces[name] = self._stored(self.inputs[name])
+        alone = name in self.inputs and self.inputs[name].adapter_only
+        key = (name, base if alone else None)
+        if key not in self._namespaces:
+            if alone:
+                self._namespaces[key] = adapter_changes(self.inputs[name], base, self)
+            elif name in self.inputs:
+                self._namespaces[key] = self._stored(self.inputs[name])
             else:
-                self._namespaces[name] = self._step(name, self.loaded.recipe.steps[name])
-        return self._namespaces[name]
+                self._namespaces[key] = self._step(name, self.loaded.recipe.steps[name])
+        return self._namespaces[key]
 
     def _stored(self, source: ResolvedInput) -> Namespace:
         if not source.checkpoint.tensors:
             raise PlanError("the model has no tensors", where=source.reference)
         kind: Kind = "delta" if source.is_task_vector else "weights"
-        return {
+        stored: dict[str, Node] = {
             tensor.name: Read(source.name, tensor, tensor.shape, kind) for tensor in source.checkpoint.tensors.values()
         }
+        return adapted_model(source, stored, self)
 
     def _step(self, name: str, step: Step) -> Namespace:
         where = self.loaded.where("steps", name)
@@ -85,7 +96,7 @@ class Expressions:
         sources = step.source_names()
         names: dict[str, None] = {}
         for member in ([step.base] if step.base else []) + sources:
-            names.update(dict.fromkeys(self.namespace(member)))
+            names.update(dict.fromkeys(self.namespace(member, step.base)))
         written = step.sources if isinstance(step.sources, Mapping) else dict.fromkeys(sources)
         weights = tuple(written.values())
         return [
@@ -113,16 +124,19 @@ class Expressions:
             return None
         if decisive is not None and decisive.take is not None:
             return self._taken(decisive.take, slot, where)
-        operands = [self._operand(source, name) for source, name in slot.sources]
-        base = self._operand(*slot.base) if slot.base is not None else None
         method = find_method(decisive.method if decisive is not None and decisive.method else step.method)
+        base = self._operand(*slot.base) if slot.base is not None else None
+        wanted: Kind = "delta" if method.space == "deltas" or method.name == "combine" else "weights"
+        operands = [as_kind(self._operand(source, name, step.base), wanted, slot.name) for source, name in slot.sources]
+        if base is not None and all(is_unchanged(node) for node in operands) and wanted == "delta":
+            return base
         storage = [node for node in (base, *operands) if node is not None]
         if not storage:
             return None
         if not all(node.dtype.arithmetic for node in storage):
             return self._uncomputed(step_name, slot, base, operands)
         chosen = self._present(step_name, step, slot, method, base, operands, where)
-        if isinstance(chosen, (Read, Apply)):
+        if not isinstance(chosen, tuple):
             return chosen
         base, indices = chosen
         method, params, weights = self._parameters(step, slot, rules, matched, method, indices, sizes, where)
@@ -135,16 +149,17 @@ class Expressions:
         translated = dict((source, tensor) for source, tensor in slot.sources)
         if slot.base is not None:
             translated.setdefault(*slot.base)
-        node = self._operand(name, translated.get(name, slot.name))
+        node = self._operand(name, translated.get(name, slot.name), slot.base[0] if slot.base else None)
+        node = as_kind(node, "weights", slot.name)
         if node is None:
             raise TensorMismatchError(
                 f"'{slot.name}' is to be taken from '{name}', which does not have it", where=where
             )
         return node
 
-    def _operand(self, source: str, name: str) -> Node | None:
+    def _operand(self, source: str, name: str, base: str | None = None) -> Node | None:
         """A source's tensor; a head that is tied to the embedding is read from the embedding."""
-        namespace = self.namespace(source)
+        namespace = self.namespace(source, base)
         node = namespace.get(name)
         if node is None and source in self.inputs:
             tied = tied_source(name, self.inputs[source])

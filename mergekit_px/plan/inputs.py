@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ import yaml
 
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
-from mergekit_px.errors import InputError, InputNotFoundError
+from mergekit_px.errors import InputNotFoundError, RecipeError
+from mergekit_px.hub.reference import parse_reference
 from mergekit_px.recipe.model import ModelInput
 
 if TYPE_CHECKING:
+    from mergekit_px.adapters.adapter import Adapter
     from mergekit_px.hub.resolve import ResolvedRepo
 
 
@@ -32,10 +35,14 @@ class ResolvedInput:
     repo: ResolvedRepo | None = None
     state: Mapping[str, Any] | None = None
     """The tensors themselves, for merges in memory."""
+    adapters: tuple[Adapter, ...] = ()
+    """Adapters on top of the model, applied in order."""
+    adapter_only: bool = False
+    """The input is an adapter without a model: ``checkpoint`` holds its own tensors, and ``adapters`` is it."""
 
     @property
     def is_task_vector(self) -> bool:
-        return is_task_vector(self.checkpoint)
+        return self.adapter_only or is_task_vector(self.checkpoint)
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -48,10 +55,17 @@ class ResolvedInput:
     def identity(self) -> Any:
         """What must be equal for two plans to be of the same inputs."""
         files = [[file.name, file.size, file.header_sha256] for file in self.checkpoint.files.values()]
-        return {"commit": self.repo.commit if self.repo else None, "files": files}
+        adapters = [
+            [json.dumps(dict(adapter.config.values), sort_keys=True, default=str), file_identity(adapter.checkpoint)]
+            for adapter in self.adapters
+        ]
+        return {"commit": self.repo.commit if self.repo else None, "files": files, "adapters": adapters}
 
     def declared_bases(self) -> tuple[str, ...]:
         """The base models that the input's own card names."""
+        if self.adapter_only:
+            name = self.adapters[0].base_model_name
+            return (name,) if name else ()
         if self.repo is not None:
             return self.repo.base_models
         directory = self.checkpoint.directory
@@ -64,21 +78,47 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
     Raises:
         InputError: missing, unreachable or malformed; ``where`` goes in front.
     """
-    from mergekit_px.hub.reference import parse_reference
+    listed = [request.adapter] if isinstance(request.adapter, str) else request.adapter or []
+    if request.model is None or (not listed and _is_adapter(request.model)):
+        if request.model is not None:
+            listed = [request.model]
+        if len(listed) != 1:
+            raise RecipeError(f"input '{name}' needs a model, or exactly one adapter", where=where)
+        adapter = _open_adapter(name, listed[0], allow_pickle, where)
+        return ResolvedInput(name, listed[0], adapter.checkpoint, adapters=(adapter,), adapter_only=True)
+    adapters = tuple(_open_adapter(name, reference, allow_pickle, where) for reference in listed)
+    hub_reference = parse_reference(request.model)
+    if hub_reference is None:
+        path = Path(request.model).expanduser()
+        if not path.exists():
+            raise InputNotFoundError(f"input '{name}': no such file or folder '{request.model}'", where=where)
+        checkpoint = open_checkpoint(path, label=request.model, allow_pickle=allow_pickle)
+        return ResolvedInput(name, request.model, checkpoint, adapters=adapters)
+    from mergekit_px.hub.resolve import remote_checkpoint, resolve
 
-    reference = request.model
-    if reference is None:
-        raise InputError(f"input '{name}' names no model", where=where)
+    repo = resolve(hub_reference)
+    return ResolvedInput(name, request.model, remote_checkpoint(repo), repo, adapters=adapters)
+
+
+def _is_adapter(reference: str) -> bool:
+    path = Path(reference).expanduser()
+    return (path / "adapter_config.json").is_file()
+
+
+def _open_adapter(name: str, reference: str, allow_pickle: bool, where: str) -> Adapter:
+    """An adapter on this machine; one on the Hub is small, and is fetched when it is planned with."""
+    from mergekit_px.adapters.open import open_adapter
+
     hub_reference = parse_reference(reference)
     if hub_reference is None:
         path = Path(reference).expanduser()
         if not path.exists():
-            raise InputNotFoundError(f"input '{name}': no such file or folder '{reference}'", where=where)
-        return ResolvedInput(name, reference, open_checkpoint(path, label=reference, allow_pickle=allow_pickle))
-    from mergekit_px.hub.resolve import remote_checkpoint, resolve
+            raise InputNotFoundError(f"input '{name}': no such adapter '{reference}'", where=where)
+        return open_adapter(path, label=reference, allow_pickle=allow_pickle)
+    from mergekit_px.hub.fetch import fetch
+    from mergekit_px.hub.resolve import resolve
 
-    repo = resolve(hub_reference)
-    return ResolvedInput(name, reference, remote_checkpoint(repo), repo)
+    return open_adapter(fetch(resolve(hub_reference)), label=reference, allow_pickle=allow_pickle)
 
 
 def file_identity(checkpoint: Checkpoint) -> str:

@@ -21,6 +21,7 @@ from mergekit_px.checkpoint.open import StoredTensor
 from mergekit_px.methods.declare import Access, Method, Params
 
 if TYPE_CHECKING:
+    from mergekit_px.adapters.patch import Patch
     from mergekit_px.plan.inputs import ResolvedInput
     from mergekit_px.plan.options import PlanOptions
     from mergekit_px.recipe.load import LoadedRecipe
@@ -41,6 +42,11 @@ class Read:
     @property
     def dtype(self) -> DType:
         return self.tensor.dtype
+
+    @property
+    def model(self) -> str:
+        """The recipe's name of the input; ``input`` also tells which of its adapters holds the tensor."""
+        return self.input.partition("#")[0]
 
     @property
     def operands(self) -> tuple[Node, ...]:
@@ -85,7 +91,45 @@ class Apply:
         }
 
 
-Node = Read | Apply
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapted:
+    """A base tensor changed by an adapter (``weights``), or the change alone (``delta``).
+
+    ``patch`` is None where the adapter leaves the tensor as it is; the change is then zero.
+    """
+
+    input: str
+    number: int
+    """Which of the input's adapters."""
+    patch: Patch | None
+    base: Node | None
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        return () if self.base is None else (self.base,)
+
+    @property
+    def factor_bytes(self) -> int:
+        return sum(factor.nbytes for factor in self.patch.factors.values()) if self.patch is not None else 0
+
+    @property
+    def access(self) -> Access:
+        """Factors are read for every chunk, so a tensor with large ones is taken whole."""
+        if self.patch is None:
+            return "elementwise"
+        large = 4 * self.factor_bytes > math.prod(self.shape) * self.dtype.bits // 8
+        return "tensor" if large or self.patch.access == "tensor" else "rows"
+
+    def describe(self) -> Any:
+        base = self.base.describe() if self.base is not None else None
+        kind = type(self.patch).__name__ if self.patch is not None else None
+        return {"adapter": f"{self.input}#{self.number}", "patch": kind, "base": base, "kind": self.kind}
+
+
+Node = Read | Apply | Adapted
 
 
 def walk(node: Node) -> Iterator[Node]:
@@ -118,7 +162,7 @@ class WorkItem:
 
     @property
     def action(self) -> Literal["merge", "copy", "convert"]:
-        if isinstance(self.node, Apply):
+        if not isinstance(self.node, Read):
             return "merge"
         return "copy" if self.node.dtype == self.dtype else "convert"
 
@@ -138,9 +182,19 @@ class WorkItem:
         return tuple(node for node in self.nodes if isinstance(node, Apply))
 
     @cached_property
+    def adapted(self) -> tuple[Adapted, ...]:
+        """The adapters of the expression, inner ones first."""
+        return tuple(node for node in self.nodes if isinstance(node, Adapted))
+
+    @cached_property
+    def factor_bytes(self) -> int:
+        """Bytes of the adapters' tensors that the expression needs."""
+        return sum(node.factor_bytes for node in self.adapted)
+
+    @cached_property
     def access(self) -> Access:
-        """The finest cut that every method of the expression allows."""
-        found = {node.method.access for node in self.applied}
+        """The finest cut that every part of the expression allows."""
+        found = {node.method.access for node in self.applied} | {node.access for node in self.adapted}
         order: tuple[Access, ...] = ("tensor", "rows", "two_pass", "elementwise")
         return next((access for access in order if access in found), "elementwise")
 
@@ -202,7 +256,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of input that one pass reads (methods with statistics read some tensors again)."""
-        return sum(read.tensor.nbytes for item in self.items for read in item.reads)
+        return sum(item.factor_bytes + sum(read.tensor.nbytes for read in item.reads) for item in self.items)
 
     @property
     def bytes_written(self) -> int:
@@ -233,6 +287,10 @@ def _digest(node: Node, known: dict[int, str]) -> str:
         return known[id(node)]
     if isinstance(node, Read):
         text = json.dumps([node.input, node.tensor.name, node.shape, node.kind])
+    elif isinstance(node, Adapted):
+        factors = sorted((role, tensor.name) for role, tensor in node.patch.factors.items()) if node.patch else None
+        inner = None if node.base is None else _digest(node.base, known)
+        text = json.dumps([node.input, node.number, factors, inner, node.kind, node.shape])
     else:
         text = json.dumps(
             [

@@ -7,14 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import Tensors, make_models, plan_of, recipe
-from safetensors.torch import load_file
+from models import Tensors, make_models, merge, plan_of, recipe
 
 from mergekit_px.errors import NonFiniteError, OutputError, PlanError
 from mergekit_px.execute.events import Progress
@@ -42,14 +40,6 @@ STEPS: dict[str, dict[str, Any]] = {
     "dare_ties": {"method": "dare_ties", "base": "base", "sources": ["fine0", "fine1"], "params": {"density": 0.5}},
     "passthrough": {"method": "passthrough", "sources": ["fine1"], "params": {"scale": 0.5}},
 }
-
-
-def merge(data: Mapping[str, Any], output: Path, **options: Any) -> Tensors:
-    run_plan(plan_of(data, output, **options), measure_bound=False)
-    found: Tensors = {}
-    for file in sorted(output.glob("*.safetensors")):
-        found.update(load_file(file))
-    return found
 
 
 def digest(folder: Path) -> str:

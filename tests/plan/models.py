@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from mergekit_px.execute.run import run_plan
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.model import Plan
 from mergekit_px.plan.options import PlanOptions
@@ -38,3 +40,12 @@ def recipe(
 
 def plan_of(data: Mapping[str, Any], output: Path, **options: Any) -> Plan:
     return build_plan(recipe_from_mapping(data), PlanOptions(output=output, **options))
+
+
+def merge(data: Mapping[str, Any], output: Path, **options: Any) -> Tensors:
+    """Run a recipe and load what it wrote."""
+    run_plan(plan_of(data, output, **options), measure_bound=False)
+    found: Tensors = {}
+    for file in sorted(output.glob("*.safetensors")):
+        found.update(load_file(file))
+    return found

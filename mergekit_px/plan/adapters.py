@@ -1,0 +1,97 @@
+"""Adapters in expressions: models with adapters on top, and adapters alone as task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mergekit_px.errors import PlanError
+from mergekit_px.plan.model import Adapted, Kind, Node, Read
+
+if TYPE_CHECKING:
+    from mergekit_px.adapters.patch import Patch
+    from mergekit_px.plan.expressions import Expressions
+    from mergekit_px.plan.inputs import ResolvedInput
+
+
+def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], expressions: Expressions) -> dict[str, Node]:
+    """The tensors of a model with its adapters applied in order.
+
+    Raises:
+        AdapterError: an adapter does not fit the model.
+    """
+    nodes = dict(stored)
+    for number, adapter in enumerate(source.adapters):
+        binding = adapter.bind(source.checkpoint)
+        for target, patch in binding.items():
+            nodes[target] = _patched(source.name, number, patch, nodes)
+        if binding.config_updates:
+            expressions.config_updates[source.name] = binding.config_updates
+        for name in binding.left_out:
+            expressions.notes.append(f"{adapter.label}: {name} belongs to another component and is left out")
+    return nodes
+
+
+def adapter_changes(source: ResolvedInput, base: str | None, expressions: Expressions) -> dict[str, Node]:
+    """An adapter alone: its change of every tensor of the base, zero where it changes nothing.
+
+    Raises:
+        PlanError: there is no base model to read names and shapes from.
+        AdapterError: the adapter does not fit the base.
+    """
+    if base is None or base not in expressions.inputs:
+        raise PlanError(
+            f"adapter '{source.name}' needs a base model, not a step or nothing",
+            where=source.reference,
+            hint="give the model that it was trained on as base",
+        )
+    model = expressions.namespace(base)
+    binding = source.adapters[0].bind(expressions.inputs[base].checkpoint)
+    changes: dict[str, Node] = {}
+    for name, node in model.items():
+        patch = binding.get(name)
+        if not node.dtype.arithmetic:
+            continue
+        if patch is not None and patch.out_shape != node.shape:
+            raise PlanError(
+                f"the adapter resizes '{name}' from {list(node.shape)} to {list(patch.out_shape)}, "
+                "so it is no task vector",
+                where=source.reference,
+                hint="give it as {model: ..., adapter: ...}",
+            )
+        changes[name] = Adapted(source.name, 0, patch, node, "delta", node.shape, node.dtype)
+    if new := [name for name in binding if name not in model]:
+        raise PlanError(
+            f"the adapter adds '{new[0]}', which the base does not have, so it is no task vector",
+            where=source.reference,
+            hint="give it as {model: ..., adapter: ...}",
+        )
+    return changes
+
+
+def as_kind(node: Node | None, kind: Kind, name: str) -> Node | None:
+    """An adapter alone as its method wants it: as its change, or as the base with the change."""
+    if kind == "weights" and isinstance(node, Adapted) and node.kind == "delta":
+        return node.base if node.patch is None else replace(node, kind="weights")
+    return node
+
+
+def is_unchanged(node: Node | None) -> bool:
+    """Whether a value is the zero change of an adapter."""
+    return isinstance(node, Adapted) and node.patch is None
+
+
+def _patched(source: str, number: int, patch: Patch, nodes: Mapping[str, Node]) -> Node:
+    base = nodes[patch.source] if patch.source is not None else None
+    known = nodes.get(patch.target)
+    if patch.copied is not None:
+        stored = patch.copied
+        if patch.out_dtype is not None or known is None:
+            return Read(f"{source}#{number}", stored, patch.out_shape, "weights")
+    dtype = patch.out_dtype or (known or base or _no_dtype(patch)).dtype
+    return Adapted(source, number, patch, base, "weights", patch.out_shape, dtype)
+
+
+def _no_dtype(patch: Patch) -> Node:
+    raise PlanError(f"an adapter adds '{patch.target}' and says nothing of its dtype")
