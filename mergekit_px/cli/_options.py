@@ -32,10 +32,6 @@ AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read .bin and .pt files too (weights only; no code in them is run)."),
 ]
-Base = Annotated[
-    str | None,
-    typer.Option("--base", metavar="MODEL", help="The model that the sources were fine-tuned from."),
-]
 Sources = Annotated[
     list[str],
     typer.Option(

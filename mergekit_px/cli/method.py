@@ -11,13 +11,26 @@ import typer
 
 from mergekit_px.cli._merge import merge_mapping
 from mergekit_px.cli._naming import model_names
-from mergekit_px.cli._options import Base, RunOptions, Sources, Weights
+from mergekit_px.cli._options import RunOptions, Sources, Weights
 from mergekit_px.cli._parameters import ParameterOption, choice, parameter_options, parse_numbers
 from mergekit_px.cli._prose import paragraphs
 from mergekit_px.cli._width import terminal_width
 from mergekit_px.errors import UsageError
 from mergekit_px.methods.declare import Method, check_source_count, method_slug
 
+BaseOfDeltas = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="The model that the sources were fine-tuned from. If left out: the one that their cards name, else"
+        " their mean.",
+    ),
+]
+BaseOfWeights = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="The model that gives config, tokenizer and what --missing asks for."),
+]
 Missing = Annotated[
     Literal["error", "present", "base"],
     typer.Option(
@@ -55,7 +68,8 @@ def _parameters(method: Method, options: Sequence[ParameterOption]) -> list[insp
     def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
         return inspect.Parameter(name, _KEYWORD, default=default, annotation=annotation)
 
-    parameters = [parameter("sources", Sources), parameter("base", Base, None)]
+    base = BaseOfDeltas if method.space == "deltas" else BaseOfWeights
+    parameters = [parameter("sources", Sources), parameter("base", base, None)]
     if method.uses_weights:
         parameters.append(parameter("weights", Weights, None))
     parameters += [option.as_parameter() for option in options]
