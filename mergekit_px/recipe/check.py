@@ -15,11 +15,10 @@ from mergekit_px.recipe.places import Places
 
 HIGHEST_SEED = 2**63 - 1
 
-DTYPES = frozenset(
-    "f64 f32 f16 bf16 f8_e4m3 f8_e5m2 f8_e4m3fnuz f8_e5m2fnuz "
-    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz "
-    "double float half fp64 fp32 fp16".split()
-)
+_CODES = ("f64", "f32", "f16", "bf16", "f8_e4m3", "f8_e5m2", "f8_e4m3fnuz", "f8_e5m2fnuz")
+_TORCH_NAMES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_MORE_NAMES = ("float8_e4m3fnuz", "float8_e5m2fnuz", "double", "float", "half", "fp64", "fp32", "fp16")
+DTYPES = frozenset((*_CODES, *_TORCH_NAMES, *_MORE_NAMES))
 """Spellings of the dtypes in which merged tensors can be stored."""
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -91,7 +90,7 @@ def _check_output(recipe: Recipe, output: Output, places: Places) -> None:
         raise RecipeError(
             f"merged tensors cannot be stored as '{output.dtype[:80]}'",
             where=places.value(("output", "dtype")),
-            hint=hint_for(output.dtype, ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")),
+            hint=hint_for(output.dtype, _TORCH_NAMES),
         )
     size = str(output.shard_size).strip()
     if not _SIZE.fullmatch(size) or not re.search("[1-9]", size):

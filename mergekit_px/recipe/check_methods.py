@@ -85,7 +85,9 @@ class _MethodCheck:
     def _check_count(self, facts: MethodFacts, count: int, path: Path) -> None:
         least, most = facts.sources
         if count < least or (most is not None and count > most):
-            wanted = f"exactly {least}" if least == most else f"at least {least}" if count < least else f"at most {most}"
+            wanted = (
+                f"exactly {least}" if least == most else f"at least {least}" if count < least else f"at most {most}"
+            )
             plural = "" if wanted.endswith(" 1") else "s"
             what = f"{facts.name} takes {wanted} source{plural} besides the base, and {count} are given"
             raise RecipeError(what, where=self._places.key(path))

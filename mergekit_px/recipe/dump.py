@@ -78,7 +78,7 @@ def _lines(value: Any, level: int) -> list[str]:
 
 
 def _fits(value: Any, level: int, used: int) -> bool:
-    """Whether a value goes on one line: if it is short, and neither a part of the recipe, a step nor a list of rules."""
+    """Whether a value goes on one line: it is short, and no part of the recipe, no step and no list of rules."""
     if not isinstance(value, (dict, list)) or not value:
         return True
     if level == 1 or _has_mappings(value):

@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 
 from mergekit_px.errors import RecipeError
 from mergekit_px.recipe.model import Recipe, Rule, Step
-from mergekit_px.recipe.nearest import hint_for, nearest
+from mergekit_px.recipe.nearest import hint_for
 from mergekit_px.recipe.places import Path, Places
 
 LONGEST_CHAIN = 64
@@ -41,10 +41,11 @@ def check_reference(recipe: Recipe, name: str, path: Path, places: Places) -> No
     """Raises RecipeError where a name is that of no model or step."""
     if name in recipe.models or name in recipe.steps:
         return
-    known = [*recipe.models, *recipe.steps]
-    hint = hint_for(name, known)
-    if nearest(name, known) is None and ("/" in name or name.startswith((".", "~"))):
-        hint = f"models go by name: give it one under models, as in models: {{mine: {name[:80]}}}"
+    hint = hint_for(name, [*recipe.models, *recipe.steps])
+    if "/" in name or name.startswith((".", "~")):
+        own = next((model for model, entry in recipe.models.items() if entry.model == name), None)
+        given = f"write '{own}'" if own is not None else f"name it under models, as in models: {{mine: {name[:80]}}}"
+        hint = f"models go by name here: {given}"
     raise RecipeError(f"no model or step is named '{name[:80]}'", where=places.value(path), hint=hint)
 
 

@@ -91,13 +91,19 @@ def parse_recipe(
     return replace(_build(root, text, overrides, methods), path=path)
 
 
-def recipe_from_mapping(data: Mapping[str, Any], methods: MethodCatalog | None = None) -> LoadedRecipe:
-    """A recipe from Python data of the same form as the YAML.
+def recipe_from_mapping(
+    data: Mapping[str, Any],
+    methods: MethodCatalog | None = None,
+    *,
+    name: str = "recipe",
+    overrides: Sequence[str] = (),
+) -> LoadedRecipe:
+    """A recipe from Python data of the same form as the YAML. See :func:`load_recipe`.
 
     Raises:
         RecipeError: it is no recipe that can be meant.
     """
-    return _build(node_of(data, "recipe"), None, (), methods)
+    return _build(node_of(data, name), None, overrides, methods)
 
 
 def _build(root: Node, text: str | None, overrides: Sequence[str], methods: MethodCatalog | None) -> LoadedRecipe:

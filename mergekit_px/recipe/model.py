@@ -6,7 +6,7 @@ Values that may vary are kept as written; the plan resolves them for each tensor
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,26 +16,22 @@ Value = Scalar | list[Any] | dict[str, Any]
 """A parameter as written: a scalar; a list of numbers, interpolated over depth; or one value for each
 source by name, ``{math: 0.3, code: [0.1, 0.5]}``."""
 
-LayerRange = Annotated[
-    str | int | list[int],
-    Field(
-        description=(
-            "Layers by number: 7, '8-15' (both ends included), [0, 5, 9], '20-' for the rest, "
-            "or 'none' for the tensors outside the numbered layers."
-        )
-    ),
-]
+LayerRange = str | int | list[int]
+"""As written; :mod:`mergekit_px.recipe.layer_range` reads it."""
 
 
 class RecipeModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True, defer_build=True
+    )
 
 
 class ModelInput(RecipeModel):
     """One input checkpoint, with an adapter on top of it if one is named."""
 
     model: str | None = None
-    """A folder, a safetensors file, ``org/name`` or ``org/name@revision``. Left out for an adapter alone."""
+    """A folder, a safetensors file, ``org/name`` or ``org/name@revision``. Left out for an adapter alone.
+    Relative paths are relative to the current directory."""
     adapter: str | list[str] | None = None
     """A PEFT adapter (or several, applied in order) on top of the model."""
 
@@ -46,6 +42,8 @@ class Rule(RecipeModel):
     match: str | list[str] | None = None
     """Globs on output tensor names; any may match."""
     layers: LayerRange | None = None
+    """Layers by number: 7, '8-15' (both ends included), [0, 5, 9], '20-' for the rest, or 'none' for the tensors
+    outside the numbered layers."""
     method: str | None = None
     """Another method for these tensors (its parameters start from their defaults)."""
     params: dict[str, Value] = Field(default_factory=dict)
@@ -62,9 +60,13 @@ class SliceSource(RecipeModel):
     """Some layers of one source of a slice."""
 
     model: str
+    """A model or step."""
     layers: LayerRange
+    """Which of its layers, as many as of the other sources."""
     weight: Value = None
+    """Its weight; a list of numbers is interpolated over the layers of the slice."""
     params: dict[str, Value] = Field(default_factory=dict)
+    """Its values of the parameters that may differ between sources."""
 
 
 class Slice(RecipeModel):
@@ -75,10 +77,12 @@ class Slice(RecipeModel):
     """
 
     sources: list[SliceSource] = Field(min_length=1)
+    """What the layers are made from."""
     base: str | None = None
     """The base of this slice where it differs from the step's; it takes part with the layers given in
     ``sources`` if it is listed there, else with those of the first source."""
     params: dict[str, Value] = Field(default_factory=dict)
+    """Values of the method's parameters in this slice."""
     rules: list[Rule] = Field(default_factory=list)
     """Rules of this slice, after those of the step. Names and layer numbers are those of the output."""
 
@@ -87,14 +91,18 @@ class Step(RecipeModel):
     """One node of the graph: a method over sources, evaluated tensor by tensor."""
 
     method: str
+    """The merge method."""
     base: str | None = None
     """The base model (a model or a step). Methods on task vectors subtract it from each source."""
     sources: dict[str, Value] | list[str] = Field(default_factory=list)
     """Models or steps, in order; as a mapping, with their weights."""
     params: dict[str, Value] = Field(default_factory=dict)
+    """Values of the method's parameters: one value, a list of numbers interpolated over the layers, or one of these
+    for each source by name."""
     like: str | None = None
     """Start from another implementation's variant of the method: ``mergekit`` or ``peft``."""
     rules: list[Rule] = Field(default_factory=list)
+    """Changes for some tensors, by glob on their names, by layer, or both; later rules win."""
     slices: list[Slice] | None = None
     """Layers stacked anew: the output's layers are those of the slices in order. Replaces ``sources``."""
     missing: Literal["error", "present", "base"] = "error"
@@ -111,8 +119,11 @@ class Push(RecipeModel):
     """Where the result is uploaded once it is complete."""
 
     repo: str
+    """The repository, ``org/name``; made if it does not exist."""
     private: bool = False
+    """Whether a repository that is made is private."""
     revision: str | None = None
+    """The branch; the default one if left out."""
 
 
 class Output(RecipeModel):
@@ -121,9 +132,11 @@ class Output(RecipeModel):
     from_: str | None = Field(default=None, alias="from")
     """The step (or model) to write; the last step if left out."""
     path: str = "./merged"
+    """The folder of the result."""
     dtype: str | None = None
     """Storage dtype of merged floating-point tensors; that of the base or first source if left out."""
     shard_size: str | int = "5GB"
+    """Largest size of one file of weights, as 5GB, 512MiB or a number of bytes."""
     config_from: str | None = None
     """The model whose config and other side files go with the result; the base or first source if left out."""
     tokenizer_from: str | None = None
@@ -131,14 +144,19 @@ class Output(RecipeModel):
     kind: Literal["model", "task_vector"] | None = None
     """``task_vector`` writes the difference to the base instead of the model."""
     push: Push | None = None
+    """Where to upload the result."""
 
 
 class Recipe(RecipeModel):
     """A merge: inputs, a graph of steps, an output."""
 
     pxmerge: Literal[1] = 1
+    """Version of the recipe format."""
     models: dict[str, ModelInput]
+    """The inputs by name: a path, ``org/name``, ``org/name@revision``, or a mapping with an adapter."""
     steps: dict[str, Step]
+    """The graph of merges by name, evaluated tensor by tensor; a single one may be written as ``merge:``."""
     output: Output = Field(default_factory=Output)
+    """What is written, and where."""
     seed: int = 0
     """Seed of the methods that draw random numbers."""

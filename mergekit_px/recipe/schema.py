@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_px.recipe.catalog import MethodCatalog, MethodFacts
@@ -21,54 +21,54 @@ _WEIGHT = {
     "description": "A number, or a list of numbers, interpolated over the layers.",
     "anyOf": [{"type": ["number", "null"]}, {"type": "array", "items": {"type": "number"}, "minItems": 1}],
 }
-_FREE = {"description": "A value, a list over the layers, or one value for each source by name."}
 
 
 def recipe_schema(methods: MethodCatalog) -> dict[str, Any]:
     """The schema (2020-12) of a recipe in pxmerge's own form, with the parameters of each method."""
     schema = Recipe.model_json_schema(by_alias=True)
-    definitions: dict[str, Any] = schema["$defs"]
-    definitions["Weight"] = _WEIGHT
-    for name, facts in methods.methods.items():
-        definitions[f"{name}_params"] = _parameters(facts)
     _strip(schema)
-
-    step, rule = definitions["Step"], definitions["Rule"]
-    names = {"enum": [*methods.methods]}
-    step["properties"]["method"] |= names
-    rule["properties"]["method"] = {**names, "description": rule["properties"]["method"]["description"]}
-    step["properties"]["sources"] = {
-        "description": step["properties"]["sources"]["description"],
-        "anyOf": [
-            {"type": "object", "additionalProperties": {"$ref": "#/$defs/Weight"}, "minProperties": 1},
-            {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True},
-        ],
-    }
-    step["allOf"] = [
-        arm for name, facts in methods.methods.items() for arm in _arms(name, facts, {"params", "like"})
-    ]
-    step["oneOf"] = [{"required": ["sources"]}, {"required": ["slices"]}]
-    rule["allOf"] = [arm for name, facts in methods.methods.items() for arm in _arms(name, facts, {"params"})]
-    rule["properties"]["layers"] = {**_LAYERS, "description": _description(rule, "layers")}
-    slice_source = definitions["SliceSource"]
-    slice_source["properties"]["layers"] = {**_LAYERS, "description": _description(slice_source, "layers")}
-    slice_source["properties"]["weight"] = {"$ref": "#/$defs/Weight"}
-    weights = {"type": "object", "additionalProperties": {"$ref": "#/$defs/Weight"}}
-    rule["properties"]["weights"] = {
-        "description": rule["properties"]["weights"]["description"],
-        "anyOf": [weights, {"type": "array", "items": {"$ref": "#/$defs/Weight"}}],
-    }
+    definitions: dict[str, Any] = schema["$defs"]
+    _open_steps(definitions)
+    for part, keys in (("Step", ("params", "like")), ("Rule", ("params",))):
+        definitions[part]["properties"]["method"] = {
+            "description": _description(definitions[part], "method"),
+            "enum": [*methods.methods],
+        }
+        definitions[part]["allOf"] = [_arm(facts, keys) for facts in methods.methods.values()]
+    definitions["Weight"] = _WEIGHT
+    definitions |= {f"{name}_params": _parameters(facts) for name, facts in methods.methods.items()}
 
     properties = schema["properties"]
     properties["models"] |= {
         "additionalProperties": {"anyOf": [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/ModelInput"}]},
         "minProperties": 1,
     }
-    properties["steps"]["minProperties"] = 1
+    properties["steps"] |= {"minProperties": 1}
     properties["merge"] = {"$ref": "#/$defs/Step", "description": "The one step of a recipe that has only one."}
     schema["required"] = ["models"]
     schema["oneOf"] = [{"required": ["steps"]}, {"required": ["merge"]}]
     return {"$schema": DIALECT, "title": "pxmerge recipe", **schema}
+
+
+def _open_steps(definitions: dict[str, Any]) -> None:
+    """Put what a recipe may say in place of what the models' types say, where types say too little."""
+    step, rule, slice_source = (definitions[part] for part in ("Step", "Rule", "SliceSource"))
+    weight = {"$ref": "#/$defs/Weight"}
+    step["properties"]["sources"] = {
+        "description": _description(step, "sources"),
+        "anyOf": [
+            {"type": "object", "additionalProperties": weight, "minProperties": 1},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True},
+        ],
+    }
+    step["oneOf"] = [{"required": ["sources"]}, {"required": ["slices"]}]
+    rule["properties"]["weights"] = {
+        "description": _description(rule, "weights"),
+        "anyOf": [{"type": "object", "additionalProperties": weight}, {"type": "array", "items": weight}],
+    }
+    slice_source["properties"]["weight"] = weight
+    for part in (rule, slice_source):
+        part["properties"]["layers"] = {**_LAYERS, "description": _description(part, "layers")}
 
 
 def _parameters(facts: MethodFacts) -> dict[str, Any]:
@@ -92,19 +92,17 @@ def _as_written(name: str, field: Mapping[str, Any], facts: MethodFacts) -> dict
     return {**about, "anyOf": arms} if len(arms) > 1 else {**about, **single}
 
 
-def _arms(name: str, facts: MethodFacts, keys: set[str]) -> list[dict[str, Any]]:
+def _arm(facts: MethodFacts, keys: Sequence[str]) -> dict[str, Any]:
     """What a step or rule of one method may have."""
-    then: dict[str, Any] = {"params": {"$ref": f"#/$defs/{name}_params"}}
+    then: dict[str, Any] = {"params": {"$ref": f"#/$defs/{facts.name}_params"}}
     if "like" in keys:
         then["like"] = {"enum": [*facts.presets]} if facts.presets else False
-    condition = {"properties": {"method": {"const": name}}, "required": ["method"]}
-    return [{"if": condition, "then": {"properties": then}}]
+    condition = {"properties": {"method": {"const": facts.name}}, "required": ["method"]}
+    return {"if": condition, "then": {"properties": then}}
 
 
 def _description(definition: Mapping[str, Any], name: str) -> str:
-    found = definition["properties"][name]
-    arms = [found, *found.get("anyOf", [])]
-    return next(str(arm["description"]) for arm in arms if "description" in arm)
+    return str(definition["properties"][name]["description"])
 
 
 def _strip(schema: Any) -> None:

@@ -89,15 +89,21 @@ _INSIDE: dict[type[BaseModel], dict[str, tuple[type[BaseModel], bool]]] = {
 }
 """Fields that hold other parts of a recipe; True where they hold many, by name or number."""
 
-_ENTRY = {Step: "a step such as {method: linear, sources: [a, b]}", ModelInput: "a path or {model: path, adapter: path}"}
+_ENTRY = {
+    Step: "a step such as {method: linear, sources: [a, b]}",
+    ModelInput: "a path or {model: path, adapter: path}",
+}
 
 
-def validate_recipe(data: Any, places: Places) -> Recipe:
+def validate_recipe(data: dict[str, Any], places: Places) -> Recipe:
     """Check names of keys and types of values.
 
     Raises:
         RecipeError: the first thing that is wrong; misspelt keys come first.
     """
+    if isinstance(data.get("pxmerge"), (bool, float)):  # equal to 1 for Python, which pydantic follows
+        what = f"'pxmerge' must be {WANTED[Recipe]['pxmerge']}, not {shown(data['pxmerge'])}"
+        raise RecipeError(what, where=places.value(("pxmerge",)))
     try:
         return Recipe.model_validate(data, strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
@@ -109,7 +115,7 @@ def validate_recipe(data: Any, places: Places) -> Recipe:
 def _in_words(issue: ErrorDetails, data: Any, places: Places) -> RecipeError:
     location: Path = issue["loc"]
     if issue["type"] == "extra_forbidden":
-        owner, _, _ = _owner(location[:-1])
+        owner, _, _ = _owner(location)
         known = [*WANTED[owner], "merge"] if owner is Recipe else list(WANTED[owner])
         return unknown_key(str(location[-1]), known, location, places)
     if issue["type"] == "missing":
@@ -119,7 +125,11 @@ def _in_words(issue: ErrorDetails, data: Any, places: Places) -> RecipeError:
     path = _existing(location[: whole or len(location)], data)
     wanted = WANTED[owner][name] if name else _ENTRY.get(owner, "a mapping")
     value = _at(path, data)
-    hint = "put it in quotes" if _is_number(value) and wanted.startswith(("a path", "a folder", _TEXT, "the name")) else None
+    hint = (
+        "put it in quotes"
+        if _is_number(value) and wanted.startswith(("a path", "a folder", _TEXT, "the name"))
+        else None
+    )
     return RecipeError(f"'{_dotted(path)}' must be {wanted}, not {shown(value)}", where=places.value(path), hint=hint)
 
 
@@ -151,12 +161,10 @@ def _owner(location: Path) -> tuple[type[BaseModel], str | None, int]:
 def _existing(path: Path, data: Any) -> Path:
     """The part of a path that the data has (pydantic appends the arms of unions)."""
     for depth, key in enumerate(path):
-        if isinstance(data, dict) and key in data:
-            data = data[key]
-        elif isinstance(data, list) and isinstance(key, int) and key < len(data):
-            data = data[key]
-        else:
+        known = range(len(data)) if isinstance(data, list) else data if isinstance(data, dict) else ()
+        if key not in known:
             return path[:depth]
+        data = data[key]
     return path
 
 

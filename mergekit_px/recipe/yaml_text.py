@@ -152,6 +152,8 @@ class _Open:
     anchor: str | None
     key: str | None = None
     key_place: Place | None = None
+    merging: bool = False
+    """Whether the key is a plain ``<<``, which merges another mapping into this one."""
     merged: list[Node] = field(default_factory=list)
 
 
@@ -159,7 +161,7 @@ class _Builder:
     """Builds nodes from parser events with a stack of its own, so that nesting cannot exhaust Python's."""
 
     def __init__(self, text: str, origin: str, located: bool) -> None:
-        self._loader = yaml.SafeLoader(text)
+        self._loader: Any = yaml.SafeLoader(text)
         self._origin = origin
         self._located = located
         self._stack: list[_Open] = []
@@ -218,6 +220,7 @@ class _Builder:
         if event.anchor is not None:
             self._anchors[event.anchor] = Node(key, self._place(event))
         parent.key = key
+        parent.merging = bool(event.implicit[0]) and key == "<<"
         parent.key_place = self._place(event)
 
     def _resolve(self, event: Any) -> Scalar:
@@ -270,7 +273,7 @@ class _Builder:
             parent.node.value.append(node)
             return
         assert isinstance(parent.node.value, dict) and parent.key is not None and parent.key_place is not None
-        if parent.key == "<<":
+        if parent.merging:
             parent.merged.extend(self._merge_sources(node))
         else:
             parent.node.add(node)

@@ -63,9 +63,13 @@ def method_differences(peer: PeerMethod, pieces: list[Piece], step: Node) -> lis
     if peer.like is not None and ("rescale", "l1") in values | _default_rescale(peer):
         told.append("mergekit does not rescale task vectors whose L1 norm is below 1e-7; here all are rescaled.")
     if ("normalize", True) in values and peer.base == "subtracted":
-        told.append("Weights that add up to zero cannot be normalized, and are refused; mergekit leaves them as they are.")
+        told.append(
+            "Weights that add up to zero cannot be normalized, and are refused; mergekit leaves them as they are."
+        )
     if peer.name == "slerp":
-        told.append("A tensor that is all zero is interpolated on a straight line; mergekit uses sines at a right angle.")
+        told.append(
+            "A tensor that is all zero is interpolated on a straight line; mergekit uses sines at a right angle."
+        )
     told.append(
         "Every tensor of the inputs is kept, under its own name and in its own layout; mergekit leaves out tensors "
         "that its description of the architecture does not name, and stores the experts of some models as one tensor."

@@ -113,7 +113,7 @@ def _distinct(sources: list[Source]) -> tuple[Source, ...]:
 
 def _layers(node: Node) -> tuple[int, int]:
     values = [item.value for item in node.value] if isinstance(node.value, list) else []
-    numbers = [int(value) for value in values if str(value).isdecimal() and len(str(value)) < 8]
+    numbers = [int(text) for text in map(str, values) if text.isascii() and text.isdecimal() and len(text) < 8]
     if len(values) != 2 or len(numbers) != 2:
         what = f"'layer_range' must be [first, end] with the end left out, not {shown(node.data())}"
         raise RecipeError(what, where=str(node.place))

@@ -20,7 +20,8 @@ from mergekit_px.recipe.yaml_text import Node, Place, mapping, sequence
 Kind = Literal["number", "boolean"]
 
 Key = tuple[str, ...]
-"""Where a value goes in a step or rule: ``("params", "t")``, ``("params", "density", "math")``, ``("weights", "math")``."""
+"""Where a value goes in a step or rule: ``("params", "t")``, ``("params", "density", "math")`` or
+``("weights", "math")``."""
 
 _TRUE = ("true", "t", "yes", "y", "on", "1")
 _FALSE = ("false", "f", "no", "n", "off", "0")

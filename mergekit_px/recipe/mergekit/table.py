@@ -66,9 +66,7 @@ METHODS: Mapping[str, PeerMethod] = {
     for method in (
         PeerMethod("linear", "ignored", {"weight": _WEIGHT, "normalize": _NORMALIZE}),
         PeerMethod("slerp", "end", {"t": Parameter("t", required=True)}, sources=2),
-        PeerMethod(
-            "task_arithmetic", "subtracted", {"weight": _WEIGHT, "lambda": _LAMBDA, "normalize": _NORMALIZE}
-        ),
+        PeerMethod("task_arithmetic", "subtracted", {"weight": _WEIGHT, "lambda": _LAMBDA, "normalize": _NORMALIZE}),
         PeerMethod("ties", "subtracted", {**_PRUNING, "normalize": _DIVIDE}, like="mergekit"),
         PeerMethod("dare_linear", "subtracted", {**_PRUNING, "normalize": _NORMALIZE}, like="mergekit"),
         PeerMethod("dare_ties", "subtracted", {**_PRUNING, "normalize": _DIVIDE}, like="mergekit"),
@@ -77,13 +75,18 @@ METHODS: Mapping[str, PeerMethod] = {
 }
 
 NOT_YET = frozenset(
-    "arcee_fusion breadcrumbs breadcrumbs_ties della della_linear karcher model_stock multislerp nearswap nuslerp ram "
-    "ramplus_tl sce".split()
+    (
+        *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "karcher", "model_stock"),
+        *("multislerp", "nearswap", "nuslerp", "ram", "ramplus_tl", "sce"),
+    )
 )
 """mergekit methods without an equal here."""
 
 ALL_PARAMETERS = frozenset(
-    "weight normalize t density rescale int8_mask lambda scale gamma epsilon select_topk filter_wise max_iter tol r "
-    "alpha eps normalize_weights nuslerp_row_wise nuslerp_flatten".split()
+    (
+        *("weight", "normalize", "t", "density", "rescale", "int8_mask", "lambda", "scale", "gamma", "epsilon"),
+        *("select_topk", "filter_wise", "max_iter", "tol", "r", "alpha", "eps", "normalize_weights"),
+        *("nuslerp_row_wise", "nuslerp_flatten"),
+    )
 )
 """Parameters of any mergekit method; mergekit passes over those that the method at hand does not have."""

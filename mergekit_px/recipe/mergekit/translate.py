@@ -5,7 +5,6 @@ What cannot be kept is refused by name, and every difference in meaning that rem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mergekit_px.errors import RecipeError
@@ -29,8 +28,9 @@ STEP = "merge"
 """The name of the step that a config becomes."""
 
 _KEYS = (
-    "merge_method base_model models slices parameters dtype out_dtype tokenizer_source tokenizer chat_template name"
-).split()
+    *("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype"),
+    *("tokenizer_source", "tokenizer", "chat_template", "name"),
+)
 _REFUSED = {
     "modules": "parts of a model with slices of their own (modules)",
     **dict.fromkeys(
@@ -83,7 +83,7 @@ class _Translator:
             self.root.place,
             {
                 "models": mapping(pieces[0].node.place, self.models),
-                "steps": mapping(self.root.place, {STEP: step}),
+                "steps": mapping(step.place, {STEP: step}),
                 "output": output,
             },
         )
@@ -134,14 +134,14 @@ class _Translator:
                 sources = [listed or Source(piece.base, self.entries["base_model"]), *others]
             elif sources == [listed]:
                 raise RecipeError(f"{peer.name} needs a model besides the base_model", where=where)
-        elif piece.base is not None and listed is None and "models" in self.entries and peer.sources is None:
+        elif piece.base is not None and listed is None and "models" in self.entries:
             added = Source(piece.base, self.entries["base_model"])
-            if self._choices("weight", METHODS[peer.name].parameters["weight"], piece, added):
+            if peer.sources is None and self._choices("weight", peer.parameters["weight"], piece, added):
                 sources.append(added)
             else:
                 self.differences.append(
-                    f"{peer.name} does not use the base_model, which only gives the config and the tokenizer; mergekit "
-                    "asks for a weight of it and stops."
+                    f"{peer.name} does not use the base_model, which gives the config and the tokenizer; mergekit "
+                    "stops, because it takes it for another source."
                 )
         if peer.sources is not None and len(sources) != peer.sources:
             wanted = "one source" if peer.sources == 1 else "two models, the base_model counted"
@@ -155,7 +155,6 @@ class _Translator:
         return [s for s in piece.sources if peer.base != "subtracted" or s.reference != piece.base]
 
     def _step(self, peer: PeerMethod, pieces: list[Piece], base: Reference | None) -> Node:
-        place = self.root.place
         in_models = "models" in self.entries
         whole = Settings()
         own = [whole if in_models else Settings(outside=piece is pieces[-1]) for piece in pieces]
@@ -168,10 +167,9 @@ class _Translator:
                 self._choices(name, parameter, piece, piece.sources[0] if parameter.per_source else None)
                 for piece in pieces
             ]
-            if missing := [piece for piece, choices in zip(pieces, found, strict=True) if not choices]:
-                if parameter.required:
-                    where = str(missing[0].node.place)
-                    raise RecipeError(f"{peer.name} needs the parameter '{name}'", where=where)
+            if parameter.required and not all(found):
+                where = str(pieces[[bool(choices) for choices in found].index(False)].node.place)
+                raise RecipeError(f"{peer.name} needs the parameter '{name}'", where=where)
             alike = all(_same(choices, found[0]) for choices in found)
             for settings, choices in zip([whole] if alike else own, found, strict=False):
                 settings.put(("params", parameter.target), choices)
@@ -179,14 +177,14 @@ class _Translator:
         subtracted = base if peer.base == "subtracted" else None
         slices = [self._slice(peer, piece, settings, base) for piece, settings in zip(pieces, own, strict=True)]
         return mapping(
-            place,
+            method,
             {
                 "method": Node(peer.name, method),
                 "base": Node(self.names[subtracted], self.entries["base_model"].place) if subtracted else None,
                 "sources": self._sources(peer, pieces[0], whole) if in_models else None,
                 "params": whole.part("params"),
                 "like": Node(peer.like, method) if peer.like else None,
-                "rules": whole.rules(place),
+                "rules": whole.rules(method),
                 "slices": None if in_models else sequence(self.entries["slices"].place, slices),
             },
         )
