@@ -1,0 +1,186 @@
+"""The polar factor ``P Q'`` of a matrix ``P diag(d) Q'``: the nearest matrix with orthonormal columns (or rows).
+
+=================  ==========================================================================================
+``svd``            from a dense decomposition; exact
+``gram64``         ``X (X'X)^(-1/2)`` with the Gram matrix and its eigenvectors in float64; exact for float32
+``newton_schulz``  matrix products only, for accelerators; falls back to ``gram64`` where it does not converge
+``auto``           ``newton_schulz`` on CUDA, ``gram64`` for tall float32 matrices, else ``svd``
+=================  ==========================================================================================
+
+Directions whose singular value does not exceed a floor are left out (a pseudo-inverse root), so that the factor of
+a rank-deficient stack, such as that of duplicate sources, is a partial isometry and not an amplified rounding error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mergekit_px.errors import NonFiniteError, UsageError
+from mergekit_px.kernels.orthonormal import gram, squared_norm
+from mergekit_px.kernels.spectra import null_floor
+from mergekit_px.kernels.svd import truncated_svd
+
+PolarMode = Literal["auto", "svd", "gram64", "newton_schulz"]
+
+STACK_FLOOR = 1e-3
+"""Relative floor for stacks of orthonormal bases: below it, two sources share a direction up to rounding."""
+
+_MOST_STEPS = 40
+_ORTHOGONAL = 1e-5
+"""Newton-Schulz has converged when ||Y'Y - I||_F is at most this times sqrt(rank)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolarFactor:
+    """A polar factor with its report."""
+
+    factor: Tensor
+    """(m, n) partial isometry of rank ``rank``, in the input's dtype."""
+    rank: int
+    """Number of directions above the floor."""
+    nuclear_norm: float
+    """Sum of their singular values."""
+    mode: str
+    """The route that served."""
+    steps: int
+    """Newton-Schulz steps taken; 0 for the exact routes."""
+    error: float
+    """Distance from a partial isometry, ``||Y Y'Y - Y||_F / ||Y||_F`` on a few probes."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mean_value(self) -> float:
+        """Mean of the singular values above the floor; 0 for a zero matrix."""
+        return self.nuclear_norm / self.rank if self.rank else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    factor: Tensor
+    rank: int
+    nuclear_norm: float
+    mode: str
+    steps: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def polar_factor(
+    matrix: Tensor,
+    *,
+    mode: PolarMode = "auto",
+    floor: float = 0.0,
+    relative_floor: float | None = None,
+    label: str = "",
+) -> PolarFactor:
+    """The polar factor of an (m, n) matrix, float32 or float64 (narrower dtypes are computed in float32).
+
+    Args:
+        matrix: (m, n); wide matrices are transposed on the way.
+        mode: route, see the module.
+        floor: singular values up to this are left out.
+        relative_floor: the same as a fraction of the largest; the rounding error of the dtype if left out.
+        label: name of the tensor, for error messages.
+
+    Raises:
+        NonFiniteError: the matrix holds a NaN or an infinity.
+        UsageError: not a matrix.
+        RunError: every driver failed.
+    """
+    if matrix.ndim != 2:
+        raise UsageError(f"a polar factor needs a matrix, got shape {tuple(matrix.shape)}", where=label or None)
+    if matrix.dtype not in (torch.float32, torch.float64):
+        matrix = matrix.float()
+    energy = squared_norm(matrix)
+    if not math.isfinite(energy):
+        raise NonFiniteError("the matrix holds a NaN or an infinity", where=label or None)
+    if energy == 0:
+        return PolarFactor(torch.zeros_like(matrix), 0, 0.0, "svd", 0, 0.0)
+    wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if wide else matrix
+    relative = null_floor(matrix.dtype) if relative_floor is None else relative_floor
+    found = _find(tall, energy, _route(tall, mode, floor), floor, relative, label)
+    factor = (found.factor.T if wide else found.factor).contiguous()
+    return PolarFactor(
+        factor, found.rank, found.nuclear_norm, found.mode, found.steps, _distance(found.factor), found.notes
+    )
+
+
+def _route(tall: Tensor, mode: PolarMode, floor: float) -> str:
+    if mode != "auto":
+        return mode
+    if tall.is_cuda and floor == 0:
+        return "newton_schulz"
+    m, n = tall.shape
+    return "gram64" if tall.dtype == torch.float32 and (tall.is_cuda or (n >= 64 and 2 * m >= 3 * n)) else "svd"
+
+
+def _find(tall: Tensor, energy: float, route: str, floor: float, relative: float, label: str) -> _Found:
+    if route == "svd":
+        return _by_svd(tall, floor, relative, label)
+    try:
+        if route == "gram64":
+            return _by_gram(tall, floor, relative)
+        return _by_products(tall, energy, floor, relative)
+    except RuntimeError:  # no convergence, or a cuSOLVER status
+        found = _by_svd(tall, floor, relative, label)
+        notes = (f"polar factor ({route}) failed, served by svd", *found.notes)
+        return _Found(found.factor, found.rank, found.nuclear_norm, found.mode, 0, notes)
+
+
+def _by_svd(tall: Tensor, floor: float, relative: float, label: str) -> _Found:
+    parts = truncated_svd(tall, mode="dense", label=label)
+    rank = int((parts.s > max(floor, relative * float(parts.s[0]))).sum())
+    u, v = parts.u[:, :rank], parts.v[:, :rank]
+    return _Found(u @ v.T, rank, float(parts.s[:rank].double().sum()), "svd", notes=parts.notes)
+
+
+def _by_gram(tall: Tensor, floor: float, relative: float) -> _Found:
+    squares, vectors = torch.linalg.eigh(gram(tall))
+    values = squares.clamp_min(0.0).sqrt()
+    # Squaring leaves singular values below 1e-8 of the largest to chance.
+    kept = values > max(floor, max(relative, 1e-7) * float(values[-1]))
+    values, vectors = values[kept], vectors[:, kept]
+    root = (vectors / values) @ vectors.T
+    return _Found(tall @ root.to(tall.dtype), len(values), float(values.sum()), "gram64")
+
+
+def _by_products(tall: Tensor, energy: float, floor: float, relative: float) -> _Found:
+    """Newton-Schulz with the scaling that is optimal for singular values in [low, 1].
+
+    ``Y <- Y (1.5 a I - 0.5 a^3 Y'Y)`` with ``a^2 = 3 / (1 + low + low^2)`` (Chen and Chow, ANL/MCS-P5059-0114).
+    Values below the first ``low`` are no danger, they take more steps.
+    """
+    n = tall.shape[1]
+    current = tall / min(math.sqrt(energy), _norm_bound(tall))
+    low = 1e-3
+    for step in range(1, _MOST_STEPS + 1):
+        product = current.T @ current
+        gap = float(torch.linalg.vector_norm(product - torch.eye(n, dtype=product.dtype, device=product.device)))
+        if gap <= _ORTHOGONAL * math.sqrt(n):
+            nuclear = float((current.double() * tall.double()).sum())
+            return _Found(current, n, nuclear, "newton_schulz", step - 1)
+        scale = math.sqrt(3 / (1 + low + low * low)) if low < 0.99 else 1.0
+        current = 1.5 * scale * current - 0.5 * scale**3 * (current @ product)
+        low = min(1.0, 0.5 * scale * low * (3 - scale**2 * low**2))
+    found = _by_gram(tall, floor, relative)
+    note = f"Newton-Schulz did not converge in {_MOST_STEPS} steps (rank {found.rank} of {n}); served by gram64"
+    return _Found(found.factor, found.rank, found.nuclear_norm, found.mode, _MOST_STEPS, (note,))
+
+
+def _norm_bound(matrix: Tensor) -> float:
+    """sqrt(||X||_1 ||X||_inf), an upper bound of the spectral norm."""
+    magnitude = matrix.abs()
+    return math.sqrt(float(magnitude.sum(0).max()) * float(magnitude.sum(1).max()))
+
+
+def _distance(factor: Tensor) -> float:
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn((factor.shape[1], 16), generator=generator).to(factor.device, factor.dtype)
+    image = factor @ probe
+    size = float(torch.linalg.vector_norm(image))
+    return float(torch.linalg.vector_norm(factor @ (factor.T @ image) - image)) / size if size > 0 else 0.0
