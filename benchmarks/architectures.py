@@ -1,11 +1,13 @@
-"""No tensor is lost, whatever the architecture: every causal-LM class of the installed transformers.
+"""No tensor is lost, whatever the architecture: every causal-LM class of the installed transformers, and BERT.
 
     python benchmarks/architectures.py                  # all classes
     python benchmarks/architectures.py deepseek_v3 bert # some model types
 
-For each class two tiny random models are made, saved, merged by the command line (linear), and reloaded. The output
-must have the input's names, shapes and dtypes, and loading it must report nothing missing, unexpected or of another
-shape. A class for which no tiny model can be made or saved is listed with the reason, and is no success.
+For each class two tiny random models are made, saved by ``save_pretrained``, merged by the command line (linear) and
+reloaded. The output must have the names, shapes and dtypes of the inputs; every value must be the exact mean rounded
+once; loading must report nothing missing, unexpected or of another shape; and what the reloaded model saves must be
+the merged files again, name by name and bit by bit, so that experts stored one by one stay so, and fused ones too.
+A class for which no tiny model can be made is listed with the reason, and is no success.
 """
 
 from __future__ import annotations
@@ -14,235 +16,172 @@ import argparse
 import contextlib
 import gc
 import io
-import logging
+import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-EXTRA = {"bert": "BertForMaskedLM"}
-"""Model types beside the causal language models, and the class to use."""
+from tiny_models import quiet, tiny_model
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "d_model": 32,
-    "n_embd": 32,
-    "dim": 32,
-    "embed_dim": 32,
-    "embedding_size": 32,
-    "embedding_dim": 32,
-    "word_embed_proj_dim": 32,
-    "intermediate_size": 48,
-    "ffn_dim": 48,
-    "d_ff": 48,
-    "n_inner": 48,
-    "ffn_hidden_size": 48,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "moe_shared_expert_intermediate_size": 24,
-    "shared_intermediate_size": 24,
-    "expert_ffn_hidden_size": 24,
-    "num_hidden_layers": 4,
-    "n_layer": 4,
-    "n_layers": 4,
-    "num_layers": 4,
-    "encoder_layers": 2,
-    "decoder_layers": 4,
-    "num_attention_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "num_heads": 4,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-    "n_positions": 64,
-    "n_ctx": 64,
-    "max_seq_len": 64,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_experts_per_token": 2,
-    "moe_k": 2,
-    "moe_topk": 2,
-    "top_k_experts": 2,
-    "n_shared_experts": 1,
-    "num_shared_experts": 1,
-    "moe_num_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_expert_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_layer_start_index": 1,
-    "num_dense_layers": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "qk_head_dim": 16,
-    "index_n_heads": 2,
-    "index_head_dim": 16,
-    "sliding_window": 16,
-    "state_size": 8,
-    "time_step_rank": 4,
-    "conv_kernel": 4,
-    "conv_L_cache": 3,
-    "lru_width": 32,
-    "ssm_state_size": 8,
-    "mamba_d_state": 8,
-    "mamba_n_heads": 8,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 8,
-    "mamba_d_head": 8,
-    "mamba_n_groups": 1,
-    "n_groups": 1,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "type_vocab_size": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "vocab_size_per_layer_input": 96,
-    "hidden_size_per_layer_input": 8,
-    "num_kv_shared_layers": 0,
-    "laurel_rank": 4,
-    "chunk_size": 8,
-    "rank_ratio": 1,
-}
-"""Sizes for a tiny model; a config takes those of its own fields."""
+if TYPE_CHECKING:
+    import torch
 
-LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "no_rope_layers", "attn_layers")
-MOST_PARAMETERS = 6_000_000
+EXTRA = [("bert", "BertForMaskedLM")]
+"""Model types and classes beside the causal language models."""
+
+SHARDS = "40KB"
+
+_ONE_EXPERT = re.compile(r"(.*?)(\d+)\.(.*\.)?experts\.\d+\.")
+_FUSED_EXPERTS = re.compile(r"(.*?)(\d+)\.(.*?\.)?(experts|block_sparse_moe|mlp|moe)\.")
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """What came of one class: ``ok``, ``FAILED`` or ``not made``."""
+
     model_type: str
+    class_name: str
     verdict: str
     detail: str = ""
     tensors: int = 0
 
 
-def causal_classes() -> dict[str, str]:
-    """model type -> class name, for all causal language models, and EXTRA."""
+def causal_classes() -> list[tuple[str, str]]:
+    """(model type, class name) of all causal language models, and ``EXTRA``."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    found = {kind: name for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if isinstance(name, str)}
-    return dict(sorted({**found, **EXTRA}.items()))
+    return sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items(), *EXTRA])
 
 
-def tiny_config(model_type: str) -> Any:
-    """The type's default config with every known size made small."""
-    from transformers import CONFIG_MAPPING
+def stored_experts(tensors: Mapping[str, torch.Tensor]) -> str:
+    """How a checkpoint stores its experts and in how many of its layers; empty if it has none.
 
-    config_class = CONFIG_MAPPING[model_type]
-    default = config_class()
-    fields = default.to_dict()
-    changes = {
-        key: value for key, value in SMALL.items() if isinstance(fields.get(key), int | type(None)) and key in fields
-    }
-    for key in LAYER_LISTS:
-        if isinstance(fields.get(key), list) and len(fields[key]) >= 4:
-            changes[key] = _kinds(fields[key])
-    changes["tie_word_embeddings"] = fields.get("tie_word_embeddings", False)
-    if "text_config" in fields and isinstance(fields["text_config"], dict):
-        return default
-    for extra in ({}, {key: None for key in LAYER_LISTS if key in fields and key not in changes}):
-        with contextlib.suppress(Exception):
-            return config_class(**{**changes, **extra})
-    return config_class(**changes)
-
-
-def _kinds(layers: list[Any]) -> list[Any]:
-    """Four layers that show every kind that a longer list has."""
-    kinds = list(dict.fromkeys(map(str, layers)))
-    by_name = {str(layer): layer for layer in layers}
-    return [by_name[kinds[min(place, len(kinds) - 1)]] for place in range(4)]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+    ``one by one in 3 of 4 layers``, ``fused in 4 of 4 layers``.
+    """
+    single = [match for name in tensors if (match := _ONE_EXPERT.match(name))]
+    fused = [
+        match
+        for name, value in tensors.items()
+        if (match := _FUSED_EXPERTS.match(name)) and value.dim() >= (2 if match[4] == "experts" else 3)
+    ]
+    found = single or fused
+    if not found:
+        return ""
+    stack = found[0][1]
+    layers = {match[1] for name in tensors if (match := re.match(re.escape(stack) + r"(\d+)\.", name))}
+    kind = "one by one" if single else "fused"
+    return f"experts {kind} in {len({match[2] for match in found})} of {len(layers)} layers"
 
 
 def check(model_type: str, class_name: str, work: Path) -> Outcome:
-    """Make, merge, compare and reload one type."""
+    """Make, merge, compare, reload and save one class under an empty folder."""
+    try:
+        with quiet():
+            for seed in (0, 1):
+                tiny_model(model_type, class_name, seed).save_pretrained(work / f"model{seed}", max_shard_size=SHARDS)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        return Outcome(model_type, class_name, "not made", f"{type(error).__name__}: {reason[:200]}")
+    problem = _merge(work) or _compare(work) or _reload(class_name, work)
+    tensors = read_tensors(work / "model0")
+    if problem:
+        return Outcome(model_type, class_name, "FAILED", problem, len(tensors))
+    return Outcome(model_type, class_name, "ok", stored_experts(tensors), len(tensors))
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files, read without pxmerge."""
+    from safetensors.torch import load_file
+
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def _merge(work: Path) -> str:
+    from mergekit_px.cli import main as pxmerge
+
+    sources = [str(work / "model0"), str(work / "model1")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = pxmerge(["linear", "--sources", *sources, "-o", str(work / "merged"), "--shard-size", SHARDS, "-q"])
+    return f"exit code {code}" if code else ""
+
+
+def _compare(work: Path) -> str:
+    import torch
+
+    first, second, merged = (read_tensors(work / name) for name in ("model0", "model1", "merged"))
+    if different := _different_headers(first, merged):
+        return different
+    for name, value in merged.items():
+        mean = first[name]
+        if mean.is_floating_point():
+            mean = ((first[name].double() + second[name].double()) / 2).to(mean.dtype)
+        if not torch.equal(mean, value):
+            return f"{name} is not the mean of the sources"
+    return ""
+
+
+def _different_headers(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
+    if lost := sorted(expected.keys() - found.keys()):
+        return f"{len(lost)} tensors lost: {lost[:3]}"
+    if new := sorted(found.keys() - expected.keys()):
+        return f"{len(new)} new tensors: {new[:3]}"
+    for name, value in found.items():
+        if (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
+            return f"{name} changed from {list(expected[name].shape)} {expected[name].dtype}"
+    return ""
+
+
+def _reload(class_name: str, work: Path) -> str:
+    """Load the result and save it again, beside the same with an input.
+
+    Some classes report keys of their own whatever is loaded, or save a tensor otherwise than they loaded it.
+    """
     import torch
     import transformers
 
-    from mergekit_px.checkpoint.open import open_checkpoint
-    from mergekit_px.cli import main as pxmerge
-
-    try:
-        with quiet():
-            config = tiny_config(model_type)
-            model_class = getattr(transformers, class_name)
-            with torch.device("meta"):
-                parameters = sum(value.numel() for value in model_class(config).parameters())
-            if parameters > MOST_PARAMETERS:
-                return Outcome(model_type, "not made", f"{parameters:,} parameters when made small")
-            for seed in (0, 1):
-                torch.manual_seed(seed)
-                model_class(config).to(torch.bfloat16).save_pretrained(work / f"model{seed}", max_shard_size="200KB")
-    except Exception as error:
-        return Outcome(model_type, "not made", f"{type(error).__name__}: {' '.join(str(error).split())[:90]}")
-    sources = [str(work / "model0"), str(work / "model1")]
+    reports: dict[str, Any] = {}
     with quiet():
-        code = pxmerge(["linear", "--sources", *sources, "-o", str(work / "merged"), "-q"])
-    if code:
-        return Outcome(model_type, "FAILED", f"exit code {code}")
-    before, after = open_checkpoint(work / "model0").tensors, open_checkpoint(work / "merged").tensors
-    if {n: (t.shape, t.dtype) for n, t in before.items()} != {n: (t.shape, t.dtype) for n, t in after.items()}:
-        return Outcome(model_type, "FAILED", "names, shapes or dtypes differ")
-    with quiet():
-        _, report = model_class.from_pretrained(work / "merged", output_loading_info=True)
-        _, reference = model_class.from_pretrained(work / "model0", output_loading_info=True)
-    # Some classes report a key of their own even for what save_pretrained wrote.
+        model_class = getattr(transformers, class_name)
+        for name in ("model0", "merged"):
+            model, reports[name] = model_class.from_pretrained(work / name, dtype="auto", output_loading_info=True)
+            model.save_pretrained(work / f"{name}-again", max_shard_size=SHARDS)
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if set(map(str, report.get(key) or [])) - set(map(str, reference.get(key) or [])):
-            return Outcome(model_type, "FAILED", f"{key}: {sorted(map(str, report[key]))[:3]}")
-    return Outcome(model_type, "ok", tensors=len(after))
+        reference, found = (set(map(str, reports[name].get(key) or [])) for name in ("model0", "merged"))
+        if found - reference:
+            return f"{key}: {sorted(found - reference)[:3]}"
+    first, first_again, merged, again = (
+        read_tensors(work / name) for name in ("model0", "model0-again", "merged", "merged-again")
+    )
+    if different := _different_headers(first_again, again):
+        return f"saved again: {different}"
+    for name in merged.keys() & again.keys():
+        if torch.equal(first[name], first_again[name]) and not torch.equal(merged[name], again[name]):
+            return f"{name} is another when loaded and saved again"
+    return ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; all causal language models if left out")
     options = parser.parse_args()
-    classes = causal_classes()
-    chosen = options.types or list(classes)
     outcomes = []
-    for model_type in chosen:
+    for model_type, class_name in causal_classes():
+        if options.types and model_type not in options.types:
+            continue
         work = Path(tempfile.mkdtemp(prefix="pxmerge-architecture-"))
         try:
-            outcome = check(model_type, classes[model_type], work)
+            outcome = check(model_type, class_name, work)
         finally:
             shutil.rmtree(work, ignore_errors=True)
             gc.collect()
         outcomes.append(outcome)
-        print(f"{outcome.verdict:9} {model_type:28} {outcome.tensors or '':>5} {outcome.detail}", flush=True)
+        print(
+            f"{outcome.verdict:9} {model_type:25} {class_name:36} {outcome.tensors or '':>5} {outcome.detail}",
+            flush=True,
+        )
     for verdict in ("ok", "FAILED", "not made"):
         print(f"{verdict}: {sum(outcome.verdict == verdict for outcome in outcomes)}")
     if any(outcome.verdict == "FAILED" for outcome in outcomes):
