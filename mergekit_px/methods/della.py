@@ -1,0 +1,124 @@
+"""DELLA: drop elements at random, the smaller the likelier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, FiniteFloat, model_validator
+
+from mergekit_px.methods.consensus import ConsensusParams, merge_by_consensus
+from mergekit_px.methods.declare import Params, RandomStream, merge_method
+from mergekit_px.methods.pruning import SharePerSource, per_source
+from mergekit_px.methods.weighting import finite_weights, total_weight
+
+if TYPE_CHECKING:
+    import torch
+
+Window = Annotated[float, Field(ge=0, le=0.5)]
+
+
+def _check_window(density: float | tuple[float, ...], epsilon: float) -> None:
+    for value in density if isinstance(density, tuple) else (density,):
+        if 0 < value < 1 and not epsilon <= value <= 1 - epsilon:
+            raise ValueError(f"density {value:g} plus or minus epsilon {epsilon:g} leaves the range from 0 to 1")
+
+
+class DellaLinearParams(Params):
+    density: SharePerSource = 0.5
+    """Mean probability with which an element of a source is kept, 1 minus the drop rate."""
+    epsilon: Window = 0.15
+    """The smallest element of a row is kept with probability density - epsilon, the largest with density + epsilon."""
+    rescale: Literal["probability", "none"] = "probability"
+    """``probability``: divide each element that is left by the probability that it had. ``none``: leave it."""
+    scale: FiniteFloat = 1.0
+    """Factor of the merged task vector (lambda)."""
+    normalize: bool = False
+    """Divide the weights by their sum."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_window(self.density, self.epsilon)
+        return self
+
+
+class DellaParams(ConsensusParams):
+    density: SharePerSource = 0.5
+    """Mean probability with which an element of a source is kept, 1 minus the drop rate."""
+    epsilon: Window = 0.15
+    """The smallest element of a row is kept with probability density - epsilon, the largest with density + epsilon."""
+    rescale: Literal["probability", "none"] = "probability"
+    """``probability``: divide each element that is left by the probability that it had. ``none``: leave it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_window(self.density, self.epsilon)
+        return self
+
+
+def _keep_probabilities(delta: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
+    """float32, of delta's shape: linear in the rank of the magnitude within its row, mean ``density``."""
+    import torch
+
+    length = delta.shape[-1]
+    ladder = torch.linspace(density - epsilon, density + epsilon, length, device=delta.device)
+    if length == 1:
+        ladder.fill_(density)
+    order = delta.abs().argsort(dim=-1, stable=True)
+    return torch.empty_like(delta, dtype=torch.float32).scatter_(-1, order, ladder.expand(delta.shape))
+
+
+def _thinned(
+    deltas: Sequence[torch.Tensor], random: RandomStream, params: DellaLinearParams | DellaParams
+) -> Iterator[torch.Tensor]:
+    """Each task vector with its dropped elements zero, the others rescaled."""
+    import torch
+
+    from mergekit_px.kernels.random import bernoulli
+
+    for source, density in enumerate(per_source(params.density, len(deltas))):
+        delta = deltas[source]
+        if density in (0, 1):
+            yield delta if density else torch.zeros_like(delta)
+            continue
+        probabilities = _keep_probabilities(delta, density, params.epsilon)
+        kept = bernoulli(random.uniform(source).view(delta.shape), probabilities).to(delta.dtype).mul_(delta)
+        yield kept.div_(probabilities.clamp_(min=2.0**-24)) if params.rescale == "probability" else kept
+
+
+@merge_method(space="deltas", access="rows", paper="arXiv:2406.11617", random=True, scratch=12.0)
+def della_linear(
+    deltas: Sequence[torch.Tensor], weights: Sequence[float], params: DellaLinearParams, random: RandomStream
+) -> torch.Tensor:
+    """Task arithmetic on task vectors thinned at random, by magnitude.
+
+    ``base + scale * sum_i w_i m_i d_i / p_i``, where an element of the mask ``m_i`` is 1 with probability ``p_i``,
+    which rises in equal steps from ``density - epsilon`` for the element of least magnitude of a row to
+    ``density + epsilon`` for the largest (Deep et al., section 3.1, MagPrune; their epsilon is the whole range, twice
+    this one). Rows are the vectors along the last axis, so that a vector is one row. Equal magnitudes rank in the
+    order of their places.
+
+    Raises:
+        UsageError: the weights add up to zero and are to be divided by their sum, one is not finite, or densities
+            are given for another number of sources.
+    """
+    from mergekit_px.kernels.reduction import weighted_sum
+
+    factor = params.scale / total_weight(weights) if params.normalize else params.scale
+    return weighted_sum(_thinned(deltas, random, params), [factor * weight for weight in finite_weights(weights)])
+
+
+@merge_method(space="deltas", access="rows", paper="arXiv:2406.11617", random=True, scratch=16.0)
+def della(
+    deltas: Sequence[torch.Tensor], weights: Sequence[float], params: DellaParams, random: RandomStream
+) -> torch.Tensor:
+    """Sign election and disjoint merge on task vectors thinned at random, by magnitude.
+
+    Each task vector is thinned and rescaled as by ``della_linear``; then ``scale * sum_{i in A} w_i d_i / sum_{i in
+    A} w_i``, where A are the sources whose ``w_i d_i`` has the sign of ``sum_i w_i d_i`` (Deep et al., section 3,
+    the steps drop, elect and fuse). Rows are the vectors along the last axis, so that a vector is one row.
+
+    Raises:
+        UsageError: a weight is not finite, or densities are given for another number of sources.
+    """
+    return merge_by_consensus(list(_thinned(deltas, random, params)), weights, params)

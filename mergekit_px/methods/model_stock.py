@@ -1,0 +1,59 @@
+"""Model Stock: how far to go from the base to the mean, by the angle between the fine-tunes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
+
+from mergekit_px.methods.declare import Extent, Operands, Sweep, merge_method
+
+if TYPE_CHECKING:
+    import torch
+
+_SINGULAR = 1e-6
+
+
+def interpolation_ratio(gram: torch.Tensor) -> float:
+    """The ratio t of the task vectors' Gram matrix, shape (k, k), float64; a zero vector has cosine 0 with all."""
+    rows = gram.tolist()
+    count = len(rows)
+    cosines = []
+    for i, j in itertools.combinations(range(count), 2):
+        norms = math.sqrt(rows[i][i]) * math.sqrt(rows[j][j])
+        cosines.append(rows[i][j] / norms if norms > 0 else 0.0)
+    cosine = math.fsum(cosines) / len(cosines)
+    denominator = 1 + (count - 1) * cosine
+    return count * cosine / denominator if abs(denominator) > _SINGULAR else 0.0
+
+
+def model_stock_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, float]:
+    from mergekit_px.kernels.reduction import gram
+
+    def dots(operands: Operands) -> torch.Tensor:
+        return gram(operands.tensors)
+
+    return interpolation_ratio((yield dots))
+
+
+@merge_method(
+    space="deltas",
+    access="two_pass",
+    paper="arXiv:2403.19522",
+    sources=(2, None),
+    statistics=model_stock_statistics,
+    scratch=8.0,
+)
+def model_stock(deltas: Sequence[torch.Tensor], statistics: float) -> torch.Tensor:
+    """Part of the way from the base to the mean of the fine-tunes, the less they agree the shorter.
+
+    ``base + t * mean_i d_i`` with ``t = n c / (1 + (n - 1) c)``, where ``c`` is the cosine between the task vectors
+    of this tensor, the mean over all pairs if there are more than two (Jang et al., equations 2 and 3, which take
+    each layer alone, as here). Orthogonal task vectors give the base, equal ones the fine-tune itself.
+
+    Tensors of every shape are taken as one vector each. Where ``1 + (n - 1) c`` vanishes, the base stays.
+    """
+    from mergekit_px.kernels.reduction import weighted_sum
+
+    return weighted_sum(deltas, [statistics / len(deltas)] * len(deltas))

@@ -1,0 +1,69 @@
+"""``nuslerp`` against numpy, with and without a base."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_px.errors import UsageError
+from mergekit_px.testing import apply_method, check_method
+
+
+def draw(size: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 7, generator=generator, dtype=torch.float64)
+    first, second = (base + size * torch.randn(6, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    return base, first, second
+
+
+def arc(x: np.ndarray, y: np.ndarray, t: float) -> np.ndarray:
+    """The angle from half the chord, which is exact for small ones."""
+    half_chord = np.linalg.norm(x / np.linalg.norm(x) - y / np.linalg.norm(y)) / 2
+    angle = 2 * np.arcsin(np.clip(half_chord, 0, 1))
+    return (np.sin((1 - t) * angle) * x + np.sin(t * angle) * y) / np.sin(angle)
+
+
+def test_conformance() -> None:
+    check_method("nuslerp", identity=True, symmetric=True)
+    check_method("nuslerp", weights=[0.7, 0.2], identity=True, symmetric=True)
+
+
+@given(st.floats(0, 5), st.floats(0.1, 5))
+def test_formula_without_a_base(left: float, right: float) -> None:
+    _, first, second = draw()
+    merged = apply_method("nuslerp", [first, second], [left, right])
+    np.testing.assert_allclose(
+        merged.numpy(), arc(first.numpy(), second.numpy(), right / (left + right)), rtol=1e-9, atol=1e-12
+    )
+
+
+@given(st.floats(0, 5), st.floats(0.1, 5))
+def test_formula_with_a_base(left: float, right: float) -> None:
+    base, first, second = draw(1e-3)
+    merged = apply_method("nuslerp", [first, second], [left, right], base=base)
+    expected = base.numpy() + arc((first - base).numpy(), (second - base).numpy(), right / (left + right))
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 1e-9])
+def test_small_angles_follow_the_arc(size: float) -> None:
+    _, first, second = draw(size)
+    merged = apply_method("nuslerp", [first, second], [0.3, 0.7])
+    np.testing.assert_allclose(merged.numpy(), arc(first.numpy(), second.numpy(), 0.7), rtol=1e-12, atol=1e-13)
+
+
+def test_parallel_opposite_and_zero_tensors_go_straight() -> None:
+    _, first, _ = draw()
+    for second in (2 * first, -2 * first, torch.zeros_like(first)):
+        merged = apply_method("nuslerp", [first, second], [3.0, 1.0])
+        torch.testing.assert_close(merged, 0.75 * first + 0.25 * second)
+
+
+@pytest.mark.parametrize("weights", [[1.0, -0.5], [-3.0, 1.0]])
+def test_weights_of_different_signs_are_refused(weights: list[float]) -> None:
+    _, first, second = draw()
+    with pytest.raises(UsageError, match="different signs"):
+        apply_method("nuslerp", [first, second], weights)
