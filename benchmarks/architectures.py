@@ -85,7 +85,7 @@ def check(model_type: str, class_name: str, work: Path) -> Outcome:
     except Exception as error:
         reason = " ".join(str(error).split())
         return Outcome(model_type, class_name, "not made", f"{type(error).__name__}: {reason[:200]}")
-    problem = _merge(work) or _compare(work) or _reload(class_name, work)
+    problem = _merge(work) or compare_with_mean(work) or _reload(class_name, work)
     tensors = read_tensors(work / "model0")
     if problem:
         return Outcome(model_type, class_name, "FAILED", problem, len(tensors))
@@ -108,7 +108,8 @@ def _merge(work: Path) -> str:
     return f"exit code {code}" if code else ""
 
 
-def _compare(work: Path) -> str:
+def compare_with_mean(work: Path) -> str:
+    """What is wrong with ``merged`` as the mean of ``model0`` and ``model1``; empty if nothing is."""
     import torch
 
     first, second, merged = (read_tensors(work / name) for name in ("model0", "model1", "merged"))
