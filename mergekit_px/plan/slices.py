@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_px.errors import PlanError, RecipeError
+from mergekit_px.plan.config import layer_count
 from mergekit_px.plan.layers import is_embedding, position, split_layer, stack_sizes
+from mergekit_px.plan.tied import is_head
 from mergekit_px.recipe.layer_range import parse_layers
 from mergekit_px.recipe.model import Rule, Slice, Step, Value
 
 if TYPE_CHECKING:
     from mergekit_px.plan.expressions import Expressions
+
+_OTHER_STACKS = ("vision", "visual", "image", "audio", "mtp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Slot:
 def slice_slots(step_name: str, step: Step, expressions: Expressions) -> list[Slot]:
     """The slots of a step with slices, embeddings first, then the layers, then the rest.
 
-    Tensors outside the layers are made as in the first slice (embeddings) or the last (everything else).
+    Tensors outside the layers are made as in the first slice (embeddings, other stacks) or the last (everything else).
 
     Raises:
         PlanError, RecipeError: layers that a source does not have, or sources that cannot be stacked.
@@ -71,18 +75,47 @@ def slice_slots(step_name: str, step: Step, expressions: Expressions) -> list[Sl
             sources_of_layers.append([(model, layer) for model, _, layer in own])
             layers.extend(_layer_slots(step, piece, part, own, len(sources_of_layers) - 1, place, expressions))
     expressions.layer_sources[step_name] = sources_of_layers
-    before = _outside(step, 0, True, expressions)
-    after = _outside(step, len(step.slices) - 1, False, expressions)
+    before = _outside(step, 0, True, where, expressions)
+    after = _outside(step, len(step.slices) - 1, False, where, expressions)
     return [*before, *layers, *after]
 
 
 def _stack(model: str, expressions: Expressions, where: str) -> tuple[str, int]:
-    """The one numbered stack of a model and its number of layers."""
+    """The stack of layers that slices of a model speak of, and its number of layers.
+
+    A model may have stacks beside it (a vision tower, layers that predict further tokens), and layers after those
+    that its config counts: none of these are stacked.
+    """
     sizes = stack_sizes(expressions.namespace(model))
-    if len(sizes) != 1:
+    source = expressions.inputs.get(model)
+    config = source.config if source is not None and source.config is not None else {}
+    count = layer_count(config)
+    if count is None:
+        fitting = list(sizes)
+    else:
+        fitting = [stack for stack, size in sizes.items() if size in (count, count + _predicted_layers(config))]
+    if len(sizes) > 1 and len(fitting) > 1:
+        fitting = [stack for stack in fitting if not any(mark in stack for mark in _OTHER_STACKS)]
+    chosen = next(iter(sizes)) if len(sizes) == 1 else fitting[0] if len(fitting) == 1 else None
+    if chosen is None:
         found = ", ".join(f"{stack}* ({count})" for stack, count in sizes.items()) or "none"
         raise PlanError(f"slices need a model with one stack of layers; '{model}' has {found}", where=where)
-    return next(iter(sizes.items()))
+    return chosen, min(sizes[chosen], count or sizes[chosen])
+
+
+def _predicted_layers(config: Mapping[str, Any]) -> int:
+    number = config.get("num_nextn_predict_layers")
+    return number if isinstance(number, int) else 0
+
+
+def _stands_before(name: str, stack: str, alone: bool) -> bool:
+    """Whether a tensor outside the stack is made as in the first slice: embeddings, and all other stacks."""
+    if alone:
+        return is_embedding(name)
+    home = stack[: stack.rstrip(".").rfind(".") + 1]
+    if split_layer(name) is None and name.startswith(home):
+        return is_embedding(name)
+    return not is_head(name)
 
 
 def _layer_slots(
@@ -121,15 +154,19 @@ def _layer_slots(
     ]
 
 
-def _outside(step: Step, part: int, embeddings: bool, expressions: Expressions) -> list[Slot]:
+def _outside(step: Step, part: int, before: bool, where: str, expressions: Expressions) -> list[Slot]:
     assert step.slices is not None
     piece = step.slices[part]
     base_model = piece.base or step.base
     members = [source.model for source in piece.sources if source.model != base_model]
     names: dict[str, None] = {}
     for model in ([base_model] if base_model is not None else []) + members:
-        for name in expressions.namespace(model):
-            if split_layer(name) is None and is_embedding(name) == embeddings:
+        namespace = expressions.namespace(model)
+        stack, _ = _stack(model, expressions, where)
+        alone = len(stack_sizes(namespace)) == 1
+        for name in namespace:
+            found = split_layer(name)
+            if (found is None or found.stack != stack) and _stands_before(name, stack, alone) == before:
                 names[name] = None
     params, weights = _values(step, piece, base_model)
     return [
@@ -140,7 +177,7 @@ def _outside(step: Step, part: int, embeddings: bool, expressions: Expressions) 
             params=params,
             weights=weights,
             rules=(*step.rules, *piece.rules),
-            position=0.0 if embeddings else 1.0,
+            position=0.0 if before else 1.0,
             part=part,
         )
         for name in names

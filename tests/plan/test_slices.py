@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from models import make_models, plan_of, recipe
 
 from mergekit_px.errors import PlanError, RecipeError
-from mergekit_px.testing import tiny_llama_config
+from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 
 @pytest.fixture
@@ -85,3 +86,46 @@ def test_sources_of_a_slice_have_as_many_layers_each(folder: Path, tmp_path: Pat
     pieces[0]["sources"][1]["layers"] = "2-"
     with pytest.raises(PlanError, match="as many layers each: 'fine0' 3, 'fine1' 2"):
         plan_of(recipe(folder, {"method": "slerp", "slices": pieces}), tmp_path / "out")
+
+
+def two_stacks(folder: Path, extra: tuple[str, ...], config: dict[str, object]) -> None:
+    """Models ``fine0`` and ``fine1`` with further tensors."""
+    for number, name in enumerate(("fine0", "fine1")):
+        tensors = tiny_llama_tensors(layers=4, seed=number)
+        tensors.update({more: torch.ones(2) for more in extra})
+        write_checkpoint(folder / name, tensors, config={**tiny_llama_config(layers=4), **config})
+
+
+def origins(folder: Path, output: Path, *pieces: tuple[str, str]) -> dict[str, str]:
+    plan = plan_of(recipe(folder, stack(*pieces)), output)
+    return {item.name: item.reads[0].input for item in plan.items}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_stack_beside_the_layers_is_taken_whole_from_the_first_slice(
+    folder: Path, tmp_path: Path, count: int
+) -> None:
+    beside = tuple(f"visual.blocks.{number}.norm.weight" for number in range(count))
+    two_stacks(folder, (*beside, "visual.patch_embed.weight", "visual.merger.weight"), {})
+    found = origins(folder, tmp_path / "out", ("fine0", "0-3"), ("fine1", "0-1"))
+    assert {name: source for name, source in found.items() if "layers" not in name} == {
+        **dict.fromkeys((*beside, "visual.patch_embed.weight", "visual.merger.weight"), "fine0"),
+        "model.embed_tokens.weight": "fine0",
+        "model.norm.weight": "fine1",
+        "lm_head.weight": "fine1",
+    }
+
+
+def test_layers_that_the_config_does_not_count_are_not_stacked(folder: Path, tmp_path: Path) -> None:
+    two_stacks(folder, ("model.layers.4.eh_proj.weight",), {"num_nextn_predict_layers": 1})
+    data = recipe(folder, stack(("fine0", "2-"), ("fine1", "0-")))
+    plan = plan_of(data, tmp_path / "out")
+    assert plan.config is not None
+    assert (plan.config["num_hidden_layers"], plan.config["num_nextn_predict_layers"]) == (6, 0)
+    assert {drop.tensor for drop in plan.dropped if "eh_proj" in drop.tensor} == {"model.layers.4.eh_proj.weight"}
+
+
+def test_several_stacks_of_which_none_is_counted_are_refused(folder: Path, tmp_path: Path) -> None:
+    two_stacks(folder, ("encoder.layers.0.w", "encoder.layers.3.w"), {})
+    with pytest.raises(PlanError, match=r"encoder\.layers\.\* \(4\), model\.layers\.\* \(4\)"):
+        plan_of(recipe(folder, stack(("fine0", "0-1"))), tmp_path / "out")
