@@ -21,6 +21,7 @@ from mergekit_px.plan.budget import BLOCK, row_length, unit
 from mergekit_px.plan.model import Adapted, Apply, Node, Read, WorkItem
 
 _COPY_BYTES = 8 << 20
+_FLOAT32_RANGE = 3e38
 
 
 class Sink(Protocol):
@@ -276,11 +277,13 @@ class Execution:
     def _store(self, item: WorkItem, value: torch.Tensor, stored: torch.Tensor) -> None:
         """Round once into the storage dtype; what does not fit there is an error."""
         if not self.allow_nonfinite and value.numel():
-            low, high = value.aminmax()
-            limit = item.dtype.max_finite
-            if limit is not None and not (float(low) >= -limit and float(high) <= limit):
+            limit = item.dtype.max_finite or math.inf
+            if limit >= _FLOAT32_RANGE:
+                check_finite(value, item.name, "the merged value")
+            elif not (float((bounds := value.aminmax()).min) >= -limit and float(bounds.max) <= limit):
                 raise NonFiniteError(
-                    f"the merged value (from {float(low):g} to {float(high):g}) does not fit {item.dtype.name}",
+                    f"the merged value (from {float(bounds.min):g} to {float(bounds.max):g}) "
+                    f"does not fit {item.dtype.name}",
                     where=item.name,
                     hint="lower the weights, choose a wider --dtype, or pass --allow-nonfinite",
                 )
@@ -296,13 +299,14 @@ class _Totals:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._integers: torch.Tensor | None = None
-        self._floats: dict[tuple[int, int], torch.Tensor] = {}
+        # As lists: small tensors that stay between the large ones of a worker would keep its heap from shrinking.
+        self._floats: dict[tuple[int, int], Any] = {}
 
     def add(self, order: tuple[int, int], partial_sum: torch.Tensor) -> None:
         on_host = partial_sum.cpu()
         with self._lock:
             if on_host.is_floating_point():
-                self._floats[order] = on_host
+                self._floats[order] = on_host.tolist()
             elif self._integers is None:
                 self._integers = on_host.clone()
             else:
@@ -311,10 +315,10 @@ class _Totals:
     def total(self) -> torch.Tensor:
         if not self._floats:
             return self._integers if self._integers is not None else torch.zeros((), dtype=torch.int64)
-        parts = [part for _, part in sorted(self._floats.items())]
-        result = parts[0].clone()
-        for part in parts[1:]:
-            result += part
+        parts = iter(sorted(self._floats.items()))
+        result = torch.tensor(next(parts)[1], dtype=torch.float64)
+        for _, part in parts:
+            result += torch.tensor(part, dtype=torch.float64)
         return result
 
 

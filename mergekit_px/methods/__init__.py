@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -24,7 +25,11 @@ def _import_all() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     for entry in entry_points(group="pxmerge.methods"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # a plug-in may fail in any way, and must not take the rest with it
+            reason = " ".join(str(error).split())
+            warnings.warn(f"plug-in '{entry.name}' ({entry.value}) is left out: {reason}", stacklevel=2)
 
 
 def load_methods() -> Mapping[str, Method]:

@@ -57,7 +57,7 @@ any cut. ``rows``: whole rows (vectors along the last axis). ``tensor``: the who
 class Params(BaseModel):
     """Base of the parameter classes. Field docstrings become help texts, bounds become option ranges."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
 
 
 class PerSource:
