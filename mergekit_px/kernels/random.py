@@ -2,7 +2,7 @@
 
 The generator is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) addressed by counter: word ``j`` of a stream is
 ``mix(key + j * gamma)``, where the key is a hash of (seed, tensor name, source). Two streams are two stretches of one
-cycle of 2**64 words; that any two of the streams of a merge overlap is as likely as a collision of their keys.
+cycle of 2**64 words; for tensors of n elements they overlap with probability n / 2**64.
 Integer operations alone make the words, so all devices give the same numbers.
 """
 

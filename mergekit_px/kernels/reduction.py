@@ -24,6 +24,8 @@ def integer_ratio(coefficients: tuple[float, ...]) -> tuple[tuple[float, ...], f
     Small integer multiples of bfloat16 and float16 numbers are exact in float32, so that a sum of them is rounded
     in the division only. Coefficients that are not ratios of small integers come back as they are, divisor 1.
     """
+    if not all(map(math.isfinite, coefficients)):
+        return coefficients, 1.0
     fractions = [Fraction(value).limit_denominator(_LARGEST_INTEGER) for value in coefficients]
     divisor = math.lcm(*(fraction.denominator for fraction in fractions))
     integers = tuple(float(fraction * divisor) for fraction in fractions)
@@ -38,7 +40,7 @@ def weighted_sum(tensors: Iterable[torch.Tensor], coefficients: Sequence[float])
     Args:
         tensors: at least one; equal shapes, one floating-point dtype, which is that of the result. Taken one at a
             time.
-        coefficients: one for each tensor, finite; see :func:`integer_ratio`. A tensor with coefficient 0 takes no
+        coefficients: one for each tensor; see :func:`integer_ratio`. A tensor with coefficient 0 takes no
             part at all, and a lone one with coefficient 1 is copied bit for bit.
     """
     factors, divisor = integer_ratio(tuple(coefficients))

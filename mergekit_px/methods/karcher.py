@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from mergekit_px.errors import UsageError
-from mergekit_px.methods.declare import Extent, Operands, Params, Sweep, merge_method
+from mergekit_px.methods.declare import Extent, Params, Sweep, merge_method
+from mergekit_px.methods.sphere import Directions, dots
 from mergekit_px.methods.weighting import total_weight
 
 if TYPE_CHECKING:
@@ -26,10 +27,7 @@ class KarcherParams(Params):
 def karcher_coefficients(
     gram: torch.Tensor, weights: Sequence[float], iterations: int, tolerance: float
 ) -> tuple[float, ...]:
-    """Factors of the sources in their Karcher mean, found from their Gram matrix alone.
-
-    All points of the search are combinations of the unit sources: a point is a vector of coefficients, and the
-    Gram matrix of the unit sources is the metric.
+    """Factors of the sources in their Karcher mean.
 
     Args:
         gram: dot products of the sources, float64, shape (k, k).
@@ -37,45 +35,32 @@ def karcher_coefficients(
     """
     import numpy as np
 
-    products = gram.numpy()
-    norms = np.sqrt(products.diagonal())
-    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-    metric = products * inverse * inverse[:, None]
+    directions = Directions(gram)
     shares = np.array(weights) / math.fsum(weights)
-    length = float(norms @ shares)
-    shares = np.where(norms > 0, shares, 0.0)
+    length = float(directions.norms @ shares)
+    shares = np.where(directions.norms > 0, shares, 0.0)
     if not shares.any():
-        return (0.0,) * len(norms)
+        return (0.0,) * len(weights)
     shares /= shares.sum()
-
-    def size(point: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
-        return math.sqrt(max(float(point @ metric @ point), 0.0))
-
     mean = shares
-    if size(mean) < 1e-6:  # directions that cancel have no centre: begin at the first
-        mean = np.eye(len(norms))[np.flatnonzero(shares)[0]]
-    mean = mean / size(mean)
+    if directions.size(mean) < 1e-6:  # directions that cancel have no centre: begin at the first
+        mean = np.eye(len(weights))[np.flatnonzero(shares)[0]]
+    mean = mean / directions.size(mean)
     for _ in range(iterations):
-        cosines = np.clip(metric @ mean, -1, 1)
+        cosines = directions.cosines(mean)
         angles = np.arccos(cosines)
         sines = np.sin(angles)
         # Towards a source at angle 0 the factor is 1; one at the opposite pole pulls in no direction.
         pull = shares * np.divide(angles, sines, out=(cosines > 0).astype(float), where=sines > 1e-6)
         step = pull - (pull @ cosines) * mean
-        angle = size(step)
-        if angle <= tolerance:
+        if directions.size(step) <= tolerance:
             break
-        mean = math.cos(angle) * mean + math.sin(angle) / angle * step
-        mean = mean / size(mean)
-    return tuple((length * mean * inverse).tolist())
+        mean = directions.walk(mean, step)
+        mean = mean / directions.size(mean)
+    return directions.coefficients(mean, length)
 
 
 def karcher_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[float, ...]]:
-    from mergekit_px.kernels.reduction import gram
-
-    def dots(operands: Operands) -> torch.Tensor:
-        return gram(operands.tensors)
-
     total_weight(extent.weights)
     if min(extent.weights) < 0:
         raise UsageError("a weight is negative", hint="the Karcher mean takes weights from 0 upwards")

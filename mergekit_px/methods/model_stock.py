@@ -7,7 +7,8 @@ import math
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-from mergekit_px.methods.declare import Extent, Operands, Sweep, merge_method
+from mergekit_px.methods.declare import Extent, Sweep, merge_method
+from mergekit_px.methods.sphere import dots
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,6 @@ def interpolation_ratio(gram: torch.Tensor) -> float:
 
 
 def model_stock_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, float]:
-    from mergekit_px.kernels.reduction import gram
-
-    def dots(operands: Operands) -> torch.Tensor:
-        return gram(operands.tensors)
-
     return interpolation_ratio((yield dots))
 
 

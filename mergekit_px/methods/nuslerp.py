@@ -7,8 +7,8 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_px.errors import UsageError
-from mergekit_px.methods.declare import Extent, Operands, Sweep, merge_method
-from mergekit_px.methods.slerp import cosine_of
+from mergekit_px.methods.declare import Extent, Sweep, merge_method
+from mergekit_px.methods.sphere import cosine_of, dots
 from mergekit_px.methods.weighting import total_weight
 
 if TYPE_CHECKING:
@@ -18,16 +18,7 @@ _STRAIGHT = 1e-6
 """Sine of the angle under which arc and line differ by less than 1e-12 of it."""
 
 
-def _vectors(tensors: Sequence[torch.Tensor], base: torch.Tensor | None) -> Sequence[torch.Tensor]:
-    return tensors if base is None else [tensor - base for tensor in tensors]
-
-
 def nuslerp_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[float, float]]:
-    from mergekit_px.kernels.reduction import gram
-
-    def dots(operands: Operands) -> torch.Tensor:
-        return gram(_vectors(operands.tensors, operands.base))
-
     t = extent.weights[1] / total_weight(extent.weights)
     if not 0 <= t <= 1:
         raise UsageError("the weights have different signs", hint="nuslerp goes from one source to the other")
@@ -43,25 +34,40 @@ def nuslerp_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[f
     access="two_pass",
     sources=(2, 2),
     statistics=nuslerp_statistics,
-    scratch=8.0,
+    scratch=6.0,
 )
-def nuslerp(
-    sources: Sequence[torch.Tensor],
-    base: torch.Tensor | None,
-    weights: Sequence[float],
-    statistics: tuple[float, float],
-) -> torch.Tensor:
-    """Spherical interpolation between two models, or between their task vectors if there is a base.
+def nuslerp(sources: Sequence[torch.Tensor], weights: Sequence[float], statistics: tuple[float, float]) -> torch.Tensor:
+    """Spherical interpolation between two models, as far as their weights say.
 
-    ``sin((1 - t) a) / sin(a) * x + sin(t a) / sin(a) * y`` with ``t = w_y / (w_x + w_y)``, where ``x`` and ``y`` are
-    the tensors, or the tensors minus the base, which is then added again, and ``a`` is the angle between them as
-    whole vectors. Unlike ``slerp`` it follows the arc down to the smallest angles; only parallel, opposite and
-    zero vectors go straight.
+    ``sin((1 - t) a) / sin(a) * x + sin(t a) / sin(a) * y`` with ``t = w_y / (w_x + w_y)``, where ``a`` is the angle
+    between the whole tensors ``x`` and ``y`` (Shoemake, SIGGRAPH 1985). Unlike ``slerp`` it follows the arc down to
+    the smallest angles; only parallel, opposite and zero tensors go straight.
 
     Raises:
         UsageError: the weights have different signs, add up to zero, or are not finite.
     """
     from mergekit_px.kernels.reduction import weighted_sum
 
-    merged = weighted_sum(_vectors(sources, base), statistics)
-    return merged if base is None else merged.add_(base)
+    return weighted_sum(sources, statistics)
+
+
+@merge_method(
+    space="deltas",
+    access="two_pass",
+    sources=(2, 2),
+    statistics=nuslerp_statistics,
+    scratch=6.0,
+)
+def nuslerp_deltas(
+    deltas: Sequence[torch.Tensor], weights: Sequence[float], statistics: tuple[float, float]
+) -> torch.Tensor:
+    """Base plus the spherical interpolation between two task vectors.
+
+    The formula of ``nuslerp`` on the differences to the base.
+
+    Raises:
+        UsageError: the weights have different signs, add up to zero, or are not finite.
+    """
+    from mergekit_px.kernels.reduction import weighted_sum
+
+    return weighted_sum(deltas, statistics)

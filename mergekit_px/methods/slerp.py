@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from mergekit_px.methods.declare import Extent, Operands, Params, Sweep, merge_method
+from mergekit_px.methods.declare import Extent, Params, Sweep, merge_method
+from mergekit_px.methods.sphere import cosine_of, dots
 
 if TYPE_CHECKING:
     import torch
@@ -31,19 +32,7 @@ def slerp_coefficients(t: float, cosine: float) -> tuple[float, float]:
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def cosine_of(gram: torch.Tensor) -> float:
-    """The cosine in a Gram matrix of two vectors, shape (2, 2), float64; 1 if one of them is zero."""
-    (first, product), (_, second) = gram.tolist()
-    norms = math.sqrt(first) * math.sqrt(second)
-    return max(-1.0, min(1.0, product / norms)) if norms > 0 else 1.0
-
-
 def slerp_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[float, float]]:
-    from mergekit_px.kernels.reduction import gram
-
-    def dots(operands: Operands) -> torch.Tensor:
-        return gram(operands.tensors)
-
     t = extent.params.t
     if t in (0, 1):
         return 1 - t, t

@@ -149,6 +149,15 @@ def test_l1_keeps_the_norm_of_each_tensor() -> None:
     assert merged.count_nonzero() < 0.3 * delta.numel()
 
 
+def test_nan_spreads_no_further_than_the_rescaling() -> None:
+    """Where non-finite sources are let through, they show; they are not an error of the method's own."""
+    broken = torch.ones(50)
+    broken[7] = float("nan")
+    for rescale, affected in (("none", 1), ("density", 1), ("l1", 50)):
+        merged = apply_method("dare_linear", [broken], params={"density": 0.9, "rescale": rescale})
+        assert merged.isnan().sum() == affected
+
+
 def test_normalised_weights() -> None:
     deltas = draw()
     merged = apply_method("dare_linear", deltas, [1.0, 2.0, 5.0], {"normalize": True})

@@ -96,3 +96,9 @@ def test_weights_are_not_negative() -> None:
         apply_method("karcher", draw(2), [2.0, -1.0])
     with pytest.raises(UsageError, match="add up to zero"):
         apply_method("karcher", draw(2), [0.0, 0.0])
+
+
+def test_non_finite_sources_are_not_hidden() -> None:
+    first, second = draw(2)
+    first[0, 0] = float("nan")
+    assert apply_method("karcher", [first, second]).isnan().any()

@@ -1,4 +1,4 @@
-"""``nuslerp`` against numpy, with and without a base."""
+"""``nuslerp`` and ``nuslerp_deltas`` against numpy."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def arc(x: np.ndarray, y: np.ndarray, t: float) -> np.ndarray:
 
 
 def test_conformance() -> None:
-    check_method("nuslerp", identity=True, symmetric=True)
-    check_method("nuslerp", weights=[0.7, 0.2], identity=True, symmetric=True)
+    for method in ("nuslerp", "nuslerp_deltas"):
+        check_method(method, identity=True, symmetric=True)
+        check_method(method, weights=[0.7, 0.2], identity=True, symmetric=True)
 
 
 @given(st.floats(0, 5), st.floats(0.1, 5))
-def test_formula_without_a_base(left: float, right: float) -> None:
+def test_formula(left: float, right: float) -> None:
     _, first, second = draw()
     merged = apply_method("nuslerp", [first, second], [left, right])
     np.testing.assert_allclose(
@@ -41,9 +42,9 @@ def test_formula_without_a_base(left: float, right: float) -> None:
 
 
 @given(st.floats(0, 5), st.floats(0.1, 5))
-def test_formula_with_a_base(left: float, right: float) -> None:
+def test_formula_on_task_vectors(left: float, right: float) -> None:
     base, first, second = draw(1e-3)
-    merged = apply_method("nuslerp", [first, second], [left, right], base=base)
+    merged = apply_method("nuslerp_deltas", [first, second], [left, right], base=base)
     expected = base.numpy() + arc((first - base).numpy(), (second - base).numpy(), right / (left + right))
     np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-12, atol=1e-12)
 

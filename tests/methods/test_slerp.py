@@ -115,3 +115,10 @@ def test_the_position_is_between_the_ends(t: float) -> None:
 def test_it_takes_two_sources(count: int) -> None:
     with pytest.raises(UsageError, match="exactly 2"):
         apply_method("slerp", [torch.ones(2)] * count)
+
+
+def test_non_finite_sources_are_not_hidden() -> None:
+    first, second = draw()
+    first[0, 0] = float("nan")
+    merged = apply_method("slerp", [first, second])
+    assert merged[0, 0].isnan()
