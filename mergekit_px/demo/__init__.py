@@ -38,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """The scores of base, fine-tunes and merges, and the files that hold them."""
+    """The scores of base, fine-tunes and merges (the best on average first), and the files that hold them."""
 
     scores: tuple[Score, ...]
     table: Path
@@ -69,6 +69,7 @@ def run_demo(output: Path, seed: int, merge: Callable[[Sequence[str]], int], say
     tasks = load_tasks(seed)
     trainer = Trainer(seed)
     scores = []
+    merges = []
 
     say(f"{BASE}: learning {len(tasks['plain'].train_labels)} plain digits")
     base = trainer.base(tasks["plain"])
@@ -86,8 +87,9 @@ def run_demo(output: Path, seed: int, merge: Callable[[Sequence[str]], int], say
             code = merge(command.arguments)
         if code != 0:
             raise RunError(f"`{line}` ended with exit code {code}", where="demo")
-        scores.append(Score(command.label, "merge", line, trainer.score(command.output, tasks)))
+        merges.append(Score(command.label, "merge", line, trainer.score(command.output, tasks)))
 
+    scores += sorted(merges, key=lambda score: -score.mean)
     result = DemoResult(tuple(scores), output / TABLE, output / DATA, output / PICTURE)
     table = markdown_table(result.scores)
     result.table.write_text(table, encoding="utf-8")
@@ -104,9 +106,10 @@ LEFT_OUT = frozenset({"combine"})
 SETTINGS: dict[str, tuple[str, ...]] = {
     "task_arithmetic": ("--weights", "0.5", "0.5", "0.5"),
     "dare_linear": ("--weights", "0.5", "0.5", "0.5"),
+    "della_linear": ("--weights", "0.5", "0.5", "0.5"),
 }
-"""Options that differ from a method's defaults. Halving the task vectors is the usual start for three of them;
-the numbers are not tuned to the test digits."""
+"""Options that differ from a method's defaults: what adds whole task vectors up adds half of each, the usual start
+for three of them. The numbers are not tuned to the test digits."""
 
 
 @dataclass(frozen=True, slots=True)
