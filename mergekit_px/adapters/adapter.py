@@ -27,11 +27,13 @@ class Binding(Mapping[str, Patch]):
 
     Attributes:
         config_updates: fields of the base's config.json that must change with the tensors, nested as in the file.
+        modules: the adapter's name for the module of each target of the adapter proper.
         left_out: adapter tensors that belong to another component of a pipeline than the one bound.
     """
 
     patches: Mapping[str, Patch]
     config_updates: Mapping[str, Any] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
     def __getitem__(self, target: str) -> Patch:
@@ -107,7 +109,7 @@ class Adapter:
             trained_tied=self.config.flag("ensure_weight_tying"),
             where=self.config.where,
         )
-        return Binding(patches, config_updates(base.config, patches, untied=untied), left_out)
+        return Binding(patches, config_updates(base.config, patches, untied=untied), owners, left_out)
 
     def _of_component(self, wanted: str | None) -> tuple[dict[str, Module], tuple[str, ...]]:
         """The modules of one component of a pipeline, and the names of the other tensors; all, where none is named."""

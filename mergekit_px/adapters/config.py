@@ -6,6 +6,8 @@ ignored unless it looks like the switch of a variant that this program does not 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,6 +48,12 @@ class AdapterConfig:
         text = self.values.get("peft_version")
         found = re.match(r"\d+(\.\d+)*", text) if isinstance(text, str) else None
         return tuple(int(part) for part in found.group().split(".")) if found else None
+
+    @property
+    def digest(self) -> str:
+        """sha256, in hex, over the kind and all fields."""
+        text = json.dumps([self.kind, self.values], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def error(self, what: str, hint: str | None = None) -> AdapterError:
         return AdapterError(what, where=self.where, hint=hint)

@@ -86,7 +86,7 @@ def bind(module: Module, binder: Binder) -> list[Patch]:
             own -= names
             break
     if "bias" in module.tensors and patches:
-        share = binder.bias_patch(weight, module.tensors["bias"], _scale(module, _rank(module), binder.config))
+        share = binder.bias_patch(weight, module.tensors["bias"], noted_scale(module, _rank(module), binder.config))
         patches.append(_with_alpha(replace(share, rank=_rank(module)), module))
     patches += [_whole(role, module.tensors[role], weight, binder) for role in sorted(own & set(_WHOLE))]
     for role in sorted(own & set(_BIASES)):
@@ -111,7 +111,7 @@ def _lora(module: Module, weight: StoredTensor, binder: Binder) -> AdditivePatch
             raise binder.clash(weight, wanted)
         patch = LowRankPatch(target=weight.name, source=weight.name, out_shape=weight.shape, factors=factors, rank=rank)
     else:
-        patch = lora.low_rank(_as_stored(pair, weight), weight, _scale(module, rank, binder.config), binder)
+        patch = lora.low_rank(_as_stored(pair, weight), weight, noted_scale(module, rank, binder.config), binder)
     return _with_alpha(patch, module)
 
 
@@ -173,7 +173,7 @@ def _with_alpha(patch: AdditivePatch, module: Module) -> AdditivePatch:
     return patch if alpha is None else replace(patch, factors={**patch.factors, "alpha": alpha})
 
 
-def _scale(module: Module, rank: int, config: AdapterConfig) -> float:
+def noted_scale(module: Module, rank: int, config: AdapterConfig) -> float:
     """One, unless diffusers noted a configuration for the module's component."""
     prefix = f"{module.component}." if module.component else ""
     values = {name.removeprefix(prefix): value for name, value in config.values.items() if name.startswith(prefix)}

@@ -69,6 +69,16 @@ class Patch(ABC):
             rows: the slice of the first axis that is wanted; None for all of it.
         """
 
+    @property
+    def additive(self) -> bool:
+        """Whether the change does not depend on the base's values."""
+        return False
+
+    def change(self, base: torch.Tensor, factors: Factors, rows: slice | None = None) -> torch.Tensor:
+        """The new values less the old ones, shaped, typed and placed like the block ``base``. Of the base of an
+        additive patch only shape, dtype and device matter. The target must have the source's shape."""
+        return self.merged(base, factors, rows) - base
+
     def low_rank(self, factors: Factors) -> tuple[torch.Tensor, torch.Tensor] | None:
         """``(B, A)`` in float32 with ``dW = B @ A`` exactly, dW with its last axes flattened, rows as stored in
         the base: B is (rows, r), A is (r, columns). None where the change is not of that form."""
@@ -86,6 +96,13 @@ class AdditivePatch(Patch):
 
     scale: float = 1.0
     rank: int = 1
+
+    @property
+    def additive(self) -> bool:
+        return True
+
+    def change(self, base: torch.Tensor, factors: Factors, rows: slice | None = None) -> torch.Tensor:
+        return self.delta(factors, rows, base)
 
     @abstractmethod
     def delta(self, factors: Factors, rows: slice | None, like: torch.Tensor) -> torch.Tensor:
@@ -215,6 +232,16 @@ class ChainPatch(Patch):
     @property
     def scratch(self) -> float:
         return 1.0 + max(link.scratch for link in self.links)
+
+    @property
+    def additive(self) -> bool:
+        return all(link.additive for link in self.links)
+
+    def change(self, base: torch.Tensor, factors: Factors, rows: slice | None = None) -> torch.Tensor:
+        if not self.additive:
+            return super().change(base, factors, rows)
+        first, *others = (link.change(base, _own(factors, number), rows) for number, link in enumerate(self.links))
+        return sum(others, first)
 
     def merged(self, base: torch.Tensor | None, factors: Factors, rows: slice | None = None) -> torch.Tensor:
         block = base

@@ -1,0 +1,298 @@
+"""Several adapters into one, module by module: updates in, merged in some coordinates, factors of one rank out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_px.adapters.adapter import Adapter
+from mergekit_px.adapters.lora_modules import LoraModule
+from mergekit_px.adapters.merge_options import MergeOptions
+from mergekit_px.adapters.merge_spaces import (
+    Space,
+    calibrated,
+    compressed_space,
+    core_space,
+    dense_space,
+    isotropic,
+    knots_space,
+    robust_merge,
+)
+from mergekit_px.adapters.mergers import TRIMMING, Cutter, MergeInput, find_merger
+from mergekit_px.adapters.save import save_peft
+from mergekit_px.adapters.updates import Update, UpdateSource, open_updates
+from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.errors import AdapterError, TensorMismatchError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_px.kernels.low_rank import LowRank
+    from mergekit_px.kernels.svd import SVD
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What became of one module.
+
+    Attributes:
+        captured_energy: share of the merged update's squared norm that the written rank holds.
+        norm: Frobenius norm of what is written.
+        cosines: of what is written with each adapter's update; 0 for an adapter that leaves the module alone.
+    """
+
+    name: str
+    rank: int
+    captured_energy: float
+    norm: float
+    cosines: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """One adapter made of several, ready to be saved or applied."""
+
+    modules: list[LoraModule]
+    reports: list[MergeReport]
+    base_model_name: str | None
+    task_type: str | None
+    fan_in_fan_out: bool = False
+
+    @property
+    def captured_energy(self) -> float:
+        """Share of the squared norm of all merged updates that is kept."""
+        whole = sum(report.norm**2 / max(report.captured_energy, 1e-300) for report in self.reports)
+        return sum(report.norm**2 for report in self.reports) / whole if whole else 1.0
+
+    def save(self, folder: Path, *, overwrite: bool = False) -> None:
+        """Write a PEFT folder. Raises as save_peft."""
+        fields: dict[str, Any] = {"task_type": self.task_type} if self.task_type else {}
+        save_peft(
+            folder,
+            self.modules,
+            base_model_name=self.base_model_name,
+            fan_in_fan_out=self.fan_in_fan_out,
+            fields=fields,
+            overwrite=overwrite,
+        )
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter], options: MergeOptions | None = None, *, base: Checkpoint | None = None
+) -> MergedAdapter:
+    """Merge adapters; the factors of one module at a time are held beside the result.
+
+    Args:
+        base: needed where an update depends on the base (DoRA, OFT, ...), or where an adapter's names are looked up
+            in it. Without it, modules are matched by their names in the adapters.
+
+    Raises:
+        UsageError: weights for another number of adapters.
+        AdapterError: an adapter that cannot be merged, with the reason; adapters that share no module.
+        TensorMismatchError: a module whose shapes differ between adapters.
+    """
+    options = options or MergeOptions()
+    weights = _weights(options, len(adapters))
+    sources = [open_updates(adapter, base) for adapter in adapters]
+    try:
+        names = list(dict.fromkeys(name for source in sources for name in source.names))
+        if len(sources) > 1 and not any(all(name in source.names for source in sources[:2]) for name in names):
+            raise AdapterError(
+                "the adapters share no module",
+                where=", ".join(adapter.label for adapter in adapters[:2]),
+                hint="give the base model, to match their names through it",
+            )
+        cuts = _model_cuts(sources, names, options) if _needs_cuts(options) and options.trims_model else None
+        merged = [_merge_module(name, sources, weights, cuts, options) for name in names]
+    finally:
+        for source in sources:
+            source.close()
+    bases = list(dict.fromkeys(adapter.base_model_name for adapter in adapters if adapter.base_model_name))
+    task = adapters[0].config.values.get("task_type")
+    return MergedAdapter(
+        [module for module, _ in merged],
+        [report for _, report in merged],
+        bases[0] if len(bases) == 1 else None,
+        task if isinstance(task, str) else None,
+        any(adapter.config.flag("fan_in_fan_out") for adapter in adapters),
+    )
+
+
+def _merge_module(
+    name: str,
+    sources: Sequence[UpdateSource],
+    weights: Sequence[float],
+    cuts: Sequence[float] | None,
+    options: MergeOptions,
+) -> tuple[LoraModule, MergeReport]:
+    from mergekit_px.kernels.low_rank import cosine
+
+    updates = _updates(name, sources)
+    present = [index for index, update in enumerate(updates) if update is not None]
+    found = [update for update in updates if update is not None]
+    terms = [update.matrix for update in found]
+    own = [weights[index] for index in present]
+    if cuts is not None:
+        cuts = [cuts[index] for index in present]
+    rank = options.rank or max(update.rank for update in found)
+    merged = _combined(name, found, own, cuts, rank, options)
+    if options.calibrate:
+        merged = _with_norm(merged, sum(term.norm() for term in terms) / len(terms))
+    factors, energy = _truncated(merged, rank, options)
+    if options.scale != 1.0:
+        factors = factors.scaled(options.scale)
+    module = found[0].module(factors, found[0].dtype if options.dtype is None else _dtype(options.dtype))
+    cosines = [0.0] * len(sources)
+    for index, term in zip(present, terms, strict=True):
+        cosines[index] = cosine(factors, term)
+    return module, MergeReport(module.name, module.rank, energy, factors.norm(), tuple(cosines))
+
+
+def _updates(name: str, sources: Sequence[UpdateSource]) -> list[Update | None]:
+    updates = [source.load(name) if name in source.names else None for source in sources]
+    shapes = {update.shape: source.adapter.label for update, source in zip(updates, sources, strict=True) if update}
+    if len(shapes) > 1:
+        (one, first), (other, second) = list(shapes.items())[:2]
+        raise TensorMismatchError(f"{name} is {list(one)} in {first} and {list(other)} in {second}")
+    return updates
+
+
+def _combined(
+    name: str,
+    found: Sequence[Update],
+    weights: Sequence[float],
+    cuts: Sequence[float] | None,
+    rank: int,
+    options: MergeOptions,
+) -> torch.Tensor | LowRank:
+    from mergekit_px.kernels.low_rank import concatenate
+
+    terms = [update.matrix for update in found]
+    if options.method == "robust":
+        if len({update.rank for update in found}) > 1:
+            raise UsageError("robust adds factors, so it needs equal ranks", where=name, hint="use another method")
+        return robust_merge([(term.left, term.right.T) for term in terms], weights)
+    if options.calibrate:
+        terms = calibrated(terms)
+    if options.method in ("linear", "cat", "svd"):
+        return concatenate([term.scaled(weight) for term, weight in zip(terms, weights, strict=True)])
+    space = _space(terms, rank, options)
+    merger = find_merger(options.rule)
+    given = MergeInput(
+        matrices=space.coordinates,
+        weights=weights,
+        cuts=cuts if cuts is not None else _tensor_cuts(space, options),
+        name=name,
+        seed=options.seed,
+        density=options.kept_share,
+        divide_by=options.divide_by,
+    )
+    merged = merger(given)
+    return space.rebuild(isotropic(merged) if options.isotropic and options.method == "core" else merged)
+
+
+def _space(terms: Sequence[LowRank], rank: int, options: MergeOptions) -> Space:
+    if options.method == "knots":
+        return knots_space(terms)
+    if options.method == "core":
+        return core_space(terms)
+    if options.method == "ctm":
+        return compressed_space(terms, rank, options.balance)
+    return dense_space(terms)
+
+
+def _truncated(merged: torch.Tensor | LowRank, rank: int, options: MergeOptions) -> tuple[LowRank, float]:
+    """The factors that are written, balanced between the two, and the share of the energy they hold."""
+    from mergekit_px.kernels.low_rank import LowRank
+    from mergekit_px.kernels.svd import truncated_svd
+
+    if isinstance(merged, LowRank):
+        if options.method in ("cat", "robust") and options.rank is None:
+            return merged, 1.0
+        found = merged.svd(None if options.method == "linear" and options.rank is None else rank)
+    else:
+        found = truncated_svd(merged, rank)
+    return _balanced(found), found.captured_energy
+
+
+def _balanced(found: SVD) -> LowRank:
+    from mergekit_px.kernels.low_rank import LowRank
+
+    if not found.rank:
+        # an update of zero still needs a factor to be written
+        return LowRank(found.u.new_zeros((found.u.shape[0], 1)), found.v.new_zeros((found.v.shape[0], 1)))
+    root = found.s.sqrt()
+    return LowRank(found.u * root, found.v * root)
+
+
+def _with_norm(merged: torch.Tensor | LowRank, wanted: float) -> torch.Tensor | LowRank:
+    from mergekit_px.kernels.low_rank import LowRank
+
+    norm = merged.norm() if isinstance(merged, LowRank) else float(merged.norm())
+    if norm == 0:
+        return merged
+    return merged.scaled(wanted / norm) if isinstance(merged, LowRank) else merged * (wanted / norm)
+
+
+def _needs_cuts(options: MergeOptions) -> bool:
+    return options.method not in ("linear", "cat", "svd", "robust") and options.rule in TRIMMING
+
+
+def _tensor_cuts(space: Space, options: MergeOptions) -> list[float]:
+    """The cut of each adapter within one module."""
+    if not _needs_cuts(options):
+        return [0.0] * len(space.coordinates)
+    cutters = [Cutter(matrix.numel(), options.kept_share) for matrix in space.coordinates]
+    while not all(cutter.done for cutter in cutters):
+        for cutter, matrix in zip(cutters, space.coordinates, strict=True):
+            cutter.see(matrix)
+        for cutter in cutters:
+            cutter.step()
+    return [cutter.cut for cutter in cutters]
+
+
+def _model_cuts(sources: Sequence[UpdateSource], names: Sequence[str], options: MergeOptions) -> list[float]:
+    """The cut of each adapter over all its modules, as TIES is defined. The coordinates are made anew for each
+    sweep, so that no more than one module's are held."""
+    elements = [0] * len(sources)
+    for index, matrix in _coordinates(sources, names, options):
+        elements[index] += matrix.numel()
+    cutters = [Cutter(count, options.kept_share) for count in elements]
+    while not all(cutter.done for cutter in cutters):
+        for index, matrix in _coordinates(sources, names, options):
+            cutters[index].see(matrix)
+        for cutter in cutters:
+            cutter.step()
+    return [cutter.cut for cutter in cutters]
+
+
+def _coordinates(
+    sources: Sequence[UpdateSource], names: Sequence[str], options: MergeOptions
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The matrices that are trimmed, each with the place of its adapter."""
+    for name in names:
+        updates = _updates(name, sources)
+        found = [update for update in updates if update is not None]
+        terms = [update.matrix for update in found]
+        rank = options.rank or max(update.rank for update in found)
+        space = _space(calibrated(terms) if options.calibrate else terms, rank, options)
+        present = [index for index, update in enumerate(updates) if update is not None]
+        yield from zip(present, space.coordinates, strict=True)
+
+
+def _weights(options: MergeOptions, count: int) -> list[float]:
+    if not count:
+        raise UsageError("there is nothing to merge", hint="give at least one adapter")
+    weights = list(options.weights) if options.weights is not None else [1.0 / count] * count
+    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
+        raise UsageError(f"{len(weights)} weights were given for {count} adapters", hint="give one finite number each")
+    return weights
+
+
+def _dtype(name: str) -> torch.dtype:
+    from mergekit_px.checkpoint.dtypes import parse_dtype
+
+    return parse_dtype(name).torch

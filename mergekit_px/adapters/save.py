@@ -1,0 +1,215 @@
+"""LoRA factors -> files that other programs load: a PEFT folder, a kohya file, a diffusers file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_px.adapters.config import CONFIG_FILE
+from mergekit_px.adapters.lora_modules import LoraModule
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.open import ADAPTER_FILE
+from mergekit_px.errors import AdapterError, OutputError, WriteError
+
+if TYPE_CHECKING:
+    import torch
+
+KOHYA_PREFIXES: Mapping[str, str] = {
+    "unet": "lora_unet_",
+    "transformer": "lora_unet_",
+    "text_encoder": "lora_te_",
+    "text_encoder_2": "lora_te2_",
+    "text_encoder_3": "lora_te3_",
+}
+"""Kohya's programs call every denoising network a unet."""
+
+
+def save_peft(
+    folder: Path,
+    modules: Sequence[LoraModule],
+    *,
+    base_model_name: str | None = None,
+    fan_in_fan_out: bool = False,
+    fields: Mapping[str, Any] | None = None,
+    whole: Mapping[str, torch.Tensor] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        fan_in_fan_out: the base stores its matrices (in, out).
+        fields: further fields of the configuration, such as ``task_type``.
+        whole: further tensors by their full name in the file.
+
+    Raises OutputError where files are in the way, AdapterError for names that PEFT cannot have, WriteError.
+    """
+    tensors: dict[str, torch.Tensor] = dict(whole or {})
+    for module in modules:
+        _require_dots(module)
+        prefix = f"base_model.model.{module.name}"
+        if module.embedding:
+            tensors |= {f"{prefix}.lora_embedding_A": module.a, f"{prefix}.lora_embedding_B": module.b}
+        else:
+            tensors |= {f"{prefix}.lora_A.weight": module.a, f"{prefix}.lora_B.weight": module.b}
+        if module.magnitude is not None:
+            tensors[f"{prefix}.lora_magnitude_vector"] = _peft_magnitude(module)
+    config = peft_config(modules, base_model_name=base_model_name, fan_in_fan_out=fan_in_fan_out) | dict(fields or {})
+    if folder.exists() and not overwrite and any(folder.iterdir()):
+        raise OutputError("the folder is not empty", where=str(folder), hint="give another, or allow overwriting")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot be made: {error.strerror}", where=str(folder)) from error
+    _write(folder / ADAPTER_FILE, tensors, {"format": "pt"}, overwrite=True)
+    _publish(folder / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def peft_config(
+    modules: Sequence[LoraModule], *, base_model_name: str | None = None, fan_in_fan_out: bool = False
+) -> dict[str, Any]:
+    """The configuration: the commonest rank and alpha, and patterns for the modules that have others."""
+    ranks, alphas = {m.name: m.rank for m in modules}, {m.name: _number(m.alpha) for m in modules}
+    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model_name,
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": any(module.magnitude is not None for module in modules),
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+
+
+def save_kohya(path: Path, modules: Sequence[LoraModule], *, component: str = "unet", overwrite: bool = False) -> None:
+    """Write one file with the names of kohya's programs, dots replaced by underscores.
+
+    Args:
+        component: of the modules that do not name theirs.
+
+    Raises AdapterError for an embedding, or for modules whose names become one; OutputError, WriteError.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for module in modules:
+        prefix = _of_component(KOHYA_PREFIXES, module.component or component) + module.name.replace(".", "_")
+        if module.embedding:
+            raise AdapterError(f"kohya's format has no embeddings: {shown(module.name)}")
+        if f"{prefix}.alpha" in tensors:
+            raise AdapterError(f"two modules would both be named {shown(prefix)}")
+        tensors[f"{prefix}.lora_down.weight"] = module.a
+        tensors[f"{prefix}.lora_up.weight"] = module.b
+        tensors[f"{prefix}.alpha"] = _scalar(module.alpha)
+        if module.magnitude is not None:
+            tensors[f"{prefix}.dora_scale"] = module.magnitude.reshape(-1, *[1] * (module.a.dim() - 1))
+    rank, alpha = _commonest((m.rank for m in modules), 0), _commonest((_number(m.alpha) for m in modules), 0)
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+    _write(path, tensors, metadata, overwrite=overwrite)
+
+
+def save_diffusers(
+    path: Path, modules: Sequence[LoraModule], *, component: str = "unet", overwrite: bool = False
+) -> None:
+    """Write one file with the names of diffusers, ``<component>.<module>.lora_A.weight``, and ranks and alphas in its
+    metadata.
+
+    Raises AdapterError for an embedding or a name without dots; OutputError, WriteError.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    groups: dict[str, list[LoraModule]] = {}
+    for module in modules:
+        _require_dots(module)
+        if module.embedding:
+            raise AdapterError(f"diffusers has no adapters on embeddings: {shown(module.name)}")
+        own = module.component or component
+        groups.setdefault(own, []).append(module)
+        tensors[f"{own}.{module.name}.lora_A.weight"] = module.a
+        tensors[f"{own}.{module.name}.lora_B.weight"] = module.b
+        if module.magnitude is not None:
+            tensors[f"{own}.{module.name}.lora_magnitude_vector"] = _peft_magnitude(module)
+    noted: dict[str, Any] = {}
+    for own, group in groups.items():
+        noted |= {f"{own}.{field}": value for field, value in peft_config(group).items() if field != "peft_type"}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(noted, sort_keys=True)}
+    _write(path, tensors, metadata, overwrite=overwrite)
+
+
+def _require_dots(module: LoraModule) -> None:
+    if module.flat:
+        raise AdapterError(
+            f"{shown(module.name)} has underscores for dots", hint="give the base model, to look its names up"
+        )
+
+
+def _of_component(prefixes: Mapping[str, str], component: str) -> str:
+    if component not in prefixes:
+        raise AdapterError(f"unknown component {shown(component)}", hint=f"known are {', '.join(prefixes)}")
+    return prefixes[component]
+
+
+def _peft_magnitude(module: LoraModule) -> torch.Tensor:
+    """PEFT keeps the magnitudes of a convolution as (1, out, 1, ...), others as a vector."""
+    assert module.magnitude is not None
+    kernel = module.a.dim() - 2
+    return module.magnitude.reshape(1, -1, *[1] * kernel) if kernel else module.magnitude
+
+
+def _scalar(value: float) -> torch.Tensor:
+    """float32 as usual, float64 where that would change the number."""
+    import torch
+
+    narrow = torch.tensor(value, dtype=torch.float32)
+    return narrow if float(narrow) == value else torch.tensor(value, dtype=torch.float64)
+
+
+def _pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
+    """One key for each exception; longer names first, since a key matches the end of a name."""
+    names = sorted((name for name, value in values.items() if value != common), key=lambda name: (-len(name), name))
+    others = {name for name, value in values.items() if value == common}
+    needed = {name for name in others if any(name.endswith(f".{exception}") for exception in names)}
+    ordered = sorted([*names, *needed], key=lambda name: (-len(name), name))
+    return {re.escape(name): values[name] for name in ordered}
+
+
+def _commonest(values: Any, default: float) -> Any:
+    counted = Counter(values).most_common(1)
+    return counted[0][0] if counted else default
+
+
+def _number(value: float) -> float:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, overwrite: bool) -> None:
+    from safetensors.torch import save
+
+    if path.exists() and not overwrite:
+        raise OutputError("there is such a file already", where=str(path), hint="give another, or allow overwriting")
+    _publish(path, save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, dict(metadata)))
+
+
+def _publish(path: Path, data: bytes) -> None:
+    """Write, force to disk, then give the name: a file of this name is always complete."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise WriteError(f"cannot be written: {error.strerror}", where=str(path)) from error

@@ -1,0 +1,182 @@
+"""The updates dW of an adapter as factored matrices, (out, in) whatever the base stores, read one module at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mergekit_px.adapters.adapter import Adapter
+from mergekit_px.adapters.dora import DoraPatch
+from mergekit_px.adapters.experts import ExpertSlicePatch, ExpertsPatch
+from mergekit_px.adapters.lora_modules import LoraModule, LoraSource
+from mergekit_px.adapters.patch import KeepPatch, LowRankPatch, Patch, ReplacePatch, RowsReplacedPatch
+from mergekit_px.adapters.reading import TensorSource
+from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.json_text import shown
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_px.kernels.low_rank import LowRank
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """dW of one module.
+
+    Attributes:
+        name: of the module in the class that was trained.
+        matrix: (out, in * kernel), float32, the scale within.
+        shape: (out, in, *kernel).
+        rank: of the adapter's factors.
+        dtype: of the adapter's factors on disk.
+    """
+
+    name: str
+    matrix: LowRank
+    shape: tuple[int, ...]
+    rank: int
+    dtype: torch.dtype
+    embedding: bool = False
+    component: str | None = None
+    flat: bool = False
+
+    def module(self, factors: LowRank, dtype: torch.dtype) -> LoraModule:
+        """Factors of another update of the same module, as they are written: scale 1."""
+        kernel = self.shape[2:]
+        b, a = factors.left.to(dtype), factors.right.T.to(dtype).contiguous()
+        if kernel:
+            a, b = a.reshape(factors.rank, *self.shape[1:]), b.reshape(*b.shape, *[1] * len(kernel))
+        return LoraModule(
+            self.name,
+            a,
+            b,
+            alpha=float(factors.rank),
+            embedding=self.embedding,
+            component=self.component,
+            flat=self.flat,
+        )
+
+
+class UpdateSource(Protocol):
+    """Where the updates of one adapter come from."""
+
+    adapter: Adapter
+    names: Collection[str]
+    """Keys that mean the same module in every adapter."""
+
+    def load(self, name: str) -> Update: ...
+
+    def close(self) -> None: ...
+
+
+def open_updates(adapter: Adapter, base: Checkpoint | None) -> UpdateSource:
+    """The updates of an adapter. Raises AdapterError for one whose updates have no such form, or need a base."""
+    return LoraUpdates(adapter) if base is None else BoundUpdates(adapter, base)
+
+
+class LoraUpdates:
+    """Of a LoRA adapter by itself, modules by their names in the adapter."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        magnitudes = ("magnitude", "lora_magnitude_vector")
+        if any(role in magnitudes for module in adapter.keys.modules.values() for role in module.tensors):
+            raise adapter.config.error("the updates of DoRA depend on the base's weights", hint="give the base model")
+        if adapter.kind not in ("LORA", "KOHYA", "DIFFUSERS", "MIXED"):
+            raise adapter.config.error(f"the updates of {adapter.kind} need the base", hint="give the base model")
+        self._source = LoraSource(adapter)
+        self.names: Collection[str] = self._source.modules
+
+    def load(self, name: str) -> Update:
+        import torch
+
+        from mergekit_px.kernels.low_rank import LowRank
+
+        module = self._source.load(name)
+        matrix = LowRank.from_adapter(module.b.flatten(1).float(), module.a.flatten(1).float(), module.scale)
+        dtype = module.a.dtype if module.a.dtype.itemsize > 1 else torch.float32
+        return Update(
+            module.name,
+            matrix,
+            (module.b.shape[0], *module.a.shape[1:]),
+            module.rank,
+            dtype,
+            module.embedding,
+            module.component,
+            module.flat,
+        )
+
+    def close(self) -> None:
+        self._source.close()
+
+
+class BoundUpdates:
+    """Of any adapter on its base, modules by the names of the base's tensors.
+
+    An update that is not given by factors is computed whole and decomposed, so its rank may be as large as the
+    matrix.
+    """
+
+    def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
+        self.adapter = adapter
+        self._base = base
+        self._binding = adapter.bind(base)
+        for target, patch in self._binding.items():
+            _check(target, patch, adapter)
+        self.names: Collection[str] = self._binding
+        self._factors = TensorSource(adapter.checkpoint)
+        self._weights = TensorSource(base)
+
+    def load(self, name: str) -> Update:
+        import torch
+
+        from mergekit_px.kernels.low_rank import LowRank
+        from mergekit_px.kernels.svd import truncated_svd
+
+        patch = self._binding[name]
+        factors = {role: self._factors.load(tensor) for role, tensor in patch.factors.items()}
+        pair = patch.low_rank(factors)
+        turned = _stored_transposed(patch, self.adapter)
+        if pair is not None:
+            left, right = pair
+            matrix = LowRank(right.T, left) if turned else LowRank(left, right.T)
+        else:
+            weight = self._weights.load(self._base.tensors[name]).float()
+            delta = patch.change(weight, factors).flatten(1)
+            matrix = LowRank.from_svd(truncated_svd(delta.T if turned else delta, label=name))
+        kernel = patch.out_shape[2:]
+        shape = patch.out_shape if not turned else patch.out_shape[::-1]
+        floating = [tensor.dtype for tensor in factors.values() if tensor.is_floating_point()]
+        return Update(
+            self._binding.modules[name],
+            matrix,
+            shape if not kernel else patch.out_shape,
+            matrix.rank,
+            floating[0] if floating else torch.float32,
+            any("embedding" in tensor.name for tensor in patch.factors.values()),
+        )
+
+    def close(self) -> None:
+        self._factors.close()
+        self._weights.close()
+
+
+def _stored_transposed(patch: Patch, adapter: Adapter) -> bool:
+    inner = patch.inner if isinstance(patch, DoraPatch) else patch
+    if isinstance(inner, LowRankPatch):
+        return inner.transposed
+    return len(patch.out_shape) == 2 and adapter.config.flag("fan_in_fan_out")
+
+
+def _check(target: str, patch: Patch, adapter: Adapter) -> None:
+    """Raises AdapterError for what is no update of a layer's weight."""
+    hint = "apply the adapters to their base and merge the models instead"
+    if isinstance(patch, ReplacePatch | RowsReplacedPatch | KeepPatch):
+        raise adapter.config.error(f"{shown(target)} is replaced, not changed by a low-rank update", hint=hint)
+    if isinstance(patch, ExpertsPatch | ExpertSlicePatch):
+        raise adapter.config.error(f"{shown(target)} belongs to stacked experts", hint=hint)
+    if len(patch.out_shape) < 2 or patch.source is None or not math.prod(patch.out_shape):
+        raise adapter.config.error(f"{shown(target)} is not a matrix", hint=hint)
