@@ -1,0 +1,244 @@
+"""A plan file to a checked `TransferPlan`; every error has its place in the file."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from mergekit_px.errors import RecipeError
+from mergekit_px.learn.transfer.plan import Transfer, TransferPlan, Wanted
+from mergekit_px.learn.transfer.presets import PRESETS
+from mergekit_px.learn.transfer.ranks import pair_ranks
+from mergekit_px.recipe.nearest import hint_for
+from mergekit_px.recipe.overrides import apply_overrides
+from mergekit_px.recipe.places import Path as KeyPath
+from mergekit_px.recipe.places import Places
+from mergekit_px.recipe.validate import shown
+from mergekit_px.recipe.yaml_text import LONGEST_TEXT, Node, mapping, parse_yaml
+
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+
+
+@dataclass(frozen=True)
+class LoadedTransferPlan:
+    """A checked plan, the text that it came from, and where its parts stand."""
+
+    plan: TransferPlan
+    text: str
+    places: Places
+
+    def where(self, *keys: str | int) -> str:
+        """The place of a key path in the file, as ``plan.yaml:12:5``."""
+        return self.places.key(keys)
+
+
+def load_transfer_plan(path: str | Path, *, overrides: Sequence[str] = (), complete: bool = True) -> LoadedTransferPlan:
+    """Read a plan. Paths in it are relative to the current directory.
+
+    Args:
+        overrides: ``key=value`` changes, as `mergekit_px.recipe.overrides` takes them.
+        complete: whether pairs must be there; without, a plan that only names models will do.
+
+    Raises:
+        RecipeError: there is no such file, or it holds no plan that can be meant.
+    """
+    text = _read(Path(path))
+    root = parse_yaml(text, str(path))
+    if not isinstance(root.value, dict):
+        raise RecipeError("a plan is a mapping with models and transfers", where=str(path))
+    if "pxmerge" in root.value or "merge_method" in root.value:
+        raise RecipeError("this is a recipe, not a plan of a transfer", where=str(path), hint="use `pxmerge run`")
+    root = apply_overrides(_written_out(root), overrides)
+    places = Places(root)
+    data = root.data()
+    try:
+        plan = TransferPlan.model_validate(data, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        first = next((issue for issue in found if issue["type"] == "extra_forbidden"), found[0])
+        raise _in_words(first, data, places) from None
+    _check(plan, places, complete=complete)
+    return LoadedTransferPlan(plan, text, places)
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(4 * LONGEST_TEXT).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError("there is no such plan", where=str(path)) from None
+    except IsADirectoryError:
+        raise RecipeError("a folder is no plan", where=str(path), hint="give the file in it") from None
+    except UnicodeDecodeError:
+        raise RecipeError("not UTF-8 text", where=str(path), hint="save the file as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
+
+
+def _written_out(root: Node) -> Node:
+    """The tree with ``transfer:`` written as ``transfers:`` with one entry of that name."""
+    assert isinstance(root.value, dict)
+    single = root.value.get("transfer")
+    if single is None:
+        return root
+    place = root.keys["transfer"]
+    if "transfers" in root.value:
+        raise RecipeError("a plan has either transfer or transfers", where=str(place))
+    entries: dict[str, Node | None] = {name: node for name, node in root.value.items() if name != "transfer"}
+    entries["transfers"] = mapping(place, {"transfer": single}, {"transfer": place})
+    return mapping(root.place, entries, {**root.keys, "transfers": place})
+
+
+def _check(plan: TransferPlan, places: Places, *, complete: bool) -> None:
+    for part, names in (("models", list(plan.models)), ("transfers", list(plan.transfers))):
+        if not names and (complete or part == "models"):
+            raise RecipeError(f"'{part}' is empty", where=places.key((part,)))
+        for name in names:
+            if not _NAME.fullmatch(name):
+                raise RecipeError(
+                    f"'{name[:80]}' cannot be a name",
+                    where=places.key((part, name)),
+                    hint="names are letters, digits, '_', '-' and '.', and begin with a letter, a digit or '_'",
+                )
+    for name, model in plan.models.items():
+        if model.weights is None and model.model is None:
+            raise RecipeError(f"'models.{name}' names neither weights nor a model", where=places.key(("models", name)))
+    for name, transfer in plan.transfers.items():
+        _check_transfer(plan, transfer, ("transfers", name), places, complete=complete)
+
+
+def _check_transfer(plan: TransferPlan, transfer: Transfer, path: KeyPath, places: Places, *, complete: bool) -> None:
+    for key in ("target", "source"):
+        name = getattr(transfer, key)
+        if name is not None and name not in plan.models:
+            raise RecipeError(
+                f"there is no model '{name[:80]}'", where=places.value((*path, key)), hint=hint_for(name, plan.models)
+            )
+    if transfer.preset is not None and transfer.preset not in PRESETS:
+        raise RecipeError(
+            f"there is no preset '{transfer.preset[:80]}'",
+            where=places.value((*path, "preset")),
+            hint=hint_for(transfer.preset, PRESETS),
+        )
+    is_self = transfer.mode == "self"
+    if is_self and transfer.source not in (None, transfer.target):
+        what = "in mode self the source is the target"
+        raise RecipeError(what, where=places.value((*path, "source")), hint="leave it out, or choose another mode")
+    if not is_self and transfer.source is None:
+        raise RecipeError(f"mode {transfer.mode} needs a source", where=places.key(path))
+    if not is_self and transfer.source == transfer.target:
+        what = "source and target are one model"
+        raise RecipeError(what, where=places.value((*path, "source")), hint="within one model, write mode: self")
+    if transfer.mode == "frozen" and transfer.source and plan.models[transfer.source].weights is None:
+        what = f"mode frozen needs trained weights, and '{transfer.source}' has none"
+        raise RecipeError(what, where=places.key(("models", transfer.source)), hint="add weights, or use mode: joint")
+    for name in _learners(transfer):
+        if complete and plan.models[name].data is None:
+            what = f"model '{name}' learns in '{path[-1]}' and has no data"
+            raise RecipeError(what, where=places.key(("models", name)), hint="add data: examples.npz")
+    if complete and not transfer.pairs:
+        where = places.key((*path, "pairs"))
+        raise RecipeError("no tensors are paired", where=where, hint="--suggest lists tensors that can be")
+    _check_pairs(transfer, path, places)
+
+
+def _learners(transfer: Transfer) -> list[str]:
+    """The models that train in a transfer."""
+    both = transfer.mode in ("joint", "mutual") and transfer.source is not None
+    return [transfer.target, transfer.source] if both and transfer.source else [transfer.target]
+
+
+def _check_pairs(transfer: Transfer, path: KeyPath, places: Places) -> None:
+    receivers: set[str] = set()
+    givers: set[str] = set()
+    ranks: dict[tuple[str, str], object] = {}
+    for number, pair in enumerate(transfer.pairs):
+        where = places.value((*path, "pairs", number))
+        if pair.target in receivers:
+            raise RecipeError(f"'{pair.target}' is the target of two pairs", where=where)
+        if transfer.mode == "mutual" and pair.source in givers:
+            raise RecipeError(f"'{pair.source}' is in two pairs, and in mode mutual it receives too", where=where)
+        if transfer.mode == "self" and pair.source == pair.target:
+            raise RecipeError(f"'{pair.target}' is paired with itself", where=where)
+        receivers.add(pair.target)
+        givers.add(pair.source)
+        for side, rank in zip(("target", "source"), pair_ranks(pair, where), strict=True):
+            owner = transfer.target if side == "target" or transfer.mode == "self" else "source"
+            tensor = getattr(pair, side)
+            if ranks.setdefault((owner, tensor), rank) != rank:
+                what = f"'{tensor}' has one rank in this pair and another in one before it"
+                raise RecipeError(what, where=where, hint="a tensor has one factorisation")
+
+
+def _in_words(issue: ErrorDetails, data: Any, places: Places) -> RecipeError:
+    location: KeyPath = issue["loc"]
+    owner, name, path = _owner(location)
+    if issue["type"] == "extra_forbidden":
+        inside = f" in '{_dotted(location[:-1])}'" if location[:-1] else ""
+        key, known = str(location[-1]), [*owner.model_fields, *(["transfer"] if owner is TransferPlan else [])]
+        return RecipeError(f"unknown key '{key[:80]}'{inside}", where=places.key(location), hint=hint_for(key, known))
+    if issue["type"] == "missing":
+        return RecipeError(f"'{_dotted(location)}' is missing", where=places.key(_existing(location[:-1], data)))
+    path = _existing(path, data)
+    value = data
+    for part in path:
+        value = value[part]
+    wanted = _wanted(owner, name) if name is not None else "a mapping"
+    return RecipeError(f"'{_dotted(path)}' must be {wanted}, not {shown(value)}", where=places.value(path))
+
+
+def _owner(location: KeyPath) -> tuple[type[BaseModel], str | None, KeyPath]:
+    """The class and field that a pydantic location is in, and the path to that field.
+
+    The field is None for an entry of a mapping or list that should have been of the class itself.
+    """
+    owner: type[BaseModel] = TransferPlan
+    place = 0
+    while place < len(location):
+        name = str(location[place])
+        if name not in owner.model_fields:
+            break
+        inner, many = _inner(owner.model_fields[name].annotation)
+        end = place + 1
+        if inner is None or end == len(location):
+            return owner, name, location[:end]
+        owner, place = inner, end + many
+    return owner, None, location[:place]
+
+
+def _inner(annotation: Any) -> tuple[type[BaseModel] | None, int]:
+    """The part of a plan that a field holds, and 1 where it holds several of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, 0
+    several = int(typing.get_origin(annotation) in (dict, list))
+    for argument in typing.get_args(annotation):
+        found, deeper = _inner(argument)
+        if found is not None:
+            return found, several + deeper
+    return None, 0
+
+
+def _wanted(owner: type[BaseModel], name: str) -> str:
+    marks = [mark for mark in owner.model_fields[name].metadata if isinstance(mark, Wanted)]
+    return marks[0].words
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path)) or "the plan"
+
+
+def _existing(path: KeyPath, data: Any) -> KeyPath:
+    """The part of a path that the data has (pydantic appends the arms of unions)."""
+    for depth, key in enumerate(path):
+        is_entry = isinstance(data, list) and isinstance(key, int) and key < len(data)
+        if not is_entry and not (isinstance(data, dict) and key in data):
+            return path[:depth]
+        data = data[key]
+    return path

@@ -1,0 +1,192 @@
+"""The comparison: transfer against its controls, paired over seeds. As JSON, Markdown and a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mergekit_px._version import __version__
+from mergekit_px.errors import WriteError
+from mergekit_px.learn.transfer.arm import ArmResult, Trial
+
+JSON_FILE, TABLE_FILE, PICTURE_FILE = "report.json", "report.md", "report.png"
+REPORT_FILES = (JSON_FILE, TABLE_FILE, PICTURE_FILE)
+
+NOTE = (
+    "Experimental. Values are on test data that no choice was made on. A difference is the mean over seeds of paired"
+    " differences, with their standard deviation and t, the mean over its standard error: below about 2 it shows"
+    " nothing."
+)
+
+TITLES = {"transfer": "with transfer", "none": "without", "sham": "sham source", "dense": "without, no factors"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """A transfer and what came of it: arm -> a result for each seed."""
+
+    trial: Trial
+    arms: Mapping[str, Sequence[ArmResult]]
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Values, mean, standard deviation (n - 1) and t = mean / (sd / sqrt(n)); None where there is none."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1)) if count > 1 else None
+    t = mean / (sd / math.sqrt(count)) if sd else None
+    return {"values": list(values), "mean": mean, "sd": sd, "t": t}
+
+
+def comparisons(results: Results) -> list[dict[str, Any]]:
+    """For each model that was scored: the metric by arm, and the paired differences of transfer to each control."""
+    trial, found = results.trial, []
+    for role in results.arms["transfer"][0].scores:
+        entrant = trial.target if role == "target" else trial.source
+        values = {
+            arm: [result.scores[role]["test"] for result in runs]
+            for arm, runs in results.arms.items()
+            if all(role in result.scores for result in runs)
+        }
+        if role == "source" and len(values) == 1:
+            continue  # in mode joint the source receives nothing: there is nothing to compare
+        arms = {
+            arm: {name: value for name, value in summary(one).items() if name != "t"} for arm, one in values.items()
+        }
+        differences = {
+            arm: summary([ours - theirs for ours, theirs in zip(values["transfer"], one, strict=True)])
+            for arm, one in values.items()
+            if arm != "transfer"
+        }
+        found.append(
+            {
+                "role": role,
+                "model": entrant.name,
+                "metric": entrant.settings.metric,
+                "better": entrant.settings.goal,
+                "arms": arms,
+                "transfer_minus": differences,
+            }
+        )
+    return found
+
+
+def report_document(common: Mapping[str, Any], all_results: Sequence[Results]) -> dict[str, Any]:
+    """The whole report as plain data."""
+    transfers = {}
+    for results in all_results:
+        trial, first = results.trial, results.arms["transfer"][0]
+        transfers[trial.name] = {
+            "plan_hash": trial.plan_hash,
+            "settings": trial.transfer.model_dump(),
+            "models": {entrant.name: entrant.settings.model_dump() for entrant in (trial.target, trial.source)},
+            "transfers": first.transfers,
+            "selected_steps": [result.selected for result in results.arms["transfer"]],
+            "comparisons": comparisons(results),
+            "validation": {
+                arm: [result.scores["target"]["validation"] for result in runs] for arm, runs in results.arms.items()
+            },
+            "loss": {arm: runs[0].trace for arm, runs in results.arms.items()},
+        }
+    return {
+        "pxmerge_transfer_report": 1,
+        "note": NOTE,
+        **common,
+        "versions": {"pxmerge": __version__, "torch": version("torch"), "python": platform.python_version()},
+        "transfers": transfers,
+    }
+
+
+def table_rows(document: Mapping[str, Any]) -> list[list[str]]:
+    """Titles, then a row for each transfer and model; columns that no row fills are left out."""
+    rows = [["transfer", "model", "metric", *TITLES.values(), "transfer - without", "transfer - sham"]]
+    for name, transfer in document["transfers"].items():
+        for one in transfer["comparisons"]:
+            metric = "accuracy %" if one["metric"] == "accuracy" else one["metric"]
+            arms = [_value(one["arms"].get(arm)) for arm in TITLES]
+            differences = [_difference(one["transfer_minus"].get(arm)) for arm in ("none", "sham")]
+            rows.append([name, one["model"], metric, *arms, *differences])
+    kept = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
+    return [[row[column] for column in kept] for row in rows]
+
+
+def explanation(document: Mapping[str, Any]) -> str:
+    """What the numbers of the table are."""
+    count = len(document["seeds"])
+    return f"{count} seeds. {NOTE}" if count > 1 else f"1 seed, so nothing is known of the spread. {NOTE}"
+
+
+def markdown_table(document: Mapping[str, Any]) -> str:
+    """The table and its explanation."""
+    rows = table_rows(document)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:], "", explanation(document)]) + "\n"
+
+
+def _value(arm: Mapping[str, Any] | None) -> str:
+    if arm is None:
+        return ""
+    return f"{arm['mean']:.4g}" + (f" ({arm['sd']:.2g})" if arm["sd"] is not None else "")
+
+
+def _difference(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
+        return ""
+    spread = f" (sd {difference['sd']:.2g}, t {difference['t']:+.1f})" if difference["t"] is not None else ""
+    return f"{difference['mean']:+.3g}{spread}"
+
+
+def write_report(output: Path, common: Mapping[str, Any], all_results: Sequence[Results]) -> dict[str, Any]:
+    """Write table, picture (where matplotlib is installed) and, last, JSON; returns the document.
+
+    Raises:
+        WriteError: the disk refuses.
+    """
+    document = report_document(common, all_results)
+    try:
+        (output / TABLE_FILE).write_text(markdown_table(document), encoding="utf-8")
+        if importlib.util.find_spec("matplotlib") is not None:
+            write_picture(document, output / PICTURE_FILE)
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        (output / JSON_FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise WriteError(f"the disk refused: {error.strerror or error}", where=str(output)) from error
+    return document
+
+
+def write_picture(document: Mapping[str, Any], path: Path) -> None:
+    """A panel for each transfer and model: a column for each arm, a dot for each seed, seeds joined, means as bars."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [(name, one) for name, transfer in document["transfers"].items() for one in transfer["comparisons"]]
+    figure = Figure(figsize=(1.2 + 3.1 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, one) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        arms = [arm for arm in ("dense", "none", "sham", "transfer") if arm in one["arms"]]
+        columns = range(len(arms))
+        for values in zip(*(one["arms"][arm]["values"] for arm in arms), strict=True):
+            axes.plot(
+                columns, values, color="#c9c9c9", linewidth=0.8, marker="o", markersize=4, markerfacecolor="#4d4d4d"
+            )
+        for column, arm in zip(columns, arms, strict=True):
+            mean = one["arms"][arm]["mean"]
+            colour = "#b8551f" if arm == "transfer" else "#1b6ca8"
+            axes.plot([column - 0.3, column + 0.3], [mean, mean], color=colour, linewidth=2.5, zorder=3)
+        axes.set_xticks(columns, [TITLES[arm].replace(", ", ",\n").replace(" ", "\n", 1) for arm in arms])
+        axes.set_xlim(-0.5, len(arms) - 0.5)
+        axes.set_title(f"{name}: {one['model']}", fontsize=10)
+        axes.set_ylabel(f"test {one['metric']}" + (" in percent" if one["metric"] == "accuracy" else ""))
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})

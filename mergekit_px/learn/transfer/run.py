@@ -1,0 +1,329 @@
+"""All runs of a plan: every transfer under every seed, with its controls; then checkpoints and the report.
+
+<output>/<transfer>/target, source    trained models of the first seed (source: modes joint and mutual)
+<output>/<transfer>/last-good         what is left of a run that diverged
+<output>/report.json, .md, .png       the comparison
+<output>/plan.yaml                    the plan
+<output>/.transfer/                   states and results of an unfinished run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.fingerprint import fingerprint
+from mergekit_px.checkpoint.hashing import file_sha256
+from mergekit_px.checkpoint.lock import DirectoryLock
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.errors import InputError, OutputError, RunError, UsageError, WriteError
+from mergekit_px.learn.data import Examples
+from mergekit_px.learn.models import find_checkpoint
+from mergekit_px.learn.transfer.arm import Arm, ArmResult, Entrant, Kind, Trial
+from mergekit_px.learn.transfer.load import LoadedTransferPlan
+from mergekit_px.learn.transfer.output import write_model
+from mergekit_px.learn.transfer.plan import Model, Transfer
+from mergekit_px.learn.transfer.presets import filled_model, filled_transfer
+from mergekit_px.learn.transfer.report import REPORT_FILES, Results, write_report
+from mergekit_px.learn.transfer.side import DivergedError
+from mergekit_px.learn.transfer.state import other_plan
+
+UNFINISHED = ".transfer"
+PLAN_FILE = "plan.yaml"
+LAST_GOOD = "last-good"
+
+_HASH_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """How a plan is carried out; what is given here goes before what the plan says."""
+
+    output: Path | None = None
+    seed: int | None = None
+    seeds: int | None = None
+    device: str = "auto"
+    threads: int | None = None
+    mode: Literal["new", "resume", "overwrite"] = "new"
+    allow_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOutcome:
+    """A finished plan: its folder, and the report as plain data."""
+
+    output: Path
+    report: Mapping[str, Any]
+
+
+def run_transfers(
+    loaded: LoadedTransferPlan, options: TransferOptions, say: Callable[[str], None] = lambda line: None
+) -> TransferOutcome:
+    """Carry out a plan.
+
+    Args:
+        say: gets a line for each run that is finished.
+
+    Raises:
+        UsageError, InputError, PlanError: what is asked cannot be done.
+        OutputError: the output folder is not free, or its unfinished run is another.
+        RunError: a run diverged; its last good state is kept as a checkpoint.
+        KeyboardInterrupt: passed on; mode ``resume`` goes on from the last saved state.
+    """
+    from mergekit_px.execute.lane import pick_device
+
+    plan = loaded.plan
+    output = options.output or Path(plan.output)
+    device = pick_device(options.device)
+    first = plan.seed if options.seed is None else options.seed
+    seeds = [first + number for number in range(plan.seeds if options.seeds is None else options.seeds)]
+    checkpoints = _checkpoints(loaded, options)
+    trials = _trials(loaded, checkpoints, device, options)
+    with _threads(options.threads), _working_folder(output, options.mode, trials, seeds) as work:
+        results = {trial.name: _run_trial(trial, seeds, output, work, say) for trial in trials}
+        report = {
+            "seeds": seeds,
+            "device": str(device),
+            "inputs": _inputs(loaded, checkpoints),
+        }
+        _write_text(output / PLAN_FILE, loaded.text)
+        document = write_report(output, report, [Results(trial, results[trial.name]) for trial in trials])
+        shutil.rmtree(work, ignore_errors=True)
+    return TransferOutcome(output, document)
+
+
+def _run_trial(
+    trial: Trial, seeds: list[int], output: Path, work: Path, say: Callable[[str], None]
+) -> dict[str, list[ArmResult]]:
+    """Arm -> a result for each seed."""
+    results: dict[str, list[ArmResult]] = {}
+    kinds: list[Kind] = ["transfer", *dict.fromkeys(trial.transfer.controls)]
+    for seed in seeds:
+        for kind in kinds:
+            is_kept = kind == "transfer" and seed == seeds[0]
+            result = _run_arm(trial, kind, seed, output / trial.name, work / trial.name, is_kept=is_kept)
+            results.setdefault(kind, []).append(result)
+            score = result.scores["target"]["test"]
+            say(f"{trial.name}, seed {seed}, {kind}: {trial.target.settings.metric} {score:.4g}")
+    return results
+
+
+def _run_arm(trial: Trial, kind: Kind, seed: int, output: Path, work: Path, *, is_kept: bool) -> ArmResult:
+    """One run, or what is left to do of it."""
+    finished, state = work / f"{seed}-{kind}.json", work / f"{seed}-{kind}.safetensors"
+    if finished.exists():
+        return _read_result(finished)
+    arm = Arm(trial, kind, seed)
+    try:
+        result = arm.run(state)
+    except DivergedError as error:
+        raise _diverged(error, arm, state, output) from error
+    if is_kept:
+        for role, side in arm.sides.items():
+            write_model(side.model, output / role, trial.plan_hash)
+    _write_text(finished, json.dumps(result.document()))
+    state.unlink(missing_ok=True)
+    return result
+
+
+def _diverged(error: DivergedError, arm: Arm, state: Path, output: Path) -> RunError:
+    """Keep the last good state as a checkpoint, and say so."""
+    arm.restore(state)
+    for role, side in arm.sides.items():
+        write_model(side.model, output / LAST_GOOD / role, arm.trial.plan_hash)
+    return RunError(
+        f"{error.what} of the run '{arm.kind}'; the models of step {arm.step} are kept",
+        where=str(output / LAST_GOOD),
+        hint="lower the learning rates or stop_at, and start over with --overwrite",
+    )
+
+
+def _read_result(path: Path) -> ArmResult:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        document["trace"] = [(step, loss) for step, loss in document["trace"]]
+        return ArmResult(**document)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            "the result of a finished run cannot be read", where=str(path), hint="start over with --overwrite"
+        ) from error
+
+
+def _checkpoints(loaded: LoadedTransferPlan, options: TransferOptions) -> dict[str, Checkpoint | None]:
+    used = {name for transfer in loaded.plan.transfers.values() for name in (transfer.target, transfer.source) if name}
+    return {
+        name: None if model.weights is None else find_checkpoint(model.weights, allow_pickle=options.allow_pickle)
+        for name, model in loaded.plan.models.items()
+        if name in used
+    }
+
+
+def _trials(
+    loaded: LoadedTransferPlan,
+    checkpoints: Mapping[str, Checkpoint | None],
+    device: torch.device,
+    options: TransferOptions,
+) -> list[Trial]:
+    trials = []
+    files: dict[str, Examples] = {}
+    for name, given in loaded.plan.transfers.items():
+        transfer = filled_transfer(given)
+        target = _entrant(loaded, transfer, transfer.target, checkpoints, is_source=False)
+        source = target
+        if transfer.source is not None and transfer.mode != "self":
+            source = _entrant(loaded, transfer, transfer.source, checkpoints, is_source=True)
+        plan_hash = _plan_hash(transfer, target, source, device)
+        trials.append(Trial(name, transfer, target, source, plan_hash, device, options.allow_code, loaded.where, files))
+    return trials
+
+
+def _entrant(
+    loaded: LoadedTransferPlan,
+    transfer: Transfer,
+    name: str,
+    checkpoints: Mapping[str, Checkpoint | None],
+    *,
+    is_source: bool,
+) -> Entrant:
+    return Entrant(name, filled_model(loaded.plan.models[name], transfer, is_source=is_source), checkpoints[name])
+
+
+def _plan_hash(transfer: Transfer, target: Entrant, source: Entrant, device: torch.device) -> str:
+    """Names all that the numbers of a run depend on, so that a run goes on only with the same."""
+    document = {
+        "version": _HASH_VERSION,
+        "transfer": transfer.model_dump(),
+        "device": device.type,
+        "entrants": [
+            {
+                "name": entrant.name,
+                "settings": entrant.settings.model_dump(exclude={"weights"}),
+                "weights": _fingerprint(entrant.checkpoint),
+                "files": _file_hashes(entrant.settings),
+            }
+            for entrant in (target, source)
+        ],
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(checkpoint: Checkpoint | None) -> str | None:
+    if checkpoint is None:
+        return None
+    reader = open_reader(checkpoint)
+    try:
+        return fingerprint(checkpoint, reader)
+    finally:
+        reader.close()
+
+
+def _file_hashes(model: Model) -> dict[str, str]:
+    """sha256 of the data files and of the code that a model names."""
+    named = [model.model, model.loss, model.metric]
+    if model.data is not None:
+        named += [one for one in (model.data.train, model.data.validation, model.data.test) if isinstance(one, str)]
+    paths = {one.rpartition(":")[0] if ".py:" in one else one for one in named if one is not None}
+    return {path: file_sha256(Path(path).expanduser()) for path in sorted(paths) if Path(path).expanduser().is_file()}
+
+
+def _inputs(loaded: LoadedTransferPlan, checkpoints: Mapping[str, Checkpoint | None]) -> dict[str, Any]:
+    """What the report says of the inputs."""
+    found = {}
+    for name, checkpoint in checkpoints.items():
+        model = loaded.plan.models[name]
+        weights: dict[str, str] = {}
+        if checkpoint is not None and checkpoint.directory is not None:
+            weights = {file: file_sha256(checkpoint.directory / file) for file in checkpoint.files}
+        found[name] = {"weights": model.weights, "weight_files": weights, "other_files": _file_hashes(model)}
+    return found
+
+
+@contextmanager
+def _working_folder(
+    output: Path, mode: Literal["new", "resume", "overwrite"], trials: list[Trial], seeds: list[int]
+) -> Iterator[Path]:
+    """The folder of unfinished runs, locked, and of this plan."""
+    work = output / UNFINISHED
+    identity = json.dumps({"seeds": seeds, "transfers": {trial.name: trial.plan_hash for trial in trials}})
+    try:
+        _require_usable(output, work, mode, identity)
+        work.mkdir(parents=True, exist_ok=True)
+        lock = DirectoryLock.take(work / "lock", str(output))
+    except OSError as error:
+        what = f"the output folder cannot be used: {error.strerror or error}"
+        raise OutputError(what, where=str(output), hint="choose another with -o") from error
+    try:
+        if mode == "overwrite":
+            _remove_earlier(output, work)
+        _write_text(work / "run.json", identity)
+        yield work
+    finally:
+        if not any(work.glob("*/*")):  # nothing to resume
+            shutil.rmtree(work, ignore_errors=True)
+        lock.release(remove=not work.exists())
+        if output.exists() and not any(output.iterdir()):
+            output.rmdir()
+
+
+def _require_usable(output: Path, work: Path, mode: str, identity: str) -> None:
+    if output.exists() and not output.is_dir():
+        raise OutputError("the output is a file, not a folder", where=str(output), hint="choose another with -o")
+    if mode == "overwrite" or not output.exists() or not any(output.iterdir()):
+        return
+    record = work / "run.json"
+    if mode == "new":
+        what = "an unfinished run is there" if record.exists() else "the output folder is not empty"
+        hint = "continue it with --resume or start over with --overwrite" if record.exists() else (
+            "choose another or allow it with --overwrite"
+        )  # fmt: skip
+        raise OutputError(what, where=str(output), hint=hint)
+    if not record.exists():
+        raise OutputError(
+            "there is no unfinished run to resume, and the folder is not empty",
+            where=str(output),
+            hint="it may be complete already; --overwrite starts over",
+        )
+    if record.read_text(encoding="utf-8") != identity:
+        raise other_plan(output)
+
+
+def _remove_earlier(output: Path, work: Path) -> None:
+    for entry in work.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+    for name in (*REPORT_FILES, PLAN_FILE):
+        (output / name).unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise WriteError(f"the disk refused: {error.strerror or error}", where=str(path)) from error
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch while the block runs."""
+    if count is not None and count < 1:
+        raise UsageError("at least one thread is needed")
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
