@@ -57,6 +57,7 @@ class SampleMethods:
                 interpolated=frozenset({"density"}),
                 presets=("mergekit", "peft"),
             ),
+            MethodFacts("task_arithmetic"),
             MethodFacts("passthrough", sources=(1, 1), uses_weights=False),
         )
     }

@@ -79,7 +79,11 @@ def error(text: str, *, methods: bool = True) -> str:
         ("density: 0.5", "densty: 0.5", "11:14: unknown ties parameter 'densty' in 'steps.mixed.params'; did you mean"),
         ("density: 0.5", "density: 1.5", "11:23: 'density' of ties: must be from 0 to 1, not 1.5"),
         ("density: 0.5", "density: [0.5, 2]", "11:29: 'density' of ties: must be from 0 to 1, not 2"),
-        ("density: 0.5", "density: {math: 0.1, code: [1, x]}", "11:45: a list is interpolated over the layers and hold"),
+        (
+            "density: 0.5",
+            "density: {math: 0.1, code: [1, x]}",
+            "11:45: a list is interpolated over the layers and hold",
+        ),
         ("density: 0.5", "scope: {math: model}", "11:21: 'scope' of ties is one value for all sources"),
         ("density: 0.5", "scope: nowhere", "11:21: 'scope' of ties: must be one of model, tensor, not 'nowhere'"),
         ("params: {density: 0.3}", "params: {densty: 0.3}", "unknown ties parameter 'densty' in 'steps.mixed.rules.0"),
@@ -103,12 +107,8 @@ def test_without_a_catalog_methods_are_not_looked_at() -> None:
 
 
 def test_a_method_may_be_written_with_hyphens() -> None:
-    class Hyphen:
-        methods = {"task_arithmetic": METHODS.methods["linear"]}
-        validate = METHODS.validate
-
     text = HEAD + "merge: {method: task-arithmetic, sources: [a, b]}"
-    assert parse_recipe(text, methods=Hyphen()).recipe.steps["merge"].method == "task-arithmetic"
+    assert parse_recipe(text, methods=METHODS).recipe.steps["merge"].method == "task-arithmetic"
 
 
 def test_a_parameter_that_is_a_list_itself_is_not_interpolated() -> None:
@@ -163,7 +163,11 @@ def test_slices() -> None:
         ("params: {density: {a: 1}}", "params: {density: {d: 1}}", "'d' is not a source here; known are b, a"),
         ("weights: {a: 2}", "weights: {d: 2}", "'d' is not a source here; known are a, c, b"),
         ("layers: none", "layers: nne", "12:24: 'nne' is not a layer range"),
-        ("model: a, layers: 0-3, weight: 0.5", "model: c, layers: 0-3, weight: 0.5", "8:7: ties takes at least 1 source besides the base, and 0 are given"),
+        (
+            "model: a, layers: 0-3, weight: 0.5",
+            "model: c, layers: 0-3, weight: 0.5",
+            "8:7: ties takes at least 1 source besides the base, and 0 are given",
+        ),
     ],
 )
 def test_slices_that_cannot_be_meant(old: str, new: str, message: str) -> None:
@@ -177,7 +181,7 @@ def test_models_and_steps_cannot_be_empty() -> None:
 
 
 def test_long_circles_are_found_and_shown_short() -> None:
-    steps = ", ".join(f"s{n}: {{method: linear, sources: [s{(n + 1) % 5000}]}}" for n in range(5000))
+    steps = ", ".join(f"s{n}: {{method: linear, sources: [s{(n + 1) % 1000}]}}" for n in range(1000))
     message = error(f"{HEAD}steps: {{{steps}}}", methods=False)
     assert "in a circle: s" in message and message.endswith(" ...")
     assert len(message) < 200
@@ -185,9 +189,7 @@ def test_long_circles_are_found_and_shown_short() -> None:
 
 def test_long_chains_are_refused() -> None:
     def chain(length: int) -> str:
-        steps = ", ".join(
-            f"s{n}: {{method: linear, sources: [{f's{n - 1}' if n else 'a'}, b]}}" for n in range(length)
-        )
+        steps = ", ".join(f"s{n}: {{method: linear, sources: [{f's{n - 1}' if n else 'a'}, b]}}" for n in range(length))
         return f"{HEAD}steps: {{{steps}}}"
 
     assert len(parse_recipe(chain(LONGEST_CHAIN)).recipe.steps) == LONGEST_CHAIN
@@ -207,7 +209,9 @@ def test_sizes_are_those_that_the_layout_reads(size: str | int) -> None:
     try:
         parse_size(size)
     except UsageError:
-        assert "is not a size" in error(f"{HEAD}merge: {{method: linear, sources: [a]}}\noutput: {{shard_size: {size}}}")
+        assert "is not a size" in error(
+            f"{HEAD}merge: {{method: linear, sources: [a]}}\noutput: {{shard_size: {size}}}"
+        )
     else:
         text = f"{HEAD}merge: {{method: linear, sources: [a]}}\noutput: {{shard_size: {size}}}"
         assert str(parse_recipe(text).recipe.output.shard_size) == str(size)

@@ -127,7 +127,7 @@ def test_a_recipe_from_python_data(tmp_path: Path) -> None:
     assert parse_recipe(loaded.source).recipe == loaded.recipe
     changed = recipe_from_mapping(data, overrides=["merge.sources=[b]"])
     assert changed.recipe.steps["merge"].sources == ["b"]
-    with pytest.raises(RecipeError, match="^command line: unknown key 'sed'; did you mean 'seed'"):
+    with pytest.raises(RecipeError, match=r"^command line: unknown key 'sed'; did you mean 'seed'\?$"):
         recipe_from_mapping({**data, "sed": 1}, METHODS, name="command line")
 
 

@@ -156,11 +156,16 @@ def test_an_empty_text_is_nothing(text: str) -> None:
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
     # JSON's escapes above U+FFFF are pairs of surrogates, which YAML does not join
     | st.text(st.characters(max_codepoint=0xD7FF, exclude_characters="\0")),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(st.characters(max_codepoint=0xD7FF, exclude_characters="\0")), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(st.characters(max_codepoint=0xD7FF, exclude_characters="\0")), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 

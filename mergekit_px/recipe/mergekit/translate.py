@@ -93,12 +93,13 @@ class _Translator:
         node = self.entries.get("merge_method")
         if node is None:
             raise RecipeError("'merge_method' is missing", where=str(self.root.place))
-        if node.value in NOT_YET:
-            raise not_yet(f"mergekit's method '{node.value}'", node.place)
-        if not isinstance(node.value, str) or node.value not in METHODS:
-            hint = hint_for(str(node.value), [*METHODS, *NOT_YET])
-            raise RecipeError(f"unknown merge method {shown(node.value)}", where=str(node.place), hint=hint)
-        return METHODS[node.value]
+        name = node.value if isinstance(node.value, str) else shown(node.data())
+        if name in NOT_YET:
+            raise not_yet(f"mergekit's method '{name}'", node.place)
+        if name not in METHODS:
+            hint = hint_for(name, [*METHODS, *NOT_YET])
+            raise RecipeError(f"unknown merge method '{name[:80]}'", where=str(node.place), hint=hint)
+        return METHODS[name]
 
     def _pieces(self, base: Reference | None) -> list[Piece]:
         if ("models" in self.entries) == ("slices" in self.entries):
