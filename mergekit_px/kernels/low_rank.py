@@ -87,7 +87,7 @@ class LowRank:
         dtype = self.left.dtype
         return SVD(
             u.to(dtype), inner.s[kept].to(dtype), v.to(dtype), inner.energy, inner.captured_energy, inner.residual,
-            "factored", identifiable=int(kept.sum()), notes=inner.notes,
+            "factored", identifiable=int(kept.sum()), fallbacks=inner.fallbacks,
         )  # fmt: skip
 
     def truncated(self, rank: int) -> LowRank:

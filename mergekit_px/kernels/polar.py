@@ -23,7 +23,7 @@ from torch import Tensor
 from mergekit_px.errors import NonFiniteError, UsageError
 from mergekit_px.kernels.orthonormal import gram, squared_norm
 from mergekit_px.kernels.spectra import null_floor
-from mergekit_px.kernels.svd import truncated_svd
+from mergekit_px.kernels.svd import LARGE, truncated_svd
 
 PolarMode = Literal["auto", "svd", "gram64", "newton_schulz"]
 
@@ -51,6 +51,8 @@ class PolarFactor:
     """Newton-Schulz steps taken; 0 for the exact routes."""
     error: float
     """Distance from a partial isometry, ``||Y Y'Y - Y||_F / ||Y||_F`` on a few probes."""
+    values: Tensor | None = None
+    """Singular values above the floor, in no particular order; None where the route does not give them."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -66,6 +68,7 @@ class _Found:
     nuclear_norm: float
     mode: str
     steps: int = 0
+    values: Tensor | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -103,11 +106,16 @@ def polar_factor(
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
     relative = null_floor(matrix.dtype) if relative_floor is None else relative_floor
+    if floor <= relative * math.sqrt(energy / tall.shape[1]):
+        floor = 0.0  # the largest singular value is at least the root mean square, so the relative floor is higher
+    if tall.shape[1] < LARGE:
+        tall = tall.double()
     found = _find(tall, energy, _route(tall, mode, floor), floor, relative, label)
-    factor = (found.factor.T if wide else found.factor).contiguous()
+    factor = (found.factor.T if wide else found.factor).to(matrix.dtype).contiguous()
     return PolarFactor(
-        factor, found.rank, found.nuclear_norm, found.mode, found.steps, _distance(found.factor), found.notes
-    )
+        factor, found.rank, found.nuclear_norm, found.mode, found.steps, _distance(found.factor), found.values,
+        found.notes,
+    )  # fmt: skip
 
 
 def _route(tall: Tensor, mode: PolarMode, floor: float) -> str:
@@ -116,7 +124,7 @@ def _route(tall: Tensor, mode: PolarMode, floor: float) -> str:
     if tall.is_cuda and floor == 0:
         return "newton_schulz"
     m, n = tall.shape
-    return "gram64" if tall.dtype == torch.float32 and (tall.is_cuda or (n >= 64 and 2 * m >= 3 * n)) else "svd"
+    return "gram64" if tall.dtype == torch.float32 and (tall.is_cuda or 2 * m >= 3 * n) else "svd"
 
 
 def _find(tall: Tensor, energy: float, route: str, floor: float, relative: float, label: str) -> _Found:
@@ -129,14 +137,14 @@ def _find(tall: Tensor, energy: float, route: str, floor: float, relative: float
     except RuntimeError:  # no convergence, or a cuSOLVER status
         found = _by_svd(tall, floor, relative, label)
         notes = (f"polar factor ({route}) failed, served by svd", *found.notes)
-        return _Found(found.factor, found.rank, found.nuclear_norm, found.mode, 0, notes)
+        return _Found(found.factor, found.rank, found.nuclear_norm, found.mode, 0, found.values, notes)
 
 
 def _by_svd(tall: Tensor, floor: float, relative: float, label: str) -> _Found:
     parts = truncated_svd(tall, mode="dense", label=label)
     rank = int((parts.s > max(floor, relative * float(parts.s[0]))).sum())
     u, v = parts.u[:, :rank], parts.v[:, :rank]
-    return _Found(u @ v.T, rank, float(parts.s[:rank].double().sum()), "svd", notes=parts.notes)
+    return _Found(u @ v.T, rank, float(parts.s[:rank].double().sum()), "svd", 0, parts.s[:rank], parts.fallbacks)
 
 
 def _by_gram(tall: Tensor, floor: float, relative: float) -> _Found:
@@ -146,7 +154,7 @@ def _by_gram(tall: Tensor, floor: float, relative: float) -> _Found:
     kept = values > max(floor, max(relative, 1e-7) * float(values[-1]))
     values, vectors = values[kept], vectors[:, kept]
     root = (vectors / values) @ vectors.T
-    return _Found(tall @ root.to(tall.dtype), len(values), float(values.sum()), "gram64")
+    return _Found(tall @ root.to(tall.dtype), len(values), float(values.sum()), "gram64", 0, values)
 
 
 def _by_products(tall: Tensor, energy: float, floor: float, relative: float) -> _Found:
@@ -169,7 +177,7 @@ def _by_products(tall: Tensor, energy: float, floor: float, relative: float) -> 
         low = min(1.0, 0.5 * scale * low * (3 - scale**2 * low**2))
     found = _by_gram(tall, floor, relative)
     note = f"Newton-Schulz did not converge in {_MOST_STEPS} steps (rank {found.rank} of {n}); served by gram64"
-    return _Found(found.factor, found.rank, found.nuclear_norm, found.mode, _MOST_STEPS, (note,))
+    return _Found(found.factor, found.rank, found.nuclear_norm, found.mode, _MOST_STEPS, found.values, (note,))
 
 
 def _norm_bound(matrix: Tensor) -> float:

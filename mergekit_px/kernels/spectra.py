@@ -109,7 +109,7 @@ def stable_rank(values: Tensor) -> float:
 def interference(left: Tensor, values: Tensor, right: Tensor) -> float:
     """Singular task interference of stacked components, ``|| (U'U - I) diag(s) (V'V - I) ||_1`` (entrywise sum).
 
-    Zero where the sources' singular vectors are orthogonal to one another (arXiv:2412.00081, section 3.2).
+    Zero where the sources' singular vectors are orthogonal to one another (arXiv:2412.00081).
 
     Args:
         left: (m, k) left singular vectors of all sources side by side.
@@ -123,7 +123,7 @@ def interference(left: Tensor, values: Tensor, right: Tensor) -> float:
 
 
 def alignment(delta: Tensor, merged_left: Tensor) -> float:
-    """Subspace alignment ratio ``||U U' D||_F / ||D||_F`` of a source's delta with a merge (arXiv:2502.04959, eq. 5).
+    """Subspace alignment ratio ``||U U' D||_F / ||D||_F`` of a source's delta with a merge (arXiv:2502.04959).
 
     Args:
         delta: (m, n) delta of one source.

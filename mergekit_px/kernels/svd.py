@@ -28,8 +28,8 @@ from mergekit_px.kernels.subspace import block_krylov, power_iteration
 
 SVDMode = Literal["auto", "dense", "randomised", "krylov", "gram"]
 
-_LARGE = 384
-"""Matrices whose short side is below this are decomposed densely: nothing is faster."""
+LARGE = 384
+"""Matrices whose short side is below this are decomposed densely and in float64: nothing is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,19 @@ class SVD:
     """Whether the iterative route reached its tolerance; where it did not, an exact route served instead."""
     identifiable: int = 0
     """How many leading components stand above noise of the energy that they leave over."""
-    notes: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    """What failed on the way and what served instead."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader of a report should know: fallbacks, and components that noise could have made."""
+        if self.identifiable >= self.rank:
+            return self.fallbacks
+        return (
+            *self.fallbacks,
+            f"components {self.identifiable + 1} to {self.rank} are not identifiable: flat tail, "
+            "no larger than noise of the remaining energy would make them",
+        )
 
     @property
     def rank(self) -> int:
@@ -74,7 +86,7 @@ class SVD:
         captured = float(s.double().square().sum()) / self.energy if self.energy > 0 else 1.0
         return SVD(
             self.u[:, :count], s, self.v[:, :count], self.energy, captured, self.residual, self.mode, self.converged,
-            min(self.identifiable, len(s)), self.notes,
+            min(self.identifiable, len(s)), self.fallbacks,
         )  # fmt: skip
 
 
@@ -85,7 +97,7 @@ class _Factors:
     v: Tensor
     mode: str
     converged: bool = True
-    notes: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
 
 
 def truncated_svd(
@@ -135,18 +147,18 @@ def truncated_svd(
         )  # fmt: skip
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
-    found = _decompose(tall, rank, energy, mode, tolerance, seed, label)
-    u, v = (found.v, found.u) if wide else (found.u, found.v)
-    kept = int((found.s > null_floor(found.s.dtype) * found.s[0]).sum())
-    u, v = orient(u[:, :kept], v[:, :kept])
-    return _assess(matrix, energy, (u.contiguous(), found.s[:kept].contiguous(), v.contiguous()), found)
+    found = _decompose(tall.double() if short < LARGE else tall, rank, energy, mode, tolerance, seed, label)
+    kept = int((found.s > null_floor(matrix.dtype) * found.s[0]).sum())
+    u, s, v = (part[..., :kept].to(matrix.dtype) for part in (found.u, found.s, found.v))
+    u, v = orient(v, u) if wide else orient(u, v)
+    return _assess(matrix, energy, (u.contiguous(), s.contiguous(), v.contiguous()), found)
 
 
 def _decompose(
     tall: Tensor, rank: int, energy: float, mode: SVDMode, tolerance: float, seed: int, label: str
 ) -> _Factors:
     n = tall.shape[1]
-    if mode == "auto" and n >= _LARGE and rank * (5 if n >= 3072 else 8) <= n:
+    if mode == "auto" and n >= LARGE and rank * (5 if n >= 3072 else 8) <= n:
         mode = "krylov"
     if mode == "dense":
         return _dense_svd(tall, rank, label)
@@ -162,13 +174,13 @@ def _decompose(
         return _rayleigh_ritz(space.basis, space.images, space.gram, rank, mode)
     exact = _exact_svd(tall, rank, label)
     note = f"{mode} did not converge within {space.basis.shape[1]} directions; decomposed exactly ({exact.mode})"
-    return _Factors(exact.u, exact.s, exact.v, exact.mode, False, (note, *exact.notes))
+    return _Factors(exact.u, exact.s, exact.v, exact.mode, False, (note, *exact.fallbacks))
 
 
 def _exact_svd(tall: Tensor, rank: int, label: str) -> _Factors:
     """The cheapest exact route: the Gram matrix where it saves work and loses nothing, else LAPACK."""
     m, n = tall.shape
-    if n < _LARGE or tall.dtype != torch.float32:
+    if n < LARGE or tall.dtype != torch.float32:
         return _dense_svd(tall, rank, label)
     if tall.is_cuda or 2 * m >= 3 * n:
         return _gram_svd(tall, rank)
@@ -224,7 +236,7 @@ def _gram_svd(tall: Tensor, rank: int) -> _Factors:
 
 
 def _dense_svd(tall: Tensor, rank: int, label: str) -> _Factors:
-    notes: list[str] = []
+    failures: list[str] = []
     attempts: list[tuple[str, str | None, torch.dtype, str]] = [("default driver", None, tall.dtype, str(tall.device))]
     if tall.is_cuda:
         attempts.append(("gesvd", "gesvd", tall.dtype, str(tall.device)))
@@ -233,21 +245,21 @@ def _dense_svd(tall: Tensor, rank: int, label: str) -> _Factors:
         try:
             u, s, vh = torch.linalg.svd(tall.to(device, dtype), full_matrices=False, driver=driver)
         except RuntimeError as error:  # no convergence, or a cuSOLVER status
-            notes.append(f"SVD ({name}) failed: {str(error).splitlines()[0]}")
+            failures.append(f"SVD ({name}) failed: {str(error).splitlines()[0]}")
             continue
         if not bool(torch.isfinite(s).all()) or not bool(torch.isfinite(u).all()):
-            notes.append(f"SVD ({name}) returned NaN")
+            failures.append(f"SVD ({name}) returned NaN")
             continue
-        if notes:
-            notes.append(f"served by {name}")
+        if failures:
+            failures.append(f"served by {name}")
         u, s, vh = (part.to(tall.device, tall.dtype) for part in (u[:, :rank], s[:rank], vh[:rank]))
-        return _Factors(u, s, vh.T, "dense", notes=tuple(notes))
+        return _Factors(u, s, vh.T, "dense", fallbacks=tuple(failures))
     try:
         served = _gram_svd(tall.double(), rank)
     except RuntimeError as error:
         raise RunError("no driver could decompose the matrix", where=label or None) from error
     u, s, v = (part.to(tall.dtype) for part in (served.u, served.s, served.v))
-    return _Factors(u, s, v, "gram", notes=(*notes, "served by the Gram matrix"))
+    return _Factors(u, s, v, "gram", fallbacks=(*failures, "served by the Gram matrix"))
 
 
 def orient(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,14 +278,7 @@ def _assess(matrix: Tensor, energy: float, parts: tuple[Tensor, Tensor, Tensor],
     residual = max(float(torch.linalg.vector_norm(gap, dim=0).max() / s[0]) for gap in gaps)
     captured = min(1.0, float(s.double().square().sum()) / energy)
     identifiable = noise_onset(s, energy, (matrix.shape[0], matrix.shape[1]))
-    notes = found.notes
     # An exactly captured matrix leaves nothing that could be noise.
     if captured > 1 - 1e-6:
         identifiable = len(s)
-    if identifiable < len(s):
-        notes = (
-            *notes,
-            f"components {identifiable + 1} to {len(s)} are not identifiable: flat tail, "
-            "no larger than noise of the remaining energy would make them",
-        )
-    return SVD(u, s, v, energy, captured, residual, found.mode, found.converged, identifiable, notes)
+    return SVD(u, s, v, energy, captured, residual, found.mode, found.converged, identifiable, found.fallbacks)

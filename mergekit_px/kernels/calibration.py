@@ -1,0 +1,43 @@
+"""Singular value calibration of a merged delta by the sources it was merged from (SVC, arXiv:2602.05536)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergekit_px.kernels.svd import truncated_svd
+
+
+class Calibration:
+    """Divides each singular value of a merge by how much it over-counts the sources.
+
+    With ``M = U diag(s) V'``, ``a = U'M`` and ``a_i = U'D_i``, the response of source i along output direction j is
+    ``g_ij = <a_j, a_ij> / ||a_ij||^2``, and ``s_j`` becomes ``s_j / mean_i max(floor, g_ij)``. A direction that
+    every source has in full (``g = T``) shrinks T-fold; one that the merge has lost grows, at most by ``1 / floor``.
+    Null directions of the merge stay null.
+
+    Args:
+        merged: (m, n) merged delta.
+        floor: positive; 1/T in the paper, 1 for a merge by TSV-M.
+        label: name of the tensor, for errors.
+    """
+
+    def __init__(self, merged: Tensor, floor: float, label: str = "") -> None:
+        self._left = truncated_svd(merged, label=label).u
+        self._response = self._left.T @ merged
+        self._floor = floor
+        self._total = torch.zeros(self._left.shape[1], dtype=torch.float64, device=merged.device)
+        self._count = 0
+
+    def add(self, delta: Tensor) -> None:
+        """Take the (m, n) delta of the next source into account."""
+        own = (self._left.T @ delta).double()
+        size = own.square().sum(1)
+        along = (self._response.double() * own).sum(1)
+        self._total += (along / size.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(self._floor)
+        self._count += 1
+
+    def result(self) -> Tensor:
+        """(m, n) calibrated delta."""
+        factor = (self._count / self._total).to(self._response.dtype)
+        return self._left @ (factor[:, None] * self._response)

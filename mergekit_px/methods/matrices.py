@@ -1,0 +1,285 @@
+"""What the spectral methods share: which tensors are matrices, how they are cut, and what happens to the others.
+
+A spectral merge of one matrix is a generator that is sent the sources' matrices, in order and in as many rounds as
+it wants, and returns the merged one. So one source is held at a time, however many there are, also where a tensor
+is a stack of many matrices.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BeforeValidator, Field, FiniteFloat
+
+from mergekit_px.errors import TensorMismatchError, UsageError
+from mergekit_px.methods.declare import Params
+from mergekit_px.methods.weighting import finite_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_px.kernels.svd import SVD
+
+_log = logging.getLogger(__name__)
+
+_TABLE = re.compile(
+    r"(.*embed(ding|dings|_tokens|_in|_out|der)?|wte|wpe|lm_head|shared|text_projection|classifier|score|head|heads)"
+)
+
+
+_PERCENTAGE = re.compile(r"\d+(\.\d+)?%")
+
+
+def _count(value: object) -> object:
+    number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
+        return number
+    if isinstance(number, str) and _PERCENTAGE.fullmatch(number) and float(number[:-1]) > 0:
+        return number
+    raise ValueError("must be a whole number of at least 1, or a percentage above 0 such as 10%")
+
+
+def _split(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
+Count = Annotated[
+    Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=rf"^{_PERCENTAGE.pattern}$")], BeforeValidator(_count)
+]
+"""A number of components, or a percentage of the rank that a matrix of this shape can have, as ``"10%"``."""
+
+
+class SpectralParams(Params):
+    scale: FiniteFloat = 1.0
+    """Factor of the merged update, of matrices and all other tensors alike."""
+    embeddings: Literal["mean", "spectral"] = "mean"
+    """Embeddings, output heads and projections into a shared space: the mean of the updates, or as any matrix."""
+    split: Annotated[
+        Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+(\+\d+)+$")], BeforeValidator(_split)
+    ] = 1
+    """Merge parts of the first axis apart: a number of equal parts (3 for fused query, key, value) or their sizes
+    (2048+512+512)."""
+    stack: Literal["auto", "experts", "flatten"] = "auto"
+    """Tensors of three axes: a stack of matrices along the first (experts), or one matrix of flattened rows
+    (convolutions). Automatic: experts where the name says so."""
+
+
+class NoiseParams(SpectralParams):
+    noise_floor: bool = True
+    """Leave out components that rounding to 16 bits explains, judged by the values of the base and of the sources.
+    Without it, methods that flatten spectra amplify them."""
+
+
+@dataclass(slots=True)
+class Case:
+    """One matrix to merge."""
+
+    label: str
+    shape: tuple[int, int]
+    weights: tuple[float, ...]
+    """The factors that the deltas have been multiplied by."""
+    noise: float = 0.0
+    """Largest singular value that rounding gives one delta before its weight; 0 where it is not known."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.weights)
+
+    @property
+    def rank(self) -> int:
+        return min(self.shape)
+
+    def edge(self, source: int) -> float:
+        """Noise edge of a source's weighted delta."""
+        return self.noise * abs(self.weights[source])
+
+    def sum_edge(self) -> float:
+        """Noise edge of the sum of all: the sources' roundings are independent, the base's is shared."""
+        return self.noise * math.sqrt((sum(w * w for w in self.weights) + sum(self.weights) ** 2) / 2)
+
+    def svd(self, matrix: torch.Tensor, rank: int | None = None) -> SVD:
+        """The leading components; fallbacks are noted."""
+        from mergekit_px.kernels.svd import truncated_svd
+
+        parts = truncated_svd(matrix, rank, label=self.label)
+        self.notes += parts.fallbacks
+        return parts
+
+    def above(self, values: torch.Tensor, edge: float, what: str) -> int:
+        """How many of the descending singular values stand above a noise edge; all, with a note, if none does."""
+        kept = int((values > edge).sum())
+        if kept == 0 and len(values):
+            self.notes.append(f"{what} does not exceed rounding noise; nothing was clipped")
+            return len(values)
+        return kept
+
+
+MatrixMerge = Generator[None, "torch.Tensor", "torch.Tensor"]
+
+
+def component_count(value: int | str, rank: int) -> int:
+    """A :data:`Count` for a matrix of that largest rank: percentages are rounded down, to at least 1."""
+    if isinstance(value, int):
+        return value
+    return max(1, int(rank * float(value.rstrip("%")) / 100 + 1e-9))
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor's name is that of an embedding, an output head or a projection into a shared space."""
+    return name == "output.weight" or any(_TABLE.fullmatch(part) for part in name.lower().split("."))
+
+
+def cut_into_matrices(
+    shape: Sequence[int], name: str, params: SpectralParams
+) -> list[Callable[[torch.Tensor], torch.Tensor]] | None:
+    """Views of a tensor as matrices, which together cover it; None where it is not to be merged as matrices.
+
+    Vectors, scalars, empty tensors, tables (unless wanted) and matrices of one row or column are none.
+
+    Raises:
+        UsageError: the parts of ``split`` do not add up to the first axis.
+    """
+    if len(shape) < 2 or math.prod(shape) == 0 or (params.embeddings == "mean" and is_table(name)):
+        return None
+    if len(shape) == 3 and (params.stack == "experts" or (params.stack == "auto" and "expert" in name)):
+        inner = shape[1:]
+        stack = list(range(shape[0]))
+    else:
+        inner = (shape[0], math.prod(shape[1:]))
+        stack = [-1]
+    bounds = list(_bounds(inner[0], params.split, name))
+    if inner[1] == 1 or any(stop - start == 1 for start, stop in bounds):
+        return None
+
+    def view(tensor: torch.Tensor, number: int, start: int, stop: int) -> torch.Tensor:
+        matrix = tensor[number] if number >= 0 else tensor.reshape(inner[0], inner[1])
+        return matrix[start:stop]
+
+    def viewer(number: int, start: int, stop: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tensor: view(tensor, number, start, stop)
+
+    return [viewer(number, start, stop) for number in stack for start, stop in bounds]
+
+
+def _bounds(rows: int, split: int | str, name: str) -> Iterator[tuple[int, int]]:
+    if isinstance(split, int):
+        if rows % split:
+            raise UsageError(f"{rows} rows cannot be split into {split} equal parts", where=name or None)
+        sizes = [rows // split] * split
+    else:
+        sizes = [int(size) for size in split.split("+")]
+        if sum(sizes) != rows or 0 in sizes:
+            raise UsageError(f"the parts {split} do not add up to {rows} rows", where=name or None)
+    start = 0
+    for size in sizes:
+        yield start, start + size
+        start += size
+
+
+def merge_matrices(
+    deltas: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    params: SpectralParams,
+    merge: Callable[[Case], MatrixMerge],
+    *,
+    name: str,
+    base: torch.Tensor | None = None,
+    scale: float | None = None,
+    otherwise: Literal["mean", "first"] = "mean",
+) -> torch.Tensor:
+    """Merge a tensor's matrices by ``merge``, and what is not a matrix by the mean (or as the first source has it).
+
+    Args:
+        deltas: the sources' deltas, gone through once for each round of the merge, one at a time.
+        weights: factors of the deltas.
+        merge: started for each matrix.
+        name: of the tensor.
+        base: of the shape of the deltas; tells how large rounding noise is.
+        scale: factor of the result; that of the parameters if left out.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity in a matrix.
+        TensorMismatchError: deltas of different shapes.
+        UsageError: a split that does not fit, or a weight that is not finite.
+    """
+    import torch
+
+    finite_weights(weights)
+    factor = params.scale if scale is None else scale
+    first = deltas[0]
+    views = cut_into_matrices(first.shape, name, params)
+    if views is None:
+        if otherwise == "first":
+            return first * factor
+        total = torch.zeros_like(first)
+        for delta, weight in zip(deltas, weights, strict=True):
+            _check_shape(delta, first.shape, name)
+            total.add_(delta, alpha=weight)
+        return total.mul_(factor / len(weights))
+    shape, dtype = first.shape, _stored_as(first, base)
+    merged = torch.empty_like(first, memory_format=torch.contiguous_format)
+    del first
+    cases = []
+    for number, view in enumerate(views):
+        label = name if len(views) == 1 else f"{name}[{number}]"
+        like = view(merged)
+        noise = _noise(view(base), dtype) if base is not None and dtype is not None else 0.0
+        cases.append(Case(label, (like.shape[0], like.shape[1]), tuple(weights), noise))
+    running = [(case, view, merge(case)) for case, view in zip(cases, views, strict=True)]
+    for _, _, generator in running:
+        next(generator)
+    while running:
+        for delta, weight in zip(deltas, weights, strict=True):
+            _check_shape(delta, shape, name)
+            still = []
+            for case, view, generator in running:
+                part = view(delta)
+                try:
+                    generator.send(part if weight == 1 else part * weight)
+                    still.append((case, view, generator))
+                except StopIteration as finished:
+                    view(merged).copy_(finished.value)
+            running = still
+            if not running:
+                break
+    for case in cases:
+        for note in dict.fromkeys(case.notes):
+            _log.warning("%s: %s", case.label, note)
+    return merged.mul_(factor)
+
+
+def sum_of(case: Case) -> Generator[None, torch.Tensor, torch.Tensor]:
+    """One round: the sum of the sources' matrices, added up in float64, so that their order does not matter."""
+    import torch
+
+    first = yield
+    total = first.to(torch.float64, copy=True)
+    for _ in range(case.count - 1):
+        total += yield
+    return total.to(first.dtype)
+
+
+def _stored_as(first: torch.Tensor, base: torch.Tensor | None) -> torch.dtype | None:
+    """The dtype that explains the values of both the base and the first source."""
+    from mergekit_px.kernels.spectra import ROUNDING_UNIT, storage_dtype
+
+    if base is None:
+        return None
+    return min((storage_dtype(base), storage_dtype(base + first)), key=ROUNDING_UNIT.__getitem__)
+
+
+def _noise(base: torch.Tensor, dtype: torch.dtype) -> float:
+    from mergekit_px.kernels.spectra import rounding_noise_edge
+
+    return rounding_noise_edge(base, dtype)
+
+
+def _check_shape(delta: torch.Tensor, shape: Sequence[int], name: str) -> None:
+    if tuple(delta.shape) != tuple(shape):
+        raise TensorMismatchError(f"sources of shapes {tuple(shape)} and {tuple(delta.shape)}", where=name or None)

@@ -1,0 +1,59 @@
+"""Spectral truncation and rescale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from mergekit_px.methods.declare import merge_method
+from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, merge_matrices
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StarParams(SpectralParams):
+    eta: Annotated[float, Field(gt=0, le=100)] = 40.0
+    """Percentage of the sum of each source's singular values that is kept."""
+
+
+@merge_method(space="deltas", access="tensor", paper="arXiv:2502.10339", scratch=12.0)
+def star(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: StarParams, name: str) -> torch.Tensor:
+    """Mean of the sources' leading components, rescaled to their old nuclear norm.
+
+    Of each matrix ``w_t D_t = U diag(s) V'`` the fewest leading components whose values add up to ``eta`` percent of
+    ``sum(s)`` are kept and multiplied by ``sum(s) / sum(kept s)``; the merged delta is the mean over the sources.
+    All other tensors, and embeddings unless wanted, get the mean of the deltas. ``scale`` multiplies everything.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity in a delta.
+        TensorMismatchError: sources of different shapes.
+    """
+
+    def merge(case: Case) -> MatrixMerge:
+        return _star(case, params)
+
+    return merge_matrices(deltas, weights, params, merge, name=name)
+
+
+def _star(case: Case, params: StarParams) -> MatrixMerge:
+    import torch
+
+    merged: torch.Tensor | None = None
+    for _ in range(case.count):
+        delta = yield
+        if merged is None:
+            merged = torch.zeros_like(delta)
+        parts = case.svd(delta)
+        if parts.rank == 0:
+            continue
+        running = parts.s.double().cumsum(0)
+        total = float(running[-1])
+        # The last sum is the total itself, whatever the rounding.
+        kept = min(int((running < total * params.eta / 100).sum()) + 1, parts.rank)
+        gain = total / float(running[kept - 1])
+        merged.addmm_(parts.u[:, :kept] * parts.s[:kept], parts.v[:, :kept].T, alpha=gain / case.count)
+    assert merged is not None
+    return merged

@@ -1,0 +1,62 @@
+"""Subspace boosting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from mergekit_px.methods.declare import merge_method
+from mergekit_px.methods.matrices import Case, MatrixMerge, NoiseParams, merge_matrices, sum_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SubspaceBoostingParams(NoiseParams):
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the sum of the singular values at which lifting begins; 0 lifts everything to the largest."""
+
+
+@merge_method(space="deltas", access="tensor", paper="arXiv:2506.16506", scratch=12.0)
+def subspace_boosting(
+    deltas: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    params: SubspaceBoostingParams,
+    base: torch.Tensor | None,
+    name: str,
+) -> torch.Tensor:
+    """Lift the weak directions of a sum, or of one merge, to the strength of a stronger one.
+
+    With ``sum_t w_t D_t = U diag(s) V'`` and c the first index at which ``(s_1 + .. + s_c) / sum(s) >= beta``, every
+    ``s_j`` below ``s_c`` becomes ``s_c``. Given the result of another step as its only source, it boosts any merge
+    (TIES, consensus); given several, it boosts task arithmetic. Components beyond the numerical rank or within the
+    rounding noise of 16-bit checkpoints keep their values. Fused query, key and value want ``split: 3``. All other
+    tensors, and embeddings unless wanted, get the mean of the deltas. ``scale`` multiplies everything.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity in a delta.
+        TensorMismatchError: sources of different shapes.
+    """
+
+    def merge(case: Case) -> MatrixMerge:
+        return _boost(case, params)
+
+    return merge_matrices(deltas, weights, params, merge, name=name, base=base)
+
+
+def _boost(case: Case, params: SubspaceBoostingParams) -> MatrixMerge:
+    total = yield from sum_of(case)
+    parts = case.svd(total)
+    if parts.rank == 0:
+        return total
+    running = parts.s.double().cumsum(0)
+    strong = min(int((running < params.beta * float(running[-1])).sum()), parts.rank - 1)
+    edge = case.sum_edge()
+    lifted = case.above(parts.s, edge, "the sum") if params.noise_floor else parts.rank
+    if not params.noise_floor and (below := int((parts.s <= edge).sum())):
+        case.notes.append(f"{below} of {parts.rank} components lie below rounding noise ({edge:.2g}) and are amplified")
+    values = parts.s.clone()
+    values[:lifted].clamp_min_(float(parts.s[strong]))
+    return (parts.u * values) @ parts.v.T

@@ -1,0 +1,63 @@
+"""The leading components of all sources, pooled (AXIS, stage 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from mergekit_px.methods.declare import merge_method
+from mergekit_px.methods.matrices import Case, Count, MatrixMerge, SpectralParams, component_count, merge_matrices
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SvdParams(SpectralParams):
+    top_k: Count = "10%"
+    """Components kept of all sources together for each matrix: a number, or a percentage of the rank."""
+    pool: Literal["matrix", "quota", "normalised"] = "matrix"
+    """Which are kept: the largest of all; as many of each source; the largest relative to their source's norm."""
+    orthogonalise: bool = True
+    """Make the pooled vectors orthonormal before they are summed (as TSV-M does). Off, the plain sum of the paper,
+    which is meant to be tuned and over-shoots as it is."""
+    calibrate: Literal["none", "svc"] = "none"
+    """Calibrate the singular values of the result by the sources (the method svc), which are then read twice."""
+
+
+@merge_method(space="deltas", access="tensor", paper="arXiv:2508.19353", scratch=8.0)
+def svd(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: SvdParams, name: str) -> torch.Tensor:
+    """Pool the rank-one components of all sources and keep the K largest of each matrix.
+
+    Each ``w_t D_t = sum_j s_tj u_tj v_tj'`` gives its components to one pool per matrix; the K with the largest
+    ``s`` are kept, and the merged delta is their sum (Osial et al., without the tuning that follows
+    there), or with ``orthogonalise`` ``polar(U) diag(s) polar(V)'`` of the stacked vectors, which removes what the
+    sources' components count twice. K above the number of components keeps all; then the plain sum is task
+    arithmetic. All other tensors, and embeddings unless wanted, get the mean of the deltas. ``scale`` multiplies
+    everything.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity in a delta.
+        TensorMismatchError: sources of different shapes.
+    """
+
+    def merge(case: Case) -> MatrixMerge:
+        return _svd(case, params)
+
+    return merge_matrices(deltas, weights, params, merge, name=name)
+
+
+def _svd(case: Case, params: SvdParams) -> MatrixMerge:
+    from mergekit_px.kernels.calibration import Calibration
+    from mergekit_px.kernels.pool import ComponentPool
+
+    pool = ComponentPool(component_count(params.top_k, case.rank), params.pool, case.label)
+    for _ in range(case.count):
+        pool.add((yield))
+    merged = (pool.orthogonalised() if params.orthogonalise else pool.sum()).dense()
+    case.notes += pool.notes
+    if params.calibrate == "none":
+        return merged
+    calibration = Calibration(merged, 1 / case.count, case.label)
+    for _ in range(case.count):
+        calibration.add((yield))
+    return calibration.result()

@@ -1,0 +1,60 @@
+"""Task singular vectors, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mergekit_px.methods.declare import merge_method
+from mergekit_px.methods.matrices import Case, Count, MatrixMerge, NoiseParams, component_count, merge_matrices
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TsvMParams(NoiseParams):
+    rank: Count | None = None
+    """Components of each source, a number or a percentage of the rank; an equal share of the rank if left out."""
+
+
+@merge_method(space="deltas", access="tensor", paper="arXiv:2412.00081", scratch=12.0)
+def tsv_m(
+    deltas: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    params: TsvMParams,
+    base: torch.Tensor | None,
+    name: str,
+) -> torch.Tensor:
+    """Merge the leading components of each source, made orthogonal to those of the others.
+
+    For an (m, n) matrix and T sources, the ``k = floor(min(m, n) / T)`` leading components ``U_t, s_t, V_t`` of each
+    ``w_t D_t`` are stacked to ``U, s, V``, and the merged delta is ``polar(U) diag(s) polar(V)'`` (Gargiulo et
+    al.). Components beyond a source's numerical rank, or within the rounding noise of 16-bit checkpoints, are left
+    out. All other tensors, and embeddings unless wanted, get the mean of the deltas. ``scale`` (alpha) multiplies
+    everything.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity in a delta.
+        TensorMismatchError: sources of different shapes.
+    """
+
+    def merge(case: Case) -> MatrixMerge:
+        return _tsv_m(case, params)
+
+    return merge_matrices(deltas, weights, params, merge, name=name, base=base)
+
+
+def _tsv_m(case: Case, params: TsvMParams) -> MatrixMerge:
+    import torch
+
+    from mergekit_px.kernels.pool import orthogonalised
+
+    rank = max(1, case.rank // case.count) if params.rank is None else component_count(params.rank, case.rank)
+    stacks = []
+    for source in range(case.count):
+        parts = case.svd((yield), rank)
+        edge = case.edge(source) if params.noise_floor else 0.0
+        parts = parts.leading(case.above(parts.s, edge, f"source {source + 1}"))
+        stacks.append((parts.u, parts.s, parts.v))
+    u, s, v = (torch.cat(column, dim=-1) for column in zip(*stacks, strict=True))
+    return orthogonalised(u, s, v, case.label, case.notes).dense()
