@@ -14,6 +14,7 @@ from typing import Any
 from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError, UsageError
 from mergekit_px.methods import find_method
 from mergekit_px.methods.declare import Method, Params, check_source_count
+from mergekit_px.methods.weighting import total_weight
 from mergekit_px.plan.adapters import adapted_model, adapter_changes, as_kind, is_unchanged
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import depth, split_layer, stack_sizes
@@ -252,6 +253,11 @@ class Expressions:
             numbers = tuple(
                 resolve_weight(weights[index], method.default_weight, place, names[index], where) for index in indices
             )
+            if method.uses_weights and getattr(resolved, "normalize", False):
+                try:
+                    total_weight(numbers)
+                except UsageError as error:
+                    raise RecipeError(error.what, where=where, hint=error.hint) from None
             self._resolved[key] = (method, resolved, numbers)
         return self._resolved[key]
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -220,6 +221,45 @@ def test_task_vectors_are_files_of_their_own_bound_to_their_base(
     with pytest.raises(PlanError, match="taken from another base than 'fine2'"):
         plan_of(wrong, tmp_path / "wrong")
     assert plan_of(wrong, tmp_path / "wrong", allow_base_mismatch=True).items
+
+
+def test_a_merge_of_local_files_opens_no_socket(
+    models: tuple[Path, dict[str, Tensors]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = models
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    merge(recipe(folder, STEPS["ties"]), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_portable_reader_and_writer_give_the_same_bytes(
+    models: tuple[Path, dict[str, Tensors]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = models
+    merge(recipe(folder, STEPS["ties"]), tmp_path / "out")
+    monkeypatch.setenv("PXMERGE_PORTABLE_IO", "1")
+    merge(recipe(folder, STEPS["ties"]), tmp_path / "portable")
+    assert digest(tmp_path / "portable") == digest(tmp_path / "out")
+
+
+def test_a_long_tensor_stays_within_its_budget(tmp_path: Path) -> None:
+    rows = 20_000
+    for name in ("base", "fine0", "fine1"):
+        write_checkpoint(tmp_path / "models" / name, {"w": torch.full((rows, 1000), 1.0, dtype=torch.bfloat16)})
+    for number, step in enumerate((STEPS["linear"], STEPS["slerp"], STEPS["ties"])):
+        sources = list(step["sources"])[:2]
+        data = recipe(tmp_path / "models", {**step, "sources": sources})
+        script = SCRIPT.replace("time.sleep(0.05)", "pass").replace("mode=mode", "mode=mode, memory=400_000_000")
+        script += "\nfrom mergekit_px.execute.run import peak_memory; print(peak_memory())"
+        command = [sys.executable, "-c", script, json.dumps(data), str(tmp_path / f"out{number}"), "new"]
+        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        # The tensor and its float32 copies would need 40 + 80 MB for each operand.
+        assert peak < 400_000_000
 
 
 def test_progress_ends_complete(models: tuple[Path, dict[str, Tensors]], tmp_path: Path) -> None:

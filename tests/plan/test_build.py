@@ -170,6 +170,7 @@ def test_quantized_models_are_not_computed_with(folder: Path, tmp_path: Path) ->
         ({"method": "liner", "sources": ["fine0"]}, Exception, "linear"),
         ({"method": "combine", "sources": {"fine0": 0.5}}, RecipeError, "add up to 0.5"),
         ({"method": "slerp", "sources": {"fine0": 1, "fine1": 1}}, RecipeError, "no weights"),
+        ({"method": "linear", "sources": {"fine0": 1, "fine1": -1}}, RecipeError, "add up to zero"),
     ],
 )
 def test_steps_that_cannot_be_meant_are_refused(
