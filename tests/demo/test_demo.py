@@ -11,11 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from mergekit_px.cli import main
-from mergekit_px.demo import DemoResult, merge_commands, run_demo
+from mergekit_px.demo import DemoResult, run_demo
 from mergekit_px.demo.tasks import FINE_TUNES
 from mergekit_px.errors import OutputError, RunError, UsageError
 from mergekit_px.methods import load_methods
-
 
 SOME = {"linear", "slerp", "svd", "ties"}
 
@@ -132,24 +131,3 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not a folder"):
         run_demo(tmp_path / "thesis.tex", 0, main, lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_every_method_that_merges_is_in_the_demo() -> None:
-    names = [command.output.name for command in merge_commands(Path("demo"), FINE_TUNES)]
-    able = {
-        name
-        for name, method in load_methods().items()
-        if method.sources[1] != 1 and not any(field.is_required() for field in method.params.model_fields.values())
-    }
-    assert set(names) == able - {"combine"} and len(names) == len(set(names))
-
-
-def test_each_command_takes_what_its_method_takes() -> None:
-    for command in merge_commands(Path("demo"), FINE_TUNES):
-        name = command.output.name
-        method = load_methods()[name]
-        at = command.arguments.index("--sources") + 1
-        sources = [word for word in command.arguments[at : at + 3] if word.startswith("demo")]
-        least, most = method.sources
-        assert max(least, 2) <= len(sources) <= (most or 3)
-        assert ("--base" in command.arguments) == (method.space == "deltas")
