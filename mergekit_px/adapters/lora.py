@@ -66,8 +66,9 @@ def check(config: AdapterConfig, options: BindOptions) -> None:
         raise config.error(f"cannot be merged: '{shown(unknown[0])}' is set, which this program does not know")
 
 
-def scale_of(config: AdapterConfig, path: str, rank: int) -> float:
-    """s for a module of this rank. Raises AdapterError where the configuration has another rank for it."""
+def alpha_of(config: AdapterConfig, path: str, rank: int) -> float:
+    """The alpha of a module of this rank for which s = alpha / r, whatever the configuration divides by. Raises
+    AdapterError where the configuration has another rank for the module."""
     stated = config.pattern("rank_pattern", path)
     if stated is None:
         stated = config.number("r", rank)
@@ -76,7 +77,12 @@ def scale_of(config: AdapterConfig, path: str, rank: int) -> float:
     alpha = config.pattern("alpha_pattern", path)
     if alpha is None:
         alpha = config.number("lora_alpha", 8)
-    return alpha / math.sqrt(rank) if config.flag("use_rslora") else alpha / rank
+    return alpha * math.sqrt(rank) if config.flag("use_rslora") else float(alpha)
+
+
+def scale_of(config: AdapterConfig, path: str, rank: int) -> float:
+    """s for a module of this rank. Raises as ``alpha_of``."""
+    return alpha_of(config, path, rank) / rank
 
 
 def bind(module: Module, binder: Binder) -> list[Patch]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from mergekit_px.adapters.adapter import Adapter
 from mergekit_px.adapters.base_names import BaseNames
 from mergekit_px.adapters.binder import BindOptions, roles
-from mergekit_px.adapters.lora import check, scale_of
-from mergekit_px.adapters.lycoris import noted_scale
+from mergekit_px.adapters.lora import alpha_of, check
+from mergekit_px.adapters.lycoris import is_by_input, noted_alpha
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.adapters.reading import TensorSource
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PEFT_FACTORS = {"A": "lora_A", "B": "lora_B"}
 _EMBEDDING_FACTORS = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
-_PEFT_MAGNITUDE, _MAGNITUDE = "lora_magnitude_vector", "magnitude"
+_PEFT_MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +89,11 @@ class LoraSource:
         loaded = {role: self._source.load(tensor) for role, tensor in stored.items()}
         rank = loaded["A"].shape[0]
         if config.kind == "LORA":
-            alpha = scale_of(config, module.name, rank) * rank
+            alpha = alpha_of(config, module.name, rank)
         elif "alpha" in loaded:
             alpha = float(loaded["alpha"].item()) or float(rank)
         else:
-            alpha = noted_scale(module, rank, config) * rank
+            alpha = noted_alpha(module, rank, config)
         found = LoraModule(
             name=module.name,
             a=loaded["A"],
@@ -131,7 +131,14 @@ def _factors(module: Module, adapter: Adapter) -> tuple[dict[str, StoredTensor],
     config = adapter.config
     if config.kind != "LORA":
         factors = roles(module, config, {"A": "A", "B": "B"}, (2, 5))
-        return factors | {role: module.tensors[role] for role in ("alpha", _MAGNITUDE) if role in module.tensors}, False
+        if "alpha" in module.tensors:
+            factors["alpha"] = module.tensors["alpha"]
+        for role in ("magnitude", "dora_scale"):
+            if role in module.tensors:
+                factors["magnitude"] = module.tensors[role]
+        if "dora_scale" in module.tensors and is_by_input(module.tensors["dora_scale"]):
+            raise config.error(f"the magnitudes of {shown(module.name)} belong to inputs, which only LyCORIS has")
+        return factors, False
     embedding = any(name in module.tensors for name in _EMBEDDING_FACTORS.values())
     factors = roles(module, config, _EMBEDDING_FACTORS if embedding else _PEFT_FACTORS, (2, 5))
     if _PEFT_MAGNITUDE in module.tensors:

@@ -34,7 +34,7 @@ from mergekit_px.checkpoint.open import StoredTensor
 if TYPE_CHECKING:
     import torch
 
-_ANYWHERE = ("alpha", "magnitude")
+_ANYWHERE = ("alpha", "magnitude", "dora_scale")
 """Roles that go with any family and do not name one."""
 
 _BIASES = {"diff_b": AddPatch, "b_norm": AddPatch, "set_bias": ReplacePatch}
@@ -86,8 +86,9 @@ def bind(module: Module, binder: Binder) -> list[Patch]:
             own -= names
             break
     if "bias" in module.tensors and patches:
-        share = binder.bias_patch(weight, module.tensors["bias"], noted_scale(module, _rank(module), binder.config))
-        patches.append(_with_alpha(replace(share, rank=_rank(module)), module))
+        rank = _rank(module)
+        share = binder.bias_patch(weight, module.tensors["bias"], noted_alpha(module, rank, binder.config) / rank)
+        patches.append(_with_alpha(replace(share, rank=rank), module))
     patches += [_whole(role, module.tensors[role], weight, binder) for role in sorted(own & set(_WHOLE))]
     for role in sorted(own & set(_BIASES)):
         bias = binder.bias(weight.name)
@@ -111,7 +112,7 @@ def _lora(module: Module, weight: StoredTensor, binder: Binder) -> AdditivePatch
             raise binder.clash(weight, wanted)
         patch = LowRankPatch(target=weight.name, source=weight.name, out_shape=weight.shape, factors=factors, rank=rank)
     else:
-        patch = lora.low_rank(_as_stored(pair, weight), weight, noted_scale(module, rank, binder.config), binder)
+        patch = lora.low_rank(_as_stored(pair, weight), weight, noted_alpha(module, rank, binder.config) / rank, binder)
     return _with_alpha(patch, module)
 
 
@@ -150,14 +151,19 @@ _FAMILIES: tuple[tuple[frozenset[str], Callable[[Module, StoredTensor, Binder], 
 
 
 def _finished(patch: Patch, module: Module, binder: Binder) -> Patch:
-    """The patch with the module's magnitudes around it, one for each output or (older files) each input."""
-    magnitude = module.tensors.get("magnitude")
+    """The patch with the module's magnitudes around it: one for each output, but for older ``dora_scale``, which
+    have one for each input."""
+    magnitude = module.tensors.get("dora_scale") or module.tensors.get("magnitude")
     if magnitude is None:
         return patch
     if not isinstance(patch, AdditivePatch):
         raise binder.error(f"{shown(magnitude.name)} has no meaning beside a rotation")
-    by_input = len(magnitude.shape) > 1 and magnitude.shape[0] == 1 != patch.out_shape[0]
-    return decomposed(patch, magnitude, int(by_input), binder)
+    return decomposed(patch, magnitude, int("dora_scale" in module.tensors and is_by_input(magnitude)), binder)
+
+
+def is_by_input(scale: StoredTensor) -> bool:
+    """Whether a ``dora_scale`` belongs to inputs: (1, in, 1, ...), not (out, 1, 1, ...)."""
+    return len(scale.shape) > 1 and scale.shape[0] == 1 and scale.shape[1] != 1
 
 
 def _whole(role: str, tensor: StoredTensor, target: StoredTensor, binder: Binder) -> Patch:
@@ -173,13 +179,13 @@ def _with_alpha(patch: AdditivePatch, module: Module) -> AdditivePatch:
     return patch if alpha is None else replace(patch, factors={**patch.factors, "alpha": alpha})
 
 
-def noted_scale(module: Module, rank: int, config: AdapterConfig) -> float:
-    """One, unless diffusers noted a configuration for the module's component."""
+def noted_alpha(module: Module, rank: int, config: AdapterConfig) -> float:
+    """The rank, for a scale of one, unless diffusers noted a configuration for the module's component."""
     prefix = f"{module.component}." if module.component else ""
     values = {name.removeprefix(prefix): value for name, value in config.values.items() if name.startswith(prefix)}
     if "lora_alpha" not in values:
-        return 1.0
-    return lora.scale_of(AdapterConfig(config.kind, values, config.where), module.name, rank)
+        return float(rank)
+    return lora.alpha_of(AdapterConfig(config.kind, values, config.where), module.name, rank)
 
 
 def _as_stored(pair: dict[str, StoredTensor], weight: StoredTensor) -> dict[str, StoredTensor]:

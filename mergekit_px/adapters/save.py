@@ -185,8 +185,8 @@ def _pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
 
 
 def _commonest(values: Any, default: float) -> Any:
-    counted = Counter(values).most_common(1)
-    return counted[0][0] if counted else default
+    counted = Counter(values)
+    return min(counted, key=lambda value: (-counted[value], value)) if counted else default
 
 
 def _number(value: float) -> float:

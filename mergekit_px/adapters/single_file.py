@@ -54,7 +54,7 @@ ROLES: Mapping[str, str] = {
     "lora.down.weight": "A",
     "lora.up.weight": "B",
     "alpha": "alpha",
-    "dora_scale": "magnitude",
+    "dora_scale": "dora_scale",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},

@@ -82,7 +82,7 @@ class LoraUpdates:
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
-        magnitudes = ("magnitude", "lora_magnitude_vector")
+        magnitudes = ("magnitude", "dora_scale", "lora_magnitude_vector")
         if any(role in magnitudes for module in adapter.keys.modules.values() for role in module.tensors):
             raise adapter.config.error("the updates of DoRA depend on the base's weights", hint="give the base model")
         if adapter.kind not in ("LORA", "KOHYA", "DIFFUSERS", "MIXED"):
