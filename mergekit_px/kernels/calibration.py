@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergekit_px.errors import NonFiniteError
 from mergekit_px.kernels.svd import truncated_svd
 
 
@@ -23,6 +24,7 @@ class Calibration:
     """
 
     def __init__(self, merged: Tensor, floor: float, label: str = "") -> None:
+        self._label = label
         self._left = truncated_svd(merged, label=label).u
         self._response = self._left.T @ merged
         self._floor = floor
@@ -30,9 +32,15 @@ class Calibration:
         self._count = 0
 
     def add(self, delta: Tensor) -> None:
-        """Take the (m, n) delta of the next source into account."""
+        """Take the (m, n) delta of the next source into account.
+
+        Raises:
+            NonFiniteError: a NaN or an infinity in the delta.
+        """
         own = (self._left.T @ delta).double()
         size = own.square().sum(1)
+        if not bool(torch.isfinite(size).all()):
+            raise NonFiniteError("a delta holds a NaN or an infinity", where=self._label or None)
         along = (self._response.double() * own).sum(1)
         self._total += (along / size.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(self._floor)
         self._count += 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mergekit_px.errors import NonFiniteError, TensorMismatchError
+from mergekit_px.kernels.orthonormal import squared_norm
 from mergekit_px.kernels.svd import SVD, orient, truncated_svd
 
 _NULL = 1e-10
@@ -78,9 +79,10 @@ class LowRank:
         Raises:
             NonFiniteError: a factor holds a NaN or an infinity.
         """
+        for factor in (self.left, self.right):
+            if not math.isfinite(squared_norm(factor)):
+                raise NonFiniteError("a factor holds a NaN or an infinity")
         (basis_left, basis_right), core = self._core()
-        if not bool(torch.isfinite(core).all()):
-            raise NonFiniteError("a factor holds a NaN or an infinity")
         inner = truncated_svd(core, rank, mode="dense")
         kept = inner.s > _NULL * inner.s[:1] if inner.rank else inner.s > 0
         u, v = orient(basis_left @ inner.u[:, kept], basis_right @ inner.v[:, kept])

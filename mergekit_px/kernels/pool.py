@@ -80,13 +80,17 @@ class ComponentPool:
             parts = delta.svd(self.limit)
         else:
             parts = truncated_svd(delta, self.limit, seed=self.seed, label=self.label)
+        self.add_components(parts, weight)
+        return parts
+
+    def add_components(self, parts: SVD, weight: float = 1.0) -> None:
+        """Add a source that is decomposed already, into at least ``limit`` components if it has so many."""
         number = len(self.energies)
         self.notes += [f"source {number + 1}: {note}" for note in parts.fallbacks]
         # A negative weight turns the left vectors, so that the singular values stay positive.
         u = -parts.u if weight < 0 else parts.u
         source, order = torch.full((parts.rank,), number), torch.arange(parts.rank)
         self._insert(u, parts.s * abs(weight), parts.v, source, order, [parts.energy * weight**2])
-        return parts
 
     def merge(self, other: ComponentPool) -> None:
         """Add all sources of another pool of the same limit and rule, behind the own ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,7 +57,9 @@ def specific_count(rank: int, sources: int, common: float) -> int:
 def _iso_cts(case: Case, params: IsoCtsParams) -> MatrixMerge:
     import torch
 
+    from mergekit_px.kernels.orthonormal import squared_norm
     from mergekit_px.kernels.pool import orthogonalised
+    from mergekit_px.kernels.spectra import null_floor
 
     own = specific_count(case.rank, case.count, params.common)
     total = yield from sum_of(case)
@@ -67,10 +70,12 @@ def _iso_cts(case: Case, params: IsoCtsParams) -> MatrixMerge:
     stacks = [(common.u, common.s, common.v)]
     for source in range(case.count):
         delta = yield
-        parts = case.svd(delta - common.u @ (common.u.T @ delta), own)
+        rest = case.svd(delta - common.u @ (common.u.T @ delta), own)
+        # Where the common subspace holds all of a source, the rest is rounding error of the subtraction.
+        floor = null_floor(delta.dtype) * math.sqrt(squared_norm(delta))
         edge = case.edge(source) if params.noise_floor else 0.0
-        parts = parts.leading(int((parts.s > edge).sum()))
-        stacks.append((parts.u, parts.s, parts.v))
+        rest = rest.leading(int((rest.s > max(edge, floor)).sum()))
+        stacks.append((rest.u, rest.s, rest.v))
     u, s, v = (torch.cat(column, dim=-1) for column in zip(*stacks, strict=True))
     if len(s) == 0:
         return torch.zeros_like(delta)
