@@ -10,7 +10,16 @@
     patch         how one tensor changes
     adapter       ``Adapter.bind(base)`` -> the patches
     open          a folder or a file -> ``Adapter``
+    describe      what an adapter holds: ranks, scales, norms
 
-and one file for each family: lora, dora, experts, adalora, loha, lokr, ia3, oft, vera, hra, hira, ln_tuning, shira,
-miss, tokens, lycoris.
+one file for each family: lora, dora, experts, adalora, loha, lokr, ia3, oft, vera, hra, hira, ln_tuning, shira, miss,
+tokens, lycoris; and adapters out of adapters and models:
+
+    lora_modules  LoRA factors, whatever the format
+    updates       updates dW as factored matrices
+    merge         several adapters into one (merge_options, merge_spaces, mergers)
+    extract       an adapter from a base and a fine-tune
+    acmap         the running mean of task adapters
+    save          PEFT folders, kohya and diffusers files
+    convert       from one format into another
 """

@@ -226,8 +226,9 @@ def _parameters(module: Module, binder: Binder) -> Iterator[_Parameter]:
 
 def _separate_parameters(place: str, binder: Binder) -> Iterator[_Parameter]:
     table: dict[int, dict[str, str]] = {}
+    pattern = re.compile(rf"{re.escape(place)}\.(\d+)\.(\w+)\.weight")
     for name in binder.base.tensors:
-        match = re.fullmatch(rf"{re.escape(place)}\.(\d+)\.(\w+)\.weight", name)
+        match = pattern.fullmatch(name) if name.startswith(place) else None
         if match:
             table.setdefault(int(match[1]), {})[match[2]] = name
     if not table or sorted(table) != list(range(len(table))):

@@ -1,7 +1,8 @@
 """How one tensor of a base checkpoint changes under an adapter.
 
 A patch knows names, shapes and places; the numbers come in when it is applied. Arithmetic is done in the dtype of
-the base block it is given (float32 or float64); the caller rounds once, to the storage dtype, at the end.
+the base block it is given (float32 or float64); the caller rounds once, to the storage dtype, at the end. (PEFT rounds
+twice where adapter or base are of half precision: the update to the adapter's dtype, the sum to the base's.)
 """
 
 from __future__ import annotations

@@ -251,6 +251,69 @@ def test_quantised_bases_are_refused(dtype: torch.dtype, tmp_path: Path) -> None
         adapter.bind(open_checkpoint(tmp_path / "packed.safetensors"))
 
 
+# --- square experts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "model_type", "layout"),
+    [
+        (None, None, "in_out"),
+        ("0.18.1", "mixtral", "in_out"),
+        ("0.21.2", "mixtral", "out_in"),
+        ("0.19.0", "gpt_oss", "in_out"),
+    ],
+)
+def test_square_experts_follow_the_release_that_wrote_them(
+    version: str | None, model_type: str | None, layout: str, tmp_path: Path
+) -> None:
+    """PEFT itself reads such a file by its own release, so a file of an older one comes out wrong there."""
+    experts, size, rank = 3, 4, 2
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file({"mlp.experts.down_proj": numbers(experts, size, size)}, folder / "model.safetensors")
+    if model_type:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tensors = lora_pair("base_model.model.mlp.experts", out=size, inside=size, rank=rank * experts)
+    config = {"target_parameters": ["experts.down_proj"], "peft_version": version}
+    adapter = adapter_folder(tmp_path / "a", tensors, **config)
+    base = open_checkpoint(folder)
+
+    delta = merged(open_adapter(adapter).bind(base), "mlp.experts.down_proj", base, adapter) - numbers(
+        experts, size, size
+    )
+
+    a = numbers(rank * experts, size).reshape(experts, rank, size)
+    b = numbers(size, rank * experts).reshape(size, rank, experts)
+    expected = 2 * torch.einsum("ore,eri->eoi" if layout == "out_in" else "ore,eri->eio", b, a)
+    torch.testing.assert_close(delta, expected)
+
+
+def test_square_experts_of_an_unknown_model_are_refused(tmp_path: Path) -> None:
+    save_file({"mlp.experts.down_proj": numbers(3, 4, 4)}, tmp_path / "base.safetensors")
+    tensors = lora_pair("base_model.model.mlp.experts", out=4, inside=4, rank=6)
+    config = {"target_parameters": ["experts.down_proj"], "peft_version": "0.21.2"}
+    with pytest.raises(AdapterError, match="square, so their layout depends on the model"):
+        open_adapter(adapter_folder(tmp_path / "a", tensors, **config)).bind(
+            open_checkpoint(tmp_path / "base.safetensors")
+        )
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"one": (3, 4, 6), "two": (3, 4, 6)}, "which parameters of mlp.experts the factors belong to cannot be told"),
+        ({"one": (3, 5, 6)}, r"fit no parameter of the base \(one \[3, 5, 6\]\)"),
+    ],
+)
+def test_experts_that_the_shapes_do_not_settle(
+    shapes: dict[str, tuple[int, ...]], message: str, tmp_path: Path
+) -> None:
+    save_file({f"mlp.experts.{n}": numbers(*shape) for n, shape in shapes.items()}, tmp_path / "base.safetensors")
+    tensors = lora_pair("base_model.model.mlp.experts", out=4, inside=6, rank=6)
+    with pytest.raises(AdapterError, match=message):
+        open_adapter(adapter_folder(tmp_path / "a", tensors)).bind(open_checkpoint(tmp_path / "base.safetensors"))
+
+
 # --- whole tensors -------------------------------------------------------------------------------------------
 
 
