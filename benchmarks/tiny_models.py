@@ -143,6 +143,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     },
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_shape": [8, 8]}
     | {"axial_pos_embds_dim": [8, 24]},
+    "xlstm": {"num_blocks": LAYERS},
     "xlnet": {"d_inner": 48, "d_head": 8},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }

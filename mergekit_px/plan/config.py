@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mergekit_px.errors import PlanError
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
+_LAYER_COUNTS = (
+    *("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    *("num_decoder_layers", "decoder_layers", "num_blocks"),
+)
 _SUB_CONFIGS = ("text_config", "vision_config", "audio_config", "language_config", "llm_config")
 
 _FIRST_LAYERS = {
@@ -39,7 +45,11 @@ _PERIODS = {
     "decoder_sparse_step": None,
 }
 """Entries by which kinds of layers recur -> the list that counts where the config has it too."""
+_CYCLES = ("block_types", "_block_types")
+"""Lists that are repeated until all layers have a kind."""
 _LAYER_STRINGS = ("hybrid_override_pattern",)
+_SHARED_LAYERS = "num_mem_blocks"
+"""Where layers share weights and have parts of their own by their place among those that share."""
 _LAYER_PROPERTIES = ("layer_types", "layers_block_type", "layers_num_experts", "mlp_layer_types")
 _LAYER_NUMBERS = re.compile(r".*(_layers|_layer_ids|_idxs|_indices)")
 _COUNTED_FROM_ONE = ("ple_layer_ids",)
@@ -90,15 +100,9 @@ def restack(config: dict[str, Any], origin: Sequence[int], old_count: int) -> li
     Raises:
         PlanError: the config says nowhere how many layers there are, or has an entry that cannot follow.
     """
-    part = next(
-        (part for part in _parts(config) for key in _LAYER_COUNTS if part.get(key) == old_count),
-        None,
-    )
-    if part is None:
-        raise PlanError(
-            f"config.json has no entry for its {old_count} layers (looked for {', '.join(_LAYER_COUNTS)})",
-            hint="give another model as output.config_from",
-        )
+    part = _part_of_layers(config, old_count)
+    if _SHARED_LAYERS in part:
+        raise PlanError(f"config.json: the layers share weights ({_SHARED_LAYERS}) and cannot be stacked anew")
     before = _derived(config, part, old_count)
     expected = {key: [value[layer] for layer in origin] for key, value in (before or {}).items()}
     changes: dict[str, Any] = {key: len(origin) for key in _LAYER_COUNTS if part.get(key) == old_count}
@@ -119,6 +123,19 @@ def restack(config: dict[str, Any], origin: Sequence[int], old_count: int) -> li
         if instead not in expected and not isinstance(part.get(instead or ""), list):
             _check_period(key, part.get(key), origin)
     return notes
+
+
+def _part_of_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
+    for part in _parts(config):
+        if any(part.get(key) == count for key in _LAYER_COUNTS):
+            return part
+    for part in _parts(config):
+        if any(isinstance(part.get(key), list) and len(part[key]) == count for key in _LAYER_PROPERTIES):
+            return part
+    raise PlanError(
+        f"config.json has no entry for its {count} layers (looked for {', '.join(_LAYER_COUNTS)})",
+        hint="give another model as output.config_from",
+    )
 
 
 def _apply(part: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:
@@ -146,6 +163,8 @@ def _followed(key: str, value: Any, origin: Sequence[int], old_count: int) -> An
             for place, layer in enumerate(origin)
             if layer in by_layer
         }
+    if isinstance(value, list) and value and key in _CYCLES:
+        return [copy.deepcopy(value[layer % len(value)]) for layer in origin]
     if isinstance(value, list) and _are_layer_numbers(key, value):
         first = 1 if key in _COUNTED_FROM_ONE else 0
         return [place + first for place, layer in enumerate(origin) if layer + first in value]
@@ -239,8 +258,10 @@ def _read_by_transformers(config: Mapping[str, Any]) -> Any:
     if model_type not in CONFIG_MAPPING:
         return None
     try:
-        with _silent("transformers"):
-            return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
+        with _silent("transformers"), tempfile.TemporaryDirectory() as folder:
+            # From a file, as a model is loaded: numbers that JSON does not have are written in a way of its own.
+            Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+            return CONFIG_MAPPING[model_type].from_pretrained(folder)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise PlanError(f"transformers refuses the config of the restacked model: {reason}") from None

@@ -75,6 +75,7 @@ def slice_slots(step_name: str, step: Step, expressions: Expressions) -> list[Sl
             sources_of_layers.append([(model, layer) for model, _, layer in own])
             layers.extend(_layer_slots(step, piece, part, own, len(sources_of_layers) - 1, place, expressions))
     expressions.layer_sources[step_name] = sources_of_layers
+    _refuse_shared_embedding(sources_of_layers, where, expressions)
     before = _outside(step, 0, True, where, expressions)
     after = _outside(step, len(step.slices) - 1, False, where, expressions)
     return [*before, *layers, *after]
@@ -90,17 +91,25 @@ def _stack(model: str, expressions: Expressions, where: str) -> tuple[str, int]:
     source = expressions.inputs.get(model)
     config = source.config if source is not None and source.config is not None else {}
     count = layer_count(config)
-    if count is None:
-        fitting = list(sizes)
-    else:
-        fitting = [stack for stack, size in sizes.items() if size in (count, count + _predicted_layers(config))]
-    if len(sizes) > 1 and len(fitting) > 1:
+    counted = {stack for stack, size in sizes.items() if count in (size, size - _predicted_layers(config))}
+    fitting = list(counted or sizes)
+    if len(fitting) > 1:
         fitting = [stack for stack in fitting if not any(mark in stack for mark in _OTHER_STACKS)]
-    chosen = next(iter(sizes)) if len(sizes) == 1 else fitting[0] if len(fitting) == 1 else None
-    if chosen is None:
-        found = ", ".join(f"{stack}* ({count})" for stack, count in sizes.items()) or "none"
+    if len(fitting) != 1 or (len(sizes) > 1 and not counted):
+        found = ", ".join(f"{stack}* ({size})" for stack, size in sizes.items()) or "none"
         raise PlanError(f"slices need a model with one stack of layers; '{model}' has {found}", where=where)
-    return chosen, min(sizes[chosen], count or sizes[chosen])
+    stack = fitting[0]
+    return stack, count if count is not None and stack in counted else sizes[stack]
+
+
+def _refuse_shared_embedding(layers: list[list[tuple[str, int]]], where: str, expressions: Expressions) -> None:
+    """Some models have one embedding with columns for every layer; it cannot follow layers that move."""
+    moved = [model for place, own in enumerate(layers) for model, layer in own if layer != place]
+    for model in dict.fromkeys(name for own in layers for name, _ in own):
+        names = expressions.namespace(model)
+        shared = next((name for name in names if split_layer(name) is None and "embed_tokens_per_layer" in name), None)
+        if shared is not None and (moved or len(layers) != _stack(model, expressions, where)[1]):
+            raise PlanError(f"'{shared}' of '{model}' has columns for every layer, so layers cannot move", where=where)
 
 
 def _predicted_layers(config: Mapping[str, Any]) -> int:

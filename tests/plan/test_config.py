@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mergekit_px.errors import PlanError
-from mergekit_px.plan.config import restack
+from mergekit_px.plan.config import check_with_transformers, restack
 
 
 def restacked(config: dict[str, Any], origin: list[int], count: int = 4) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def restacked(config: dict[str, Any], origin: list[int], count: int = 4) -> dict
         ({"moe_layer_end_index": 1}, {"moe_layer_end_index": 2}),
         ({"num_kv_shared_layers": 1}, {"num_kv_shared_layers": 1}),
         ({"num_kv_shared_layers": 2}, {"num_kv_shared_layers": 1}),
+        ({"block_types": ["r", "r", "a"]}, {"block_types": ["r", "r", "r", "r"]}),
         ({"num_nextn_predict_layers": 1}, {"num_nextn_predict_layers": 0}),
         ({"eos_token_id": [5, 6, 7, 8]}, {"eos_token_id": [5, 6, 7, 8]}),
         ({"time_step_limit": [0.0, 1.0]}, {"time_step_limit": [0.0, 1.0]}),
@@ -60,6 +61,7 @@ def test_layers_may_become_more_or_fewer() -> None:
         ({"first_k_dense_replace": 1}, [1, 0]),
         ({"num_kv_shared_layers": 1}, [3, 0]),
         ({"decoder_sparse_step": 2}, [0, 2]),
+        ({"num_mem_blocks": 1}, [0, 1]),
         ({"sliding_window_pattern": "LG"}, [1, 2, 3]),
         ({"attn_layer_period": 2, "attn_layer_offset": 1}, [0, 1, 1]),
     ],
@@ -86,3 +88,38 @@ def test_the_part_that_has_the_layers_is_changed() -> None:
     restack(config, [0, 0, 2, 2], 3)
     assert config["text_config"] == {"num_hidden_layers": 4, "layer_types": list("aacc")}
     assert config["vision_config"] == {"depth": 3}
+
+
+def test_a_list_may_be_all_that_counts_the_layers() -> None:
+    config = {"layers_block_type": list("abc")}
+    restack(config, [0, 2, 2, 2], 3)
+    assert config == {"layers_block_type": list("accc")}
+
+
+def test_kinds_that_transformers_derives_are_written_out_where_they_would_change() -> None:
+    config: dict[str, Any] = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window_pattern": 3}
+    sliding, full = "sliding_attention", "full_attention"
+    restack(config, [0, 1, 2, 2, 3, 4, 5], 6)
+    assert config["layer_types"] == [sliding, sliding, full, full, sliding, sliding, full]
+    unchanged: dict[str, Any] = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window_pattern": 3}
+    restack(unchanged, [0, 1, 2, 0, 1, 2, 3, 4, 5], 6)
+    assert unchanged == {"model_type": "gemma3_text", "num_hidden_layers": 9, "sliding_window_pattern": 3}
+
+
+def test_kinds_that_transformers_derives_and_nothing_can_say_are_refused() -> None:
+    config = {"model_type": "jamba", "num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2}
+    with pytest.raises(PlanError, match="cannot say which kinds of layers"):
+        restack(config, [0, 2, 2], 4)
+
+
+def test_numbers_that_json_does_not_have_are_no_reason_to_refuse() -> None:
+    config = {
+        "model_type": "mamba2",
+        "num_hidden_layers": 2,
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    }
+    restack(config, [0, 1, 1], 2)
+    check_with_transformers(config)
+    assert config["num_hidden_layers"] == 3
+    with pytest.raises(PlanError, match="refuses the config"):
+        check_with_transformers({**config, "num_hidden_layers": "three"})

@@ -129,3 +129,11 @@ def test_several_stacks_of_which_none_is_counted_are_refused(folder: Path, tmp_p
     two_stacks(folder, ("encoder.layers.0.w", "encoder.layers.3.w"), {})
     with pytest.raises(PlanError, match=r"encoder\.layers\.\* \(4\), model\.layers\.\* \(4\)"):
         plan_of(recipe(folder, stack(("fine0", "0-1"))), tmp_path / "out")
+
+
+def test_an_embedding_with_columns_for_every_layer_keeps_layers_in_place(folder: Path, tmp_path: Path) -> None:
+    two_stacks(folder, ("model.embed_tokens_per_layer.weight",), {})
+    for pieces in ([("fine0", "0-2")], [("fine0", "0-1"), ("fine1", "1-3")], [("fine0", "2-3"), ("fine1", "0-1")]):
+        with pytest.raises(PlanError, match="columns for every layer"):
+            plan_of(recipe(folder, stack(*pieces)), tmp_path / "out")
+    assert "model.layers.3.mlp.up_proj.weight" in origins(folder, tmp_path / "out", ("fine0", "0-1"), ("fine1", "2-3"))
