@@ -83,6 +83,9 @@ def apply(adapter_folder: Path, base_file: Path, options: BindOptions | None = N
                 for rows in (slice(0, cut), slice(cut, patch.out_shape[0]))
             ]
             torch.testing.assert_close(torch.cat(pieces), merged[target], atol=1e-6, rtol=1e-6)
+        if source is not None and source.shape == merged[target].shape:
+            change = patch.change(torch.zeros_like(source) if patch.additive else source, factors)
+            torch.testing.assert_close(source + change, merged[target], atol=1e-6, rtol=1e-6)
         pair = patch.low_rank(factors)
         if pair is not None:
             delta = merged[target] - source
