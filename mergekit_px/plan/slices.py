@@ -72,13 +72,19 @@ def slice_slots(step_name: str, step: Step, expressions: Expressions) -> list[Sl
                 (source.model, stack, chosen[index])
                 for source, (stack, _), chosen in zip(piece.sources, stacked, numbers, strict=True)
             ]
-            sources_of_layers.append([(model, layer) for model, _, layer in own])
+            sources_of_layers.append([origin for entry in own for origin in _origins(*entry, expressions)])
             layers.extend(_layer_slots(step, piece, part, own, len(sources_of_layers) - 1, place, expressions))
     expressions.layer_sources[step_name] = sources_of_layers
     _refuse_shared_embedding(sources_of_layers, where, expressions)
     before = _outside(step, 0, True, where, expressions)
     after = _outside(step, len(step.slices) - 1, False, where, expressions)
     return [*before, *layers, *after]
+
+
+def _origins(model: str, stack: str, layer: int, expressions: Expressions) -> list[tuple[str, int]]:
+    """Where a source's layer comes from: through a step that is itself made of slices, the layers of its sources."""
+    inner = expressions.layer_sources.get(model)
+    return [(model, layer)] if inner is None else inner[layer]
 
 
 def _stack(model: str, expressions: Expressions, where: str) -> tuple[str, int]:

@@ -137,3 +137,19 @@ def test_an_embedding_with_columns_for_every_layer_keeps_layers_in_place(folder:
         with pytest.raises(PlanError, match="columns for every layer"):
             plan_of(recipe(folder, stack(*pieces)), tmp_path / "out")
     assert "model.layers.3.mlp.up_proj.weight" in origins(folder, tmp_path / "out", ("fine0", "0-1"), ("fine1", "2-3"))
+
+
+def test_layers_stacked_twice_are_traced_to_their_models(folder: Path, tmp_path: Path) -> None:
+    kinds = ["a", "b", "c", "d"]
+    config = {**tiny_llama_config(layers=4), "model_type": "unknown-type", "layer_types": kinds}
+    (folder / "fine0" / "config.json").write_text(json.dumps(config))
+    data = recipe(folder, {})
+    data["steps"] = {
+        "first": stack(("fine0", "2-3"), ("fine0", "0-3")),
+        "second": stack(("first", "1-2"), ("first", "5")),
+    }
+    plan = plan_of({key: value for key, value in data.items() if key != "merge"}, tmp_path / "out")
+    assert plan.config is not None
+    assert plan.config["layer_types"] == ["d", "a", "d"]
+    read = {item.name: item.reads[0].tensor.name for item in plan.items}
+    assert read["model.layers.1.mlp.up_proj.weight"] == "model.layers.0.mlp.up_proj.weight"
