@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from mergekit_px.cli import main
+from mergekit_px.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

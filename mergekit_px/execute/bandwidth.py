@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import tempfile
 import threading
@@ -11,9 +9,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mergekit_px.execute.remembered import Remembered
+
 _PIECE = 16 << 20
 _SECONDS = 0.25
 _REMEMBERED_FOR = 7 * 24 * 3600.0
+_STORE = Remembered("bandwidth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,39 +46,25 @@ def measure(directory: Path, *, megabytes: int = 256) -> Bandwidth:
 
 def remembered(directory: Path) -> Bandwidth | None:
     """The bandwidth of that file system as measured within the last week; None if it was not."""
+    entry = _STORE.get(_key(directory))
     try:
-        entry = json.loads(_store().read_text(encoding="utf-8"))[_key(directory)]
-        if time.time() - entry.pop("when") > _REMEMBERED_FOR:
+        measured = dict(entry)
+        if time.time() - measured.pop("when") > _REMEMBERED_FOR:
             return None
-        return Bandwidth(**entry)
-    except (OSError, ValueError, KeyError, TypeError):
+        return Bandwidth(**measured)
+    except (TypeError, KeyError, ValueError):
         return None
 
 
 def remember(directory: Path, bandwidth: Bandwidth) -> None:
-    """Keep a measurement for later plans and runs; a cache that cannot be written is no error."""
-    with contextlib.suppress(OSError, ValueError):
-        store = _store()
-        try:
-            entries = json.loads(store.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            entries = {}
-        entries[_key(directory)] = {**asdict(bandwidth), "when": time.time()}
-        store.parent.mkdir(parents=True, exist_ok=True)
-        partial = store.with_suffix(".part")
-        partial.write_text(json.dumps(entries), encoding="utf-8")
-        partial.replace(store)
+    """Keep a measurement for later plans and runs."""
+    _STORE.put({_key(directory): {**asdict(bandwidth), "when": time.time()}})
 
 
 def existing_parent(path: Path) -> Path:
     """The nearest folder above ``path`` (or itself) that exists."""
     place = path.expanduser().resolve()
     return next(parent for parent in (place, *place.parents) if parent.is_dir())
-
-
-def _store() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "pxmerge" / "bandwidth.json"
 
 
 def _key(directory: Path) -> str:

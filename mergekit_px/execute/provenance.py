@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import threading
+import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from mergekit_px._version import __version__
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.publish import PublishedFile
+from mergekit_px.execute.remembered import Remembered
 from mergekit_px.hub.card import CardInput, CardMethod, model_card
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
@@ -19,14 +21,21 @@ from mergekit_px.plan.model import Plan
 LOCK_FILE = "pxmerge.lock.json"
 RECIPE_FILE = "pxmerge.yaml"
 CARD_FILE = "README.md"
+_SETTLED = 2.0  # seconds
 
 
 class InputHashes:
-    """sha256 of the input files, computed beside the run. Hub files have theirs already."""
+    """sha256 of the input files, computed beside the run.
+
+    Files of the Hub have theirs already, and those of files that did not change since an earlier run (same place,
+    size and time) are remembered.
+    """
 
     def __init__(self, inputs: Mapping[str, ResolvedInput], *, local: bool) -> None:
         self._inputs = inputs
         self._local = local
+        self._store = Remembered("sha256")
+        self._new: dict[str, str] = {}
         self._found: dict[tuple[str, str], str | None] = {}
         self._failure: BaseException | None = None
         self._stopped = False
@@ -46,16 +55,17 @@ class InputHashes:
 
     def _work(self) -> None:
         try:
-            known: dict[str, str] = {}
             for name, source in self._inputs.items():
                 for file in source.checkpoint.files:
                     if self._stopped:
                         return
-                    self._found[name, file] = self._hash(source, file, known)
+                    self._found[name, file] = self._hash(source, file)
+            if self._new:
+                self._store.put(self._new)
         except BaseException as error:
             self._failure = error
 
-    def _hash(self, source: ResolvedInput, file: str, known: dict[str, str]) -> str | None:
+    def _hash(self, source: ResolvedInput, file: str) -> str | None:
         if source.repo is not None:
             remote = source.repo.files.get(file)
             if remote is not None and remote.sha256 is not None:
@@ -63,10 +73,17 @@ class InputHashes:
         directory = source.checkpoint.directory
         if directory is None or not self._local:
             return None
-        path = str((directory / file).resolve())
-        if path not in known:
-            known[path] = file_sha256(directory / file)
-        return known[path]
+        path = (directory / file).resolve()
+        status = path.stat()
+        key = f"{path}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
+        known = self._new.get(key) or self._store.get(key)
+        if known is not None:
+            return str(known)
+        digest = file_sha256(directory / file)
+        # A file that was changed just now could be changed again within the same tick of its clock.
+        if time.time() - status.st_mtime > _SETTLED:
+            self._new[key] = digest
+        return digest
 
 
 def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: Mapping[str, PublishedFile]) -> bytes:
