@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from mergekit_px.cli import main
 from mergekit_px.cli._commands import GROUPS, Command, all_commands
-from mergekit_px.docs.markdown import table
+from mergekit_px.docs.markdown import docstring, table
 from mergekit_px.docs.methods import own_methods
 from mergekit_px.methods.declare import method_slug
 
@@ -33,7 +33,10 @@ def command_tables() -> str:
     parts = []
     for group in GROUPS:
         rows = [
-            (f"[`pxmerge {command.name}`](docs/cli.md#pxmerge-{command.name.replace(' ', '-')})", command.summary)
+            (
+                f"[`pxmerge {command.name}`](docs/cli.md#pxmerge-{command.name.replace(' ', '-')})",
+                docstring(command.summary),
+            )
             for command in own_commands()
             if command.group == group
         ]

@@ -33,7 +33,7 @@ Sums are taken in float32 at least and rounded once at the end.
 
 def methods_page() -> str:
     methods = own_methods()
-    rows = [(f"[{name}](#{name})", method.summary, _paper(method)) for name, method in methods.items()]
+    rows = [(f"[{name}](#{name})", docstring(method.summary), _paper(method)) for name, method in methods.items()]
     index = table(("method", "what it does", "source"), rows)
     return _INTRODUCTION + index + "".join(_method_section(method) for method in methods.values())
 
@@ -86,9 +86,11 @@ def _method_section(method: Method) -> str:
         ("source", _paper(method)),
     ]
     parameters = list(field_rows(method.params, method.per_source_fields()))
+    summary, _, rest = docstring(method.documentation).partition("\n\n")
     parts = [
-        f"\n## {method.name}\n\n{docstring(method.documentation)}\n",
+        f"\n## {method.name}\n\n{summary}\n",
         "".join(f"- {name}: {value}\n" for name, value in facts if value),
+        *([f"{rest}\n"] if rest else []),
         table(HEADER, parameters) if parameters else "It has no parameters.\n",
     ]
     if variants := _variants(method):
@@ -112,6 +114,8 @@ def _count(method: Method) -> str:
 
 
 def _paper(method: Method) -> str:
-    if method.paper and method.paper.startswith("arXiv:"):
-        return f"[{method.paper}](https://arxiv.org/abs/{method.paper.removeprefix('arXiv:')})"
-    return method.paper or ""
+    source = method.paper or ""
+    for prefix, site in (("arXiv:", "https://arxiv.org/abs/"), ("doi:", "https://doi.org/")):
+        if source.startswith(prefix):
+            return f"[{source}]({site}{source.removeprefix(prefix)})"
+    return f"<{source}>" if source.startswith("https://") else source
