@@ -12,11 +12,12 @@ from mergekit_px.cli._options import flatten
 RECIPES = "Recipes"
 METHODS = "Methods"
 TASK_VECTORS = "Task vectors"
+LEARNING = "Learn from data"
 INSPECTION = "Look and check"
 HUB = "Hub"
 ABOUT = "About"
 
-GROUPS = (RECIPES, METHODS, TASK_VECTORS, INSPECTION, HUB, ABOUT)
+GROUPS = (RECIPES, METHODS, TASK_VECTORS, LEARNING, INSPECTION, HUB, ABOUT)
 """The order of the groups in ``pxmerge --help``."""
 
 
@@ -55,6 +56,8 @@ _TABLE = (
     Command("negate", TASK_VECTORS, "Turn a task vector, or a fine-tune, the other way.", "task_vectors:negate"),
     Command("scale", TASK_VECTORS, "Make a task vector, or a fine-tune, stronger or weaker.", "task_vectors:scale"),
     Command("analogy", TASK_VECTORS, "A is to B as C is to the result.", "task_vectors:analogy"),
+    Command("transfer", LEARNING, "Train a model on what another one knows (experimental).", "transfer:transfer"),
+    Command("stats", LEARNING, "Measure Fisher information and Gram matrices of a model on data.", "stats:stats"),
     Command("inspect", INSPECTION, "Show what a checkpoint holds, from its headers.", "inspect:inspect"),
     Command("compare", INSPECTION, "Measure how models differ, tensor by tensor.", "compare:compare"),
     Command("verify", INSPECTION, "Check every byte of a merged model against its lock file.", "verify:verify"),

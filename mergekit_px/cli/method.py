@@ -95,7 +95,10 @@ def _recipe(method: Method, options: Sequence[ParameterOption], given: dict[str,
         models = {base: base_reference, **models}
         step["base"] = base
     if given.get("weights"):
-        step["sources"] = dict(zip(names, _weights(given["weights"], len(names)), strict=True))
+        models_only = names[: len(names) // 2] if method.companions is not None else names
+        step["sources"] = dict.fromkeys(names) | dict(
+            zip(models_only, _weights(given["weights"], len(models_only)), strict=True)
+        )
     params = {
         option.name: option.value(given[option.name], names) for option in options if given[option.name] is not None
     }
@@ -132,7 +135,10 @@ def example(method: Method, options: Sequence[ParameterOption]) -> str:
     words = ["pxmerge", method_slug(method.name)]
     if method.space == "deltas":
         words += ["--base", "./base"]
-    words += ["--sources", *[f"./{name}" for name in ("math", "code", "chat", "law")[:count]]]
+    sources = [f"./{name}" for name in ("math", "code", "chat", "law")[:count]]
+    words += ["--sources", *sources]
+    if method.companions is not None:
+        words += [f"{source}-statistics.safetensors" for source in sources]
     if method.uses_weights and count == 2:
         words += ["--weights", "0.6", "0.4"]
     for option in options:

@@ -107,6 +107,25 @@ Statistics = Callable[[Extent], Generator[Sweep, "torch.Tensor", Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class Companions:
+    """What a method reads beside each of its sources: statistics of the model on data, from a file of their own.
+
+    The second half of a step's sources are then the companions of the first half, in the same order. The method gets
+    the companions' tensors after those of the models; ``weights`` are those of the models. Where no companion has
+    statistics of a tensor, the method gets the models alone.
+
+    Attributes:
+        what: for messages, as ``Fisher information``.
+        suffix: a tensor's statistics have its name with this at the end.
+        shape: of the statistics, from that of the tensor. Any but that of the tensor needs ``access="tensor"``.
+    """
+
+    what: str
+    suffix: str
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class Method:
     """A declared merge method."""
 
@@ -126,6 +145,7 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]]
     origin: str
     arguments: frozenset[str] = field(default=frozenset())
+    companions: Companions | None = None
 
     @property
     def summary(self) -> str:
@@ -175,6 +195,7 @@ def merge_method(
     random: bool = False,
     scratch: float = 2.0,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    companions: Companions | None = None,
     params: type[Params] | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
@@ -191,6 +212,7 @@ def merge_method(
         random: whether it draws random numbers.
         scratch: temporary memory, in tensors of the block's size in the accumulation dtype.
         presets: parameter values of other implementations' variants, by their names, for ``like:``.
+        companions: what it reads beside each source, if anything; ``sources`` does not count them.
         params: the parameter class, where only the statistics take it; else it is read off the annotation of
             the function's ``params``.
         name: the method's name if it is not the function's.
@@ -233,6 +255,7 @@ def merge_method(
             presets=presets or {},
             origin=function.__module__,
             arguments=arguments,
+            companions=companions,
         )
         return function
 

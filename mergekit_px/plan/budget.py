@@ -64,7 +64,8 @@ def whole_bytes(item: WorkItem) -> int:
     scratch += [node.patch.scratch for node in item.adapted if node.patch is not None]
     copies = 3 + max(scratch, default=0)
     stored = max((read.dtype.bits for read in item.reads), default=32) / 8
-    return int(item.elements * (copies * _width(item) + stored) + 3 * item.factor_bytes)
+    elements = max([item.elements, *(math.prod(read.shape) for read in item.reads)])  # statistics may be larger
+    return int(elements * (copies * _width(item) + stored) + 3 * item.factor_bytes)
 
 
 def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int | None) -> Budget:

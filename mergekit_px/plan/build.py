@@ -128,7 +128,8 @@ def check_output(plan: Plan, output: Path) -> None:
         directory = source.checkpoint.directory
         if directory is not None and source.repo is None:
             home = directory.resolve()
-            if place == home or home in place.parents:
+            alone = Path(source.reference).expanduser().is_file()  # a folder beside a file changes nothing of it
+            if place == home or (home in place.parents and not alone):
                 raise OutputError(
                     f"the output folder is input '{source.name}' or inside it",
                     where=str(output),
@@ -396,7 +397,7 @@ def _dropped(
         read.update((leaf.input, leaf.tensor.name) for leaf in item.reads)
     dropped: list[Dropped] = []
     for name in used:
-        if inputs[name].adapter_only:
+        if inputs[name].adapter_only or name in expressions.companions:
             continue
         for tensor in inputs[name].checkpoint.tensors:
             if (name, tensor) in read:

@@ -13,9 +13,10 @@ from typing import Any
 
 from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError, UsageError
 from mergekit_px.methods import find_method
-from mergekit_px.methods.declare import Method, Params, check_source_count
+from mergekit_px.methods.declare import Companions, Method, Params, check_source_count
 from mergekit_px.methods.weighting import total_weight
 from mergekit_px.plan.adapters import adapted_model, adapter_changes, as_kind, is_unchanged
+from mergekit_px.plan.companions import Companion, companion_nodes, model_names, split_companions
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import depth, split_layer, stack_sizes
 from mergekit_px.plan.model import Apply, Kind, Node, Read
@@ -48,6 +49,8 @@ class Expressions:
     """Step with slices -> for each output layer, its (source, layer) pairs."""
     config_updates: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """Input with adapters -> what they change in its config."""
+    companions: set[str] = field(default_factory=set)
+    """Inputs that hold statistics of others."""
     _namespaces: dict[tuple[str, str | None], Namespace] = field(default_factory=dict)
     _resolved: dict[Any, tuple[Method, Params, tuple[float, ...]]] = field(default_factory=dict)
 
@@ -96,7 +99,7 @@ class Expressions:
     def _slots(self, step: Step) -> list[Slot]:
         sources = step.source_names()
         names: dict[str, None] = {}
-        for member in ([step.base] if step.base else []) + sources:
+        for member in ([step.base] if step.base else []) + model_names(step):
             names.update(dict.fromkeys(self.namespace(member, step.base)))
         written = step.sources if isinstance(step.sources, Mapping) else dict.fromkeys(sources)
         weights = tuple(written.values())
@@ -126,6 +129,7 @@ class Expressions:
         if decisive is not None and decisive.take is not None:
             return self._taken(decisive.take, slot, where)
         method = find_method(decisive.method if decisive is not None and decisive.method else step.method)
+        slot, companions = split_companions(step, method, slot, where)
         base = self._operand(*slot.base) if slot.base is not None else None
         wanted: Kind = "delta" if method.space == "deltas" or method.name == "combine" else "weights"
         operands = [as_kind(self._operand(source, name, step.base), wanted, slot.name) for source, name in slot.sources]
@@ -144,7 +148,18 @@ class Expressions:
         sources = [operands[index] for index in indices]
         nodes = self._same_shape(step, slot, base, [node for node in sources if node is not None], indices, where)
         base, members = (nodes[0], nodes[1:]) if base is not None else (None, nodes)
-        return self._apply(step_name, slot, method, params, weights, members, tuple(indices), base, where)
+        statistics: list[Node] = []
+        if method.companions is not None:
+            statistics = self._statistics(method.companions, [companions[index] for index in indices], members, where)
+        return self._apply(step_name, slot, method, params, weights, members, statistics, tuple(indices), base, where)
+
+    def _statistics(self, kind: Companions, found: Sequence[Companion], members: list[Node], where: str) -> list[Node]:
+        self.companions.update(source for source, _ in found)
+        namespaces = {source: self.namespace(source) for source, _ in found}
+        nodes = companion_nodes(kind, found, namespaces, members[0].shape, where)
+        if not nodes:
+            self.notes.append(f"tensors without {kind.what} are averaged by the weights")
+        return nodes
 
     def _taken(self, name: str, slot: Slot, where: str) -> Node:
         translated = dict((source, tensor) for source, tensor in slot.sources)
@@ -312,6 +327,7 @@ class Expressions:
         params: Params,
         weights: tuple[float, ...],
         sources: list[Node],
+        statistics: list[Node],
         indices: tuple[int, ...],
         base: Node | None,
         where: str,
@@ -335,7 +351,7 @@ class Expressions:
             method=method,
             params=params,
             weights=weights,
-            sources=tuple(sources),
+            sources=(*sources, *statistics),
             source_indices=indices,
             base=base,
             kind=kind,

@@ -1,0 +1,98 @@
+"""``pxmerge stats``: what ``fisher`` and ``regmean`` need to know of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mergekit_px.cli._arguments import Several
+from mergekit_px.cli._errors import Interrupted
+from mergekit_px.cli._learning import told
+from mergekit_px.cli._options import AllowPickle, Json, Quiet
+from mergekit_px.cli._output import output_for
+from mergekit_px.errors import UsageError
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a model of the Hub.")]
+Data = Annotated[
+    str, typer.Option("--data", metavar="FILE", help="A .npz or .safetensors file: arrays of the forward, and labels.")
+]
+File = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.")]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option("--what", metavar="KIND...", help="fisher, gram, or both.  [default: both]"),
+    Several("--what"),
+]
+Labels = Annotated[
+    Literal["expected", "sampled", "given"],
+    typer.Option("--labels", help="Of Fisher information: all classes, one drawn from the prediction, the data's."),
+]
+Count = Annotated[
+    int | None, typer.Option("--examples", metavar="N", min=2, help="Use so many examples.  [default: all]")
+]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples of one forward pass.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Draws examples and labels.")]
+Factory = Annotated[
+    str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
+]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the function of --model.")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file.")]
+
+
+def stats(
+    model: Model,
+    data: Data,
+    output: File,
+    what: Kinds = None,
+    labels: Labels = "expected",
+    examples: Count = None,
+    batch: Batch = 64,
+    seed: Seed = 0,
+    factory: Factory = None,
+    allow_code: AllowCode = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Measure Fisher information and Gram matrices of a model on data.
+
+    The file goes to the methods fisher and regmean, after the models and in their order. A report with hashes, seed
+    and sums stands beside it with the suffix .json.
+
+    \b
+    Examples:
+      pxmerge stats ./math --data math.npz -o math-statistics.safetensors
+      pxmerge stats ./math --data math.npz -o math-statistics.safetensors --what fisher --labels sampled
+      pxmerge fisher --sources ./math ./code math-statistics.safetensors code-statistics.safetensors
+    """
+    kinds = tuple(dict.fromkeys(what or ("fisher", "gram")))
+    if unknown := [kind for kind in kinds if kind not in ("fisher", "gram")]:
+        raise UsageError(f"there are no statistics '{unknown[0]}'", where="--what", hint="give fisher, gram or both")
+    from mergekit_px.learn.stats import StatsOptions, measure, require_new
+
+    sink = output_for(json=json, quiet=quiet)
+    require_new(output, overwrite=overwrite)
+    options = StatsOptions(
+        kinds=kinds,  # type: ignore[arg-type]
+        labels=labels,
+        examples=examples,
+        batch=batch,
+        seed=seed,
+        device=device,
+        factory=factory,
+        allow_code=allow_code,
+        allow_pickle=allow_pickle,
+    )
+    try:
+        report = measure(model, data, output, options, told(sink))
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
+    if report["without"]:
+        sink.warning(f"{len(report['without'])} tensors have no statistics: the model keeps them in another form")
+    sink.document({"output": str(output), **report})
+    sink.text(str(output))
+    return 0

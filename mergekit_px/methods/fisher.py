@@ -1,0 +1,56 @@
+"""Averaging by Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from mergekit_px.methods.declare import Companions, Params, merge_method
+from mergekit_px.methods.weighting import total_weight
+
+if TYPE_CHECKING:
+    import torch
+
+FISHER = Companions("Fisher information", ".fisher", lambda shape: shape)
+
+
+class FisherParams(Params):
+    floor: Annotated[float, Field(gt=0, le=1)] = 1e-12
+    """Least Fisher information of an element: what no model's data say anything about is averaged."""
+
+
+@merge_method(space="weights", access="elementwise", paper="arXiv:2111.09832", companions=FISHER, scratch=4.0)
+def fisher(sources: Sequence[torch.Tensor], weights: Sequence[float], params: FisherParams) -> torch.Tensor:
+    """Average in which each parameter of each model counts by how much that model's predictions depend on it.
+
+    ``sum_i w_i F_i x_i / sum_i w_i F_i`` element by element, where ``F_i`` is the diagonal of the Fisher information
+    of model i on its own data, at least ``floor`` (Matena and Raffel, equation 4). The sources are the models and
+    then, in the same order, the files that ``pxmerge stats`` made of them:
+
+        pxmerge stats ./math --data math.npz -o math-statistics.safetensors
+        pxmerge stats ./code --data code.npz -o code-statistics.safetensors
+        pxmerge fisher --sources ./math ./code math-statistics.safetensors code-statistics.safetensors
+
+    A weight multiplies its model's information: only ratios of the information matter, and models that are surer or
+    have more data may be worth less of it. Tensors of every shape are treated alike; those of which no file has
+    information are averaged by the weights.
+
+    Raises:
+        UsageError: the weights add up to zero, or one is not finite.
+    """
+    from mergekit_px.kernels.reduction import weighted_sum
+
+    divisor = total_weight(weights)
+    count = len(weights)
+    if len(sources) == count:
+        return weighted_sum(sources, [weight / divisor for weight in weights])
+    numerator = denominator = None
+    for source, information, weight in zip(sources[:count], sources[count:], weights, strict=True):
+        importance = information.clamp(min=params.floor).mul_(weight / divisor)
+        share = importance * source
+        numerator = share if numerator is None else numerator.add_(share)
+        denominator = importance if denominator is None else denominator.add_(importance)
+    assert numerator is not None and denominator is not None
+    return numerator.div_(denominator)

@@ -1,0 +1,79 @@
+"""Regression mean: linear layers whose outputs are nearest to those of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from mergekit_px.methods.declare import Companions, Params, merge_method
+from mergekit_px.methods.weighting import total_weight
+
+if TYPE_CHECKING:
+    import torch
+
+GRAM = Companions("Gram matrices", ".gram", lambda shape: (shape[-1], shape[-1]) if shape else ())
+
+
+class RegMeanParams(Params):
+    shrink: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """What the Gram matrices' elements off the diagonal are multiplied by."""
+    ridge: Annotated[float, Field(ge=1e-12, le=1)] = 1e-6
+    """Pull towards the average, in shares of the mean of the diagonals: decides along inputs that never occur."""
+
+
+@merge_method(space="weights", access="tensor", paper="arXiv:2212.09849", companions=GRAM, scratch=14.0)
+def regmean(sources: Sequence[torch.Tensor], weights: Sequence[float], params: RegMeanParams) -> torch.Tensor:
+    """Find the layer whose outputs are nearest to those of each model on the inputs which that model sees.
+
+    For the (m, n) weight of a linear layer, ``X = (sum_i w_i W_i G_i) (sum_i w_i G_i)^-1`` minimises
+    ``sum_i w_i E|X x - W_i x|^2`` (Jin et al., equation 2, for weights that multiply from the left), where
+    ``G_i = E x x'`` is the Gram matrix of the inputs in model i, off the diagonal multiplied by ``shrink``.
+    A small ``ridge`` towards the average of the weights keeps the solution unique. The sources are the models and
+    then, in the same order, the files that ``pxmerge stats`` made of them:
+
+        pxmerge stats ./math --data math.npz -o math-statistics.safetensors
+        pxmerge stats ./code --data code.npz -o code-statistics.safetensors
+        pxmerge regmean --sources ./math ./code math-statistics.safetensors code-statistics.safetensors
+
+    All other tensors are averaged by the weights. Solved in float64; holds a few (n, n) matrices.
+
+    Raises:
+        UsageError: the weights add up to zero, or one is negative or not finite.
+        NonFiniteError: a Gram matrix is not positive, or holds a NaN or an infinity.
+    """
+    import torch
+
+    from mergekit_px.errors import NonFiniteError, UsageError
+    from mergekit_px.kernels.reduction import weighted_sum
+
+    divisor = total_weight(weights)
+    count = len(weights)
+    shares = [weight / divisor for weight in weights]
+    first = sources[0]
+    if len(sources) == count:
+        return weighted_sum(sources, shares)
+    if min(shares) < 0:
+        raise UsageError("the weights of regmean are not negative")
+    average = sum((source.double() * share for source, share in zip(sources, shares, strict=False)), 0 * first.double())
+    metric = average.new_zeros((average.shape[-1], average.shape[-1]))
+    target = torch.zeros_like(average)
+    for index, share in enumerate(shares):
+        gram = _shrunk(sources[count + index].double(), params.shrink).mul_(share)
+        metric += gram
+        target.addmm_(sources[index].double() - average, gram)
+    size = float(metric.diagonal().mean())
+    metric.diagonal().add_(params.ridge * size if size > 0 else 1.0)
+    factor, failed = torch.linalg.cholesky_ex(metric)
+    if int(failed) or not bool(torch.isfinite(factor).all()):
+        raise NonFiniteError("the Gram matrices are not those of inputs: their sum is not positive")
+    # The difference to the average is solved for: equal models give exactly themselves.
+    return average.add_(torch.cholesky_solve(target.T, factor).T).to(first.dtype)
+
+
+def _shrunk(gram: torch.Tensor, shrink: float) -> torch.Tensor:
+    diagonal = gram.diagonal().clone()
+    gram = gram * shrink
+    gram.diagonal().copy_(diagonal)
+    return gram
