@@ -59,13 +59,28 @@ sys.addaudithook(_refuse_network)
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder `models` of the checkpoints base, math and code: a tiny Llama of four layers and two fine-tunes."""
+    """A folder `models` of the checkpoints base, math and code: a tiny Llama of four layers and two fine-tunes.
+
+    Beside the fine-tunes are files of statistics, as if made of data that say the same about every parameter.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from mergekit_px.methods import load_methods
     from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
     folder = tmp_path_factory.mktemp("examples") / "models"
     base = tiny_llama_tensors(layers=4)
     for name, tensors in (("base", base), ("math", fine_tune(base, 1)), ("code", fine_tune(base, 2))):
         write_checkpoint(folder / name, tensors, config=tiny_llama_config(layers=4))
+    statistics = {
+        name + kind.suffix: torch.ones(kind.shape(tuple(tensor.shape)))
+        for kind in {method.companions for method in load_methods().values() if method.companions}
+        for name, tensor in base.items()
+        if tensor.ndim == 2
+    }
+    for name in ("math", "code"):
+        save_file(statistics, folder / f"{name}-statistics.safetensors")
     return folder
 
 

@@ -100,8 +100,9 @@ def run_demo(output: Path, seed: int, merge: Callable[[Sequence[str]], int], say
     return result
 
 
-LEFT_OUT = frozenset({"combine"})
-"""Whole checkpoints can be combined in many ways, most of which are no model: no weights fit without a purpose."""
+LEFT_OUT = frozenset({"combine", "svc"})
+"""Methods for a purpose that three fine-tunes alone do not give: ``combine`` needs weights that make a model of whole
+checkpoints, and ``svc`` corrects another merge."""
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "task_arithmetic": ("--weights", "0.5", "0.5", "0.5"),
@@ -125,7 +126,7 @@ def merge_commands(output: Path, fine_tunes: Sequence[str]) -> list[MergeCommand
     """One ``pxmerge`` call for each declared method.
 
     A method that takes fewer sources than there are fine-tunes gets the first of them. Left out are methods of a
-    single source, which merge nothing, and those with a parameter that has no default.
+    single source, which merge nothing, and those that need more: statistics, or a parameter without a default.
     """
     from mergekit_px.methods import load_methods
     from mergekit_px.methods.declare import method_slug
@@ -135,7 +136,7 @@ def merge_commands(output: Path, fine_tunes: Sequence[str]) -> list[MergeCommand
         least, most = method.sources
         taken = fine_tunes[:most]
         needs_more = any(field.is_required() for field in method.params.model_fields.values())
-        if name in LEFT_OUT or needs_more or len(taken) < max(least, 2):
+        if name in LEFT_OUT or needs_more or method.companions is not None or len(taken) < max(least, 2):
             continue
         base = ["--base", str(output / BASE)] if method.space == "deltas" else []
         sources = ["--sources", *(str(output / source) for source in taken)]

@@ -49,10 +49,14 @@ def example_recipe(method: Method) -> str:
     needs_base = method.space == "deltas"
     lines = ["pxmerge: 1", "models:"]
     lines += [f"  {name}: ./{name}" for name in (["base", *names] if needs_base else names)]
+    if method.companions is not None:
+        lines += [f"  {name}-statistics: ./{name}-statistics.safetensors" for name in names]
+        names += [f"{name}-statistics" for name in names]
     lines += ["merge:", f"  method: {method.name}"]
     if needs_base:
         lines.append("  base: base")
-    lines.append("  sources: {math: 0.6, code: 0.4}" if method.uses_weights else f"  sources: [{', '.join(names)}]")
+    weighted = method.uses_weights and method.companions is None
+    lines.append("  sources: {math: 0.6, code: 0.4}" if weighted else f"  sources: [{', '.join(names)}]")
     params = _example_params(method)
     if params:
         lines.append(f"  params: {{{', '.join(f'{name}: {json.dumps(value)}' for name, value in params.items())}}}")
@@ -80,6 +84,7 @@ def _method_section(method: Method) -> str:
         ("command", f"[`pxmerge {method_slug(method.name)}`](cli.md#pxmerge-{method_slug(method.name)})"),
         ("merges", _SPACES[method.space]),
         ("sources", _count(method)),
+        ("with", f"{method.companions.what} of each source, listed after all sources" if method.companions else ""),
         ("weights", f"{method.default_weight:g} where none is given" if method.uses_weights else "none"),
         ("reads", _ACCESS[method.access]),
         ("random", "yes, by the recipe's `seed`" if method.random else "no"),
