@@ -45,7 +45,7 @@ def write_picture(scores: Sequence[Score], path: Path) -> None:
     marks = dict(
         zip(scores[0].accuracy, (("o", "#4d4d4d"), ("^", "#1b6ca8"), ("s", "#b8551f"), ("D", "#3a7d44")), strict=False)
     )
-    figure = Figure(figsize=(8, 1.4 + 0.36 * len(scores)), layout="constrained")
+    figure = Figure(figsize=(8, 1.4 + 0.26 * len(scores)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     rows = range(len(scores))
@@ -54,7 +54,7 @@ def write_picture(scores: Sequence[Score], path: Path) -> None:
         values = [score.accuracy[task] for score in scores]
         axes.scatter(values, rows, marker=mark, s=28, color=colour, label=task, zorder=3)
     axes.set_yticks(rows, [score.label for score in scores])
-    axes.invert_yaxis()
+    axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.set_xlim(0, 105)
     axes.set_xlabel("test accuracy in percent: bar = mean of the four tasks, marks = each task")
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
