@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 import mergekit_px
@@ -36,7 +37,7 @@ def _section(name: str, found: Any) -> str:
         return heading + _class_text(name, found)
     if callable(found):
         return heading + _code(signature(name.rpartition(".")[2], found)) + _documentation(found)
-    return heading + _code(f"{name} = {found!r}")
+    return heading + _code(f"{name} = {json.dumps(found)}")
 
 
 def _class_text(name: str, found: type) -> str:
