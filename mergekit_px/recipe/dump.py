@@ -19,7 +19,6 @@ _READ_OTHERWISE = re.compile(
     re.IGNORECASE,
 )
 """Plain text that some YAML reader takes for something else than text."""
-_DATE = re.compile(r"[0-9]{4}-[0-9]+")
 _UNPRINTABLE = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -105,7 +104,7 @@ def _flow(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    if _PLAIN.fullmatch(text) and not _READ_OTHERWISE.fullmatch(text) and not _DATE.match(text):
+    if _PLAIN.fullmatch(text) and not _READ_OTHERWISE.fullmatch(text):
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + _UNPRINTABLE.sub(lambda found: f"\\U{ord(found[0]):08X}", escaped) + '"'

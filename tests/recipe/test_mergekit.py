@@ -196,6 +196,50 @@ def test_parameters_and_their_names_here(method: str, parameters: str, expected:
     assert step.like == ("mergekit" if method in ("ties", "dare_linear", "dare_ties") else None)
 
 
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        (
+            f"merge_method: breadcrumbs\nbase_model: c\nmodels: {PAIR}\nparameters: {{gamma: 0.1}}",
+            "sources: {a: 1, b: 2}, like: mergekit, params: {density: {a: 1.0, b: 0.5}, gamma: 0.1}, base: c",
+        ),
+        (
+            f"merge_method: breadcrumbs_ties\nbase_model: c\nmodels: {PAIR}\nparameters: {{normalize: true}}",
+            "sources: {a: 1, b: 2}, like: mergekit, params: {density: {a: 1.0, b: 0.5}, divide_by: weights}, base: c",
+        ),
+        (f"merge_method: nuslerp\nmodels: {PAIR}\nparameters: {{nuslerp_flatten: true}}", "sources: {a: 1, b: 2}"),
+        (
+            f"merge_method: multislerp\nmodels: {PAIR}\nparameters: {{normalize_weights: false}}",
+            "sources: {a: 1, b: 2}, params: {normalize: false}",
+        ),
+        (
+            "merge_method: nearswap\nbase_model: c\nmodels: [{model: a}]\nparameters: {t: 0.1}",
+            "sources: [a], params: {t: 0.1}, base: c",
+        ),
+        (
+            "merge_method: model_stock\nbase_model: c\nmodels: [{model: a}, {model: c}, {model: b}]",
+            "sources: [a, b], base: c",
+        ),
+    ],
+)
+def test_other_methods(text: str, step: str) -> None:
+    method = text.split()[1]
+    expected = parse_recipe(f"models: {{a: a, b: b, c: c}}\nmerge: {{method: {method}, {step}}}").recipe.steps
+    assert load(text).recipe.steps == expected
+
+
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
+def test_a_base_turns_interpolation_to_that_of_task_vectors(method: str) -> None:
+    step = load(f"merge_method: {method}\nbase_model: c\nmodels: {PAIR}").recipe.steps["merge"]
+    assert (step.method, step.base, step.sources) == (f"{method}_deltas", "c", {"a": 1, "b": 2})
+    slices = (
+        "[{sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]}, {base_model: c, sources: "
+        "[{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}, {model: c, layer_range: [0, 1]}]}]"
+    )
+    mixed = f"merge_method: {method}\nslices: {slices}\nparameters: {{weight: 1}}"
+    assert "not supported yet: slices with and without a base_model in one merge" in error(mixed)
+
+
 def test_first_match_wins_and_what_no_filter_matches_falls_through() -> None:
     text = """\
 merge_method: slerp
@@ -338,6 +382,20 @@ SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {
             "m.yml:2:1: not supported yet: building a mixture of experts",
         ),
         (SLERP.replace("slerp", "della"), "m.yml:1:15: not supported yet: mergekit's method 'della'"),
+        (SLERP.replace("slerp", "sce"), "m.yml:1:15: not supported yet: mergekit's method 'sce'"),
+        (
+            f"merge_method: nuslerp\nmodels: {PAIR}\nparameters: {{nuslerp_row_wise: true}}",
+            "m.yml:3:32: not supported yet: nuslerp_row_wise: true",
+        ),
+        (
+            f"merge_method: model_stock\nbase_model: c\nmodels: {PAIR}\nparameters: {{filter_wise: 'yes'}}",
+            "m.yml:4:27: not supported yet: filter_wise: true",
+        ),
+        ("merge_method: model_stock\nbase_model: c\nmodels: [{model: a}]", "model_stock takes at least 2 sources"),
+        (
+            f"merge_method: nearswap\nbase_model: c\nmodels: {PAIR}\nparameters: {{t: 1}}",
+            "nearswap takes one source be",
+        ),
         (
             SLERP.replace("slerp", "dare-ties"),
             "m.yml:1:15: unknown merge method 'dare-ties'; did you mean 'dare_ties'?",
@@ -385,7 +443,7 @@ SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {
         (SLERP.replace("t: 0.5", "t: 1.5"), "'t' of slerp: must be less than or equal to 1, not 1.5"),
         (
             SLERP.replace("[{model: b}]", "[{model: b}, {model: c}]"),
-            "slerp takes two models, the base_model counted, and",
+            "slerp takes two sources, the base_model counted, and",
         ),
         (SLERP.replace("slerp", "ties").replace("[{model: b}]", "[{model: a}]"), "ties needs a model besides the base"),
         (

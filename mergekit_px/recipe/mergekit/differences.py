@@ -50,7 +50,7 @@ def method_differences(peer: PeerMethod, pieces: list[Piece], step: Node) -> lis
     """Differences that lie in the methods and in what takes part, given the translated step."""
     told: list[str] = []
     values = _scalars(step)
-    if peer.name == "ties":
+    if peer.name in ("ties", "breadcrumbs", "breadcrumbs_ties"):
         told.append(
             "Elements that tie at the trim threshold are all kept; mergekit keeps as many of them as its sort has in "
             "front."
@@ -62,6 +62,18 @@ def method_differences(peer: PeerMethod, pieces: list[Piece], step: Node) -> lis
         )
     if peer.like is not None and ("rescale", "l1") in values | _default_rescale(peer):
         told.append("mergekit does not rescale task vectors whose L1 norm is below 1e-7; here all are rescaled.")
+    if peer.name.startswith("breadcrumbs"):
+        told.append("Of a tensor too small for its density one element stays; mergekit keeps none.")
+    if peer.name == "nearswap":
+        told.append("Changes below 1e-6 are taken over up to t; mergekit takes over less of them if t is below 1e-6.")
+    if peer.name == "model_stock":
+        told.append("Angles between task vectors are exact; mergekit takes those of norms below 1e-3 for larger.")
+    if peer.name == "nuslerp":
+        told.append("Weights that add up to zero are refused; mergekit goes to the middle.")
+    if peer.name == "multislerp":
+        told.append(
+            "Norms and angles are exact; mergekit adds 1e-8 to them. Opposite sources are averaged, not refused."
+        )
     if ("normalize", True) in values and peer.base == "subtracted":
         told.append(
             "Weights that add up to zero cannot be normalized, and are refused; mergekit leaves them as they are."

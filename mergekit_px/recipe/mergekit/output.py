@@ -27,9 +27,8 @@ def read_dtype(node: Node | None, key: str) -> Node | None:
     return Node(name, node.place)
 
 
-def precision_differences(method: str, dtype: Node | None, out_dtype: Node | None) -> list[str]:
-    """How arithmetic differs, given ``dtype`` (in which mergekit computes) and ``out_dtype``."""
-    exact = method in ("linear", "slerp")  # mergekit computes these in float32 at least
+def precision_differences(exact: bool, dtype: Node | None, out_dtype: Node | None) -> list[str]:
+    """How arithmetic differs, given ``dtype`` (in which mergekit computes, unless ``exact``) and ``out_dtype``."""
     told: list[str] = []
     if dtype is None and not exact:
         told.append("Everything is computed in float32 and rounded once; mergekit computes in the inputs' dtype.")

@@ -8,9 +8,9 @@ from typing import Literal
 
 from mergekit_px.recipe.mergekit.settings import Kind
 
-Role = Literal["ignored", "end", "subtracted"]
-"""What a method does with the base model. ``ignored``: nothing, it may be a source like any other. ``end``: it is the
-first of two ends. ``subtracted``: the differences of the sources to it are merged."""
+Role = Literal["ignored", "end", "subtracted", "optional"]
+"""What a method does with the base model. ``ignored``: nothing, it is a source like any other. ``end``: it is the
+first of two ends. ``subtracted``: the differences of the sources to it are merged; ``optional``: if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Parameter:
         per_source: whether mergekit reads it for each source.
         required: whether mergekit refuses a config without it.
         default: mergekit's default where it must be written out here.
-        words: what true and false are called here.
+        words: what true and false are called here; a value that is not in it is not supported.
     """
 
     target: str
@@ -30,15 +30,17 @@ class Parameter:
     per_source: bool = False
     required: bool = False
     default: float | None = None
-    words: Mapping[bool, str] | None = None
+    words: Mapping[bool, str | bool | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PeerMethod:
-    """A mergekit method that has an equal here, under the same name.
+    """A mergekit method that has an equal here.
 
     Attributes:
-        sources: how many sources it takes, an ``end`` counted; None for any number.
+        target: its name here, where it is another.
+        on_deltas: its name here if it is given an ``optional`` base.
+        sources: how many sources are merged, an ``end`` counted; None for any number.
         like: the variant of the method here that is equal to it, if it is not the default.
     """
 
@@ -47,19 +49,29 @@ class PeerMethod:
     parameters: Mapping[str, Parameter]
     sources: int | None = None
     like: str | None = None
+    target: str | None = None
+    on_deltas: str | None = None
 
     @property
     def is_random(self) -> bool:
         return self.name.startswith("dare")
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether mergekit computes it in float32 at least."""
+        return self.name in ("linear", "slerp")
+
 
 _WEIGHT = Parameter("weight", per_source=True, required=True)
 _DENSITY = Parameter("density", per_source=True, default=1.0)
+_GAMMA = Parameter("gamma", per_source=True, default=0.01)
 _LAMBDA = Parameter("scale")
 _NORMALIZE = Parameter("normalize", "boolean")
 _DIVIDE = Parameter("divide_by", "boolean", words={True: "weights", False: "nothing"})
 _RESCALE = Parameter("rescale", "boolean", words={True: "l1", False: "none"})
 _PRUNING = {"weight": _WEIGHT, "density": _DENSITY, "lambda": _LAMBDA, "rescale": _RESCALE}
+_ONLY_OFF = Parameter("", "boolean", words={False: None})
+_ONLY_ON = Parameter("", "boolean", words={True: None})
 
 METHODS: Mapping[str, PeerMethod] = {
     method.name: method
@@ -70,17 +82,33 @@ METHODS: Mapping[str, PeerMethod] = {
         PeerMethod("ties", "subtracted", {**_PRUNING, "normalize": _DIVIDE}, like="mergekit"),
         PeerMethod("dare_linear", "subtracted", {**_PRUNING, "normalize": _NORMALIZE}, like="mergekit"),
         PeerMethod("dare_ties", "subtracted", {**_PRUNING, "normalize": _DIVIDE}, like="mergekit"),
+        PeerMethod(
+            "breadcrumbs", "subtracted", {**_PRUNING, "gamma": _GAMMA, "normalize": _NORMALIZE}, like="mergekit"
+        ),
+        PeerMethod(
+            "breadcrumbs_ties", "subtracted", {**_PRUNING, "gamma": _GAMMA, "normalize": _DIVIDE}, like="mergekit"
+        ),
         PeerMethod("passthrough", "ignored", {"scale": Parameter("scale", per_source=True)}, sources=1),
+        PeerMethod(
+            "nuslerp",
+            "optional",
+            {"weight": _WEIGHT, "nuslerp_row_wise": _ONLY_OFF, "nuslerp_flatten": _ONLY_ON},
+            sources=2,
+            on_deltas="nuslerp_deltas",
+        ),
+        PeerMethod(
+            "multislerp",
+            "optional",
+            {"weight": _WEIGHT, "normalize_weights": _NORMALIZE},
+            on_deltas="multislerp_deltas",
+        ),
+        PeerMethod("nearswap", "subtracted", {"t": Parameter("t", required=True)}, sources=1),
+        PeerMethod("model_stock", "subtracted", {"filter_wise": _ONLY_OFF}),
     )
 }
 
-NOT_YET = frozenset(
-    (
-        *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "karcher", "model_stock"),
-        *("multislerp", "nearswap", "nuslerp", "ram", "ramplus_tl", "sce"),
-    )
-)
-"""mergekit methods without an equal here."""
+NOT_YET = frozenset(("arcee_fusion", "della", "della_linear", "karcher", "ram", "ramplus_tl", "sce"))
+"""mergekit methods without an equal here (there may be one of the name that means something else)."""
 
 ALL_PARAMETERS = frozenset(
     (

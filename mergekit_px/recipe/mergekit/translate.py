@@ -5,7 +5,7 @@ What cannot be kept is refused by name, and every difference in meaning that rem
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mergekit_px.errors import RecipeError
 from mergekit_px.recipe.mergekit.differences import method_differences, parameter_differences
@@ -74,6 +74,7 @@ class _Translator:
         if base is not None:
             self._name(base, self.entries["base_model"])
         pieces = self._pieces(base)
+        peer = self._settled(peer, pieces)
         self.differences += parameter_differences(peer, pieces, self.entries.get("parameters"))
         pieces = [self._with_roles(piece, peer) for piece in pieces]
         step = self._step(peer, pieces, base)
@@ -120,6 +121,15 @@ class _Translator:
             self.models[name] = mapping(node.place, {"model": model, "adapter": adapter})
         return self.names[reference]
 
+    def _settled(self, peer: PeerMethod, pieces: list[Piece]) -> PeerMethod:
+        """The method with its base decided, where it may have one or not."""
+        if peer.base != "optional":
+            return peer
+        given = [piece.base is not None for piece in pieces]
+        if any(given) != all(given):
+            raise not_yet("slices with and without a base_model in one merge", pieces[given.index(False)].node.place)
+        return replace(peer, base="subtracted", target=peer.on_deltas) if any(given) else replace(peer, base="ignored")
+
     def _with_roles(self, piece: Piece, peer: PeerMethod) -> Piece:
         """The piece with its sources as the method sees them: a base added where mergekit adds it, ends in order."""
         sources = list(piece.sources)
@@ -144,23 +154,21 @@ class _Translator:
                     f"{peer.name} does not use the base_model, which gives the config and the tokenizer; mergekit "
                     "stops, because it takes it for another source."
                 )
-        if peer.sources is not None and len(sources) != peer.sources:
-            wanted = "one source" if peer.sources == 1 else "two models, the base_model counted"
-            raise RecipeError(f"{peer.name} takes {wanted}, and {len(sources)} are given", where=where)
+        piece = replace(piece, sources=tuple(sources))
+        if peer.sources not in (None, count := len(_members(peer, piece))):
+            beside = {"end": ", the base_model counted", "subtracted": " besides the base_model"}.get(peer.base, "")
+            wanted = "one source" if peer.sources == 1 else "two sources"
+            raise RecipeError(f"{peer.name} takes {wanted}{beside}, and {count} are given", where=where)
         for source in sources:
             self._name(source.reference, source.node)
-        return Piece(piece.node, tuple(sources), piece.base, piece.parameters, piece.first, piece.residual_weight)
-
-    def _members(self, peer: PeerMethod, piece: Piece) -> list[Source]:
-        """The sources that are merged: all but a base that is subtracted."""
-        return [s for s in piece.sources if peer.base != "subtracted" or s.reference != piece.base]
+        return piece
 
     def _step(self, peer: PeerMethod, pieces: list[Piece], base: Reference | None) -> Node:
         in_models = "models" in self.entries
         whole = Settings()
         own = [whole if in_models else Settings(outside=piece is pieces[-1]) for piece in pieces]
         for name, parameter in peer.parameters.items():
-            if parameter.per_source and peer.sources != 1:
+            if parameter.per_source and (peer.sources != 1 or peer.base == "subtracted"):
                 for piece, settings in zip(pieces, own, strict=True):
                     self._put_per_source(name, parameter, peer, piece, settings)
                 continue
@@ -171,6 +179,8 @@ class _Translator:
             if parameter.required and not all(found):
                 where = str(pieces[[bool(choices) for choices in found].index(False)].node.place)
                 raise RecipeError(f"{peer.name} needs the parameter '{name}'", where=where)
+            if not parameter.target:
+                continue
             alike = all(_same(choices, found[0]) for choices in found)
             for settings, choices in zip([whole] if alike else own, found, strict=False):
                 settings.put(("params", parameter.target), choices)
@@ -180,7 +190,7 @@ class _Translator:
         return mapping(
             method,
             {
-                "method": Node(peer.name, method),
+                "method": Node(peer.target or peer.name, method),
                 "base": Node(self.names[subtracted], self.entries["base_model"].place) if subtracted else None,
                 "sources": self._sources(peer, pieces[0], whole) if in_models else None,
                 "params": whole.part("params"),
@@ -223,10 +233,13 @@ class _Translator:
             _check_filters(choices, name)
         if parameter.words is None:
             return choices
-        return [
-            Choice(choice.filter, Node(parameter.words[bool(choice.value.value)], choice.value.place))
-            for choice in choices
-        ]
+        named = []
+        for choice in choices:
+            value = bool(choice.value.value)
+            if value not in parameter.words:
+                raise not_yet(f"{name}: {str(value).lower()}", choice.value.place)
+            named.append(Choice(choice.filter, Node(parameter.words[value], choice.value.place)))
+        return named
 
     def _sources(self, peer: PeerMethod, piece: Piece, settings: Settings) -> Node:
         names = {self.names[member.reference]: member for member in _members(peer, piece)}
@@ -271,7 +284,7 @@ class _Translator:
     def _output(self, peer: PeerMethod, pieces: list[Piece], base: Reference | None) -> Node:
         computed = read_dtype(self.entries.get("dtype"), "dtype")
         stored = read_dtype(self.entries.get("out_dtype"), "out_dtype")
-        self.differences += precision_differences(peer.name, computed, stored)
+        self.differences += precision_differences(peer.is_exact, computed, stored)
         tokenizer = read_tokenizer(self.entries.get("tokenizer_source"), self.entries.get("tokenizer"), base)
         auto_template = check_chat_template(self.entries.get("chat_template"))
         config_from = None
