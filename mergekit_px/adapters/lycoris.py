@@ -70,7 +70,9 @@ class DiagonalOftPatch(Patch):
         rotation = torch.linalg.solve(identity - skew, identity + skew)
         rotated: torch.Tensor = rotation.transpose(1, 2) @ weight.reshape(*skew.shape[:2], -1)
         rotated = rotated.reshape(weight.shape)
-        return rotated * get(factors, "rescale", weight) if "rescale" in factors else rotated
+        if "rescale" in factors:
+            rotated = rotated * get(factors, "rescale", weight).reshape(-1, *[1] * (weight.dim() - 1))
+        return rotated
 
 
 def bind(module: Module, binder: Binder) -> list[Patch]:
@@ -139,6 +141,8 @@ def _oft(module: Module, weight: StoredTensor, binder: Binder) -> Patch:
         raise binder.error(f"{shown(factors['oft_blocks'].name)} is of BOFT, which cannot be merged here")
     if len(shape) != 3 or shape[1] != shape[2] or shape[0] * shape[1] != weight.shape[0]:
         raise binder.clash(weight, (shape[0] * shape[-1], *weight.shape[1:]))
+    if "rescale" in factors and factors["rescale"].elements != weight.shape[0]:
+        raise binder.clash(weight, (factors["rescale"].elements, *weight.shape[1:]))
     return DiagonalOftPatch(target=weight.name, source=weight.name, out_shape=weight.shape, factors=factors)
 
 

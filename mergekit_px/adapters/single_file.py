@@ -113,6 +113,8 @@ def parse_names(tensors: Mapping[str, StoredTensor], where: str) -> dict[str, Mo
         if role in found.setdefault(place, {}):
             other = found[place][role].name
             raise AdapterError(f"{shown(key)} and {shown(other)} are the same factor of one module", where=where)
+        if role == "alpha" and tensor.elements != 1:
+            raise AdapterError(f"{shown(key)} is {list(tensor.shape)}, not one number", where=where)
         found[place][role] = tensor
     return {
         f"{component}:{path}" if component else path: Module(path, roles, component=component, flat=flat)

@@ -326,3 +326,11 @@ def test_a_file_for_another_model_names_the_first_clash(unet: Path, tmp_path: Pa
     adapter = open_adapter(write(tmp_path / "a.safetensors", {down: numbers(2, 7), up: UP}))
     with pytest.raises(AdapterError, match=r"to_q\.weight is \[8, 6\] in the base, the adapter was made for \[8, 7\]"):
         adapter.bind(open_checkpoint(unet))
+
+
+def test_factors_that_cannot_be_used(unet: Path, tmp_path: Path) -> None:
+    blocks = {f"{flat(CONV)}.oft_blocks": numbers(4, 2, 2), f"{flat(CONV)}.rescale": numbers(3)}
+    with pytest.raises(AdapterError, match="the adapter was made for"):
+        open_adapter(write(tmp_path / "a.safetensors", blocks)).bind(open_checkpoint(unet))
+    with pytest.raises(AdapterError, match=r"alpha is \[2\], not one number"):
+        open_adapter(write(tmp_path / "a.safetensors", {f"{flat(CONV)}.alpha": numbers(2)}))
