@@ -1,0 +1,174 @@
+"""Base plus scaled task vectors, in a model's own parameters, and the gradient of the scales.
+
+With ``theta = theta_0 + sum_i c_ij tau_i`` in block j, ``dL/dc_ij = <dL/dtheta_j, tau_ij>``: after one backward pass
+each task vector is needed once more and only tensor by tensor, so that they never have to be in memory together.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.fingerprint import fingerprint
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
+from mergekit_px.errors import PlanError, TensorMismatchError
+from mergekit_px.kernels.reduction import element_sum, weighted_sum
+from mergekit_px.learn.models import LearningModel, read_tensor
+from mergekit_px.learn.ofasd.blocks import Blocks, Parameter
+from mergekit_px.methods.anisotropic_table import group_numbers
+
+
+@dataclass(frozen=True)
+class Site:
+    """A floating-point array of the model, by its first name in the checkpoint, and what it is in the base."""
+
+    name: str
+    names: tuple[str, ...]
+    target: Tensor
+    base: Tensor
+
+    @property
+    def is_parameter(self) -> bool:
+        return isinstance(self.target, torch.nn.Parameter)
+
+
+def find_sites(model: LearningModel) -> list[Site]:
+    """The arrays of a model that are scaled, tied names together. Copies the model once.
+
+    Raises:
+        PlanError: the class keeps a tensor in another form than the checkpoint.
+    """
+    assert model.checkpoint is not None
+    state = model.module.state_dict(keep_vars=True)
+    found: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, stored in model.checkpoint.tensors.items():
+        if name not in model.names:
+            raise PlanError(
+                f"{type(model.module).__name__} keeps {shown(name)} in another form than the checkpoint",
+                where=model.checkpoint.label,
+                hint="give a function that makes a model with the checkpoint's own tensors: --model file.py:function",
+            )
+        target = state[model.names[name]]
+        if target.is_floating_point() and stored.dtype.arithmetic:
+            found.setdefault(id(target), (target, []))[1].append(name)
+    return [Site(names[0], tuple(names), target, target.detach().clone()) for target, names in found.values()]
+
+
+def parameters_of(sites: Sequence[Site]) -> tuple[list[Parameter], list[str]]:
+    """The arrays that learn, and the names of the others."""
+    parameters = [Parameter(site.names, tuple(site.target.shape)) for site in sites if site.is_parameter]
+    return parameters, [name for site in sites if not site.is_parameter for name in site.names]
+
+
+def check_sources(base: Checkpoint, sources: Sequence[Checkpoint]) -> None:
+    """Raise ``PlanError`` where a source does not belong to the base: names, shapes, or another base's task vector."""
+    known: str | None = None
+    for source in sources:
+        missing = [name for name in base.tensors if name not in source.tensors]
+        extra = [name for name in source.tensors if name not in base.tensors]
+        if missing or extra:
+            what = f"it lacks {shown(missing[0])}" if missing else f"the base has no {shown(extra[0])}"
+            raise TensorMismatchError(f"not a fine-tune of {base.label}: {what}", where=source.label)
+        for name, stored in base.tensors.items():
+            if source.tensors[name].shape != stored.shape:
+                shapes = f"{list(source.tensors[name].shape)} and {list(stored.shape)} in {base.label}"
+                raise TensorMismatchError(f"{shown(name)} has shape {shapes}", where=source.label)
+        recorded = base_fingerprint(source) if is_task_vector(source) else None
+        if recorded is not None:
+            if known is None:
+                with closing(open_reader(base)) as reader:
+                    known = fingerprint(base, reader)
+            if recorded != known:
+                raise PlanError(
+                    f"the task vector was taken from another base than {base.label}",
+                    where=source.label,
+                    hint="give the base that it was subtracted from",
+                )
+
+
+class Blend:
+    """A model whose parameters are the base plus scaled task vectors.
+
+    Args:
+        sites: of the model, on the device.
+        blocks: their blocks.
+        sources: fine-tunes or task vectors, as `check_sources` accepts them.
+        stream: read task vectors from their files whenever they are needed, instead of keeping them.
+    """
+
+    def __init__(self, sites: Sequence[Site], blocks: Blocks, sources: Sequence[Checkpoint], *, stream: bool) -> None:
+        self.sites = sites
+        self.blocks = blocks
+        self._sources = sources
+        self._readers = [open_reader(source) for source in sources]
+        self._kept: dict[str, list[Tensor]] = {}
+        if not stream:
+            self._kept = {site.name: list(self._read(site)) for site in sites}
+
+    def with_blocks(self, blocks: Blocks) -> Blend:
+        """The same model, task vectors and files with other blocks."""
+        other = copy.copy(self)
+        other.blocks = blocks
+        return other
+
+    def close(self) -> None:
+        """Release the files."""
+        for reader in self._readers:
+            reader.close()
+
+    @torch.no_grad()
+    def assemble(self, coefficients: Tensor) -> None:
+        """Set the model to the base plus the task vectors times ``coefficients``, float64, (sources, blocks).
+
+        The sums are those of the method ``anisotropic``, term by term.
+        """
+        for site in self.sites:
+            first, count = self.blocks.tensors[site.name]
+            rows = coefficients[:, first : first + count]
+            if count == 1:
+                total = weighted_sum(self._deltas(site), rows[:, 0].tolist())
+            else:
+                groups = self._groups(site, count)
+                total = torch.zeros_like(site.base)
+                for delta, row in zip(self._deltas(site), rows, strict=True):
+                    total.addcmul_(delta, row.to(total)[groups].view_as(total))
+            site.target.copy_(total.add_(site.base))
+
+    @torch.no_grad()
+    def gradient(self) -> Tensor:
+        """The gradient of the coefficients after a backward pass; float64, (sources, blocks), on the CPU."""
+        result = torch.zeros(len(self._sources), len(self.blocks.names), dtype=torch.float64)
+        for site in self.sites:
+            gradient = site.target.grad
+            if gradient is None:
+                continue
+            first, count = self.blocks.tensors[site.name]
+            groups = None if count == 1 else self._groups(site, count)
+            for row, delta in enumerate(self._deltas(site)):
+                product = gradient * delta
+                if groups is None:
+                    result[row, first] += element_sum(product).cpu()
+                else:
+                    weights = product.flatten().double()
+                    result[row, first : first + count] += torch.bincount(groups, weights, count).cpu()
+        return result
+
+    def _groups(self, site: Site, count: int) -> Tensor:
+        return group_numbers(self.blocks.seed, site.name, math.prod(site.base.shape), count, site.base.device)
+
+    def _deltas(self, site: Site) -> Iterator[Tensor]:
+        return iter(self._kept[site.name]) if site.name in self._kept else self._read(site)
+
+    def _read(self, site: Site) -> Iterator[Tensor]:
+        for source, reader in zip(self._sources, self._readers, strict=True):
+            value = read_tensor(reader, source.tensors[site.name]).to(site.base)
+            yield value if is_task_vector(source) else value.sub_(site.base)

@@ -1,0 +1,257 @@
+"""The loop: a backward pass, dot products with the task vectors, a step of the coefficients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_px.learn.data import LABELS, Batch, Examples, shuffled, to_device
+from mergekit_px.learn.ofasd.batch_norm import batch_norms, batch_statistics, reestimate
+from mergekit_px.learn.ofasd.blend import Blend
+from mergekit_px.learn.ofasd.objective import TEACHER, cross_entropy, distillation, entropy, penalty, predict
+from mergekit_px.learn.ofasd.settings import Settings
+from mergekit_px.learn.transfer.side import DivergedError
+from mergekit_px.learn.transfer.state import load_state, save_state
+
+Tell = Callable[[int, float], None]
+
+_UNFIT = 1000.0
+"""Added to the score of coefficients that hurt the control data too much: worse than any that do not."""
+
+
+@dataclass
+class Course:
+    """How far learning has come; all of it is in a saved state.
+
+    Attributes:
+        values: coefficients, float64, (sources, blocks).
+        best: those with the lowest score so far.
+        trace: (step, mean loss since the entry before, score on the validation data).
+    """
+
+    values: Tensor
+    best: Tensor
+    best_score: float = math.inf
+    best_step: int = 0
+    step: int = 0
+    waited: int = 0
+    trace: list[tuple[int, float | None, float]] = field(default_factory=list)
+
+
+class Learner:
+    """Learns the coefficients of one granularity.
+
+    Args:
+        module: whose parameters the blend sets; on the device.
+        parts: ``train`` and ``validation``, and for negation ``control`` and ``control_validation``.
+        initial: coefficients to begin with, float64, (sources, blocks).
+        settings: filled.
+    """
+
+    def __init__(
+        self,
+        blend: Blend,
+        module: nn.Module,
+        parts: Mapping[str, Examples],
+        initial: Tensor,
+        settings: Settings,
+        device: torch.device,
+    ) -> None:
+        self.blend = blend
+        self.module = module.eval()
+        self.settings = settings
+        self.course = Course(initial.clone(), initial.clone())
+        self._parts = parts
+        self._initial = initial
+        self._learned = torch.tensor(blend.blocks.learned)
+        self._device = device
+        self._dtype = blend.sites[0].base.dtype
+        self._estimates = settings.batch_norm == "reestimate" and bool(batch_norms(module))
+        self._stream = shuffled(parts["train"], settings.batch, settings.seed, "train")
+        self._control = (
+            shuffled(parts["control"], settings.batch, settings.seed, "control") if "control" in parts else None
+        )
+        self._values = nn.Parameter(self.course.values)
+        assert settings.learning_rate is not None and settings.weight_decay is not None
+        self._optimizer = torch.optim.AdamW(
+            [self._values], lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self._control_goal: float | None = None
+
+    def run(self, state: Path, plan_hash: str, tell: Tell) -> Course:
+        """Learn, or go on from a saved state; the best coefficients are in the result.
+
+        Raises:
+            DivergedError: a loss that is not finite; ``course`` holds the best coefficients before it.
+            OutputError: the state is of other inputs or settings.
+        """
+        assert self.settings.steps is not None
+        self._set_control_goal()
+        if state.exists():
+            self._restore(state, plan_hash)
+        else:
+            self.blend.assemble(self.course.values)
+            self._look(None)
+        course = self.course
+        while course.step < self.settings.steps and course.waited < self.settings.patience:
+            losses = []
+            for _ in range(min(self.settings.evaluate_every, self.settings.steps - course.step)):
+                losses.append(self.learn())
+                tell(course.step, losses[-1])
+            self._look(math.fsum(losses) / len(losses))
+            self._save(state, plan_hash)
+        return course
+
+    def learn(self) -> float:
+        """One step on the next batch; returns the loss. Raises ``DivergedError``."""
+        course = self.course
+        self.module.zero_grad(set_to_none=True)
+        with batch_statistics(self.module) if self._estimates else nullcontext():
+            loss = self.loss(self._moved(self._stream.next()))
+            if self._control is not None:
+                loss = cross_entropy_of(self.module, self._moved(self._control.next())) - loss
+            settings = self.settings
+            extra, slope = penalty(course.values, self._initial, self._learned, settings.penalty, settings.penalty_norm)
+            value = float(loss.detach()) + extra
+            if not math.isfinite(value):
+                raise DivergedError(f"the loss is {value} at step {course.step}")
+            loss.backward()
+        gradient = (self.blend.gradient() + slope) * self._learned
+        norm = float(gradient.norm())
+        if not math.isfinite(norm):
+            raise DivergedError(f"the gradient is not finite at step {course.step}")
+        if settings.clip is not None and norm > settings.clip:
+            gradient *= settings.clip / norm
+        self._apply(gradient)
+        course.step += 1
+        self.blend.assemble(course.values)
+        return value
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The objective on a batch, without the penalty; for negation the loss that is to grow."""
+        logits = predict(self.module, batch)
+        if self.settings.objective == "entropy":
+            return entropy(logits)
+        if self.settings.objective != "distill":
+            return cross_entropy(logits, batch[LABELS])
+        share = self.settings.label_share or 0.0
+        loss = logits.sum() * 0.0
+        if share < 1:
+            loss = loss + (1 - share) * distillation(logits, batch[TEACHER], self.settings.temperature)
+        return loss + share * cross_entropy(logits, batch[LABELS]) if share > 0 else loss
+
+    def settle(self, coefficients: Tensor) -> None:
+        """Set the model to coefficients as it would be used: running statistics estimated anew where asked.
+
+        The base itself keeps its own.
+        """
+        self.blend.assemble(coefficients)
+        self.module.eval()
+        if self._estimates and bool(coefficients.any()):
+            reestimate(self.module, self.batches("train"))
+
+    def batches(self, part: str) -> Iterator[Batch]:
+        """The batches of a part, in order, on the device."""
+        return (self._moved(batch) for batch in self._parts[part].batches(self.settings.batch))
+
+    def _apply(self, gradient: Tensor) -> None:
+        """A step of AdamW on a cosine schedule (constant for the entropy), within the bounds."""
+        settings, course = self.settings, self.course
+        assert settings.learning_rate is not None and settings.steps is not None
+        fall = 1.0 if settings.objective == "entropy" else 0.5 * (1 + math.cos(math.pi * course.step / settings.steps))
+        self._optimizer.param_groups[0]["lr"] = settings.learning_rate * fall
+        self._values.grad = gradient
+        self._optimizer.step()
+        with torch.no_grad():
+            if settings.bounds is not None:
+                self._values.clamp_(*settings.bounds)
+            course.values = torch.where(self._learned, self._values.detach(), self._initial)
+
+    def _look(self, loss: float | None) -> None:
+        """Score the coefficients on the validation data and keep them if they are the best."""
+        course = self.course
+        self.settle(course.values)
+        score = self._score()
+        course.trace.append((course.step, loss, score))
+        if score < course.best_score:
+            course.best, course.best_score = course.values.clone(), score
+            course.best_step, course.waited = course.step, 0
+        else:
+            course.waited += 1
+
+    @torch.no_grad()
+    def _score(self) -> float:
+        """Lower is better: the loss, or for negation the accuracy on what is to be forgotten, if the control holds."""
+        if self._control_goal is not None:
+            kept = self._accuracy("control_validation")
+            lacking = max(self._control_goal - kept, 0.0)
+            return self._accuracy("validation") + (_UNFIT + lacking if lacking else 0.0)
+        total, count = 0.0, 0
+        for batch in self.batches("validation"):
+            rows = len(batch[LABELS])
+            total += float(self.loss(batch)) * rows
+            count += rows
+        return total / count
+
+    def _set_control_goal(self) -> None:
+        if self._control is not None:
+            self.settle(torch.zeros_like(self._initial))
+            self._control_goal = self.settings.control_share * self._accuracy("control_validation")
+
+    @torch.no_grad()
+    def _accuracy(self, part: str) -> float:
+        right, count = 0, 0
+        for batch in self.batches(part):
+            right += int((predict(self.module, batch).argmax(dim=-1) == batch[LABELS]).sum())
+            count += batch[LABELS].numel()
+        return 100.0 * right / count
+
+    def _moved(self, batch: Mapping[str, Tensor]) -> Batch:
+        return to_device(batch, self._device, self._dtype)
+
+    def _save(self, path: Path, plan_hash: str) -> None:
+        course = self.course
+        moments = self._optimizer.state_dict()["state"][0]
+        tensors = {"values": self._values.detach(), "best": course.best, **moments}
+        info: dict[str, Any] = {
+            "plan_hash": plan_hash,
+            "best_score": course.best_score,
+            "best_step": course.best_step,
+            "step": course.step,
+            "waited": course.waited,
+            "trace": course.trace,
+            "place": self._stream.place,
+            "control_place": self._control.place if self._control is not None else None,
+        }
+        save_state(path, tensors, info)
+
+    def _restore(self, path: Path, plan_hash: str) -> None:
+        tensors, info = load_state(path, plan_hash)
+        with torch.no_grad():
+            self._values.copy_(tensors.pop("values"))
+        self.course = Course(
+            values=torch.where(self._learned, self._values.detach(), self._initial),
+            best=tensors.pop("best"),
+            best_score=info["best_score"],
+            best_step=info["best_step"],
+            step=info["step"],
+            waited=info["waited"],
+            trace=[(step, loss, score) for step, loss, score in info["trace"]],
+        )
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": {0: tensors}})
+        self._stream.seek(tuple(info["place"]))
+        if self._control is not None:
+            self._control.seek(tuple(info["control_place"]))
+        self.blend.assemble(self.course.values)
+
+
+def cross_entropy_of(module: nn.Module, batch: Batch) -> Tensor:
+    """The cross-entropy of a model on a batch."""
+    return cross_entropy(predict(module, batch), batch[LABELS])

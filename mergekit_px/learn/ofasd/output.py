@@ -1,0 +1,75 @@
+"""The files of a result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mergekit_px.errors import WriteError
+from mergekit_px.learn.models import LearningModel
+from mergekit_px.learn.ofasd.batch_norm import batch_norms
+from mergekit_px.learn.ofasd.folder import write_text
+from mergekit_px.learn.ofasd.learner import Course, Learner
+from mergekit_px.methods.anisotropic_table import COEFFICIENTS_FILE, CoefficientTable, write_table
+
+if TYPE_CHECKING:
+    from mergekit_px.learn.ofasd.run import OfasdOptions
+
+RECIPE_FILE = "recipe.yaml"
+BUFFERS = "buffers"
+
+
+def write_result(options: OfasdOptions, model: LearningModel, learner: Learner, course: Course) -> None:
+    """Write the best coefficients of a course, and the recipe that applies them; the model is settled at them.
+
+    Raises:
+        WriteError: the disk refuses.
+    """
+    blocks = learner.blend.blocks
+    values = tuple(tuple(row) for row in course.best.tolist())
+    table = CoefficientTable(tuple(options.sources), blocks.names, blocks.tensors, blocks.seed, values)
+    write_table(table, options.output / COEFFICIENTS_FILE)
+    estimated = _running_statistics(model) if learner.settings.batch_norm == "reestimate" else []
+    if estimated:
+        _write_buffers(options, model, estimated)
+    write_text(options.output / RECIPE_FILE, _recipe(options, learner, estimated))
+
+
+def _running_statistics(model: LearningModel) -> list[str]:
+    """The names in the checkpoint of the running means and variances."""
+    inner = {
+        f"{name}.{kind}" if name else kind
+        for name in batch_norms(model.module)
+        for kind in ("running_mean", "running_var")
+    }
+    return [name for name, own in model.names.items() if own in inner]
+
+
+def _write_buffers(options: OfasdOptions, model: LearningModel, names: list[str]) -> None:
+    from safetensors.torch import save_file
+
+    folder = options.output / BUFFERS
+    tensors = model.tensors()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensors[name].contiguous() for name in names}, folder / "model.safetensors", {"format": "pt"})
+    except OSError as error:
+        raise WriteError(f"the disk refused: {error.strerror or error}", where=str(folder)) from error
+
+
+def _recipe(options: OfasdOptions, learner: Learner, estimated: list[str]) -> str:
+    """The merge as a recipe, with the inputs as they were named."""
+    import yaml
+
+    sources = {f"source{number}": reference for number, reference in enumerate(options.sources)}
+    split = any(count > 1 for _, count in learner.blend.blocks.tensors.values())
+    step: dict[str, Any] = {
+        "method": "anisotropic_groups" if split else "anisotropic",
+        "base": "base",
+        "sources": list(sources),
+        "params": {"coefficients": str(options.output / COEFFICIENTS_FILE)},
+    }
+    models = {"base": options.base, **sources}
+    if estimated:
+        models[BUFFERS] = str(options.output / BUFFERS)
+        step["rules"] = [{"match": name, "take": BUFFERS} for name in estimated]
+    return yaml.safe_dump({"pxmerge": 1, "models": models, "merge": step}, sort_keys=False, allow_unicode=True)

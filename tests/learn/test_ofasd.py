@@ -1,0 +1,306 @@
+"""``pxmerge ofasd`` from files to files: what is learned, applied, resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mergekit_px.cli import main
+from mergekit_px.errors import InputError, OutputError, RunError, UsageError
+from mergekit_px.learn.models import find_checkpoint, load_model
+from mergekit_px.learn.ofasd import OfasdOptions, Settings, learn_coefficients
+from mergekit_px.methods.anisotropic_table import read_table
+from mergekit_px.testing.checkpoints import write_checkpoint
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.norm = nn.BatchNorm1d(16) if norm else nn.Identity()
+        self.second = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x)).relu())
+
+
+def plain():
+    return Net(False)
+
+
+def normed():
+    return Net(True)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four classes, a base that knows a little, two fine-tunes that know two classes each."""
+    root = tmp_path_factory.mktemp("ofasd")
+    (root / "net.py").write_text(MODEL)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 8, generator=generator)
+    labels = torch.arange(400) % 4
+    inputs = centres[labels] + 0.7 * torch.randn(400, 8, generator=generator)
+    np.savez(root / "labelled.npz", x=inputs.numpy(), labels=labels.numpy())
+    np.savez(root / "unlabelled.npz", x=inputs.numpy())
+    few = labels < 2
+    np.savez(root / "low.npz", x=inputs[few].numpy(), labels=labels[few].numpy())
+    np.savez(root / "high.npz", x=inputs[~few].numpy(), labels=labels[~few].numpy())
+    for kind in ("plain", "normed"):
+        place = f"{root / 'net.py'}:{kind}"
+        torch.manual_seed(1)
+        base = load_model(None, place, allow_code=True).module
+        train(base, inputs[:24], labels[:24], steps=10)
+        write_checkpoint(root / kind / "base", base.state_dict())
+        for number, rows in enumerate((few, ~few)):
+            client = load_model(find_checkpoint(str(root / kind / "base")), place, allow_code=True).module
+            train(client, inputs[rows], labels[rows], steps=40)
+            write_checkpoint(root / kind / f"client{number}", client.state_dict())
+    return root
+
+
+def train(module: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor, *, steps: int) -> None:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    module.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(module(inputs), labels).backward()
+        optimizer.step()
+
+
+def options(world: Path, output: Path, kind: str = "plain", **changes: Any) -> OfasdOptions:
+    settings = {"steps": 20, "batch": 64, "evaluate_every": 5, "learning_rate": 0.05}
+    own = {name: changes.pop(name) for name in list(changes) if hasattr(Settings(), name)}
+    made = OfasdOptions(
+        base=str(world / kind / "base"),
+        sources=[str(world / kind / "client0"), str(world / kind / "client1")],
+        data=str(world / "labelled.npz"),
+        output=output,
+        model=f"{world / 'net.py'}:{kind}",
+        settings=Settings(**{**settings, **own}),
+        allow_code=True,
+        device="cpu",
+    )
+    return replace(made, **changes)
+
+
+def applied(output: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    assert main(["run", str(output / "recipe.yaml"), "-o", str(tmp_path / "merged"), "-q"]) == 0
+    return load_file(tmp_path / "merged" / "model.safetensors")
+
+
+def accuracy(world: Path, kind: str, tensors: dict[str, torch.Tensor], tmp_path: Path, rows: slice) -> float:
+    folder = write_checkpoint(tmp_path / "scored", tensors)
+    module = load_model(find_checkpoint(str(folder)), f"{world / 'net.py'}:{kind}", allow_code=True).module.eval()
+    with np.load(world / "labelled.npz") as data:
+        inputs, labels = torch.from_numpy(data["x"][rows]), torch.from_numpy(data["labels"][rows])
+    with torch.no_grad():
+        return 100 * float((module(inputs).argmax(-1) == labels).double().mean())
+
+
+def test_distillation_learns_writes_and_applies(world: Path, tmp_path: Path) -> None:
+    learned = learn_coefficients(options(world, tmp_path / "out"))
+    report = learned.report
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["test"]) == {"base", "average", "isotropic", "learned"}
+    trace = report["trace"]
+    assert trace[0][:2] == [0, None] and report["best_validation_score"] < trace[0][2]
+    assert report["test"]["learned"]["divergence"] < report["test"]["average"]["divergence"]
+    assert {"accuracy", "agreement", "entropy", "sources"} == set(report["teacher"])
+    assert len(report["inputs"][str(world / "plain" / "base")]["model.safetensors"]) == 64
+    assert not (tmp_path / "out" / ".ofasd").exists()
+    table = read_table(tmp_path / "out")
+    assert set(table.blocks) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    merged = applied(tmp_path / "out", tmp_path)
+    base, *clients = [
+        load_file(world / "plain" / name / "model.safetensors") for name in ("base", "client0", "client1")
+    ]
+    for name, tensor in merged.items():
+        row = [values[0] for values in table.of_tensor(name, 2)]
+        expected = base[name] + sum(c * (client[name] - base[name]) for c, client in zip(row, clients, strict=True))
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_start_is_the_average_and_no_steps_leave_it(world: Path, tmp_path: Path) -> None:
+    report = learn_coefficients(options(world, tmp_path / "out", steps=0, counts=[30, 10])).report
+    assert report["test"]["learned"] == report["test"]["weighted average"] != report["test"]["average"]
+    assert read_table(tmp_path / "out").values[0][0] == 0.75
+
+
+def test_the_order_of_clients_orders_rows_only(world: Path, tmp_path: Path) -> None:
+    plain = options(world, tmp_path / "one", compare=False)
+    learn_coefficients(plain)
+    learn_coefficients(replace(plain, output=tmp_path / "two", sources=plain.sources[::-1]))
+    first, second = read_table(tmp_path / "one"), read_table(tmp_path / "two")
+    np.testing.assert_allclose(first.values, second.values[::-1], rtol=1e-4, atol=1e-6)
+
+
+def test_streaming_gives_the_same_file(world: Path, tmp_path: Path) -> None:
+    for name, stream in (("kept", False), ("streamed", True)):
+        changes: dict[str, Any] = {"granularity": "random", "random_groups": 4, "compare": False}
+        learn_coefficients(options(world, tmp_path / name, stream=stream, **changes))
+    one, two = (read_table(tmp_path / name) for name in ("kept", "streamed"))
+    assert one.digest == two.digest and len(one.blocks) == 10
+    assert "anisotropic_groups" in (tmp_path / "kept" / "recipe.yaml").read_text()
+    applied(tmp_path / "kept", tmp_path)
+
+
+@pytest.mark.parametrize("stop", [7, 13])
+def test_resumed_is_uninterrupted(world: Path, tmp_path: Path, stop: int) -> None:
+    whole = learn_coefficients(options(world, tmp_path / "whole", granularity="layer")).report
+
+    def interrupt(step: int, loss: float) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+
+    halved = options(world, tmp_path / "halved", granularity="layer")
+    with pytest.raises(KeyboardInterrupt):
+        learn_coefficients(halved, tell=interrupt)
+    with pytest.raises(OutputError, match="unfinished run"):
+        learn_coefficients(halved)
+    with pytest.raises(OutputError, match="changed since"):
+        learn_coefficients(replace(halved, mode="resume", settings=replace(halved.settings, seed=1)))
+    report = learn_coefficients(replace(halved, mode="resume")).report
+    assert report["trace"] == whole["trace"] and report["test"] == whole["test"]
+    assert read_table(tmp_path / "halved").digest == read_table(tmp_path / "whole").digest
+
+
+@pytest.mark.parametrize("policy", ["reestimate", "mean"])
+def test_batch_norm_policies(world: Path, tmp_path: Path, policy: str) -> None:
+    report = learn_coefficients(options(world, tmp_path / "out", "normed", batch_norm=policy, compare=False)).report
+    merged = applied(tmp_path / "out", tmp_path)
+    clients = [load_file(world / "normed" / name / "model.safetensors") for name in ("client0", "client1")]
+    mean = (clients[0]["norm.running_mean"] + clients[1]["norm.running_mean"]) / 2
+    assert torch.allclose(merged["norm.running_mean"], mean, atol=1e-5) == (policy == "mean")
+    if policy == "reestimate":
+        with np.load(world / "labelled.npz") as data:
+            hidden = torch.from_numpy(data["x"]) @ merged["first.weight"].T + merged["first.bias"]
+        assert torch.allclose(merged["norm.running_mean"], hidden.mean(dim=0), atol=0.25)
+    whole = accuracy(world, "normed", merged, tmp_path, slice(None))
+    assert abs(whole - report["test"]["learned"]["accuracy"]) < 12
+
+
+def test_labels_may_be_left_out(world: Path, tmp_path: Path) -> None:
+    report = learn_coefficients(options(world, tmp_path / "out", data=str(world / "unlabelled.npz"))).report
+    assert set(report["test"]["learned"]) == {"agreement", "divergence"}
+    assert "without labels" in report["warnings"][0]
+    with pytest.raises(UsageError, match="needs labels"):
+        learn_coefficients(
+            options(world, tmp_path / "two", data=str(world / "unlabelled.npz"), objective="cross-entropy")
+        )
+
+
+def test_a_poor_teacher_is_warned_of(world: Path, tmp_path: Path) -> None:
+    base = str(world / "plain" / "base")
+    clients = [base, base]
+    report = learn_coefficients(options(world, tmp_path / "out", sources=clients)).report
+    assert report["teacher"]["agreement"] == 100
+    assert any("no better than the plain average" in warning for warning in report["warnings"])
+
+
+def test_cross_entropy_beats_what_it_began_with(world: Path, tmp_path: Path) -> None:
+    report = learn_coefficients(options(world, tmp_path / "out", objective="cross-entropy", steps=40)).report
+    assert report["teacher"] is None
+    assert report["test"]["learned"]["accuracy"] > report["test"]["base"]["accuracy"]
+    assert report["trace"][0][2] > report["best_validation_score"]
+
+
+def test_entropy_stays_within_bounds(world: Path, tmp_path: Path) -> None:
+    learned = learn_coefficients(
+        options(world, tmp_path / "out", objective="entropy", data=str(world / "unlabelled.npz"), learning_rate=0.3)
+    )
+    values = np.array(read_table(learned.output).values)
+    assert values.min() >= 0 and values.max() <= 1 and not np.allclose(values, 0.3)
+
+
+def test_negation_unlearns_and_keeps_the_control(world: Path, tmp_path: Path) -> None:
+    client = str(world / "plain" / "client0")
+    changed = options(
+        world,
+        tmp_path / "out",
+        objective="negation",
+        base=str(world / "plain" / "client0"),
+        sources=[client.replace("client0", "client1")],
+        data=str(world / "low.npz"),
+        control=str(world / "high.npz"),
+        steps=30,
+    )
+    scores = learn_coefficients(changed).report["test"]
+    assert scores["learned"]["accuracy"] < scores["base"]["accuracy"] - 10
+    assert scores["learned"]["control accuracy"] >= 0.9 * scores["base"]["control accuracy"]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_best_before(world: Path, tmp_path: Path) -> None:
+    wild = options(world, tmp_path / "out", learning_rate=1e36, clip=None, steps=100, compare=False)
+    with pytest.raises(RunError, match="the best before, are kept"):
+        learn_coefficients(wild)
+    assert np.isfinite(read_table(tmp_path / "out").values).all()
+    applied(tmp_path / "out", tmp_path)
+
+
+def test_bad_data_is_refused(world: Path, tmp_path: Path) -> None:
+    rows = {"x": np.zeros((10, 8), np.float32)}
+    bad: dict[str, tuple[dict[str, Any], str]] = {
+        "names": ({"y": rows["x"], "labels": np.arange(10) % 4}, "its arguments are x"),
+        "range": ({**rows, "labels": np.arange(10)}, "labels go from 0 to 9, the model has classes 0 to 3"),
+        "one": ({**rows, "labels": np.ones(10, np.int64)}, "one class"),
+        "shape": ({"x": np.zeros((10, 5), np.float32), "labels": np.arange(10) % 4}, "cannot take the arrays"),
+        "empty": ({"x": np.zeros((0, 8), np.float32), "labels": np.zeros(0, np.int64)}, "no examples"),
+        "values": ({**rows, "labels": np.linspace(0, 1, 10)}, "values, not classes"),
+        "lone": ({"x": np.zeros((1, 8), np.float32)}, "fewer than two"),
+        "nothing": ({}, "no arrays"),
+    }
+    for name, (arrays, message) in bad.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(InputError, match=message):
+            learn_coefficients(options(world, tmp_path / "out", data=str(tmp_path / f"{name}.npz")))
+        assert not (tmp_path / "out").exists(), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counts": [1.0]}, "1 counts"),
+        ({"counts": [0.0, 0.0]}, "above 0"),
+        ({"sources": []}, "at least one source"),
+        ({"objective": "negation"}, "control data go together"),
+        ({"granularity": "groups"}, "go together"),
+        ({"random_groups": 3}, "go together"),
+        ({"bounds": (1.0, 0.0)}, "not below"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"label_share": 1.5}, "between 0 and 1"),
+        ({"allow_code": False}, "--allow-code"),
+    ],
+)
+def test_options_that_contradict_are_refused(
+    world: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        learn_coefficients(options(world, tmp_path / "out", **changes))
+
+
+def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = world / "plain"
+    words = ["ofasd", "--base", folder / "base", "--clients", folder / "client0", folder / "client1"]
+    words += ["--data", world / "labelled.npz", "--model", f"{world / 'net.py'}:plain", "-o", tmp_path / "out"]
+    words += ["--steps", "10", "--counts", "30", "10", "--granularity", "groups", "--groups", "first", "bias"]
+    assert main([str(word) for word in words]) == 2
+    assert "--allow-code" in capsys.readouterr().err
+    assert main([*map(str, words), "--allow-code", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["coefficients"]) == ["first", "bias", "other"]
+    assert main([*map(str, words), "--allow-code", "--overwrite"]) == 0
+    shown = capsys.readouterr()
+    assert "teacher" in shown.out and "weighted average" in shown.out and "recipe.yaml" in shown.err
