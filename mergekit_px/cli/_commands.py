@@ -56,6 +56,7 @@ _TABLE = (
     Command("negate", TASK_VECTORS, "Turn a task vector, or a fine-tune, the other way.", "task_vectors:negate"),
     Command("scale", TASK_VECTORS, "Make a task vector, or a fine-tune, stronger or weaker.", "task_vectors:scale"),
     Command("analogy", TASK_VECTORS, "A is to B as C is to the result.", "task_vectors:analogy"),
+    Command("ofasd", LEARNING, "Learn coefficients for task vectors from a little data.", "ofasd:ofasd"),
     Command("transfer", LEARNING, "Train a model on what another one knows (experimental).", "transfer:transfer"),
     Command("stats", LEARNING, "Measure Fisher information and Gram matrices of a model on data.", "stats:stats"),
     Command("inspect", INSPECTION, "Show what a checkpoint holds, from its headers.", "inspect:inspect"),
