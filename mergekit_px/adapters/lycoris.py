@@ -197,7 +197,7 @@ def _as_stored(pair: dict[str, StoredTensor], weight: StoredTensor) -> dict[str,
     are the same."""
     kernel = weight.shape[2:]
     down, up = pair["A"], pair["B"]
-    if len(down.shape) == len(weight.shape) or set(kernel) - {1} or set(down.shape[2:]) - {1}:
+    if len(down.shape) == len(weight.shape) or {*kernel, *down.shape[2:], *up.shape[2:]} - {1}:
         return pair
     ones = (1,) * len(kernel)
     return {"A": replace(down, shape=(*down.shape[:2], *ones)), "B": replace(up, shape=(*up.shape[:2], *ones))}

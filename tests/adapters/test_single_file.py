@@ -316,7 +316,8 @@ def test_names_without_a_place_are_refused(names: list[str], message: str, tmp_p
 
 def test_a_missing_half_is_refused(unet: Path, tmp_path: Path) -> None:
     for name, missing in (("lora_down.weight", "B of"), ("lora_up.weight", "A of"), ("alpha", "is incomplete")):
-        adapter = open_adapter(write(tmp_path / "a.safetensors", {f"{flat(TO_Q)}.{name}": DOWN}))
+        tensor = torch.tensor(1.0) if name == "alpha" else DOWN
+        adapter = open_adapter(write(tmp_path / "a.safetensors", {f"{flat(TO_Q)}.{name}": tensor}))
         with pytest.raises(AdapterError, match=missing):
             adapter.bind(open_checkpoint(unet))
 
