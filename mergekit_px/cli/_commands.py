@@ -59,6 +59,7 @@ _TABLE = (
     Command("ofasd", LEARNING, "Learn coefficients for task vectors from a little data.", "ofasd:ofasd"),
     Command("transfer", LEARNING, "Train a model on what another one knows (experimental).", "transfer:transfer"),
     Command("stats", LEARNING, "Measure Fisher information and Gram matrices of a model on data.", "stats:stats"),
+    Command("tune", LEARNING, "Train the singular values of a merged update on labelled data.", "tune:tune"),
     Command("inspect", INSPECTION, "Show what a checkpoint holds, from its headers.", "inspect:inspect"),
     Command("compare", INSPECTION, "Measure how models differ, tensor by tensor.", "compare:compare"),
     Command("verify", INSPECTION, "Check every byte of a merged model against its lock file.", "verify:verify"),

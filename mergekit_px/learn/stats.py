@@ -6,9 +6,7 @@ They are written as one safetensors file: ``NAME.fisher`` in the shape of tensor
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +21,9 @@ from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import KIND_KEY
-from mergekit_px.errors import InputError, NonFiniteError, OutputError, UsageError, WriteError
+from mergekit_px.errors import InputError, NonFiniteError, OutputError, UsageError
 from mergekit_px.execute.lane import pick_device
+from mergekit_px.learn.artefact import write_report, write_tensors
 from mergekit_px.learn.data import (
     IGNORED,
     LABELS,
@@ -45,6 +44,7 @@ Kind = Literal["fisher", "gram"]
 Tell = Callable[[int, int], None]
 
 STATISTICS_KIND = "statistics"
+FINGERPRINT_KEY = "pxmerge.model_fingerprint"
 MOST_CLASSES = 100
 """Classes up to which every one of them is gone through, with a backward pass each."""
 
@@ -239,7 +239,8 @@ def measure(
         },
         "without": sorted(set(checkpoint.tensors) - set(model.names)),
     }
-    _write(output, tensors, {KIND_KEY: STATISTICS_KIND}, report)
+    write_tensors(output, tensors, {KIND_KEY: STATISTICS_KIND, FINGERPRINT_KEY: model_fingerprint})
+    write_report(output.with_suffix(".json"), report)
     return report
 
 
@@ -297,24 +298,3 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
 
 def _total(tensors: Mapping[str, Tensor], suffix: str) -> float:
     return sum(float(tensor.double().sum()) for name, tensor in tensors.items() if name.endswith(suffix))
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], report: Mapping[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    with written(path) as part:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
-    with written(path.with_suffix(".json")) as part:
-        part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A place to write to, which takes the name ``path`` when the block is through. Raises ``WriteError``."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise WriteError(f"the disk refused: {error.strerror or error}", where=str(path)) from error

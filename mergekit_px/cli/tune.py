@@ -1,0 +1,153 @@
+"""``pxmerge tune``: singular values of a merged update, trained on labelled data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mergekit_px.cli._arguments import Several
+from mergekit_px.cli._errors import Interrupted
+from mergekit_px.cli._options import AllowPickle, Json, Quiet
+from mergekit_px.cli._output import Column, Output, output_for
+from mergekit_px.errors import UsageError
+
+ComponentsFile = Annotated[str, typer.Argument(metavar="COMPONENTS", help="A .safetensors file of components.")]
+Base = Annotated[str, typer.Option("--base", metavar="MODEL", help="The model that the update was taken from.")]
+Data = Annotated[
+    str, typer.Option("--data", metavar="FILE", help="A .npz or .safetensors file: arrays of the forward, and labels.")
+]
+Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where model, artefact and report go.")]
+Top = Annotated[
+    int | None,
+    typer.Option("--top", metavar="N", min=1, help="Train the N largest values of each matrix.  [default: all]"),
+]
+Core = Annotated[bool, typer.Option("--core", help="Train a full N x N matrix between the vectors, not its diagonal.")]
+Match = Annotated[
+    list[str] | None,
+    typer.Option("--match", metavar="GLOB...", help="The matrices to train, by name.  [default: all]"),
+    Several("--match"),
+]
+HeldOut = Annotated[
+    str, typer.Option("--validation", metavar="SHARE|FILE", help="What values are chosen on: a share, or a file.")
+]
+Test = Annotated[
+    str, typer.Option("--test", metavar="SHARE|FILE", help="What is reported and never chosen on; 0 for none.")
+]
+Epochs = Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="Passes over the training data.")]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples of one step.")]
+Rate = Annotated[float, typer.Option("--rate", metavar="X", min=0.0, help="Learning rate at the start of the cosine.")]
+Decay = Annotated[float, typer.Option("--decay", metavar="X", min=0.0, help="Weight decay, towards the base.")]
+Clip = Annotated[float, typer.Option("--clip", metavar="X", min=0.0, help="Largest norm of a gradient.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Draws the parts of the data and their order.")]
+Factory = Annotated[
+    str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
+]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the function of --model.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Use a base that the update was not taken from.")
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the output folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+
+
+def tune(
+    components: ComponentsFile,
+    base: Base,
+    data: Data,
+    output: Folder = Path("tuned"),
+    top: Top = None,
+    core: Core = False,
+    match: Match = None,
+    validation: HeldOut = "0.2",
+    test: Test = "0.2",
+    epochs: Epochs = 10,
+    batch: Batch = 128,
+    rate: Rate = 0.1,
+    decay: Decay = 0.1,
+    clip: Clip = 1.0,
+    seed: Seed = 0,
+    factory: Factory = None,
+    allow_code: AllowCode = False,
+    device: Device = "auto",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    allow_base_mismatch: AllowMismatch = False,
+    allow_pickle: AllowPickle = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train the singular values of a merged update on labelled data (stage 2 of AXIS, arXiv 2508.19353).
+
+    The vectors stay as they are, so a handful of numbers for each matrix is trained, at a cost that does not depend
+    on how many models were merged. Values are chosen on validation data; the report has base, components as they
+    came, and tuned ones side by side, on test data too.
+
+    \b
+    Examples:
+      pxmerge tune components.safetensors --base ./base --data target.npz -o ./tuned
+      pxmerge tune components.safetensors --base ./base --data target.npz --top 32 --core --overwrite
+      pxmerge tune components.safetensors --base ./base --data target.npz -o ./tuned --resume
+    """
+    if resume and overwrite:
+        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
+    mode: Literal["new", "resume", "overwrite"] = "resume" if resume else "overwrite" if overwrite else "new"
+    held_out = {"--validation": validation, "--test": test}
+    shares = {flag: _share(text, flag) for flag, text in held_out.items()}
+    from mergekit_px.learn.tune.run import TuneOptions, run_tune
+    from mergekit_px.learn.tune.training import Schedule
+
+    sink = output_for(json=json, quiet=quiet)
+    options = TuneOptions(
+        top=top,
+        core=core,
+        match=tuple(match or ("*",)),
+        validation=shares["--validation"],
+        test=shares["--test"],
+        schedule=Schedule(epochs, batch, rate, decay, clip, seed),
+        device=device,
+        mode=mode,
+        factory=factory,
+        allow_code=allow_code,
+        allow_pickle=allow_pickle,
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    try:
+        report = run_tune(
+            components,
+            base,
+            data,
+            output,
+            options,
+            lambda step, steps, loss: sink.note(f"step {step} of {steps}: loss {loss:.4g}"),
+            sink.note,
+        )
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
+    _show(report, sink)
+    sink.document({"output": str(output), **report})
+    sink.text(str(output))
+    return 0
+
+
+def _share(text: str, flag: str) -> float | str:
+    """A share in [0, 1), or the name of a file."""
+    try:
+        share = float(text)
+    except ValueError:
+        return text
+    if not 0 <= share < 1:
+        raise UsageError(f"a share is at least 0 and below 1, not {text}", where=flag)
+    return share
+
+
+def _show(report: dict[str, Any], sink: Output) -> None:
+    rows = [
+        (what, part, *(f"{score[name]:.4g}" if name in score else None for name in ("accuracy", "loss")))
+        for what, parts in report["scores"].items()
+        for part, score in parts.items()
+    ]
+    sink.table([Column("model"), Column("data"), Column("accuracy, %", "right"), Column("loss", "right")], rows)
+    sink.note(f"{report['trained_values']} values trained, chosen after step {report['selected_step']}")

@@ -1,0 +1,227 @@
+"""From a file of components and data to a tuned model, an artefact and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mergekit_px._version import __version__
+from mergekit_px.checkpoint.fingerprint import fingerprint
+from mergekit_px.checkpoint.hashing import file_sha256
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.task_vector import BASE_KEY, KIND_KEY
+from mergekit_px.errors import InputError, OutputError, RunError
+from mergekit_px.execute.lane import pick_device
+from mergekit_px.learn.artefact import write_report, write_tensors
+from mergekit_px.learn.data import LABELS, Examples, load_examples, require_classes, split_rows, to_device
+from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
+from mergekit_px.learn.transfer.objective import check_fit
+from mergekit_px.learn.transfer.output import write_model
+from mergekit_px.learn.tune.components import COMPONENTS_KIND, Components, read_components
+from mergekit_px.learn.tune.substitution import TunedValues
+from mergekit_px.learn.tune.training import Progress, Schedule, Tell, Training, evaluate
+
+ARTEFACT = "components.safetensors"
+REPORT = "report.json"
+MODEL = "model"
+_STATE = "state.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """What is trained, on what, and how.
+
+    Attributes:
+        top: singular values of each matrix that are trained; None for all.
+        core: train a full matrix between the vectors instead of a diagonal.
+        match: globs on the matrices that are trained.
+        validation, test: shares of the data that are held out, or files.
+        factory: ``file.py:function`` that makes the model.
+    """
+
+    top: int | None = None
+    core: bool = False
+    match: tuple[str, ...] = ("*",)
+    validation: float | str = 0.2
+    test: float | str = 0.2
+    schedule: Schedule = field(default_factory=Schedule)
+    device: str = "auto"
+    mode: Literal["new", "resume", "overwrite"] = "new"
+    factory: str | None = None
+    allow_code: bool = False
+    allow_pickle: bool = False
+    allow_base_mismatch: bool = False
+
+
+def run_tune(
+    components_path: str,
+    base: str,
+    data: str,
+    output: Path,
+    options: TuneOptions,
+    tell: Tell = lambda step, steps, loss: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Tune, and write ``components.safetensors``, ``report.json`` and the folder ``model`` into ``output``.
+
+    Returns:
+        the report: scores of the base, of the components as they came and of the tuned ones, on validation and test.
+
+    Raises:
+        UsageError, InputError, PlanError: options, files or a model that do not fit.
+        OutputError: the folder is not empty, or there is nothing to resume.
+        RunError: the loss was not finite; what was best until then has been written.
+    """
+    components = read_components(components_path)
+    checkpoint = find_checkpoint(base, allow_pickle=options.allow_pickle)
+    reader = open_reader(checkpoint)
+    try:
+        base_print = fingerprint(checkpoint, reader)
+    finally:
+        reader.close()
+    if components.base_fingerprint not in (None, base_print) and not options.allow_base_mismatch:
+        raise InputError(
+            f"the components are of an update of another base than {base}",
+            where=components.where,
+            hint="give the base that it was taken from, or --allow-base-mismatch",
+        )
+    device = pick_device(options.device)
+    parts = _parts(data, options)
+    model = load_model(checkpoint, options.factory, allow_code=options.allow_code)
+    model.module.to(device).eval().requires_grad_(False)
+    _require_fit(model, parts, device)
+    identity, inputs = _identity(components, base_print, data, options, device)
+    batch = 4 * options.schedule.batch
+    scores = {"base": _scores(model, parts, batch, device)}
+    values = TunedValues(model, components, top=options.top, core=options.core, match=options.match)
+    with torch.no_grad():
+        substituted = values.substituted()
+        scores["components"] = {
+            part: evaluate(substituted, held, batch, device) for part, held in parts.items() if part != "train"
+        }
+    _prepare(output, options.mode)
+    state = output / _STATE
+    training = Training(
+        values, parts["train"], parts["validation"], options.schedule, device=device, state=state, identity=identity
+    )
+    progress = training.run(tell)
+    artefact = values.artefact()
+    values.write()
+    scores["tuned"] = _scores(model, parts, batch, device)
+    report = {
+        "components": components_path,
+        "base": base,
+        "data": data,
+        "inputs": inputs,
+        "trained_values": values.values.numel(),
+        "examples": {part: len(one) for part, one in parts.items()},
+        "options": _plain(options),
+        "device": str(device),
+        "versions": {"pxmerge": __version__, "torch": torch.__version__},
+        "steps": progress.step,
+        "selected_step": progress.best_step,
+        "stopped": progress.stopped,
+        "trace": [{"step": step, "loss": loss, "validation": score} for step, loss, score in progress.trace],
+        "scores": scores,
+    }
+    _publish(output, model, artefact, base_print, report, identity)
+    _conclude(progress, state, output, note)
+    return report
+
+
+def _conclude(progress: Progress, state: Path, output: Path, note: Callable[[str], None]) -> None:
+    state.unlink(missing_ok=True)
+    if progress.stopped is not None:
+        raise RunError(
+            f"{progress.stopped}; what was best on validation until then (step {progress.best_step}) is kept",
+            where=str(output),
+            hint="start over with a lower --rate and --overwrite",
+        )
+    if progress.best_step == 0:
+        note("no step made the validation score better: the components are kept as they came")
+
+
+def _parts(data: str, options: TuneOptions) -> dict[str, Examples]:
+    whole = load_examples(data)
+    given = {"validation": options.validation, "test": options.test}
+    shares = {part: share for part, share in given.items() if not isinstance(share, str) and share > 0}
+    rows = split_rows(len(whole), shares, options.schedule.seed, data)
+    parts = {part: whole.take(numbers) for part, numbers in rows.items()}
+    parts |= {part: load_examples(path) for part, path in given.items() if isinstance(path, str)}
+    if "validation" not in parts:
+        raise InputError("values are chosen on validation data, and none is left", where=data, hint="--validation 0.2")
+    return parts
+
+
+def _require_fit(model: LearningModel, parts: dict[str, Examples], device: torch.device) -> None:
+    for held in parts.values():
+        sample = to_device(held.take(torch.arange(min(2, len(held)))).arrays, device, torch.float32)
+        classes = check_fit(model.module, sample, held.where, reads_logits=True)
+        if classes is not None:
+            require_classes(held.arrays[LABELS], classes, held.where)
+
+
+def _scores(
+    model: LearningModel, parts: dict[str, Examples], batch: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    return {part: evaluate(model.module, held, batch, device) for part, held in parts.items() if part != "train"}
+
+
+def _plain(options: TuneOptions) -> dict[str, Any]:
+    """The options that change the result."""
+    left_out = {"mode", "allow_code", "allow_pickle", "allow_base_mismatch", "device"}
+    return {key: value for key, value in asdict(options).items() if key not in left_out}
+
+
+def _identity(
+    components: Components, base_print: str, data: str, options: TuneOptions, device: torch.device
+) -> tuple[str, dict[str, str]]:
+    """A hash of everything that the result follows from, and the hashes of the inputs."""
+    files = [data, *(one for one in (options.validation, options.test) if isinstance(one, str))]
+    inputs = {"base_fingerprint": base_print}
+    place = Path(components.where).expanduser()
+    for file in [*sorted(place.glob("*.safetensors")), *([place] if place.is_file() else [])]:
+        inputs[str(file)] = file_sha256(file)
+    inputs |= {file: file_sha256(Path(file).expanduser()) for file in files}
+    text = json.dumps([inputs, _plain(options), device.type], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest(), inputs
+
+
+def _prepare(output: Path, mode: str) -> None:
+    unfinished = (output / _STATE).exists()
+    if mode == "resume":
+        if not unfinished:
+            raise OutputError("there is no unfinished run to go on with", where=str(output))
+        return
+    if output.is_file():
+        raise OutputError("the output is a file, not a folder", where=str(output))
+    if output.is_dir() and any(output.iterdir()):
+        if mode == "new":
+            raise OutputError(
+                "the folder holds an unfinished run" if unfinished else "the output folder is not empty",
+                where=str(output),
+                hint="go on with --resume or start again with --overwrite" if unfinished else "or --overwrite it",
+            )
+        for name in (ARTEFACT, REPORT, _STATE):
+            (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / MODEL, ignore_errors=True)
+
+
+def _publish(
+    output: Path,
+    model: LearningModel,
+    artefact: dict[str, torch.Tensor],
+    base_print: str,
+    report: dict[str, Any],
+    identity: str,
+) -> None:
+    write_tensors(output / ARTEFACT, artefact, {KIND_KEY: COMPONENTS_KIND, BASE_KEY: base_print})
+    write_model(model, output / MODEL, identity)
+    write_report(output / REPORT, report)

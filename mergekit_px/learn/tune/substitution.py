@@ -1,0 +1,188 @@
+"""Trainable singular values in a model: what is substituted in its forward pass, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.errors import TensorMismatchError, UsageError
+from mergekit_px.learn.models import LearningModel
+from mergekit_px.learn.tune.components import Components, Factors
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One tuned tensor. ``left`` (m, N) and ``right`` (n, N) are the trained components."""
+
+    name: str
+    inner: str
+    left: Tensor
+    right: Tensor
+    rest: Factors
+    slots: slice
+    """Its part of the trained values: N of them, or N x N in row order for a core."""
+
+
+class TunedValues:
+    """The update of a model with some of its singular values free.
+
+    ``W = W0 + U_N diag(values) V_N' + U_rest diag(S_rest) V_rest'``; with ``core`` an (N, N) matrix, which begins
+    diagonal, stands for the diagonal. The vectors stay. Nothing here depends on how many models were merged.
+    The fixed part of the update is written into the module at once.
+
+    Args:
+        model: holds the base; on its device already.
+        top: how many of the largest components of each matrix are trained; None for all.
+        match: globs on the names of the matrices that are trained; the others keep their components.
+
+    Raises:
+        TensorMismatchError: components of tensors that the model does not have, or of other shapes.
+        UsageError: more components asked for than there are, or globs that match none.
+    """
+
+    def __init__(
+        self,
+        model: LearningModel,
+        components: Components,
+        *,
+        top: int | None = None,
+        core: bool = False,
+        match: Sequence[str] = ("*",),
+    ) -> None:
+        self.model = model
+        self.core = core
+        self._components = components
+        self._frozen: dict[str, Factors] = {}
+        self._matrices: list[_Matrix] = []
+        chosen = [name for name in components.factors if any(fnmatchcase(name, glob) for glob in match)]
+        if not chosen:
+            raise UsageError(f"no matrix is called {', '.join(match)}", where=components.where)
+        most = max(components.factors[name].count for name in chosen)
+        if top is not None and top > most:
+            raise UsageError(
+                f"{top} singular values are to be trained and {most} are the most that a matrix has",
+                where=components.where,
+                hint="train fewer, or keep more components when they are made",
+            )
+        initial: list[Tensor] = []
+        begin = 0
+        with torch.no_grad():
+            for name, delta in components.deltas.items():
+                target = self._target(name)
+                if delta.shape != target.shape:
+                    raise self._mismatch(name, delta.shape, target.shape)
+                target.add_(delta.to(target))
+            for name, factors in components.factors.items():
+                target = self._target(name)
+                if (factors.left.shape[0], factors.right.shape[0]) != _as_matrix(target).shape:
+                    raise self._mismatch(name, (len(factors.left), len(factors.right)), target.shape)
+                factors = Factors(*(one.to(target) for one in (factors.left, factors.values, factors.right)))
+                if name not in chosen:
+                    self._frozen[name] = factors
+                    _as_matrix(target).add_(_product(factors))
+                    continue
+                free, rest = _parted(factors, factors.count if top is None else min(top, factors.count))
+                _as_matrix(target).add_(_product(rest))
+                start = torch.diag(free.values).flatten() if core else free.values
+                slots = slice(begin, begin + len(start))
+                self._matrices.append(_Matrix(name, model.names[name], free.left, free.right, rest, slots))
+                initial.append(start)
+                begin = slots.stop
+        inner = [matrix.inner for matrix in self._matrices]
+        if len(set(inner)) < len(inner):
+            raise TensorMismatchError("two of its matrices are one tensor of the model", where=components.where)
+        self.values = nn.Parameter(torch.cat(initial))
+        """All trained values, one matrix after another, in the dtype of the model."""
+
+    def substituted(self) -> nn.Module:
+        """What takes the model's place in a forward pass; gradients reach ``values``."""
+        return cast(nn.Module, _Substituted(self.model.module, self._tensors()))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        parameters = self.model.module.state_dict(keep_vars=True)
+        return {
+            matrix.inner: parameters[matrix.inner].detach() + self._update(matrix).view_as(parameters[matrix.inner])
+            for matrix in self._matrices
+        }
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Add the trained part to the module too. After that there is nothing left to train."""
+        for inner, tensor in self._tensors().items():
+            self.model.module.state_dict(keep_vars=True)[inner].copy_(tensor)
+
+    @torch.no_grad()
+    def artefact(self) -> dict[str, Tensor]:
+        """The update as it now is, as tensors of a file of components, on the CPU.
+
+        Trained values may have any sign and order. A core is turned into its own singular components.
+        """
+        found = {f"{name}.delta": delta for name, delta in self._components.deltas.items()}
+        every = dict(self._frozen)
+        for matrix in self._matrices:
+            free = self.values.detach()[matrix.slots]
+            left, right = matrix.left, matrix.right
+            if self.core:
+                turn, free, other = torch.linalg.svd(free.view(left.shape[1], -1))
+                left, right = left @ turn, right @ other.T
+            every[matrix.name] = Factors(
+                torch.cat([left, matrix.rest.left], 1),
+                torch.cat([free, matrix.rest.values]),
+                torch.cat([right, matrix.rest.right], 1),
+            )
+        for name, factors in every.items():
+            found |= {f"{name}.U": factors.left, f"{name}.S": factors.values, f"{name}.V": factors.right}
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+    def _update(self, matrix: _Matrix) -> Tensor:
+        free = self.values[matrix.slots]
+        if self.core:
+            return matrix.left @ free.view(matrix.left.shape[1], -1) @ matrix.right.T
+        return (matrix.left * free) @ matrix.right.T
+
+    def _target(self, name: str) -> Tensor:
+        found = self.model.tensor(name)
+        if found is None:
+            label = self.model.checkpoint.label if self.model.checkpoint is not None else "the model"
+            raise TensorMismatchError(f"{label} has no {shown(name)} to be tuned", where=self._components.where)
+        return found.detach()
+
+    def _mismatch(self, name: str, given: Sequence[int], expected: Sequence[int]) -> TensorMismatchError:
+        what = f"the update of {shown(name)} is {list(given)} and the tensor {list(expected)}"
+        return TensorMismatchError(what, where=self._components.where, hint="give the base that it was taken from")
+
+
+class _Substituted:
+    """A module with other tensors in the place of some of its parameters, for one forward pass."""
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._module = module
+        self._tensors = tensors
+        self.forward = module.forward
+
+    def __call__(self, **given: Any) -> Any:
+        return torch.func.functional_call(self._module, dict(self._tensors), (), given)
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.view(tensor.shape[0], -1) if tensor.ndim else tensor.view(1, 1)
+
+
+def _parted(factors: Factors, count: int) -> tuple[Factors, Factors]:
+    """The ``count`` components with the largest values, and the others."""
+    order = torch.argsort(factors.values.abs(), descending=True, stable=True)
+    first, rest = (
+        Factors(factors.left[:, rows], factors.values[rows], factors.right[:, rows])
+        for rows in (order[:count], order[count:])
+    )
+    return first, rest
+
+
+def _product(factors: Factors) -> Tensor:
+    return (factors.left * factors.values) @ factors.right.T
