@@ -75,7 +75,7 @@ def test_the_picture_is_one(result: DemoResult) -> None:
 
     picture = imread(result.picture)
     height, width, _ = picture.shape
-    assert width > 800 and height > 600
+    assert width > 800 and height > 400
     assert picture[..., :3].min() < 0.5 and picture.std() > 0.02
 
 
