@@ -220,11 +220,11 @@ def main() -> None:
         code += f"peers.make_checkpoints(pathlib.Path({str(options.work)!r}), {options.layers})"
         subprocess.run([sys.executable, "-c", code], check=True)
     peer = None if options.no_peer else peer_environment(options.peer, options.work)
-    rows = [
-        compare(method, cache, options.rounds, options.work, peer)
-        for cache in options.cache
-        for method in options.methods
-    ]
+    rows = []
+    for cache in options.cache:
+        for method in options.methods:
+            rows.append(compare(method, cache, options.rounds, options.work, peer))
+            print(rows[-1], file=sys.stderr, flush=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"\n{cores} cores, {options.rounds} rounds, medians (range); memory is the largest peak\n")
     print_table(rows)

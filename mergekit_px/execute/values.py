@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from mergekit_px.adapters.patch import AdditivePatch
 from mergekit_px.errors import NonFiniteError
 from mergekit_px.kernels.random import RandomStream
 from mergekit_px.methods.declare import Operands
@@ -124,12 +123,11 @@ class Block:
         row = max(1, math.prod(inner))
         rows = slice(self._start // row, self._stop // row) if node.shape else None
         block = None if base is None else base.reshape(-1, *inner) if node.shape else base
-        if node.kind == "delta" and isinstance(node.patch, AdditivePatch):
+        if node.kind == "delta":
             assert base is not None and block is not None
-            return node.patch.delta(factors, rows, block).reshape(base.shape)
+            return node.patch.change(block, factors, rows).reshape(base.shape)
         adapted = node.patch.merged(block, factors, rows)
-        shaped = adapted.reshape(base.shape) if base is not None else adapted.reshape(-1)
-        return shaped - base if node.kind == "delta" and base is not None else shaped
+        return adapted.reshape(base.shape) if base is not None else adapted.reshape(-1)
 
     def _apply(self, node: Apply) -> torch.Tensor:
         operands = self.operands(node, self._statistics.get(id(node)))

@@ -21,10 +21,15 @@ def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], expressions
     Raises:
         AdapterError: an adapter does not fit the model.
     """
+    from mergekit_px.adapters.patch import KeepPatch
+
     nodes = dict(stored)
     for number, adapter in enumerate(source.adapters):
         binding = adapter.bind(source.checkpoint)
         for target, patch in binding.items():
+            # An earlier adapter has untied this head already; the embedding may have changed since.
+            if isinstance(patch, KeepPatch) and target in nodes:
+                continue
             nodes[target] = _patched(source.name, number, patch, nodes)
         if binding.config_updates:
             expressions.config_updates[source.name] = binding.config_updates

@@ -9,26 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_px.checkpoint.dtypes import DType, parse_dtype
-from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
-from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.checkpoint.side_files import TOKENIZER_FILES, is_side_file
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, UsageError
 from mergekit_px.methods import find_method
-from mergekit_px.plan import config as config_edits
 from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
+from mergekit_px.plan.donors import config_donor, donated_files, output_config
 from mergekit_px.plan.expressions import Expressions
+from mergekit_px.plan.fingerprints import base_fingerprint, check_base_fingerprints
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
-from mergekit_px.plan.layers import is_embedding, stack_sizes
-from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, Read, WorkItem
+from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, WorkItem
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.recipe.load import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
-
-UNKNOWN_FINGERPRINT = "0" * 64
-"""Stands for the fingerprint of a base that is not on this machine yet; as long as the real one."""
 
 
 def build_plan(
@@ -76,17 +70,17 @@ def build_plan(
     items, left_out = _items(namespace, kind, dtype)
     if not items:
         raise PlanError("the output would have no tensors", where=loaded.where("output"))
-    config_from = _config_donor(recipe, target, resolved, loaded)
-    config, config_notes = _config(recipe, target, config_from, resolved, items, dtype, expressions)
+    config_from = config_donor(recipe, target, resolved, loaded)
+    config, config_notes = output_config(recipe, target, config_from, resolved, items, dtype, expressions)
     tokenizer_from = recipe.output.tokenizer_from or config_from
     notes.extend(expressions.notes + config_notes)
     _refuse_quantized(items, resolved)
     used = _used_inputs(items)
     output = None if _in_memory(resolved) else Path(options.output or recipe.output.path).expanduser()
-    _check_base_fingerprints(items, resolved, options)
+    check_base_fingerprints(items, resolved, options)
     metadata = {"format": "pt"}
     if kind == "delta":
-        metadata |= task_vector_metadata(_base_fingerprint(items, resolved))
+        metadata |= task_vector_metadata(base_fingerprint(items, resolved))
     layout = plan_layout(
         [OutputTensor(item.name, item.dtype, item.shape) for item in items],
         shard_size=parse_size(options.shard_size or recipe.output.shard_size),
@@ -100,7 +94,7 @@ def build_plan(
         dropped=_dropped(items, resolved, expressions, left_out, used),
         notes=tuple(dict.fromkeys(notes)),
         config=config if kind == "weights" else None,
-        side_files=_side_files(resolved, config_from, tokenizer_from) if kind == "weights" else {},
+        side_files=donated_files(resolved, config_from, tokenizer_from) if kind == "weights" else {},
         config_from=config_from,
         tokenizer_from=tokenizer_from,
         output=output,
@@ -263,88 +257,6 @@ def _items(namespace: Mapping[str, Node], kind: Kind, dtype: DType | None) -> tu
     return items, left_out
 
 
-def _config_donor(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput], loaded: LoadedRecipe) -> str | None:
-    """The input whose config goes along: as asked, else the base, else the first source that has one."""
-    if recipe.output.config_from is not None:
-        donor = recipe.output.config_from
-        if donor not in inputs:
-            raise PlanError(
-                f"config_from names '{donor}', which is no model", where=loaded.where("output", "config_from")
-            )
-        return donor
-    queue = [target]
-    seen: set[str] = set()
-    while queue:
-        name = queue.pop(0)
-        if name in seen:
-            continue
-        seen.add(name)
-        if name in inputs:
-            if inputs[name].config is not None and not inputs[name].is_task_vector:
-                return name
-            continue
-        step = recipe.steps[name]
-        pieces = step.slices or []
-        queue += [step.base] if step.base else []
-        queue += step.source_names() + [source.model for piece in pieces for source in piece.sources]
-    return None
-
-
-def _config(
-    recipe: Recipe,
-    target: str,
-    donor: str | None,
-    inputs: Mapping[str, ResolvedInput],
-    items: Sequence[WorkItem],
-    dtype: DType | None,
-    expressions: Expressions,
-) -> tuple[dict[str, Any] | None, list[str]]:
-    if donor is None or inputs[donor].config is None:
-        return None, []
-    config = copy.deepcopy(dict(inputs[donor].config or {}))
-    notes = [f"config and side files come from '{donor}'"]
-    updates = expressions.config_updates.get(donor, {})
-    if updates:
-        config_edits.update(config, updates)
-        notes.append(f"config: {', '.join(updates)} as the adapter of '{donor}' needs")
-    if dtype is not None and dtype.torch_name is not None:
-        config_edits.set_dtype(config, dtype.torch_name)
-    if any(item.name in expressions.untied for item in items) and config_edits.untie(config):
-        notes.append("config: tie_word_embeddings -> false")
-    for item in items:
-        if is_embedding(item.name) and len(item.shape) == 2:
-            stored = inputs[donor].checkpoint.tensors.get(item.name)
-            if stored is not None and stored.shape[0] != item.shape[0]:
-                config_edits.set_vocabulary(config, stored.shape[0], item.shape[0])
-                notes.append(f"config: vocab_size follows {item.name}")
-    layers = expressions.layer_sources.get(target)
-    if layers is not None:
-        notes += _restack(config, donor, layers, inputs, expressions)
-    return config, notes
-
-
-def _restack(
-    config: dict[str, Any],
-    donor: str,
-    layers: Sequence[Sequence[tuple[str, int]]],
-    inputs: Mapping[str, ResolvedInput],
-    expressions: Expressions,
-) -> list[str]:
-    """Per-layer entries follow the donor's own layer in each slice, else the first source's."""
-    old = config_edits.layer_count(config)
-    if old is None:
-        old = max(stack_sizes(inputs[donor].checkpoint.tensors).values())
-    origin = [next((layer for model, layer in pairs if model == donor), pairs[0][1]) for pairs in layers]
-    if any(layer >= old for layer in origin):
-        raise PlanError(
-            f"the config of '{donor}' speaks of {old} layers, and layer {max(origin)} is stacked",
-            hint="give the model with the most layers as output.config_from",
-        )
-    notes = config_edits.restack(config, origin, old)
-    config_edits.check_with_transformers(config)
-    return notes
-
-
 def _refuse_quantized(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInput]) -> None:
     packed = {
         name: source.config["quantization_config"].get("quant_method", "quantized")
@@ -361,25 +273,6 @@ def _refuse_quantized(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedIn
                     f"and '{item.name}' would be computed from it",
                     hint="give the dequantized checkpoint",
                 )
-
-
-def _side_files(
-    inputs: Mapping[str, ResolvedInput], config_from: str | None, tokenizer_from: str | None
-) -> dict[str, str]:
-    files: dict[str, str] = {}
-    if config_from is not None:
-        for name in inputs[config_from].checkpoint.side_files:
-            if not _is_tokenizer_file(name):
-                files[name] = config_from
-    if tokenizer_from is not None:
-        for name in inputs[tokenizer_from].checkpoint.side_files:
-            if _is_tokenizer_file(name):
-                files[name] = tokenizer_from
-    return {name: source for name, source in sorted(files.items()) if is_side_file(name)}
-
-
-def _is_tokenizer_file(name: str) -> bool:
-    return name in TOKENIZER_FILES or name.startswith("additional_chat_templates/")
 
 
 def _dropped(
@@ -413,65 +306,6 @@ def _dropped(
                 reason = "its layer is in no slice"
             dropped.append(Dropped(name, tensor, reason))
     return tuple(dropped)
-
-
-def _full_bases(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInput]) -> dict[str, set[str]]:
-    """For each task-vector input with a recorded fingerprint, the full models that it is added to."""
-    found: dict[str, set[str]] = {}
-    for item in items:
-        deltas = {leaf.model for leaf in item.reads if leaf.kind == "delta"}
-        full = {leaf.model for leaf in item.reads if leaf.kind == "weights"}
-        for name in deltas:
-            if inputs[name].base_fingerprint is not None:
-                found.setdefault(name, set()).update(full)
-    return found
-
-
-def _check_base_fingerprints(
-    items: Sequence[WorkItem], inputs: Mapping[str, ResolvedInput], options: PlanOptions
-) -> None:
-    if options.allow_base_mismatch:
-        return
-    for delta, bases in _full_bases(items, inputs).items():
-        known = {base: local_fingerprint(inputs[base]) for base in sorted(bases)}
-        prints = [value for value in known.values() if value is not None]
-        if prints and len(prints) == len(known) and inputs[delta].base_fingerprint not in prints:
-            raise PlanError(
-                f"task vector '{delta}' was taken from another base than {', '.join(repr(base) for base in known)}",
-                where=inputs[delta].reference,
-                hint="give the base that it was subtracted from, or --allow-base-mismatch",
-            )
-
-
-def local_fingerprint(source: ResolvedInput) -> str | None:
-    """The fingerprint of an input that is on this machine; None for one that is not."""
-    from mergekit_px.checkpoint.reader import MemoryReader
-
-    if source.state is not None:
-        return fingerprint(source.checkpoint, MemoryReader(source.state))
-    if source.checkpoint.directory is None:
-        return None
-    reader = open_reader(source.checkpoint)
-    try:
-        return fingerprint(source.checkpoint, reader)
-    finally:
-        reader.close()
-
-
-def _base_fingerprint(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInput]) -> str | None:
-    """The fingerprint that a task vector is bound to: of its one base, or the one that its sources share."""
-    subtracted: set[str] = set()
-    recorded: set[str | None] = set()
-    for item in items:
-        for node in item.applied:
-            if node.kind == "delta" and node.method.name == "combine":
-                for source, weight in zip(node.sources, node.weights, strict=True):
-                    if isinstance(source, Read) and source.kind == "weights" and weight < 0:
-                        subtracted.add(source.input)
-        recorded.update(inputs[leaf.model].base_fingerprint for leaf in item.reads if leaf.kind == "delta")
-    if len(subtracted) == 1 and not recorded:
-        return local_fingerprint(inputs[subtracted.pop()]) or UNKNOWN_FINGERPRINT
-    return recorded.pop() if len(recorded) == 1 and not subtracted else None
 
 
 def _step_summaries(recipe: Recipe, needed: set[str]) -> dict[str, Any]:

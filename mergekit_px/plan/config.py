@@ -60,6 +60,15 @@ def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config, *(config[key] for key in _SUB_CONFIGS if isinstance(config.get(key), dict))]
 
 
+def update(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Change fields, nested as in the file."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), dict):
+            update(config[key], value)
+        else:
+            config[key] = value
+
+
 def set_dtype(config: dict[str, Any], dtype: str) -> None:
     """Set the storage dtype under whichever of ``dtype`` and ``torch_dtype`` the config has."""
     for part in _parts(config):

@@ -249,7 +249,7 @@ class Expressions:
         for rule in rules:
             if rule.method is not None:
                 params, changed = {}, True
-            params.update(rule.params)
+            params |= {field: _by_source(value, params.get(field), names) for field, value in rule.params.items()}
             if rule.weights is not None:
                 weights = self._rule_weights(rule, names, weights, where)
         place = slot.position if slot.position is not None else depth(slot.name, sizes)
@@ -374,3 +374,11 @@ class Expressions:
             "and must add up to 1 (a model) or 0 (a task vector)",
             where=where,
         )
+
+
+def _by_source(value: Value, old: Value, sources: Sequence[str]) -> Value:
+    """A rule's value; one given by source changes the sources that it names and leaves the others as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    before = dict(old) if isinstance(old, Mapping) else {} if old is None else dict.fromkeys(sources, old)
+    return {**before, **value}

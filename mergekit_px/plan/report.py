@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from mergekit_px.plan.build import local_fingerprint
+from mergekit_px.plan.fingerprints import local_fingerprint
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
 

@@ -84,7 +84,7 @@ def resolve_params(
         try:
             if field in per_source:
                 values[field] = tuple(
-                    at_depth(value[source] if isinstance(value, Mapping) else value, position) for source in sources
+                    at_depth(_of_source(method, field, value, source), position) for source in sources
                 )
             elif isinstance(value, Mapping):
                 raise ValueError("it is one value for all sources")
@@ -126,3 +126,18 @@ def resolve_weight(value: Value, default: float, position: float, source: str, w
     if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or abs(found) == float("inf"):
         raise RecipeError(f"the weight of '{source}' must be a finite number, not {found!r}", where=where)
     return float(found)
+
+
+def _of_source(method: Method, field: str, value: Value, source: str) -> Value:
+    """One source's value: as written, else the method's default where it has one for every source.
+
+    Raises:
+        KeyError: there is neither.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    default = method.params.model_fields[field].get_default()
+    if source not in value and isinstance(default, (int, float)):
+        return default
+    found: Value = value[source]
+    return found

@@ -73,6 +73,19 @@ def test_later_rules_win_and_take_drop_and_method_do_what_they_say(folder: Path,
     assert "the output has it from fine1" in dropped["fine0", "lm_head.weight"]
 
 
+def test_a_rule_for_one_source_leaves_the_others_as_they_are(folder: Path, tmp_path: Path) -> None:
+    step = {
+        "method": "ties",
+        "base": "base",
+        "sources": ["fine0", "fine1"],
+        "params": {"density": 0.5},
+        "rules": [{"match": "*mlp*", "params": {"density": {"fine1": 0.3}}}],
+    }
+    plan = plan_of(recipe(folder, step), tmp_path / "out")
+    found = next(item.node for item in plan.items if "mlp" in item.name)
+    assert found.params.density == (0.5, 0.3)  # type: ignore[union-attr]
+
+
 def test_every_input_tensor_is_read_or_listed_as_dropped(folder: Path, tmp_path: Path) -> None:
     step = {**LINEAR, "rules": [{"match": "*mlp*", "drop": True}, {"match": "lm_head*", "take": "fine0"}]}
     plan = plan_of(recipe(folder, step), tmp_path / "out")

@@ -44,7 +44,6 @@ def test_one_value_serves_every_source() -> None:
     [
         ({"densty": 0.5}, "no parameter 'densty'"),
         ({"density": 1.5}, "less than or equal to 1"),
-        ({"density": {"a": 0.5}}, "no value for source 'b'"),
         ({"density": ["x"]}, "numbers"),
     ],
 )
@@ -52,6 +51,11 @@ def test_a_wrong_parameter_says_what_is_wrong_and_where(written: dict[str, objec
     with pytest.raises(RecipeError, match=message) as caught:
         resolve_params(find_method("ties"), written, None, ["a", "b"], 0.0, "recipe.yaml:3:5")  # type: ignore[arg-type]
     assert str(caught.value).startswith("recipe.yaml:3:5: ")
+
+
+def test_a_source_that_is_not_named_has_the_default() -> None:
+    params = resolve_params(find_method("ties"), {"density": {"a": 0.5}}, None, ["a", "b"], 0, "here")
+    assert params.density == (0.5, 0.2)  # type: ignore[attr-defined]
 
 
 def test_a_variant_is_a_start_that_written_values_override() -> None:

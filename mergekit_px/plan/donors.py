@@ -1,0 +1,119 @@
+"""What goes with the weights: whose config, edited how, and whose tokenizer and other side files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mergekit_px.checkpoint.dtypes import DType
+from mergekit_px.checkpoint.side_files import TOKENIZER_FILES, is_side_file
+from mergekit_px.errors import PlanError
+from mergekit_px.plan import config as config_edits
+from mergekit_px.plan.expressions import Expressions
+from mergekit_px.plan.inputs import ResolvedInput
+from mergekit_px.plan.layers import is_embedding, stack_sizes
+from mergekit_px.plan.model import WorkItem
+from mergekit_px.recipe.load import LoadedRecipe
+from mergekit_px.recipe.model import Recipe
+
+
+def config_donor(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput], loaded: LoadedRecipe) -> str | None:
+    """The input whose config goes along: as asked, else the base, else the first source that has one."""
+    if recipe.output.config_from is not None:
+        donor = recipe.output.config_from
+        if donor not in inputs:
+            raise PlanError(
+                f"config_from names '{donor}', which is no model", where=loaded.where("output", "config_from")
+            )
+        return donor
+    queue = [target]
+    seen: set[str] = set()
+    while queue:
+        name = queue.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        if name in inputs:
+            if inputs[name].config is not None and not inputs[name].is_task_vector:
+                return name
+            continue
+        step = recipe.steps[name]
+        pieces = step.slices or []
+        queue += [step.base] if step.base else []
+        queue += step.source_names() + [source.model for piece in pieces for source in piece.sources]
+    return None
+
+
+def output_config(
+    recipe: Recipe,
+    target: str,
+    donor: str | None,
+    inputs: Mapping[str, ResolvedInput],
+    items: Sequence[WorkItem],
+    dtype: DType | None,
+    expressions: Expressions,
+) -> tuple[dict[str, Any] | None, list[str]]:
+    if donor is None or inputs[donor].config is None:
+        return None, []
+    config = copy.deepcopy(dict(inputs[donor].config or {}))
+    notes = [f"config and side files come from '{donor}'"]
+    updates = expressions.config_updates.get(donor, {})
+    if updates:
+        config_edits.update(config, updates)
+        notes.append(f"config: {', '.join(updates)} as the adapter of '{donor}' needs")
+    if dtype is not None and dtype.torch_name is not None:
+        config_edits.set_dtype(config, dtype.torch_name)
+    if any(item.name in expressions.untied for item in items) and config_edits.untie(config):
+        notes.append("config: tie_word_embeddings -> false")
+    for item in items:
+        if is_embedding(item.name) and len(item.shape) == 2:
+            stored = inputs[donor].checkpoint.tensors.get(item.name)
+            if stored is not None and stored.shape[0] != item.shape[0]:
+                config_edits.set_vocabulary(config, stored.shape[0], item.shape[0])
+                notes.append(f"config: vocab_size follows {item.name}")
+    layers = expressions.layer_sources.get(target)
+    if layers is not None:
+        notes += _restack(config, donor, layers, inputs, expressions)
+    return config, notes
+
+
+def _restack(
+    config: dict[str, Any],
+    donor: str,
+    layers: Sequence[Sequence[tuple[str, int]]],
+    inputs: Mapping[str, ResolvedInput],
+    expressions: Expressions,
+) -> list[str]:
+    """Per-layer entries follow the donor's own layer in each slice, else the first source's."""
+    old = config_edits.layer_count(config)
+    if old is None:
+        old = max(stack_sizes(inputs[donor].checkpoint.tensors).values())
+    origin = [next((layer for model, layer in pairs if model == donor), pairs[0][1]) for pairs in layers]
+    if any(layer >= old for layer in origin):
+        raise PlanError(
+            f"the config of '{donor}' speaks of {old} layers, and layer {max(origin)} is stacked",
+            hint="give the model with the most layers as output.config_from",
+        )
+    notes = config_edits.restack(config, origin, old)
+    config_edits.check_with_transformers(config)
+    return notes
+
+
+def donated_files(
+    inputs: Mapping[str, ResolvedInput], config_from: str | None, tokenizer_from: str | None
+) -> dict[str, str]:
+    files: dict[str, str] = {}
+    if config_from is not None:
+        for name in inputs[config_from].checkpoint.side_files:
+            if not _is_tokenizer_file(name):
+                files[name] = config_from
+    if tokenizer_from is not None:
+        for name in inputs[tokenizer_from].checkpoint.side_files:
+            if _is_tokenizer_file(name):
+                files[name] = tokenizer_from
+    return {name: source for name, source in sorted(files.items()) if is_side_file(name)}
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    return name in TOKENIZER_FILES or name.startswith("additional_chat_templates/")
