@@ -95,7 +95,7 @@ def tune(
         raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
     mode: Literal["new", "resume", "overwrite"] = "resume" if resume else "overwrite" if overwrite else "new"
     held_out = {"--validation": validation, "--test": test}
-    shares = {flag: _share(text, flag) for flag, text in held_out.items()}
+    shares = {flag: held_out_share(text, flag) for flag, text in held_out.items()}
     from mergekit_px.learn.tune.run import TuneOptions, run_tune
     from mergekit_px.learn.tune.training import Schedule
 
@@ -132,7 +132,7 @@ def tune(
     return 0
 
 
-def _share(text: str, flag: str) -> float | str:
+def held_out_share(text: str, flag: str) -> float | str:
     """A share in [0, 1), or the name of a file."""
     try:
         share = float(text)

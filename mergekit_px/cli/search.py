@@ -1,0 +1,167 @@
+"""``pxmerge search``: coefficients of a recipe by a score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mergekit_px.cli._arguments import Several
+from mergekit_px.cli._errors import Interrupted
+from mergekit_px.cli._options import AllowPickle, Json, Quiet, RecipeFile
+from mergekit_px.cli._output import Column, Output, output_for
+from mergekit_px.errors import UsageError
+
+Over = Annotated[
+    list[str],
+    typer.Option(
+        "--over",
+        metavar="KEY=RANGE...",
+        help="What is searched: KEY=LOW:HIGH, KEY=LOW:HIGH:STEP or KEY=A,B,C; KEY,KEY=... moves several as one.",
+    ),
+    Several("--over"),
+]
+Strategy = Annotated[
+    Literal["grid", "golden", "coordinate", "cma"],
+    typer.Option(
+        "--how", help="All combinations, golden section on one value, on one after another, or CMA-ES on all."
+    ),
+]
+Command = Annotated[
+    str | None,
+    typer.Option("--score", metavar="COMMAND", help="A program whose last printed word scores the folder {}."),
+]
+TestCommand = Annotated[
+    str | None,
+    typer.Option("--test-score", metavar="COMMAND", help="Scores the result and the recipe as written, nothing else."),
+]
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="FILE", help="A .npz or .safetensors file: accuracy on it is the score.")
+]
+Test = Annotated[
+    str, typer.Option("--test", metavar="SHARE|FILE", help="With --data: what is kept for the result; 0 for nothing.")
+]
+Minimize = Annotated[bool, typer.Option("--minimize", help="Less is better.")]
+Trials = Annotated[int, typer.Option("--trials", metavar="N", min=1, help="Score at most so many merges.")]
+Points = Annotated[int, typer.Option("--points", metavar="N", min=2, help="Values of a range in a grid.")]
+Tolerance = Annotated[
+    float, typer.Option("--tolerance", metavar="X", min=1e-6, max=0.5, help="Golden section ends at this share.")
+]
+Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where log, report and model go.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE...", help="Set keys of the recipe for all trials."),
+    Several("--set", "assignments"),
+]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples of one forward pass.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Draws the test data, and CMA-ES's steps.")]
+Factory = Annotated[
+    str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
+]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the function of --model.")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
+Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Peak memory of a merge, as 4GB.")]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="Number of workers of a merge.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the search in the output folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+
+
+def search(
+    recipe: RecipeFile,
+    over: Over,
+    how: Strategy = "grid",
+    score: Command = None,
+    test_score: TestCommand = None,
+    data: Data = None,
+    test: Test = "0.5",
+    minimize: Minimize = False,
+    trials: Trials = 100,
+    points: Points = 5,
+    tolerance: Tolerance = 0.02,
+    output: Folder = Path("searched"),
+    assignments: Assignments = None,
+    batch: Batch = 256,
+    seed: Seed = 0,
+    factory: Factory = None,
+    allow_code: AllowCode = False,
+    device: Device = "auto",
+    memory: Memory = None,
+    threads: Threads = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Find coefficients of a recipe by a score: a command of yours that prints a number, or accuracy on data.
+
+    Every trial is merged into a folder, scored, and logged; what the log holds is not tried again. The recipe as
+    written is the first trial. The best is merged into DIR/model, and the test, which takes no part in the choice,
+    is reported for it and for the recipe as written.
+
+    \b
+    Examples:
+      pxmerge search recipe.yaml --over merge.params.t=0:1 --how golden --score "python score.py {}"
+      pxmerge search recipe.yaml --over merge.sources.math=0:1:0.25 merge.sources.code=0:1:0.25 --data dev.npz
+      pxmerge search recipe.yaml --over merge.sources.math=0:1 merge.sources.code=0:1 --how cma --data dev.npz --resume
+    """
+    from mergekit_px.checkpoint.layout import parse_size
+    from mergekit_px.cli.tune import held_out_share
+    from mergekit_px.learn.search.run import SearchOptions, run_search
+    from mergekit_px.learn.search.space import parse_variable
+    from mergekit_px.learn.search.strategies import StrategyOptions
+    from mergekit_px.learn.search.trials import Trial
+
+    if resume and overwrite:
+        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
+    variables = tuple(map(parse_variable, over))
+    options = SearchOptions(
+        variables=variables,
+        strategy=how,
+        settings=StrategyOptions(points=points, tolerance=tolerance, seed=seed),
+        trials=trials,
+        score=score,
+        minimize=minimize,
+        test_score=test_score,
+        data=data,
+        test=held_out_share(test, "--test"),
+        batch=batch,
+        seed=seed,
+        factory=factory,
+        allow_code=allow_code,
+        allow_pickle=allow_pickle,
+        assignments=tuple(assignments or ()),
+        device=device,
+        memory=None if memory is None else parse_size(memory),
+        threads=threads,
+        mode="resume" if resume else "overwrite" if overwrite else "new",
+    )
+    sink = output_for(json=json, quiet=quiet)
+
+    def tell(trial: Trial, known: bool) -> None:
+        values = " ".join(
+            f"{variable.name}={value:.6g}" for variable, value in zip(variables, trial.values, strict=False)
+        )
+        found = "not finite" if trial.score is None else f"{trial.score:.6g}"
+        sink.note(f"{values or 'as written'}: {found}{' (from the log)' if known else ''}")
+
+    try:
+        report = run_search(recipe, output, options, tell)
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
+    _show(report, sink)
+    sink.document({"output": str(output), **report})
+    sink.text(str(output))
+    return 0
+
+
+def _show(report: dict[str, Any], sink: Output) -> None:
+    parts = list(report["scores"]["best"])
+    rows = [
+        (what, *(None if found[part] is None else f"{found[part]:.6g}" for part in parts))
+        for what, found in report["scores"].items()
+    ]
+    sink.table([Column("recipe"), *(Column(part, "right") for part in parts)], rows)
+    best = report["best"]["set"]
+    sink.note(f"best of {report['trials']} trials: " + (f"--set {' '.join(best)}" if best else "the recipe as written"))

@@ -1,0 +1,1 @@
+"""Coefficients of a recipe, chosen by a score."""

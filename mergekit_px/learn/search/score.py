@@ -1,0 +1,82 @@
+"""How good a merged model is: a number that a command prints, or accuracy on data."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mergekit_px.errors import InputNotFoundError, RunError, UsageError
+from mergekit_px.execute.lane import pick_device
+from mergekit_px.learn.data import LABELS, Examples, require_classes, to_device
+from mergekit_px.learn.models import find_checkpoint, load_model
+from mergekit_px.learn.transfer.objective import check_fit
+from mergekit_px.learn.tune.training import evaluate
+
+Score = Callable[[Path], float]
+"""From the folder of a model to a number; NaN where the model is good for nothing."""
+
+PLACE = "{}"
+
+
+def command_score(command: str) -> Score:
+    """The number that a program prints: the last word of its last line.
+
+    Args:
+        command: its words; ``{}`` stands for the folder, which else comes last. No shell reads it.
+
+    Raises:
+        UsageError: no words, or quotes that do not close.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"it cannot be read: {error}", where=f"--score {command}") from None
+    if not words:
+        raise UsageError("it names no program", where="--score")
+    if not any(PLACE in word for word in words):
+        words.append(PLACE)
+
+    def score(folder: Path) -> float:
+        line = [word.replace(PLACE, str(folder)) for word in words]
+        try:
+            done = subprocess.run(line, capture_output=True, text=True, errors="replace", check=False)
+        except FileNotFoundError:
+            raise InputNotFoundError("no such program", where=words[0]) from None
+        except OSError as error:
+            raise UsageError(f"it cannot be run: {error.strerror or error}", where=words[0]) from error
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+            raise RunError(f"it ended with code {done.returncode}: {last}", where=shlex.join(line))
+        printed = done.stdout.split()
+        try:
+            return float(printed[-1].rstrip("%"))
+        except (IndexError, ValueError):
+            said = f"'{printed[-1]}'" if printed else "nothing"
+            what = f"the last word that it prints is {said}, not a number"
+            raise RunError(what, where=shlex.join(line)) from None
+
+    return score
+
+
+def data_score(data: Examples, *, factory: str | None, allow_code: bool, device: str, batch: int) -> Score:
+    """Percent of right labels, or the negative squared error where labels are values."""
+    place = pick_device(device)
+
+    def score(folder: Path) -> float:
+        model = load_model(find_checkpoint(str(folder)), factory, allow_code=allow_code)
+        model.module.to(place).eval().requires_grad_(False)
+        sample = to_device(next(data.batches(2)), place, torch.float32)
+        classes = check_fit(model.module, sample, data.where, reads_logits=True)
+        if classes is not None:
+            require_classes(data.arrays[LABELS], classes, data.where)
+        found = evaluate(model.module, data, batch, place)
+        if not math.isfinite(found["loss"]):
+            return math.nan
+        return found.get("accuracy", -found["loss"])
+
+    return score
