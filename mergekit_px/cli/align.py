@@ -1,0 +1,188 @@
+"""``pxmerge align``: a task vector of one model for another of the same architecture, or nearly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mergekit_px.cli._errors import Interrupted
+from mergekit_px.cli._options import AllowPickle, Json, Quiet
+from mergekit_px.cli._output import Column, Output, output_for
+from mergekit_px.cli._units import show_seconds
+from mergekit_px.errors import UsageError
+
+TargetBase = Annotated[str, typer.Option("--target-base", metavar="MODEL", help="The model that receives.")]
+DataFile = Annotated[
+    str,
+    typer.Option("--data", metavar="FILE", help="A few labelled examples of the task, .npz or .safetensors."),
+]
+SourceBase = Annotated[
+    str | None, typer.Option("--source-base", metavar="MODEL", help="The model that the fine-tune began with.")
+]
+SourceModel = Annotated[
+    str | None, typer.Option("--source-model", metavar="MODEL", help="The fine-tune whose change is transported; or:")
+]
+TaskVector = Annotated[
+    str | None,
+    typer.Option("--task-vector", metavar="FILE", help="The change itself, as `pxmerge subtract` writes it."),
+]
+Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where results and report go.")]
+TestData = Annotated[
+    str | None, typer.Option("--test-data", metavar="FILE", help="Examples for the report.  [default: part of --data]")
+]
+Code = Annotated[
+    str | None,
+    typer.Option("--model", metavar="FILE.PY:FUNCTION", help="What makes the target, if config.json names no class."),
+]
+SourceCode = Annotated[
+    str | None,
+    typer.Option("--source-code", metavar="FILE.PY:FUNCTION", help="The same for the source, where it differs."),
+]
+Route = Annotated[
+    Literal["orthogonal", "theseus", "gradfix"],
+    typer.Option("--route", help="Rotations learned from labels, maps between activations, or signs of gradients."),
+]
+Parametrisation = Annotated[
+    Literal["soft", "cayley", "polar"],
+    typer.Option("--param", help="Free matrices with a penalty, exactly orthogonal ones, or projected in each step."),
+]
+Sided = Annotated[Literal["one", "two"], typer.Option("--sided", help="One matrix on both sides, or one on each.")]
+Sites = Annotated[Literal["attention", "all"], typer.Option("--sites", help="Which linear layers are rotated.")]
+Scale = Annotated[float, typer.Option("--scale", metavar="X", help="Factor of the transported task vector.")]
+Beta = Annotated[
+    float, typer.Option("--orthogonality", metavar="X", min=0, help="Factor of the penalty of soft matrices.")
+]
+Project = Annotated[bool, typer.Option("--project", help="Make soft matrices orthogonal when they are learned.")]
+Vote = Annotated[
+    bool, typer.Option("--majority/--mean-gradient", help="gradfix: signs by a vote of examples, or by their mean.")
+]
+Rate = Annotated[float, typer.Option("--learning-rate", metavar="X", help="Of the matrices; > 0.")]
+TuneRate = Annotated[float, typer.Option("--tune-rate", metavar="X", help="Of the fine-tunes beside it; > 0.")]
+Decay = Annotated[float, typer.Option("--weight-decay", metavar="X", min=0, help="Of AdamW.")]
+Steps = Annotated[int, typer.Option("--steps", metavar="N", min=0, help="Of training, each time.")]
+BatchSize = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples in a step.")]
+Every = Annotated[int, typer.Option("--evaluate-every", metavar="N", min=1, help="Steps between two validations.")]
+Validation = Annotated[float, typer.Option("--validation", metavar="X", min=0, max=1, help="Share that selects.")]
+Test = Annotated[float, typer.Option("--test", metavar="X", min=0, max=1, help="Share that the report is about.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the split, the order and the sham.")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the output folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the Python functions of --model and --source-code.")]
+
+
+def align(
+    target_base: TargetBase,
+    data: DataFile,
+    source_base: SourceBase = None,
+    source_model: SourceModel = None,
+    task_vector: TaskVector = None,
+    output: Folder = Path("aligned"),
+    test_data: TestData = None,
+    model: Code = None,
+    source_code: SourceCode = None,
+    route: Route = "orthogonal",
+    param: Parametrisation = "soft",
+    sided: Sided = "one",
+    sites: Sites = "attention",
+    scale: Scale = 1.0,
+    orthogonality: Beta = 1.0,
+    project: Project = False,
+    majority: Vote = True,
+    learning_rate: Rate = 3e-3,
+    tune_rate: TuneRate = 5e-4,
+    weight_decay: Decay = 0.0,
+    steps: Steps = 150,
+    batch: BatchSize = 64,
+    evaluate_every: Every = 10,
+    validation: Validation = 0.2,
+    test: Test = 0.3,
+    seed: Seed = 0,
+    device: Device = "auto",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    allow_code: AllowCode = False,
+    allow_pickle: AllowPickle = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Transport a task vector to another model, by rotations learned from a few examples (arXiv 2505.12021).
+
+    The result is a task vector for the target base, the model that it makes, the rotations, and a report that always
+    holds the controls: the target without it, the task vector as it is, a random one of the same norms, and few-shot
+    fine-tunes on the same examples. Read it before the model: where two models are unrelated, rotations are only
+    another way to fine-tune.
+
+    \b
+    Examples:
+      pxmerge align --source-base ./a --source-model ./a-ft --target-base ./b --data few.npz -o aligned
+      pxmerge align --task-vector ./tau --target-base ./b --data few.npz --route gradfix
+    """
+    from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
+
+    sink = output_for(json=json, quiet=quiet)
+    if resume and overwrite:
+        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
+    settings = AlignSettings(
+        route=route,
+        parametrisation=param,
+        sided=sided,
+        sites=sites,
+        scale=scale,
+        orthogonality=orthogonality,
+        project=project,
+        majority=majority,
+        learning_rate=learning_rate,
+        tune_rate=tune_rate,
+        weight_decay=weight_decay,
+        steps=steps,
+        batch=batch,
+        evaluate_every=evaluate_every,
+        validation=validation,
+        test=test,
+        seed=seed,
+    )
+    options = AlignOptions(
+        target_base=target_base,
+        data=data,
+        source_base=source_base,
+        source_model=source_model,
+        task_vector=task_vector,
+        output=output,
+        test_data=test_data,
+        model=model,
+        source_code=source_code,
+        settings=settings,
+        device=device,
+        mode="resume" if resume else "overwrite" if overwrite else "new",
+        allow_code=allow_code,
+        allow_pickle=allow_pickle,
+    )
+    try:
+        aligned = align_task_vector(options, sink.note)
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
+    _report(aligned.report, sink)
+    sink.text(str(aligned.output))
+    return 0
+
+
+def _report(report: Mapping[str, Any], sink: Output) -> None:
+    sink.document(report)
+    columns = [Column("on test data"), Column("accuracy", "right")]
+    sink.table(columns, [(name, f"{accuracy:.1f}") for name, accuracy in report["test"].items()])
+    rotations = report.get("rotations")
+    if rotations is not None:
+        sink.note(
+            f"{rotations['matrices']} matrices, orthogonal to {rotations['orthogonality_error']:.2g}, mean distance"
+            f" from the identity {rotations['mean_distance_from_identity']:.2g}"
+        )
+    scores = report["test"]
+    if scores["aligned"] <= max(scores["naive"], scores["sham"]):
+        sink.warning("alignment gains nothing over the task vector as it is, or over a random one of the same norms")
+    if report["left_out"]:
+        sink.note(f"{len(report['left_out'])} tensors of the task vector have no place in the target")
+    sink.note(f"{show_seconds(report['seconds'])}; {report['examples']['test']} test examples")

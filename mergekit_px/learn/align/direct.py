@@ -1,0 +1,140 @@
+"""Routes that train nothing: maps between activations, and masks by the signs of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_px.learn.align.forward import ChangedModel
+from mergekit_px.learn.align.pieces import pieces_of
+from mergekit_px.learn.data import Batch
+from mergekit_px.learn.models import LearningModel
+from mergekit_px.learn.ofasd.objective import predict
+
+Crossed = dict[str, tuple[Tensor, Tensor]]
+"""Layer -> products of the activations of both models: of its inputs (d_A, d_B), and of its outputs."""
+
+
+def procrustes(product: Tensor) -> Tensor:
+    """``U V'`` of the reduced SVD of ``H_A' H_B``, shape (d_A, d_B): the map of orthonormal rows or columns nearest to
+    what takes the activations of A to those of B."""
+    left, _, right = torch.linalg.svd(product.double(), full_matrices=False)
+    nearest: Tensor = left @ right
+    return nearest.to(product.dtype)
+
+
+@torch.no_grad()
+def crossed_activations(source: LearningModel, target: LearningModel, batches: Iterable[Batch]) -> Crossed:
+    """Run both models on the same batches and multiply what their linear layers of equal names see."""
+    found: Crossed = {}
+    pairs = {name: (source.module.get_submodule(own), target.module.get_submodule(other))
+             for name, own, other in _shared_layers(source, target)}  # fmt: skip
+    for batch in batches:
+        with _recorded({name: own for name, (own, _) in pairs.items()}) as of_source:
+            predict(source.module, batch)
+        with _recorded({name: other for name, (_, other) in pairs.items()}) as of_target:
+            predict(target.module, batch)
+        for name in of_source.keys() & of_target.keys():
+            products = [a.T @ b for a, b in zip(of_source[name], of_target[name], strict=True)]
+            before = found.get(name)
+            found[name] = (products[0], products[1]) if before is None else (
+                before[0] + products[0], before[1] + products[1]
+            )  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def theseus(deltas: Mapping[str, Tensor], crossed: Crossed, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """``T_out' D T_in`` for weights and ``b T_out`` for biases of linear layers (arXiv 2602.12952), across widths.
+
+    Fused projections are taken in their three parts. Other tensors are kept where the shapes agree, else left out.
+
+    Args:
+        deltas: of the source model.
+        crossed: as `crossed_activations` gives it.
+        shapes: of the target's tensors.
+    """
+    moved: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        if name not in deltas:
+            continue
+        delta = deltas[name]
+        layer, _, leaf = name.rpartition(".")
+        if layer in crossed and leaf in ("weight", "bias"):
+            inner, outer = crossed[layer]
+            weight = f"{layer}.weight"
+            parts = zip(
+                pieces_of(weight, outer.shape[0], inner.shape[0]),
+                pieces_of(weight, outer.shape[1], inner.shape[1]),
+                strict=True,
+            )
+            maps = [(own, procrustes(outer[own.start : own.stop, other.start : other.stop])) for own, other in parts]
+            rows = [outward.T @ delta[own.start : own.stop] for own, outward in maps]
+            moved[name] = torch.cat(rows) @ procrustes(inner) if leaf == "weight" else torch.cat(rows)
+        elif tuple(delta.shape) == shape:
+            moved[name] = delta
+    return moved
+
+
+def gradient_signs(
+    model: ChangedModel, batches: Iterable[Batch], names: Iterable[str], *, majority: bool
+) -> dict[str, Tensor]:
+    """The signs in which each element lowers the loss: by a vote of single examples, or minus that of the mean.
+
+    0 where votes or gradients cancel.
+    """
+    wanted = list(names)
+    zeros = {name: torch.zeros_like(model.sites[name].base).requires_grad_() for name in wanted}
+    totals = {name: torch.zeros_like(model.sites[name].base) for name in wanted}
+    for batch in batches:
+        rows = len(next(iter(batch.values())))
+        singles = [{name: array[row : row + 1] for name, array in batch.items()} for row in range(rows)]
+        for one in singles if majority else [batch]:
+            loss = model.loss(zeros, one)
+            gradients = torch.autograd.grad(loss, list(zeros.values()), allow_unused=True)
+            for name, gradient in zip(wanted, gradients, strict=True):
+                if gradient is not None:
+                    totals[name] -= gradient.sign() if majority else rows * gradient
+    return {name: total.sign() for name, total in totals.items()}
+
+
+def gradfix(deltas: Mapping[str, Tensor], signs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The elements of a task vector that have the sign in which the loss falls (arXiv 2510.09658); the others are 0."""
+    return {name: delta * (delta.sign() == signs[name]) for name, delta in deltas.items() if name in signs}
+
+
+def _shared_layers(source: LearningModel, target: LearningModel) -> list[tuple[str, str, str]]:
+    """Linear layers that both models have: name in the checkpoint, and path in either module."""
+    found = []
+    for name in target.names:
+        layer, _, leaf = name.rpartition(".")
+        if leaf != "weight" or name not in source.names:
+            continue
+        paths = [model.names[name].rpartition(".")[0] for model in (source, target)]
+        owners = [model.module.get_submodule(path) for model, path in zip((source, target), paths, strict=True)]
+        if all(isinstance(owner, nn.Linear) for owner in owners):
+            found.append((layer, paths[0], paths[1]))
+    return found
+
+
+@contextmanager
+def _recorded(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """What the layers take and give in the next forward pass, one row for each token."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = inputs[0].flatten(0, -2).float(), output.flatten(0, -2).float()
+
+        return hook
+
+    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,175 @@
+"""A route with its controls: the same with a random task vector, none at all, and few-shot fine-tunes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_px.errors import RunError
+from mergekit_px.learn.align.direct import Crossed, gradfix, gradient_signs, theseus
+from mergekit_px.learn.align.fit import Fit
+from mergekit_px.learn.align.forward import ChangedModel
+from mergekit_px.learn.align.pieces import Piece
+from mergekit_px.learn.align.rotations import Rotations
+from mergekit_px.learn.align.settings import AlignSettings
+from mergekit_px.learn.data import Batch, Examples, derived_seed, to_device
+from mergekit_px.learn.transfer.side import DivergedError
+
+Deltas = Mapping[str, Tensor]
+Keep = Callable[[Deltas, Rotations | None], None]
+
+
+@dataclass
+class Trial:
+    """One alignment: all that it and its controls share."""
+
+    model: ChangedModel
+    settings: AlignSettings
+    parts: Mapping[str, Examples]
+    pieces: Sequence[Piece]
+    crossed: Crossed | None
+    shapes: Mapping[str, tuple[int, ...]]
+    device: torch.device
+    work: Path
+    plan_hash: str
+    say: Callable[[str], None]
+    tell: Callable[[int, float], None]
+
+    def run(self, deltas: Deltas, fitting: Deltas, keep: Keep) -> dict[str, Any]:
+        """Transport, keep the result, and score it beside its controls.
+
+        Args:
+            deltas: the whole task vector.
+            fitting: the part of it that has the shapes of the target: what the naive transfer adds.
+            keep: writes a transported task vector, and the matrices if there are some.
+        """
+        moved, rotations, fit = self._transported("aligned", deltas, fitting, keep)
+        keep(moved, rotations)
+        found: dict[str, Any] = {
+            "transported": moved,
+            "steps": fit.step if fit is not None else 0,
+            "best_step": fit.best_step if fit is not None else 0,
+            "trace": [list(entry) for entry in fit.trace] if fit is not None else [],
+            "norm": {"before": _norm(deltas), "after": _norm(moved)},
+        }
+        if rotations is not None:
+            found["rotations"] = {
+                "matrices": len(rotations.free),
+                "orthogonality_error": rotations.orthogonality_error(),
+                "mean_distance_from_identity": rotations.distance(),
+                "spectrum_distance": self._spectrum_distance(fitting, moved),
+            }
+        sham = {name: self._random_like(name, delta) for name, delta in deltas.items()}
+        fitting_sham = {name: sham[name] for name in fitting}
+        scale = self.settings.scale
+        found["test"] = {
+            "zero-shot": self.score({}),
+            "naive": self.score(fitting),
+            "aligned": self.score(moved),
+            "sham": self.score(self._transported("sham", sham, fitting_sham, None)[0]),
+            "few-shot fine-tune": self.score(self._tuned("tuned", {}), 1.0),
+            "fine-tune from naive": self.score(
+                self._tuned("tuned-naive", {name: scale * delta for name, delta in fitting.items()}), 1.0
+            ),
+        }
+        return found
+
+    def score(self, changes: Deltas, scale: float | None = None) -> float:
+        """Percent of right labels on the test data."""
+        return self.model.accuracy(changes, self.batches("test"), self.settings.scale if scale is None else scale)
+
+    def batches(self, part: str) -> Iterator[Batch]:
+        """The batches of a part, in order, on the device."""
+        dtype = next(iter(self.model.sites.values())).base.dtype
+        return (to_device(batch, self.device, dtype) for batch in self.parts[part].batches(self.settings.batch))
+
+    def _transported(
+        self, name: str, deltas: Deltas, fitting: Deltas, keep: Keep | None
+    ) -> tuple[Deltas, Rotations | None, Fit | None]:
+        if self.settings.route == "theseus":
+            assert self.crossed is not None
+            return theseus(deltas, self.crossed, self.shapes), None, None
+        if self.settings.route == "gradfix":
+            names = [one for one in fitting if self.model.sites[one].is_parameter]
+            signs = gradient_signs(self.model, self.batches("train"), names, majority=self.settings.majority)
+            return gradfix(fitting, signs), None, None
+        return self._rotated(name, fitting, keep)
+
+    def _rotated(self, name: str, deltas: Deltas, keep: Keep | None) -> tuple[Deltas, Rotations, Fit]:
+        settings, model = self.settings, self.model
+        pieces = [piece for piece in self.pieces if piece.tensor in deltas]
+        dtype = next(iter(deltas.values())).dtype
+        rotations = Rotations(pieces, settings, self.device, dtype)
+
+        def fidelity(batch: Batch) -> Tensor:
+            return model.loss(rotations.transport(deltas), batch, settings.scale)
+
+        def moved() -> Deltas:
+            with torch.no_grad():
+                return rotations.transport(deltas)
+
+        fit = Fit(
+            rotations.free,
+            lambda batch: fidelity(batch) + rotations.penalty(),
+            fidelity,
+            settings,
+            rate=settings.learning_rate,
+            after_step=rotations.retract if settings.parametrisation == "polar" else lambda: None,
+        )
+        self.say(f"learning {len(rotations.free)} matrices ({name})")
+        try:
+            fit.run(self.parts, self.device, self.work / f"{name}.safetensors", self.plan_hash, self.tell)
+        except DivergedError as error:
+            if keep is not None:
+                keep(moved(), rotations)
+            raise RunError(
+                f"{error.what}; the result of step {fit.best_step}, the best before, is kept",
+                hint="lower the learning rate and start over with --overwrite",
+            ) from error
+        if settings.project:
+            rotations.retract()
+        return moved(), rotations, fit
+
+    def _tuned(self, name: str, start: Deltas) -> Deltas:
+        """The changes of a few-shot fine-tune that begins with some changes of the target base."""
+        free = {
+            site.name: start.get(site.name, torch.zeros_like(site.base)).clone().requires_grad_()
+            for site in self.model.sites.values()
+            if site.is_parameter
+        }
+        fixed = {other: delta for other, delta in start.items() if other not in free}
+
+        def loss(batch: Batch) -> Tensor:
+            return self.model.loss({**fixed, **free}, batch)
+
+        self.say(f"few-shot fine-tune ({name})")
+        fit = Fit(free, loss, loss, self.settings, rate=self.settings.tune_rate)
+        fit.run(self.parts, self.device, self.work / f"{name}.safetensors", self.plan_hash, self.tell)
+        return {**fixed, **{other: one.detach() for other, one in free.items()}}
+
+    def _random_like(self, name: str, delta: Tensor) -> Tensor:
+        """Normal noise with the norm of a tensor."""
+        generator = torch.Generator().manual_seed(derived_seed(self.settings.seed, "sham", name))
+        noise = torch.randn(delta.shape, generator=generator, dtype=torch.float64).to(delta)
+        size = noise.norm()
+        return noise * (delta.norm() / size) if float(size) > 0 else noise
+
+    def _spectrum_distance(self, before: Deltas, after: Deltas) -> float:
+        """The largest relative change of the singular values of a piece."""
+        worst = 0.0
+        for piece in self.pieces:
+            if piece.tensor in before:
+                rows = slice(piece.start, piece.stop)
+                values = [torch.linalg.svdvals(one[piece.tensor][rows].double()) for one in (before, after)]
+                size = float(values[0].norm())
+                worst = max(worst, float((values[0] - values[1]).norm()) / size if size else 0.0)
+        return worst
+
+
+def _norm(deltas: Deltas) -> float:
+    return float(torch.stack([delta.double().square().sum() for delta in deltas.values()]).sum().sqrt())

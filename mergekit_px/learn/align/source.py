@@ -1,0 +1,55 @@
+"""The task vector that is transported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.fingerprint import fingerprint
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
+from mergekit_px.errors import PlanError, UsageError
+from mergekit_px.learn.models import read_tensor
+from mergekit_px.learn.ofasd.blend import check_sources
+
+
+def read_deltas(checkpoints: Mapping[str, Checkpoint], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The floating-point differences, by name, in the dtype of the target.
+
+    Args:
+        checkpoints: ``task vector`` and perhaps ``source base``, or ``source base`` and ``source model``.
+
+    Raises:
+        PlanError: the model is no fine-tune of the base, or the task vector was taken from another.
+        UsageError: the task vector is a full model.
+    """
+    base = checkpoints.get("source base")
+    vector = checkpoints.get("task vector")
+    if vector is None:
+        assert base is not None
+        tuned = checkpoints["source model"]
+        check_sources(base, [tuned])
+        after, before = _tensors(tuned, device, dtype), _tensors(base, device, dtype)
+        return {name: tensor - before[name] for name, tensor in after.items()}
+    if not is_task_vector(vector):
+        raise UsageError("it holds weights, not differences", where=vector.label, hint="give it as --source-model")
+    recorded = base_fingerprint(vector)
+    if base is not None and recorded is not None:
+        with closing(open_reader(base)) as reader:
+            if fingerprint(base, reader) != recorded:
+                what = f"the task vector was taken from another base than {base.label}"
+                raise PlanError(what, where=vector.label, hint="give the base that it was subtracted from")
+    return _tensors(vector, device, dtype)
+
+
+def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    with closing(open_reader(checkpoint)) as reader:
+        return {
+            name: read_tensor(reader, stored).to(device, dtype)
+            for name, stored in checkpoint.tensors.items()
+            if stored.dtype.arithmetic
+        }

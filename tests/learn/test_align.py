@@ -1,0 +1,406 @@
+"""``pxmerge align``: exact properties of the rotations, the routes, and runs from files to files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mergekit_px.cli import main
+from mergekit_px.errors import OutputError, PlanError, RunError, TensorMismatchError, UsageError
+from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
+from mergekit_px.learn.align.direct import gradfix, gradient_signs, procrustes, theseus
+from mergekit_px.learn.align.forward import ChangedModel
+from mergekit_px.learn.align.pieces import Piece, find_pieces, pieces_of
+from mergekit_px.learn.align.rotations import Rotations
+from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
+from mergekit_px.learn.ofasd.blend import find_sites
+from mergekit_px.testing.checkpoints import write_checkpoint
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(torch.softmax(q @ k.transpose(-1, -2) / 3, dim=-1) @ v)
+
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.embed = nn.Linear(4, width)
+        self.attn = Attention(width)
+        self.mlp = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(2 * width, 3)
+
+    def forward(self, x):
+        hidden = self.embed(x)
+        hidden = hidden + self.attn(hidden)
+        return self.head(self.mlp(hidden.mean(dim=1)).relu())
+
+
+def small():
+    return Net(8)
+
+
+def wide():
+    return Net(12)
+"""
+
+
+def train(module: torch.nn.Module, inputs: Tensor, labels: Tensor, steps: int) -> dict[str, Tensor]:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(module(inputs), labels).backward()
+        optimizer.step()
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a fine-tune of it, the base trained further, and a wider model; a task with three classes."""
+    root = tmp_path_factory.mktemp("align")
+    (root / "net.py").write_text(MODEL)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    inputs = torch.randn(3, 5, 4, generator=generator)[labels] + torch.randn(300, 5, 4, generator=generator)
+    np.savez(root / "task.npz", x=inputs.numpy(), labels=labels.numpy())
+    np.savez(root / "few.npz", x=inputs[:60].numpy(), labels=labels[:60].numpy())
+    torch.manual_seed(1)
+    other = (labels + 1) % 3
+    for kind in ("small", "wide"):
+        module = load_model(None, f"{root / 'net.py'}:{kind}", allow_code=True).module
+        write_checkpoint(root / kind / "base", train(module, inputs[60:120], other[60:120], 10))
+        write_checkpoint(root / kind / "further", train(module, inputs[120:180], other[120:180], 5))
+        base = load_model(find_checkpoint(str(root / kind / "base")), f"{root / 'net.py'}:{kind}", allow_code=True)
+        write_checkpoint(root / kind / "tuned", train(base.module, inputs, labels, 40))
+    return root
+
+
+def options(world: Path, output: Path, **changes: Any) -> AlignOptions:
+    own = {name: changes.pop(name) for name in list(changes) if hasattr(AlignSettings(), name)}
+    made = AlignOptions(
+        target_base=str(world / "small" / "further"),
+        data=str(world / "task.npz"),
+        source_base=str(world / "small" / "base"),
+        source_model=str(world / "small" / "tuned"),
+        output=output,
+        model=f"{world / 'net.py'}:small",
+        settings=AlignSettings(**{"steps": 10, "evaluate_every": 5, "learning_rate": 0.01, **own}),
+        device="cpu",
+        allow_code=True,
+    )
+    return replace(made, **changes)
+
+
+def target(world: Path, dtype: torch.dtype = torch.float64) -> LearningModel:
+    model = load_model(find_checkpoint(str(world / "small" / "further")), f"{world / 'net.py'}:small", allow_code=True)
+    model.module.to(dtype).eval().requires_grad_(False)
+    return model
+
+
+def delta(world: Path, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    base, tuned = (load_file(world / "small" / name / "model.safetensors") for name in ("base", "tuned"))
+    return {name: (tuned[name] - base[name]).to(dtype) for name in base}
+
+
+def turned(rotations: Rotations, seed: int = 0) -> Rotations:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for free in rotations.free.values():
+            free.add_(0.3 * torch.randn(free.shape, generator=generator, dtype=torch.float64))
+    return rotations
+
+
+def test_fused_projections_are_three_pieces() -> None:
+    assert [piece.label for piece in pieces_of("a.qkv.weight", 9, 3)] == [
+        f"a.qkv.weight[{start}:{start + 3}]" for start in (0, 3, 6)
+    ]
+    assert len(pieces_of("a.in_proj_weight", 9, 3)) == 3
+    assert len(pieces_of("a.qkv.weight", 5, 3)) == len(pieces_of("a.mlp.weight", 9, 3)) == 1
+
+
+def test_sites(world: Path) -> None:
+    model = target(world)
+    sites = find_sites(model)
+    names = {piece.label for piece in find_pieces(model, sites, "attention", square=True)}
+    assert names == {"attn.proj.weight[0:8]", *(f"attn.qkv.weight[{start}:{start + 8}]" for start in (0, 8, 16))}
+    every = {piece.tensor for piece in find_pieces(model, sites, "all", square=False)}
+    assert every == {"embed.weight", "attn.qkv.weight", "attn.proj.weight", "mlp.weight", "head.weight"}
+    assert {piece.tensor for piece in find_pieces(model, sites, "all", square=True)} == {
+        "attn.qkv.weight",
+        "attn.proj.weight",
+    }
+
+
+@pytest.mark.parametrize("parametrisation", ["soft", "cayley", "polar"])
+@pytest.mark.parametrize("sided", ["one", "two"])
+def test_rotations(world: Path, parametrisation: Any, sided: Any) -> None:
+    settings = AlignSettings(parametrisation=parametrisation, sided=sided)
+    pieces = [Piece("attn.qkv.weight", start, start + 8, 8) for start in (0, 8, 16)]
+    deltas = delta(world)
+    rotations = Rotations(pieces, settings, torch.device("cpu"), torch.float64)
+    for name, moved in rotations.transport(deltas).items():
+        torch.testing.assert_close(moved, deltas[name], rtol=1e-12, atol=1e-15)
+    turned(rotations)
+    if parametrisation != "cayley":
+        rotations.retract()
+    assert rotations.orthogonality_error() < 1e-12 and rotations.distance() > 0.3
+    moved = rotations.transport(deltas)["attn.qkv.weight"].detach()
+    matrices = rotations.matrices()
+    for start in (0, 8, 16):
+        before, after = deltas["attn.qkv.weight"][start : start + 8], moved[start : start + 8]
+        label = f"attn.qkv.weight[{start}:{start + 8}]"
+        left, right = (
+            (matrices[f"{label}.both"],) * 2 if sided == "one" else (matrices[f"{label}.out"], matrices[f"{label}.in"])
+        )
+        np.testing.assert_allclose(after.numpy(), left.numpy().T @ before.numpy() @ right.numpy(), atol=1e-12)
+        torch.testing.assert_close(torch.linalg.svdvals(after), torch.linalg.svdvals(before), rtol=1e-10, atol=1e-12)
+        assert not torch.allclose(after, before)
+
+
+def test_the_penalty_is_the_mean_defect() -> None:
+    pieces = [Piece("a", 0, 3, 3), Piece("b", 0, 3, 3)]
+    rotations = turned(Rotations(pieces, AlignSettings(orthogonality=2.0), torch.device("cpu"), torch.float64))
+    defects = [np.linalg.norm(u.numpy().T @ u.numpy() - np.eye(3)) for u in rotations.matrices().values()]
+    penalty = rotations.penalty()
+    assert isinstance(penalty, Tensor) and penalty.item() == pytest.approx(2 * np.mean(defects))
+    fresh = Rotations(pieces, AlignSettings(), torch.device("cpu"), torch.float64)
+    smooth = fresh.penalty()
+    assert isinstance(smooth, Tensor)
+    gradients = torch.autograd.grad(smooth, list(fresh.free.values()))
+    assert smooth.item() == 0 and all(bool(torch.isfinite(one).all()) for one in gradients)
+
+
+@pytest.mark.parametrize("parametrisation", ["soft", "cayley"])
+def test_gradient_of_the_rotations_by_finite_differences(world: Path, parametrisation: Any) -> None:
+    model = target(world)
+    sites = find_sites(model)
+    changed = ChangedModel(model, sites)
+    settings = AlignSettings(parametrisation=parametrisation, sided="two", sites="all")
+    pieces = find_pieces(model, sites, "all", square=False)
+    rotations = turned(Rotations(pieces, settings, torch.device("cpu"), torch.float64))
+    with np.load(world / "task.npz") as data:
+        batch = {"x": torch.from_numpy(data["x"][:8]).double(), "labels": torch.from_numpy(data["labels"][:8])}
+
+    def loss() -> Tensor:
+        return changed.loss(rotations.transport(delta(world)), batch) + rotations.penalty()
+
+    gradients = torch.autograd.grad(loss(), list(rotations.free.values()))
+    for free, gradient in list(zip(rotations.free.values(), gradients, strict=True))[:5]:
+        found = []
+        for sign in (1, -2):
+            with torch.no_grad():
+                free[0, 1] += sign * 1e-5
+                found.append(loss().item())
+        with torch.no_grad():
+            free[0, 1] += 1e-5
+        assert gradient[0, 1].item() == pytest.approx((found[0] - found[1]) / 2e-5, rel=1e-4, abs=1e-8)
+
+
+def test_procrustes_is_the_nearest_map() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    torch.testing.assert_close(procrustes(states.T @ (states @ turn)), turn, rtol=1e-9, atol=1e-9)
+    wide = procrustes(torch.randn(6, 9, generator=generator, dtype=torch.float64))
+    torch.testing.assert_close(wide @ wide.T, torch.eye(6).double(), rtol=1e-9, atol=1e-9)
+
+
+def test_theseus_undoes_a_change_of_basis() -> None:
+    """If every activation of B is that of A turned, the transported change does to B what the change did to A."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    states, weight, bias, change = draw(40, 5), draw(4, 5), draw(4), draw(4, 5)
+    inward, outward = torch.linalg.qr(draw(5, 5))[0], torch.linalg.qr(draw(4, 4))[0]
+    outputs = states @ weight.T + bias
+    crossed = {"layer": (states.T @ (states @ inward), outputs.T @ (outputs @ outward))}
+    deltas = {"layer.weight": change, "layer.bias": bias, "norm": bias, "odd": bias}
+    shapes = {"layer.weight": (4, 5), "layer.bias": (4,), "norm": (4,), "odd": (7,)}
+    moved = theseus(deltas, crossed, shapes)
+    torch.testing.assert_close(states @ inward @ moved["layer.weight"].T, states @ change.T @ outward)
+    torch.testing.assert_close(moved["layer.bias"], bias @ outward)
+    assert set(moved) == {"layer.weight", "layer.bias", "norm"}
+
+
+@pytest.mark.parametrize("majority", [True, False])
+def test_gradfix_only_lowers_the_loss_to_first_order(world: Path, majority: bool) -> None:
+    model = target(world)
+    changed = ChangedModel(model, find_sites(model))
+    with np.load(world / "task.npz") as data:
+        batch = {"x": torch.from_numpy(data["x"][:7]).double(), "labels": torch.from_numpy(data["labels"][:7])}
+    deltas = delta(world)
+    masked = gradfix(deltas, gradient_signs(changed, [batch], deltas, majority=majority))
+    model.module.requires_grad_(True)
+    singles = [{name: array[row : row + 1] for name, array in batch.items()} for row in range(7)]
+    votes = {name: torch.zeros_like(tensor) for name, tensor in deltas.items()}
+    for one in singles if majority else [batch]:
+        model.module.zero_grad()
+        torch.nn.functional.cross_entropy(model.module(one["x"]), one["labels"]).backward()
+        for name, parameter in model.module.named_parameters():
+            assert parameter.grad is not None
+            votes[name] -= parameter.grad.sign() if majority else parameter.grad
+    for name, tensor in deltas.items():
+        expected = np.where(np.sign(tensor.numpy()) == np.sign(votes[name].numpy()), tensor.numpy(), 0)
+        np.testing.assert_array_equal(masked[name].numpy(), expected)
+    kept = torch.cat([(masked[name] != 0).flatten() for name in deltas]).double().mean()
+    assert 0.2 < kept < 0.9
+
+
+def test_a_run_writes_what_fits_together(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = align_task_vector(options(world, out)).report
+    assert list(report["test"]) == [
+        "zero-shot", "naive", "aligned", "sham", "few-shot fine-tune", "fine-tune from naive"
+    ]  # fmt: skip
+    assert report["rotations"]["matrices"] == 4 and report["rotations"]["orthogonality_error"] < 0.5
+    assert report["examples"] == {"train": 150, "validation": 60, "test": 90} and report["left_out"] == []
+    assert not (out / ".align").exists() and json.loads((out / "report.json").read_text()) == report
+    base, model, vector = (
+        load_file(folder / "model.safetensors")
+        for folder in (world / "small" / "further", out / "model", out / "task_vector")
+    )
+    matrices = load_file(out / "rotations.safetensors")
+    change = delta(world, torch.float32)
+    turn = matrices["attn.proj.weight[0:8].both"]
+    torch.testing.assert_close(vector["attn.proj.weight"], turn.T @ change["attn.proj.weight"] @ turn)
+    torch.testing.assert_close(vector["mlp.weight"], change["mlp.weight"])
+    for name, tensor in base.items():
+        torch.testing.assert_close(model[name], tensor + vector[name], rtol=1e-6, atol=1e-7)
+    words = ["add", str(world / "small" / "further"), str(out / "task_vector"), "-o", str(tmp_path / "sum"), "-q"]
+    assert main(words) == 0
+    words[1] = str(world / "small" / "base")
+    assert main([*words[:-2], str(tmp_path / "wrong"), "-q"]) == 4
+
+
+def test_identity_rotations_are_the_naive_transfer(world: Path, tmp_path: Path) -> None:
+    report = align_task_vector(options(world, tmp_path / "out", steps=0)).report
+    assert report["test"]["aligned"] == report["test"]["naive"]
+    assert report["test"]["few-shot fine-tune"] == report["test"]["zero-shot"]
+    assert report["norm"]["after"] == pytest.approx(report["norm"]["before"])
+    assert {entry["scale"]: entry["aligned"] for entry in report["scales"]}.keys() == {n / 4 for n in range(9)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parametrisation": "cayley", "sided": "two", "sites": "all"},
+        {"parametrisation": "polar"},
+        {"project": True},
+    ],
+)
+def test_norm_and_spectrum_stay(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    report = align_task_vector(options(world, tmp_path / "out", **changes)).report
+    assert report["rotations"]["orthogonality_error"] < 1e-4 and report["rotations"]["spectrum_distance"] < 1e-4
+    assert report["rotations"]["mean_distance_from_identity"] > 1e-3
+    assert report["norm"]["after"] == pytest.approx(report["norm"]["before"], rel=1e-5)
+
+
+def test_training_lowers_the_loss(world: Path, tmp_path: Path) -> None:
+    report = align_task_vector(options(world, tmp_path / "out", steps=40)).report
+    assert min(entry[2] for entry in report["trace"]) < report["trace"][0][2]
+    assert report["test"]["few-shot fine-tune"] > report["test"]["zero-shot"]
+
+
+@pytest.mark.parametrize("route", ["gradfix", "theseus"])
+def test_direct_routes(world: Path, tmp_path: Path, route: str) -> None:
+    report = align_task_vector(options(world, tmp_path / "out", route=route, steps=0)).report
+    assert report["norm"]["after"] < report["norm"]["before"] * 1.001 and "rotations" not in report
+    assert not (tmp_path / "out" / "rotations.safetensors").exists()
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_theseus_goes_across_widths(world: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "target_base": str(world / "wide" / "base"),
+        "model": f"{world / 'net.py'}:wide",
+        "source_code": f"{world / 'net.py'}:small",
+    }
+    report = align_task_vector(options(world, tmp_path / "out", route="theseus", steps=0, **changes)).report
+    assert report["left_out"] == [] and report["norm"]["after"] > 0
+    vector = load_file(tmp_path / "out" / "task_vector" / "model.safetensors")
+    assert vector["attn.qkv.weight"].shape == (36, 12) and torch.linalg.matrix_rank(vector["attn.proj.weight"]) <= 8
+    with pytest.raises(UsageError, match="no matrix to rotate"):
+        align_task_vector(options(world, tmp_path / "two", **changes))
+
+
+@pytest.mark.parametrize("stop", [7, 17])
+def test_resumed_is_uninterrupted(world: Path, tmp_path: Path, stop: int) -> None:
+    whole = align_task_vector(options(world, tmp_path / "whole")).report
+    calls = 0
+
+    def interrupt(step: int, loss: float) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+
+    halved = options(world, tmp_path / "halved")
+    with pytest.raises(KeyboardInterrupt):
+        align_task_vector(halved, tell=interrupt)
+    with pytest.raises(OutputError, match="unfinished run"):
+        align_task_vector(halved)
+    report = align_task_vector(replace(halved, mode="resume")).report
+    assert report["trace"] == whole["trace"] and report["test"] == whole["test"]
+    for file in ("rotations.safetensors", "task_vector/model.safetensors", "model/model.safetensors"):
+        assert (tmp_path / "halved" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_best_before(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the best before, is kept"):
+        align_task_vector(options(world, tmp_path / "out", learning_rate=1e30, steps=30))
+    vector = load_file(tmp_path / "out" / "task_vector" / "model.safetensors")
+    torch.testing.assert_close(vector["mlp.weight"], delta(world, torch.float32)["mlp.weight"])
+
+
+def test_what_does_not_belong_together_is_refused(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for changes, message in (
+        ({"source_model": None}, "either a source model or a task vector"),
+        ({"task_vector": "x"}, "either a source model or a task vector"),
+        ({"source_base": None}, "source base is needed"),
+        ({"learning_rate": 0.0}, "above 0"),
+        ({"project": True, "parametrisation": "cayley"}, "orthogonal already"),
+        ({"source_model": None, "task_vector": str(world / "small" / "tuned")}, "it holds weights"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            align_task_vector(options(world, out, **changes))
+    with pytest.raises(TensorMismatchError):
+        align_task_vector(options(world, out, source_model=str(world / "wide" / "tuned")))
+    words = ["subtract", str(world / "small" / "tuned"), str(world / "small" / "base"), "-o", str(tmp_path / "tau")]
+    assert main([*words, "-q"]) == 0
+    vector: dict[str, Any] = {"source_model": None, "task_vector": str(tmp_path / "tau")}
+    with pytest.raises(PlanError, match="another base"):
+        align_task_vector(options(world, out, **vector, source_base=str(world / "small" / "further")))
+    align_task_vector(options(world, out, **vector, source_base=None, steps=0))
+
+
+def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = world / "small"
+    words = ["align", "--source-base", small / "base", "--source-model", small / "tuned", "--target-base"]
+    words += [small / "further", "--data", world / "few.npz", "--test-data", world / "task.npz", "--steps", "5"]
+    words += ["--model", f"{world / 'net.py'}:small", "-o", tmp_path / "out", "--param", "cayley", "--allow-code"]
+    assert main([str(word) for word in words]) == 0
+    shown = capsys.readouterr()
+    for control in ("zero-shot", "naive", "sham", "few-shot fine-tune", "fine-tune from naive"):
+        assert control in shown.out
+    assert "300 test examples" in shown.err
