@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from mergekit_px.cli import main
 from mergekit_px.errors import InputError, OutputError, UsageError
+from mergekit_px.learn.search import run as search_run
 from mergekit_px.learn.search.space import Variable, overrides, parse_variable
 from mergekit_px.learn.search.strategies import Strategy, StrategyOptions, begin_search
 from mergekit_px.learn.search.trials import TrialLog
@@ -230,6 +231,41 @@ def test_a_merge_that_is_not_finite_is_a_failed_trial(made: Path) -> None:
     assert command(made, made / "out", "-q", over=[f"{ONE}=0.3,1e38"]) == 0
     report = json.loads((made / "out" / "report.json").read_text())
     assert report["failed"] == 1 and report["best"]["values"] == {ONE: 0.3}
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_what_does_not_change_is_merged_once_and_the_trials_are_the_same(made: Path, monkeypatch, method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, value in (("base", 0.0), ("zero", 0.0), ("one", 1.0)):
+        tensors = {name: torch.randn(7, 5, generator=generator) for name in ("a", "b")}
+        write_checkpoint(made / name, {**tensors, "w": torch.tensor([5.0, value])})
+    text = "".join(f"  {name}: {made / name}\n" for name in ("base", "zero", "one"))
+    rule = "{match: w, method: linear, params: {normalize: false}, weights: {one: 0.5}}"
+    step = f"method: {method}, base: base, sources: {{zero: 1, one: 1}}, rules: [{rule}]"
+    (made / "recipe.yaml").write_text(f"models:\n{text}merge: {{{step}}}\n")
+    planned, merged = [], []
+
+    def recorded(plan, **options):
+        result = whole(plan, **options)
+        planned.append({item.name: item.action for item in plan.items})
+        merged.append(load_file(result.output / "model.safetensors"))
+        return result
+
+    whole = search_run.run_plan
+    monkeypatch.setattr(search_run, "run_plan", recorded)
+    key = "merge.rules.0.weights.one"
+    assert command(made, made / "out", "-q", over=[f"{key}=0.25,0.75"]) == 0
+    kept = {"linear": "copy", "ties": "merge"}[method]  # what ties needs to know spans the whole model
+    if method == "linear":
+        assert planned[0] == {"a": "merge", "b": "merge", "w": "merge"} and len(planned) == 5
+    assert planned[-2] == {"a": kept, "b": kept, "w": "merge"}
+    assert set(planned[-1].values()) == {"merge"}
+    for value, found in zip((0.25, 0.75), merged[-3:-1], strict=True):
+        assert (
+            main(["run", str(made / "recipe.yaml"), "--set", f"{key}={value}", "-o", str(made / str(value)), "-q"]) == 0
+        )
+        expected = load_file(made / str(value) / "model.safetensors")
+        assert all(torch.equal(found[name], expected[name]) for name in ("a", "b", "w"))
 
 
 CODE = """

@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,11 @@ import torch
 from mergekit_px._version import __version__
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.errors import NonFiniteError, OutputError, RunError, UsageError
+from mergekit_px.execute.provenance import LOCK_FILE
 from mergekit_px.execute.run import run_plan
 from mergekit_px.learn.artefact import write_report
 from mergekit_px.learn.data import Examples, load_examples, split_rows
+from mergekit_px.learn.search.reuse import unchanged, with_kept
 from mergekit_px.learn.search.score import Score, command_score, data_score
 from mergekit_px.learn.search.space import Variable, overrides
 from mergekit_px.learn.search.strategies import Strategy, StrategyOptions, begin_search
@@ -35,6 +37,7 @@ LOG = "trials.jsonl"
 REPORT = "report.json"
 MODEL = "model"
 _TRIAL = "trial"
+_KEPT = "kept"
 
 Tell = Callable[[Trial, bool], None]
 """Gets every trial, and whether it was in the log already."""
@@ -101,10 +104,9 @@ def run_search(
     scores = _scores(options)
     work = _Merges(recipe, output / _TRIAL, options)
     first = work.plan(())
-    for variable in options.variables:
-        work.plan_with(
-            overrides([variable], [variable.low])
-        )  # a key that is none is refused before anything is written
+    # A key that is none is refused here, before anything is written.
+    ends = [overrides([variable], [end]) for variable in options.variables for end in (variable.low, variable.high)]
+    work.keep(first, [work.plan_with(changes) for changes in ends])
     _prepare(output, options.mode)
     log = TrialLog(output / LOG, _identity(first, recipe, scores, options))
     sign = -1.0 if options.minimize else 1.0
@@ -129,7 +131,8 @@ def run_search(
         tests = _tested(work, scores.test, as_written, best)
         work.merge(best.values, output / MODEL)
     finally:
-        shutil.rmtree(output / _TRIAL, ignore_errors=True)
+        for name in (_TRIAL, _KEPT):
+            shutil.rmtree(output / name, ignore_errors=True)
     report = {
         "recipe": recipe,
         "inputs": scores.inputs,
@@ -179,7 +182,10 @@ def _tested(work: _Merges, test: Score | None, as_written: Trial, best: Trial) -
 
 
 class _Merges:
-    """Merges of one recipe under other values. Inputs are resolved once."""
+    """Merges of one recipe under other values.
+
+    Inputs are resolved once. Tensors that no searched value touches are merged once and copied from then on.
+    """
 
     def __init__(self, recipe: str, folder: Path, options: SearchOptions) -> None:
         self._recipe = recipe
@@ -188,6 +194,7 @@ class _Merges:
         self._inputs: dict[str, ResolvedInput] = {}
         changed = [key for variable in options.variables for key in variable.keys]
         self._same_inputs = not any(key.startswith("models") for key in changed)
+        self._kept: Plan | None = None
 
     def plan(self, values: Sequence[float], output: Path | None = None) -> Plan:
         """The plan under these values; of the recipe as written for none."""
@@ -219,10 +226,22 @@ class _Merges:
     def score(self, values: Sequence[float], score: Score) -> float:
         """NaN where the merge is not finite."""
         try:
-            run_plan(self.plan(values))
+            run_plan(self._with_kept(self.plan(values)), measure_bound=False)
             return score(self._folder)
         except NonFiniteError:
             return math.nan
+
+    def keep(self, first: Plan, others: Sequence[Plan]) -> None:
+        """Have a first merge kept for the others, if anything is alike in all of them."""
+        if self._same_inputs and set.intersection(*(unchanged(first, plan) for plan in others)):
+            self._kept = replace(first, output=self._folder.with_name(_KEPT))
+
+    def _with_kept(self, plan: Plan) -> Plan:
+        if self._kept is None or self._kept.output is None:
+            return plan
+        if not (self._kept.output / LOCK_FILE).exists():  # written last
+            run_plan(self._kept, measure_bound=False)
+        return with_kept(plan, unchanged(self._kept, plan), self._kept.output)
 
 
 def _scores(options: SearchOptions) -> _Scores:
