@@ -24,7 +24,7 @@ An option that takes several values takes them after one flag (`--sources a b c`
 
 def commands_page() -> str:
     sections = [f"## pxmerge\n\n{_help([])}"]
-    sections += [f"## pxmerge {command.name}\n\n{_help([command.name])}" for command in own_commands()]
+    sections += [f"## pxmerge {command.name}\n\n{_help(command.name.split())}" for command in own_commands()]
     return _INTRODUCTION + "\n".join(sections)
 
 
