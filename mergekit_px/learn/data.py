@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,17 +110,18 @@ def _read_npz(path: Path, where: str) -> dict[str, Tensor]:
     import numpy
 
     try:
-        with numpy.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, numpy.load(file, allow_pickle=False) as archive:
             loaded = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
         if "allow_pickle" in str(error) or "pickled" in str(error):
             raise InputError("it holds Python objects, which are not read", where=where) from error
         raise InputError(f"not a readable .npz file: {shown(str(error))}", where=where) from error
     arrays = {}
     for name, array in loaded.items():
         try:
-            arrays[name] = torch.from_numpy(numpy.ascontiguousarray(array).reshape(array.shape))
-        except TypeError:
+            native = array.astype(array.dtype.newbyteorder("="), order="C")
+            arrays[name] = torch.from_numpy(native)
+        except (TypeError, ValueError):
             raise InputError(f"{shown(name)} holds {array.dtype}, not numbers", where=where) from None
     return arrays
 
@@ -201,6 +203,17 @@ def derived_seed(seed: int, *labels: object) -> int:
     """A seed of 63 bits for one purpose: the same for the same labels, unrelated for others."""
     text = "\0".join(map(str, (seed, *labels)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Inside, torch's own random numbers (dropout, initial weights) come from ``seed``; outside nothing changes."""
+    is_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if is_cuda else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a note for CUDA devices at every call
+        if is_cuda:
+            torch.cuda.manual_seed(seed)
+        yield
 
 
 class BatchStream:

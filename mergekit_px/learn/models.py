@@ -315,9 +315,15 @@ def _same_arrays(
     by_place = {(tensor.data_ptr(), tuple(tensor.shape)): name for name, tensor in state.items()}
     exported = export(dict(state))
     names = {}
-    for name in checkpoint.tensors:
+    for name, stored in checkpoint.tensors.items():
         tensor = exported.get(name, state.get(name))
-        inner = by_place.get((tensor.data_ptr(), tuple(tensor.shape))) if tensor is not None else None
+        if tensor is None or tuple(tensor.shape) != stored.shape:
+            raise InputError(
+                f"{type(module).__name__} keeps {shown(name)} in a form that cannot be turned back",
+                where=checkpoint.label,
+                hint="give a function that makes the model: file.py:function",
+            )
+        inner = by_place.get((tensor.data_ptr(), tuple(tensor.shape)))
         if inner is not None:
             names[name] = inner
     return names
@@ -355,6 +361,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _finite(tensor: Tensor, where: str) -> Tensor:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+    if not tensor.is_floating_point():
+        return tensor
+    wide = tensor if tensor.element_size() > 1 else tensor.float()  # torch cannot ask this of eight bits
+    if not bool(torch.isfinite(wide).all()):
         raise NonFiniteError("a NaN or an infinity", where=where)
     return tensor

@@ -9,6 +9,7 @@
     objective   losses and metrics by name
     factors     a matrix as B A, trained in its factors, always there as a matrix for the model
     adapter     the low-rank parametric knowledge adapter, and the MLP it is compared with
+    attention   attention whose memory has a bound
     exchange    which adapter serves which pair; the update of the adapter
     side        one model that learns: data, loss, optimiser
     arm         one training run: with transfer, without, or with a sham source

@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from mergekit_px.learn.data import derived_seed
+from mergekit_px.learn.data import derived_seed, seeded
+from mergekit_px.learn.transfer.attention import chunked_attention
 from mergekit_px.learn.transfer.plan import Adapter, Form
 
 Shape = tuple[int, int]
@@ -57,30 +57,6 @@ class FactorAttention(nn.Module):
     def _split(self, tokens: Tensor) -> Tensor:
         """(tokens, heads * width) -> (heads, tokens, width)."""
         return tokens.reshape(-1, self._heads, self._width).transpose(0, 1)
-
-
-def chunked_attention(query: Tensor, key: Tensor, value: Tensor, scores: int) -> Tensor:
-    """Softmax attention, (heads, q, d) x (heads, k, d) -> (heads, q, d), at most ``scores`` scores at a time.
-
-    Queries are taken in chunks, of one query at least. The backward pass computes each chunk again, so that memory is
-    bounded there too.
-    """
-    size = max(1, scores // (query.shape[0] * key.shape[1]))
-    if size >= query.shape[1]:
-        return _attention(query, key, value)
-    chunks = [_again(chunk, key, value) for chunk in query.split(size, dim=1)]
-    return torch.cat(chunks, dim=1)
-
-
-def _again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention that keeps its inputs for the backward pass and nothing else."""
-    found: Tensor = checkpoint(_attention, query, key, value, use_reentrant=False, preserve_rng_state=False)
-    return found
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    scale: float = query.shape[-1] ** -0.5
-    return torch.softmax(query @ key.transpose(1, 2) * scale, dim=-1) @ value
 
 
 class AttentionMix(nn.Module):
@@ -150,8 +126,7 @@ class AdapterStack(nn.Module):
 
     def __init__(self, target: Shape, source: Shape, settings: Adapter, *, seed: int, label: str) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(seed, "adapter", label))
+        with seeded(torch.device("cpu"), derived_seed(seed, "adapter", label)):
             layers = [TransferLayer(target, source, settings) for _ in range(settings.layers or 1)]
         self.layers = nn.ModuleList(layers)
         if settings.init == "zero":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.errors import PlanError
-from mergekit_px.learn.data import Examples, derived_seed
+from mergekit_px.learn.data import Examples, derived_seed, seeded
 from mergekit_px.learn.models import LearningModel, load_model, read_tensors
 from mergekit_px.learn.transfer.digits import BUILT_IN_MODELS
 from mergekit_px.learn.transfer.exchange import Exchange, Link, all_finite, planned_transfers, sham_matrix
@@ -40,6 +41,9 @@ from mergekit_px.recipe.nearest import hint_for
 Kind = Literal["transfer"] | Control
 
 TRACE_POINTS = 50
+DEFAULT_LOOKS = 10
+SAVE_SECONDS = 2.0
+"""Where the plan does not say when to save, states are saved so far apart at least."""
 
 
 @dataclass(frozen=True)
@@ -126,24 +130,29 @@ class Arm:
         self._best: dict[str, Tensors] = {}
         self._progress = _Progress()
 
-    def run(self, state: Path) -> ArmResult:
+    def run(self, state: Path, tell: Callable[[int, float], None] = lambda step, loss: None) -> ArmResult:
         """Train to the end, from the saved state if there is one.
 
+        Args:
+            tell: gets the number of steps done, and the loss, whenever the state is saved.
+
         Raises:
-            DivergedError: something is not finite any more; the saved state is the last one that is good.
+            DivergedError: something is not finite any more; the last state that was saved is good.
         """
         transfer = self.trial.transfer
-        every = transfer.save_every or transfer.steps
+        every = transfer.save_every or max(1, transfer.steps // DEFAULT_LOOKS)
+        saved = time.monotonic()
         if state.exists():
             self.restore(state)
-        else:
-            self._save(state)
         for step in range(self._progress.step, transfer.steps):
             self._step(step)
             self._progress.step = step + 1
             if (step + 1) % every == 0 or step + 1 == transfer.steps:
                 self._look()
-                self._save(state)
+                if step + 1 < transfer.steps and (transfer.save_every or time.monotonic() - saved >= SAVE_SECONDS):
+                    self._save(state)
+                    saved = time.monotonic()
+                    tell(step + 1, self.target.last_loss)
         if transfer.select == "best":
             for role, side in self.sides.items():
                 restore_module(side.module, self._best[role])
@@ -308,7 +317,8 @@ class Arm:
             is_sham = self.kind == "sham"
             other = sham_matrix(receiver.address.detach(), self._seed, back) if is_sham else receiver
             links.append(Link(giver, other, back))
-        return links
+        # Sums of gradients are rounded in the order of the computation, which must not depend on the roles.
+        return sorted(links, key=lambda link: link.label)
 
     def _factors(self, side: Side, pair: Pair, role: Literal["target", "source"], where: str) -> Factors:
         name = pair.target if role == "target" else pair.source
@@ -335,8 +345,7 @@ class Arm:
 def fresh_model(entrant: Entrant, seed: int, *, allow_code: bool) -> LearningModel:
     """The model as it is at the start: its checkpoint, or what its function makes under the seed."""
     factory = entrant.settings.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, "init", entrant.name))
+    with seeded(torch.device("cpu"), derived_seed(seed, "init", entrant.name)):
         return load_model(entrant.checkpoint, BUILT_IN_MODELS.get(factory or "", factory), allow_code=allow_code)
 
 

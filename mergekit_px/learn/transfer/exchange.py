@@ -75,7 +75,7 @@ class Exchange:
             {"params": [one for one in self.parameters if one.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [one for one in self.parameters if one.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr or 0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr or 0.0, foreach=True)
 
     def transfer(self) -> None:
         """Make all new factors from the present ones, then write them: no side sees another's new value."""

@@ -28,7 +28,7 @@ _NAME = re.compile(r"\w[\w.-]{0,99}")
 
 @dataclass(frozen=True)
 class LoadedTransferPlan:
-    """A checked plan, the text that it came from, and where its parts stand."""
+    """A checked plan, the text that it came from (overrides noted above it), and where its parts stand."""
 
     plan: TransferPlan
     text: str
@@ -55,7 +55,7 @@ def load_transfer_plan(path: str | Path, *, overrides: Sequence[str] = (), compl
         raise RecipeError("a plan is a mapping with models and transfers", where=str(path))
     if "pxmerge" in root.value or "merge_method" in root.value:
         raise RecipeError("this is a recipe, not a plan of a transfer", where=str(path), hint="use `pxmerge run`")
-    root = apply_overrides(_written_out(root), overrides)
+    root = _written_out(apply_overrides(root, overrides))
     places = Places(root)
     data = root.data()
     try:
@@ -65,6 +65,7 @@ def load_transfer_plan(path: str | Path, *, overrides: Sequence[str] = (), compl
         first = next((issue for issue in found if issue["type"] == "extra_forbidden"), found[0])
         raise _in_words(first, data, places) from None
     _check(plan, places, complete=complete)
+    text = "".join(f"# --set {' '.join(override.split())}\n" for override in overrides) + text
     return LoadedTransferPlan(plan, text, places)
 
 

@@ -165,7 +165,7 @@ class Transfer(RecipeModel):
     select: Annotated[Literal["last", "best"], Wanted("last or best")] = "last"
     """``best`` keeps the weights with the best validation metric, looked at every ``save_every`` steps."""
     save_every: Annotated[int | None, Field(ge=1), _COUNT] = None
-    """Steps between two saved states. Default: a tenth of the steps."""
+    """Steps between two saved states. Default: a tenth of the steps, and not within seconds of the one before."""
 
 
 class TransferPlan(RecipeModel):

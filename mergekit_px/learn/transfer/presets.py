@@ -20,7 +20,6 @@ DEFAULT_LAYERS = 2
 DEFAULT_HEADS = 4
 DEFAULT_ADAPTER_LR = 1e-4
 DEFAULT_ADAPTER_WEIGHT_DECAY = 1e-2
-SAVES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def filled_transfer(transfer: Transfer) -> Transfer:
-    """The transfer with no value left open."""
+    """The transfer with no value left open, but for ``save_every``."""
     preset = PRESETS[transfer.preset] if transfer.preset is not None else None
     adapter = transfer.adapter
     filled_adapter = _filled(
@@ -99,7 +98,6 @@ def filled_transfer(transfer: Transfer) -> Transfer:
         transfer,
         {
             "cycle": (preset and preset.cycle, DEFAULT_CYCLE),
-            "save_every": (None, max(1, transfer.steps // SAVES)),
         },
     )
     return filled.model_copy(update={"adapter": filled_adapter})

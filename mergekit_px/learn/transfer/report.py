@@ -142,7 +142,7 @@ def _difference(difference: Mapping[str, Any] | None) -> str:
     if difference is None:
         return ""
     spread = f" (sd {difference['sd']:.2g}, t {difference['t']:+.1f})" if difference["t"] is not None else ""
-    return f"{difference['mean']:+.3g}{spread}"
+    return f"{round(difference['mean'], 6):+.3g}{spread}"
 
 
 def write_report(output: Path, common: Mapping[str, Any], all_results: Sequence[Results]) -> dict[str, Any]:

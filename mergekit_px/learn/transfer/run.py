@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from mergekit_px.learn.transfer.state import other_plan
 UNFINISHED = ".transfer"
 PLAN_FILE = "plan.yaml"
 LAST_GOOD = "last-good"
+
+QUIET_SECONDS = 10.0
+"""A run tells how far it is after so long without a line."""
 
 _HASH_VERSION = 1
 
@@ -111,23 +115,46 @@ def _run_trial(
     for seed in seeds:
         for kind in kinds:
             is_kept = kind == "transfer" and seed == seeds[0]
-            result = _run_arm(trial, kind, seed, output / trial.name, work / trial.name, is_kept=is_kept)
+            where = (output / trial.name, work / trial.name)
+            result = _run_arm(trial, kind, seed, *where, _teller(trial, kind, seed, say), is_kept=is_kept)
             results.setdefault(kind, []).append(result)
             score = result.scores["target"]["test"]
             say(f"{trial.name}, seed {seed}, {kind}: {trial.target.settings.metric} {score:.4g}")
     return results
 
 
-def _run_arm(trial: Trial, kind: Kind, seed: int, output: Path, work: Path, *, is_kept: bool) -> ArmResult:
+def _teller(trial: Trial, kind: Kind, seed: int, say: Callable[[str], None]) -> Callable[[int, float], None]:
+    """What says how far a run is, now and then."""
+    told = time.monotonic()
+
+    def tell(step: int, loss: float) -> None:
+        nonlocal told
+        if time.monotonic() - told >= QUIET_SECONDS:
+            told = time.monotonic()
+            say(f"{trial.name}, seed {seed}, {kind}: step {step} of {trial.transfer.steps}, loss {loss:.4g}")
+
+    return tell
+
+
+def _run_arm(
+    trial: Trial,
+    kind: Kind,
+    seed: int,
+    output: Path,
+    work: Path,
+    tell: Callable[[int, float], None],
+    *,
+    is_kept: bool,
+) -> ArmResult:
     """One run, or what is left to do of it."""
     finished, state = work / f"{seed}-{kind}.json", work / f"{seed}-{kind}.safetensors"
     if finished.exists():
         return _read_result(finished)
     arm = Arm(trial, kind, seed)
     try:
-        result = arm.run(state)
+        result = arm.run(state, tell)
     except DivergedError as error:
-        raise _diverged(error, arm, state, output) from error
+        raise _diverged(error, Arm(trial, kind, seed), state, output) from error
     if is_kept:
         for role, side in arm.sides.items():
             write_model(side.model, output / role, trial.plan_hash)
@@ -137,8 +164,9 @@ def _run_arm(trial: Trial, kind: Kind, seed: int, output: Path, work: Path, *, i
 
 
 def _diverged(error: DivergedError, arm: Arm, state: Path, output: Path) -> RunError:
-    """Keep the last good state as a checkpoint, and say so."""
-    arm.restore(state)
+    """Keep the models of the last good state, or of the start, as checkpoints, and say so."""
+    if state.exists():
+        arm.restore(state)
     for role, side in arm.sides.items():
         write_model(side.model, output / LAST_GOOD / role, arm.trial.plan_hash)
     return RunError(

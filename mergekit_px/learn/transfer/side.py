@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from mergekit_px.learn.data import (
     derived_seed,
     load_examples,
     require_classes,
+    seeded,
     shuffled,
     split_rows,
     to_device,
@@ -163,6 +164,9 @@ class Side:
             weight = self.model.tensor(tensor)
             if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
                 raise PlanError(f"'{tensor}' of '{self.name}' is no parameter that learns", where=where)
+            for other, factors in self.factors.items():
+                if factors.weight is weight:
+                    raise PlanError(f"'{tensor}' and '{other}' of '{self.name}' are one tied tensor", where=where)
             label = f"{self.name}/{tensor}"
             self.factors[tensor] = Factors(weight, rank, residual=residual, label=label, seed=self._seed)
         return self.factors[tensor]
@@ -228,10 +232,13 @@ class Side:
         return self.last_loss
 
     def score(self, part: str) -> float:
-        """The metric on ``validation`` or ``test``."""
+        """The metric on ``validation`` or ``test``. Raises ``DivergedError`` if that is no finite number."""
         self.module.eval()
         with torch.no_grad(), self._own_random_numbers("score", part):
-            return self.metric(self.module, (self._moved(batch) for batch in self._data.held_out[part]()))
+            score = self.metric(self.module, (self._moved(batch) for batch in self._data.held_out[part]()))
+        if not math.isfinite(score):
+            raise DivergedError(f"the {self._settings.metric} of '{self.name}' on {part} data is {score}")
+        return score
 
     def is_finite(self) -> bool:
         """Whether the model holds no NaN and no infinity."""
@@ -255,11 +262,7 @@ class Side:
     def _moved(self, batch: Mapping[str, Tensor]) -> Batch:
         return to_device(batch, self._device, self._dtype)
 
-    @contextmanager
-    def _own_random_numbers(self, *purpose: object) -> Iterator[None]:
+    def _own_random_numbers(self, *purpose: object) -> AbstractContextManager[None]:
         """Dropout and the like draw from (seed, model, purpose): the same with a transfer and without, and the same
         after a run was resumed."""
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derived_seed(self._seed, self.name, *purpose))
-            yield
+        return seeded(self._device, derived_seed(self._seed, self.name, *purpose))
