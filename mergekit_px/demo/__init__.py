@@ -100,9 +100,9 @@ def run_demo(output: Path, seed: int, merge: Callable[[Sequence[str]], int], say
     return result
 
 
-LEFT_OUT = frozenset({"combine", "svc"})
-"""Methods for a purpose that three fine-tunes alone do not give: ``combine`` needs weights that make a model of whole
-checkpoints, and ``svc`` corrects another merge."""
+LEFT_OUT = frozenset({"anisotropic", "anisotropic_groups", "combine", "svc"})
+"""Methods for a purpose that three fine-tunes alone do not give: the anisotropic ones need learned coefficients,
+``combine`` weights that make a model of whole checkpoints, and ``svc`` corrects another merge."""
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "task_arithmetic": ("--weights", "0.5", "0.5", "0.5"),
