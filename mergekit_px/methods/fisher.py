@@ -27,25 +27,24 @@ def fisher(sources: Sequence[torch.Tensor], weights: Sequence[float], params: Fi
 
     ``sum_i w_i F_i x_i / sum_i w_i F_i`` element by element, where ``F_i`` is the diagonal of the Fisher information
     of model i on its own data, at least ``floor`` (Matena and Raffel, equation 4). The sources are the models and
-    then, in the same order, the files that ``pxmerge stats`` made of them:
-
-        pxmerge stats ./math --data math.npz -o math-statistics.safetensors
-        pxmerge stats ./code --data code.npz -o code-statistics.safetensors
-        pxmerge fisher --sources ./math ./code math-statistics.safetensors code-statistics.safetensors
+    then, in the same order, the files that ``pxmerge stats`` made of them.
 
     A weight multiplies its model's information: only ratios of the information matter, and models that are surer or
     have more data may be worth less of it. Tensors of every shape are treated alike; those of which no file has
     information are averaged by the weights.
 
     Raises:
-        UsageError: the weights add up to zero, or one is not finite.
+        UsageError: the weights add up to zero, or one is negative or not finite.
     """
+    from mergekit_px.errors import UsageError
     from mergekit_px.kernels.reduction import weighted_sum
 
     divisor = total_weight(weights)
     count = len(weights)
     if len(sources) == count:
         return weighted_sum(sources, [weight / divisor for weight in weights])
+    if min(weights) / divisor < 0:
+        raise UsageError("the weights of fisher are not negative")
     numerator = denominator = None
     for source, information, weight in zip(sources[:count], sources[count:], weights, strict=True):
         importance = information.clamp(min=params.floor).mul_(weight / divisor)

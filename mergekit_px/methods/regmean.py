@@ -31,11 +31,7 @@ def regmean(sources: Sequence[torch.Tensor], weights: Sequence[float], params: R
     ``sum_i w_i E|X x - W_i x|^2`` (Jin et al., equation 2, for weights that multiply from the left), where
     ``G_i = E x x'`` is the Gram matrix of the inputs in model i, off the diagonal multiplied by ``shrink``.
     A small ``ridge`` towards the average of the weights keeps the solution unique. The sources are the models and
-    then, in the same order, the files that ``pxmerge stats`` made of them:
-
-        pxmerge stats ./math --data math.npz -o math-statistics.safetensors
-        pxmerge stats ./code --data code.npz -o code-statistics.safetensors
-        pxmerge regmean --sources ./math ./code math-statistics.safetensors code-statistics.safetensors
+    then, in the same order, the files that ``pxmerge stats`` made of them.
 
     All other tensors are averaged by the weights. Solved in float64; holds a few (n, n) matrices.
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergekit_px as px
-from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError
+from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError, UsageError
 from mergekit_px.methods import find_method
 from mergekit_px.methods.declare import Operands
 from mergekit_px.testing import check_method, write_checkpoint
@@ -52,6 +52,11 @@ def test_information_decides_where_only_one_model_has_any() -> None:
 def test_no_information_gives_the_weighted_average() -> None:
     models, zero = draw(2), torch.zeros(5, 7)
     torch.testing.assert_close(call(models, [zero, zero], [3.0, 1.0]), 0.75 * models[0] + 0.25 * models[1])
+
+
+def test_information_has_no_negative_weight() -> None:
+    with pytest.raises(UsageError, match="not negative"):
+        call(draw(2), draw(2, positive=True), [2.0, -1.0])
 
 
 def test_arguments_are_not_changed() -> None:
@@ -120,6 +125,35 @@ def test_a_rule_may_use_another_method_on_the_models_alone(files: dict[str, str]
     models = [load_file(Path(files[name]) / "model.safetensors") for name in ("math", "code")]
     name = "layers.0.proj.weight"
     torch.testing.assert_close(found[name], (models[0][name] + models[1][name]) / 2)
+
+
+def test_stacked_layers_have_the_statistics_of_their_own_layers(tmp_path: Path) -> None:
+    files, stored = {}, {}
+    for seed, name in enumerate(("math", "code")):
+        generator = torch.Generator().manual_seed(seed)
+        layers = {f"layers.{layer}.w": torch.randn(3, 4, generator=generator) for layer in range(2)}
+        statistics = {f"{layer}.fisher": torch.rand(3, 4, generator=generator) for layer in layers}
+        files[name] = str(write_checkpoint(tmp_path / name, layers))
+        files[f"{name}-statistics"] = str(tmp_path / f"{name}.safetensors")
+        save_file(statistics, files[f"{name}-statistics"])
+        stored[name] = layers | statistics
+    pairs = [(0, 1), (1, 0), (1, 1)]
+    slices = [
+        {
+            "sources": [
+                {"model": name, "layers": layer} for name, layer in zip(pair("math", "code"), two * 2, strict=True)
+            ]
+        }
+        for two in pairs
+    ]
+    found = merged(plan(files, [], tmp_path / "out", slices=slices))
+    assert set(found) == {"layers.0.w", "layers.1.w", "layers.2.w"}
+    for number, (math_layer, code_layer) in enumerate(pairs):
+        parts = [stored["math"], stored["code"]]
+        names = [f"layers.{math_layer}.w", f"layers.{code_layer}.w"]
+        shares = [part[f"{name}.fisher"] for part, name in zip(parts, names, strict=True)]
+        total = sum(share * part[name] for share, part, name in zip(shares, parts, names, strict=True))
+        torch.testing.assert_close(found[f"layers.{number}.w"], total / (shares[0] + shares[1]))
 
 
 def test_the_command_weighs_models(files: dict[str, str], tmp_path: Path) -> None:
