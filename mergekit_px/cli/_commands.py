@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ from mergekit_px.cli._options import flatten
 RECIPES = "Recipes"
 METHODS = "Methods"
 TASK_VECTORS = "Task vectors"
+ADAPTERS = "Adapters"
 LEARNING = "Learn from data"
 INSPECTION = "Look and check"
 HUB = "Hub"
 ABOUT = "About"
 
-GROUPS = (RECIPES, METHODS, TASK_VECTORS, LEARNING, INSPECTION, HUB, ABOUT)
+GROUPS = (RECIPES, METHODS, TASK_VECTORS, ADAPTERS, LEARNING, INSPECTION, HUB, ABOUT)
 """The order of the groups in ``pxmerge --help``."""
 
 
@@ -26,6 +27,7 @@ class Command:
     """A row of the table.
 
     Attributes:
+        name: as typed; of several words for a command of a group, such as ``adapter apply``.
         summary: one line for ``pxmerge --help``.
         place: ``module:function`` below this package, or None for a command made from a merge method.
     """
@@ -57,6 +59,12 @@ _TABLE = (
     Command("scale", TASK_VECTORS, "Make a task vector, or a fine-tune, stronger or weaker.", "task_vectors:scale"),
     Command("analogy", TASK_VECTORS, "A is to B as C is to the result.", "task_vectors:analogy"),
     Command("align", LEARNING, "Turn a task vector so that it fits another model.", "align:align"),
+    Command("adapter apply", ADAPTERS, "Put adapters into a base model.", "adapter_apply:apply"),
+    Command("adapter merge", ADAPTERS, "Make one adapter, or a model, of several adapters.", "adapter_merge:merge"),
+    Command("adapter extract", ADAPTERS, "Take an adapter out of a fine-tune.", "adapter_extract:extract"),
+    Command("adapter convert", ADAPTERS, "Write an adapter in another format.", "adapter_convert:convert"),
+    Command("adapter inspect", ADAPTERS, "Show what an adapter holds and whether it fits.", "adapter_inspect:inspect"),
+    Command("acmap merge", ADAPTERS, "Keep the running mean of the adapters of many tasks.", "acmap_merge:merge"),
     Command("ofasd", LEARNING, "Learn coefficients for task vectors from a little data.", "ofasd:ofasd"),
     Command("transfer", LEARNING, "Train a model on what another one knows (experimental).", "transfer:transfer"),
     Command("stats", LEARNING, "Measure Fisher information and Gram matrices of a model on data.", "stats:stats"),
@@ -95,3 +103,21 @@ def all_commands() -> Mapping[str, Command]:
 def find_command(name: str) -> Command | None:
     """A command by its name as typed, or None. Merge methods are imported only if no other command fits."""
     return built_in(name) or all_commands().get(name.replace("_", "-"))
+
+
+def spoken_command(words: Sequence[str]) -> tuple[Command, range] | None:
+    """The command that a command line names, and where in it its words are; of two that fit, the longer name."""
+    start = next((index for index, word in enumerate(words) if not word.startswith("-")), len(words))
+    for count in (2, 1):
+        command = find_command(" ".join(words[start : start + count])) if start + count <= len(words) else None
+        if command is not None:
+            return command, range(start, start + count)
+    return None
+
+
+def spoken_name(words: Sequence[str]) -> str:
+    """The command that a command line names, or the group of commands, or nothing."""
+    found = spoken_command(words)
+    if found is not None:
+        return found[0].name
+    return words[0] if words and any(command.name.startswith(f"{words[0]} ") for command in _TABLE) else ""

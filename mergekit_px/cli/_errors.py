@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mergekit_px.cli._commands import find_command
+from mergekit_px.cli._commands import spoken_name
 from mergekit_px.errors import PxmergeError
 
 PROGRAM = "pxmerge"
@@ -39,7 +39,7 @@ def explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
         return error.exit_code, f"error: {error}"
     if isinstance(error, typer.TyperException):
         text = " ".join(error.format_message().split()).replace("Value error, ", "")
-        command = f"{PROGRAM} {words[0]}" if words and find_command(words[0]) else PROGRAM
+        command = f"{PROGRAM} {spoken_name(words)}".rstrip()
         return error.exit_code, f"error: {text.rstrip('.')}; see `{command} --help`"
     if isinstance(error, Interrupted):
         resumed = [*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"]

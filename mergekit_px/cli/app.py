@@ -17,7 +17,7 @@ import typer
 
 from mergekit_px._version import __version__
 from mergekit_px.cli._arguments import expand_lists
-from mergekit_px.cli._commands import GROUPS, Command, all_commands, find_command
+from mergekit_px.cli._commands import GROUPS, Command, all_commands, spoken_command
 from mergekit_px.cli._errors import PROGRAM, explain
 from mergekit_px.cli._options import list_options
 from mergekit_px.cli._output import write_error_line
@@ -64,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     words = words or ["--help"]
-    name = next((word for word in words if not word.startswith("-")), None)
-    command = find_command(name) if name is not None else None
-    if command is None or _COMPLETION in os.environ:
+    found = spoken_command(words)
+    if found is None or _COMPLETION in os.environ:
         app = _whole_app()
     else:
+        command, place = found
         function = command.load()
-        at = words.index(name)  # type: ignore[arg-type]
-        words = [*words[:at], command.name, *expand_lists(words[at + 1 :], list_options(function))]
+        rest = expand_lists(words[place.stop :], list_options(function))
+        words = [*words[: place.start], *command.name.split(), *rest]
         app = _app()
         _add(app, command, function)
     action = app(words, prog_name=PROGRAM, standalone_mode=False)
@@ -99,7 +99,8 @@ def _whole_app() -> typer.Typer:
         if completing:
             _add(app, command, command.load())
         else:
-            app.command(command.name, help=command.summary, hidden=True)(_not_loaded)
+            group, name = _group(app, command)
+            group.command(name, help=command.summary, hidden=group is app)(_not_loaded)
     return app
 
 
@@ -108,7 +109,21 @@ def _add(app: typer.Typer, command: Command, function: Callable[..., Any]) -> No
     def parsed(**given: Any) -> Callable[[], Any]:
         return functools.partial(function, **given)
 
-    app.command(command.name, short_help=command.summary)(parsed)
+    group, name = _group(app, command)
+    group.command(name, short_help=command.summary)(parsed)
+
+
+def _group(app: typer.Typer, command: Command) -> tuple[typer.Typer, str]:
+    """Where a command is put, and its name there: ``apply`` in the group ``adapter`` of the program."""
+    first, _, rest = command.name.partition(" ")
+    if not rest:
+        return app, first
+    known = (info.typer_instance for info in app.registered_groups if info.name == first)
+    group = next((group for group in known if group is not None), None)
+    if group is None:
+        group = typer.Typer(rich_markup_mode=None, help=f"`{PROGRAM} {first} COMMAND --help` explains a command.")
+        app.add_typer(group, name=first, hidden=True)
+    return group, rest
 
 
 def _not_loaded() -> None:

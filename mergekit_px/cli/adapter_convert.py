@@ -1,0 +1,68 @@
+"""``pxmerge adapter convert``: from one format into another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mergekit_px.cli._options import AllowPickle, Json, Quiet
+from mergekit_px.cli._output import output_for
+from mergekit_px.cli.adapter_inputs import (
+    AdapterPath,
+    Overwrite,
+    find_adapter,
+    find_model,
+    require_new_file,
+    require_new_folder,
+)
+from mergekit_px.errors import UsageError
+
+Target = Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="A folder for peft, else a file.")]
+Format = Annotated[Literal["peft", "kohya", "diffusers"], typer.Option("--to", help="The format to write.")]
+NamesFrom = Annotated[
+    str | None, typer.Option("--base", metavar="MODEL", help="Gives names with underscores their dots back.")
+]
+Component = Annotated[
+    str,
+    typer.Option("--component", metavar="NAME", help="Part of a pipeline: unet, transformer, text_encoder, ..."),
+]
+
+
+def convert(
+    adapter: AdapterPath,
+    output: Target,
+    to: Format,
+    base: NamesFrom = None,
+    component: Component = "unet",
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Write a LoRA in another format. The numbers stay as they are; names and the place of alpha change.
+
+    Kohya's names have underscores for dots, so the way back needs --base to look the names up; they are never
+    guessed. --component says what the modules belong to where the adapter does not, and for peft which one is taken
+    of a file that has several.
+
+    \b
+    Examples:
+      pxmerge adapter convert ./style-lora --to kohya -o style.safetensors
+      pxmerge adapter convert style.safetensors --to peft --base ./unet -o ./style-lora
+    """
+    if to == "peft" and output.suffix == ".safetensors":
+        raise UsageError("a PEFT adapter is a folder", where=str(output), hint="give a name without .safetensors")
+    if to != "peft" and output.suffix != ".safetensors":
+        raise UsageError(f"{to} is a single file", where=str(output), hint="give a name that ends with .safetensors")
+    from mergekit_px.adapters.convert import convert as write
+
+    sink = output_for(json=json, quiet=quiet)
+    (require_new_folder if to == "peft" else require_new_file)(output, overwrite=overwrite)
+    source = find_adapter(adapter, allow_pickle=allow_pickle)
+    names = None if base is None else find_model(base, sink, allow_pickle=allow_pickle)
+    write(source, output, to, base=names, component=component, overwrite=overwrite)
+    sink.document({"output": str(output), "format": to, "from": source.kind, "modules": len(source.keys.modules)})
+    sink.text(str(output))
+    return 0
