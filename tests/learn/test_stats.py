@@ -13,6 +13,8 @@ from torch import nn
 
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.cli import main
+from mergekit_px.cli._learning import told
+from mergekit_px.cli._output import Output
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.data import examples
 from mergekit_px.learn.models import LearningModel, load_model
@@ -227,3 +229,15 @@ def test_values_are_no_classes(made: Made, tmp_path: Path) -> None:
     options = StatsOptions(factory=f"{made[0]}:small", allow_code=True)
     with pytest.raises(InputError, match="taken for classes"):
         measure(str(made[1]), made[2], tmp_path / "out.safetensors", options, lambda what, done, total: None)
+
+
+def test_progress_is_told_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    tell = told(Output("human"), clock=lambda: now[0])
+    for done, seconds in enumerate((1.0, 4.9, 5.0, 6.0, 9.9, 10.0)):
+        now[0] = seconds
+        tell("examples", done, 6)
+    assert capsys.readouterr().err == "examples: 2 of 6\nexamples: 5 of 6\n"
+    now[0] = 99.0
+    told(Output("quiet"), clock=lambda: now[0] * 2)("examples", 1, 6)
+    assert capsys.readouterr().err == ""
