@@ -80,6 +80,9 @@ _TABLE = (
     Command("demo", ABOUT, "Train, merge and score small models on real data.", "demo:demo"),
 )
 
+_OWN_OPTIONS = {"svd": "svd:svd"}
+"""Merge methods whose commands have options beside those of the declaration, and where those commands are."""
+
 
 def built_in(name: str) -> Command | None:
     """The command of that name, merge methods aside; underscores count as dashes."""
@@ -93,7 +96,7 @@ def all_commands() -> Mapping[str, Command]:
 
     taken = {command.name for command in _TABLE}
     methods = [
-        Command(method_slug(name), METHODS, method.summary)
+        Command(method_slug(name), METHODS, method.summary, _OWN_OPTIONS.get(name))
         for name, method in load_methods().items()
         if method_slug(name) not in taken
     ]

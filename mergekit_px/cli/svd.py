@@ -1,0 +1,182 @@
+"""``pxmerge svd``: the method's command, with other forms of the result and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mergekit_px.cli._arguments import is_numbers
+from mergekit_px.cli._merge import merge_mapping
+from mergekit_px.cli._options import RunOptions
+from mergekit_px.cli._output import Output, output_for
+from mergekit_px.cli._parameters import parameter_options
+from mergekit_px.cli._progress import progress_on
+from mergekit_px.cli.method import _recipe, method_command
+from mergekit_px.errors import UsageError
+from mergekit_px.methods import find_method
+
+if TYPE_CHECKING:
+    from mergekit_px.plan.model import Plan
+
+Form = Literal["checkpoint", "components", "lora"]
+
+As = Annotated[
+    Form | None,
+    typer.Option(
+        "--as",
+        help="What is written: a model, the pooled components themselves (U, S and V of each matrix, to be tuned;"
+        " not orthogonalised unless asked for), or a LoRA of rank K.  [default: checkpoint]",
+    ),
+]
+Into = Annotated[
+    Path | None,
+    typer.Option(
+        "--into",
+        metavar="DIR",
+        help="Add the sources to these components, with their base and settings; in place unless -o is given.",
+    ),
+]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write spectra, energy kept and each source's share as JSON, and a picture beside it.",
+    ),
+]
+_OPTIONS: Mapping[str, Any] = {"form": As, "into": Into, "report": ReportFile}
+
+_WORDS = ("top_k", "split")
+"""Numbers that may be words too: ``10%``, ``2048+512``."""
+
+_EXAMPLES = """
+  pxmerge svd --base ./base --sources ./math ./code --top-k 64 --as components -o ./pool
+  pxmerge svd --into ./pool --sources ./law"""
+
+
+def _command() -> Callable[..., int]:
+    """The command of the method, with more options."""
+    method = find_method("svd")
+    plain = method_command(method)
+    options = parameter_options(method)
+
+    def command(**given: Any) -> int:
+        own = {name: given.pop(name) for name in _OPTIONS}
+        run: RunOptions = given.pop("options")
+        form, into, report = own["form"], own["into"], own["report"]
+        _check(form, into, report, run)
+        if into is not None:
+            _complete(given, into)
+            run = run if run.output is not None else dataclasses.replace(run, output=into, overwrite=True)
+        words = {name: given[name] for name in _WORDS if given[name] is not None and not is_numbers(given[name])}
+        recipe = _recipe(method, options, given | dict.fromkeys(words))
+        params = {**recipe["merge"].get("params", {}), **words}
+        if into is not None:
+            params = {**_settings(into), **params}
+            form = "components"
+        if form == "components":
+            params.setdefault("orthogonalise", False)
+        if params:
+            recipe["merge"]["params"] = params
+        if form in (None, "checkpoint"):
+            if report is not None:
+                _report(_plan(recipe, run), given["sources"], report, output_for(json=run.json, quiet=run.quiet))
+            return merge_mapping(recipe, run)
+        if run.output is None:
+            run = dataclasses.replace(run, output=Path(form))
+        return _write(form, recipe, given["sources"], into, report, run)
+
+    command.__doc__ = f"{plain.__doc__}{_EXAMPLES}"
+    signature = inspect.signature(plain)
+    parameters = list(signature.parameters.values())
+    place = next(number for number, parameter in enumerate(parameters) if parameter.name == "missing")
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _OPTIONS.items()
+    ]
+    merged = [*parameters[:place], *own, *parameters[place:]]
+    command.__signature__ = signature.replace(parameters=merged)  # type: ignore[attr-defined]
+    return command
+
+
+def _check(form: Form | None, into: Path | None, report: Path | None, run: RunOptions) -> None:
+    if into is not None and form not in (None, "components"):
+        raise UsageError(f"--into adds to components, --as {form} writes something else", hint="leave one out")
+    if into is not None and report is not None:
+        raise UsageError("--report looks at all sources, and --into has the new ones only", hint="leave one out")
+    if report is not None and report.suffix == ".png":
+        raise UsageError("--report names the JSON file; the picture goes beside it", hint="--report report.json")
+    if form in ("components", "lora") or into is not None:
+        for flag, given in {"--push": run.push, "--dtype": run.dtype, "--dry-run": run.dry_run}.items():
+            if given:
+                raise UsageError(f"{flag} goes with --as checkpoint only", hint="leave it out")
+    elif report is not None and run.dry_run:
+        raise UsageError("--dry-run reads no weights, and --report needs them", hint="leave one out")
+
+
+def _complete(given: dict[str, Any], into: Path) -> None:
+    """The base of the pool, where the command line gives none."""
+    from mergekit_px.components.record import read_record
+
+    if given["base"] is None:
+        given["base"] = read_record(into).base
+
+
+def _settings(into: Path) -> dict[str, Any]:
+    from mergekit_px.components.record import read_record
+
+    return read_record(into).settings
+
+
+def _plan(recipe: Mapping[str, Any], run: RunOptions) -> Plan:
+    """The plan, with its inputs on this machine."""
+    from mergekit_px.execute.run import fetch_inputs
+    from mergekit_px.plan.build import build_plan
+    from mergekit_px.plan.method_catalog import method_catalog
+    from mergekit_px.recipe.load import recipe_from_mapping
+    from mergekit_px.recipe.overrides import apply_overrides
+    from mergekit_px.recipe.yaml_text import node_of
+
+    changed = apply_overrides(node_of(recipe, "command line"), run.overrides()).data()
+    return fetch_inputs(build_plan(recipe_from_mapping(changed, methods=method_catalog()), run.plan_options()))
+
+
+def _write(
+    form: Form, recipe: Mapping[str, Any], sources: list[str], into: Path | None, report: Path | None, run: RunOptions
+) -> int:
+    from mergekit_px.components.lora import write_lora
+    from mergekit_px.components.write import write_components
+
+    output = output_for(json=run.json, quiet=run.quiet)
+    plan = _plan(recipe, run)
+    for note in plan.notes:
+        output.note(f"note: {note}")
+    if report is not None:
+        _report(plan, sources, report, output)
+    with progress_on(output) as advance:
+        if form == "lora":
+            notes = write_lora(plan, partial(advance, "merging"))
+        else:
+            notes = write_components(plan, sources, into=into, advance=partial(advance, "decomposing"))
+    for note in notes:
+        output.note(f"note: {note}")
+    output.document({"output": str(plan.output), "as": form, "notes": notes})
+    output.text(str(plan.output))
+    return 0
+
+
+def _report(plan: Plan, sources: list[str], path: Path, output: Output) -> None:
+    from mergekit_px.components.report import spectral_report, write_report
+
+    with progress_on(output) as advance:
+        picture = write_report(path, spectral_report(plan, sources, partial(advance, "measuring")))
+    output.note(f"report: {path}" + (f", {picture}" if picture is not None else " (no picture: matplotlib is missing)"))
+
+
+svd = _command()

@@ -1,0 +1,106 @@
+"""The components of many sources as one adapter of rank K."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mergekit_px.adapters.extract import ExtractOptions, extract_adapter
+from mergekit_px.adapters.reading import TensorSource
+from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
+from mergekit_px.components.deltas import DeltaReader, Merge, merges_of, open_deltas, single_base
+from mergekit_px.components.parts import parts_of
+from mergekit_px.errors import PlanError, UsageError
+from mergekit_px.plan.model import Apply, Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write_lora(plan: Plan, advance: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+    """Write the merge as a PEFT folder: the K components of each matrix as factors, vectors that changed whole.
+
+    Embeddings and heads that are averaged have no low rank and are left out.
+
+    Args:
+        plan: of one svd step on a base, its inputs on this machine.
+        advance: told of bytes done and bytes in all, as one source has them.
+
+    Returns:
+        what should be said: tensors left out.
+
+    Raises:
+        PlanError: there is no single base.
+        UsageError: matrices that are cut, which no adapter of rank K is.
+        OutputError: the folder is not empty.
+    """
+    if plan.output is None:
+        raise UsageError("an adapter needs an output folder")
+    if plan.options.mode == "resume":
+        raise UsageError("an adapter is written at once", hint="--overwrite instead of --resume")
+    base = single_base(plan)
+    merges = {one.name: one for one in merges_of(plan)}
+    if base is None:
+        raise PlanError("an adapter is of one base, and the sources have none", hint="give it with --base")
+    checkpoint = plan.inputs[base].checkpoint
+    ranks = {name: 0 for name, tensor in checkpoint.tensors.items() if len(tensor.shape) >= 2}
+    for one in merges.values():
+        parts = parts_of(one.item.shape, one.name, one.params, _source_count(one))
+        if len(parts) > 1:
+            raise UsageError("an adapter of rank K has no matrices in parts", where=one.name, hint="--split 1")
+        if parts:
+            ranks[one.name] = min(parts[0].limit, *_sides(one))
+    with open_deltas(plan) as reader, TensorSource(checkpoint) as weights:
+        merged = _Merged(checkpoint, merges, reader, advance)
+        options = ExtractOptions(rank={"*": 1} | {glob.escape(name): rank for name, rank in ranks.items()})
+        try:
+            found = extract_adapter(checkpoint, checkpoint, options, sources=(weights, merged))
+        finally:
+            merged.close()
+    reference = plan.inputs[base].reference
+    whole = {name: tensor.to(checkpoint.tensors[name].dtype.torch) for name, tensor in found.whole.items()}
+    replace(found, whole=whole).save(plan.output, base_model_name=reference, overwrite=plan.options.mode == "overwrite")
+    if not found.dropped:
+        return []
+    return [
+        f"{len(found.dropped)} averaged tensors have no low rank and are not in the adapter: "
+        f"{', '.join(found.dropped[:4])}{', ...' if len(found.dropped) > 4 else ''}"
+    ]
+
+
+class _Merged(TensorSource):
+    """The base with the merged update, in float64 so that the update can be taken off again."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        merges: dict[str, Merge],
+        reader: DeltaReader,
+        advance: Callable[[int, int], None],
+    ) -> None:
+        super().__init__(base)
+        self._merges = merges
+        self._deltas = reader
+        self._advance = advance
+        self._done = 0
+
+    def load(self, tensor: StoredTensor) -> torch.Tensor:
+        value = super().load(tensor)
+        one = self._merges.get(tensor.name)
+        if one is None or not isinstance(one.node, Apply):
+            return value
+        change = one.node.method(self._deltas.operands(one.node, one.item))
+        self._done += one.nbytes
+        self._advance(self._done, sum(each.nbytes for each in self._merges.values()))
+        return value.double() + change.cpu().double()
+
+
+def _source_count(one: Merge) -> int:
+    return len(one.node.sources) if one.node is not None else 0
+
+
+def _sides(one: Merge) -> tuple[int, int]:
+    rows = one.item.shape[0]
+    return rows, one.item.elements // rows
