@@ -17,8 +17,8 @@ from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.cli import main
 from mergekit_px.errors import TensorMismatchError, UsageError
 from mergekit_px.learn.models import LearningModel, load_model
-from mergekit_px.learn.tune.components import read_components
-from mergekit_px.learn.tune.substitution import TunedValues
+from mergekit_px.learn.tune.components import Factors, read_components
+from mergekit_px.learn.tune.substitution import TunedValues, decomposed
 from mergekit_px.testing import write_checkpoint
 
 CODE = """
@@ -154,6 +154,28 @@ def test_the_artefact_is_the_update_of_the_model(made, tmp_path: Path, core: boo
     assert torch.equal(artefact["conv.weight.S"], before["conv.weight.S"])
     assert not torch.equal(artefact["last.weight.S"], before["last.weight.S"])
     assert torch.equal(artefact["last.bias.delta"], before["last.bias.delta"])
+
+
+def test_a_pool_of_several_models_is_decomposed_first(made) -> None:
+    generator = torch.Generator().manual_seed(5)
+    left, right = torch.randn(9, 5, generator=generator), torch.randn(8, 5, generator=generator)
+    left[:, 4], right[:, 4] = left[:, 3], right[:, 3]  # rank 4
+    pool = Factors(left, torch.tensor([3.0, 2.0, 1.0, 0.5, 0.5]), right)
+    padded = Factors(
+        torch.cat([left, torch.zeros(9, 2)], 1),
+        torch.cat([pool.values, torch.zeros(2)]),
+        torch.cat([right, torch.zeros(8, 2)], 1),
+    )
+    u, s, v = np.linalg.svd(((left.double() * pool.values) @ right.double().T).numpy())
+    for given in (pool, padded):
+        found = decomposed(given)
+        np.testing.assert_allclose(found.values, s[:4], rtol=1e-5)
+        unit = np.eye(4)
+        np.testing.assert_allclose(found.left.T @ found.left, unit, atol=1e-5)
+        np.testing.assert_allclose(found.right.T @ found.right, unit, atol=1e-5)
+        np.testing.assert_allclose((found.left * found.values) @ found.right.T, u[:, :4] * s[:4] @ v[:4], atol=1e-4)
+    again = decomposed(found)
+    assert again.left is found.left and again.right is found.right
 
 
 def test_what_is_trained_does_not_depend_on_how_many_were_merged(made) -> None:
