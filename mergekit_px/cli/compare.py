@@ -18,6 +18,10 @@ Reference = Annotated[
 ]
 Pattern = Annotated[str, typer.Option("--tensors", metavar="GLOB", help="Only tensors of such names.")]
 Limit = Annotated[int, typer.Option("--limit", metavar="N", min=0, help="Rows of the table; 0 for all.")]
+Spectral = Annotated[
+    bool,
+    typer.Option("--spectral", help="Also decompose the differences: effective ranks, and how far subspaces agree."),
+]
 
 
 def compare(
@@ -25,6 +29,7 @@ def compare(
     base: Reference = None,
     tensors: Pattern = "*",
     limit: Limit = 20,
+    spectral: Spectral = False,
     allow_pickle: AllowPickle = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -35,12 +40,18 @@ def compare(
     "largest" the largest element of |d|, "cosine" that of x and r. Between two models or more, also the cosine of
     their d, and "conflicts": the share of changed elements whose d differ in sign.
 
-    Tensors stand in the order of their relative difference. They are read in pieces, so memory stays small.
+    With --spectral, of each d as a matrix: "rank", its effective rank (the exponential of the entropy of its
+    singular values); between models "aligned", the share of one d's norm within the leading left singular vectors
+    of another's, both ways (subspace alignment ratio, arXiv:2502.04959). In total these are means over matrices.
+
+    Tensors stand in the order of their relative difference. They are read in pieces, so memory stays small;
+    with --spectral one tensor is held whole.
 
     \b
     Examples:
       pxmerge compare ./base ./finetuned
       pxmerge compare ./math ./code --base ./base --tensors "*.mlp.*" --limit 0
+      pxmerge compare ./math ./code --base ./base --spectral
     """
     from mergekit_px.errors import UsageError
     from mergekit_px.inspection.compare import compare as measure
@@ -58,6 +69,7 @@ def compare(
             checkpoints[0],
             checkpoints[1:],
             pattern=tensors,
+            spectral=spectral,
             progress=partial(advance, "comparing"),
         )
     output.document(document)
@@ -78,6 +90,8 @@ def _show_total(document: dict[str, Any], output: Output) -> None:
         Column("cosine", "right"),
         Column("equal tensors", "right"),
     ]
+    spectral = "effective_ranks" in total
+    columns += [Column("rank", "right")] if spectral else []
     rows = [
         (
             name,
@@ -86,8 +100,9 @@ def _show_total(document: dict[str, Any], output: Output) -> None:
             _number(entry["largest"]),
             _number(entry["cosine"]),
             f"{entry['tensors_equal']} of {entry['tensors']}",
+            *([_number(total["effective_ranks"][place])] if spectral else []),
         )
-        for name, entry in zip(document["models"], total["models"], strict=True)
+        for place, (name, entry) in enumerate(zip(document["models"], total["models"], strict=True))
     ]
     output.table(columns, rows)
     if len(document["models"]) > 1:
@@ -97,24 +112,40 @@ def _show_total(document: dict[str, Any], output: Output) -> None:
         ]
         output.table([Column(""), *(Column(name, "right") for name in document["models"])], cosines)
         output.text(f"sign conflicts: {_share(total['sign_conflicts'])} of the changed elements")
+        if spectral:
+            output.heading("How far each difference (row) lies within the subspace of another (column)")
+            aligned = [
+                (name, *map(_number, row)) for name, row in zip(document["models"], total["alignments"], strict=True)
+            ]
+            output.table([Column(""), *(Column(name, "right") for name in document["models"])], aligned)
 
 
 def _show_tensors(document: dict[str, Any], limit: int, output: Output) -> None:
+    from mergekit_px.inspection.compare_spectra import mean_alignment
+
     several = len(document["models"]) > 1
+    spectral = "effective_ranks" in document["total"]
     columns = [Column("tensor")]
     for name in document["models"]:
         prefix = f"{name}: " if several else ""
         columns += [Column(f"{prefix}relative", "right"), Column(f"{prefix}largest", "right", essential=False)]
         columns += [Column(f"{prefix}cosine", "right", essential=not several)]
+        columns += [Column(f"{prefix}rank", "right")] if spectral else []
     columns += [Column("conflicts", "right")] if several else []
+    columns += [Column("aligned", "right")] if several and spectral else []
     shown = document["tensors"][: limit or None]
     rows = []
     for row in shown:
         cells = [row["name"]]
-        for entry in row["models"]:
+        for place, entry in enumerate(row["models"]):
             relative = "equal" if entry["identical"] else _number(entry["relative"])
             cells += [relative, _number(entry["largest"]), _number(entry["cosine"])]
-        rows.append([*cells, _share(row["sign_conflicts"])] if several else cells)
+            if spectral:
+                ranks = row["effective_ranks"]
+                cells.append("-" if ranks is None else _number(ranks[place]))
+        cells += [_share(row["sign_conflicts"])] if several else []
+        cells += [_number(mean_alignment(row["alignments"]))] if several and spectral else []
+        rows.append(cells)
     output.heading("By tensor")
     output.table(columns, rows)
     left = len(document["tensors"]) - len(shown)

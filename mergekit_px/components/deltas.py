@@ -113,8 +113,12 @@ class DeltaReader:
     def factored(self, merge: Apply, source: int) -> LowRank | None:
         """A source's delta as factors where an adapter gives it so: (m, n), further axes flattened."""
         node = merge.sources[source]
-        if not isinstance(node, Adapted) or node.kind != "delta" or node.patch is None:
+        if not isinstance(node, Adapted) or node.kind != "delta":
             return None
+        if node.patch is None:
+            rows, columns = node.shape[0], math.prod(node.shape[1:])
+            none = torch.zeros(rows + columns, 0, device=self.device)
+            return LowRank(none[:rows], none[rows:])
         pair = node.patch.low_rank(self._factors(node))
         return None if pair is None else LowRank(pair[0], pair[1].T)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
 from mergekit_px.errors import InputError, UsageError
+from mergekit_px.inspection.compare_spectra import mean_spectra, spectra
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +94,7 @@ def compare(
     others: Sequence[Checkpoint],
     *,
     pattern: str = "*",
+    spectral: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure the others against the reference; JSON-able, tensors sorted by relative difference, largest first.
@@ -100,6 +102,7 @@ def compare(
     Args:
         others: at least one; all on this machine.
         pattern: glob on tensor names.
+        spectral: also decompose the differences, tensor by tensor, each held whole.
         progress: called with bytes read and bytes in all.
 
     Raises:
@@ -123,14 +126,16 @@ def compare(
         for name in common:
             stored = [model.tensors[name] for model in models]
             found = _compare_tensor(readers, stored)
-            bytes_done += sum(tensor.nbytes for tensor in stored)
-            if progress is not None:
-                progress(bytes_done, total_bytes)
             if found is None:
                 rows.append(_opaque_row(readers, stored))
             else:
                 total.add(found)
                 rows.append(_row(stored, found))
+            if spectral:
+                rows[-1] |= spectra(readers, stored)
+            bytes_done += sum(tensor.nbytes for tensor in stored)
+            if progress is not None:
+                progress(bytes_done, total_bytes)
     rows.sort(key=lambda row: -max(map(_rank, row["models"])))
     return {
         "reference": reference.label,
@@ -143,6 +148,7 @@ def compare(
             ],
             "delta_cosines": total.delta_cosines(),
             "sign_conflicts": total.sign_conflicts(),
+            **(mean_spectra(rows, len(others)) if spectral else {}),
         },
         "tensors": rows,
         "missing": missing,
