@@ -4,13 +4,13 @@
     python benchmarks/agreement.py --peer path/to/venv    # one that has it already
     python benchmarks/agreement.py --cases ties slerp
 
-Small Llama-shaped bf16 checkpoints; every recipe has ``dtype: float32`` and ``out_dtype: bfloat16``. A case agrees if
-both results have the same tensors, no element differs by more than one bf16 ulp, and 99 % are equal. Elements that
-tie at the trim threshold of ``ties`` are counted and left aside: there mergekit keeps those that its sort has in
-front, and pxmerge keeps all. Where operands cancel almost to zero, what is left is the float32 rounding of both tools:
-differences below that of the tensor's largest element count as one ulp. Weights are no round numbers but in one case:
-bf16 numbers weighted by tenths often have a mean midway between two others, and task vectors so weighted often cancel
-in the election of ``ties``; there the last bit of float32 decides.
+Small Llama-shaped checkpoints, stored in bf16 but for a few cases; every recipe has ``dtype: float32`` and
+``out_dtype: bfloat16``. A case agrees if both results have the same tensors, no element differs by more than one bf16
+ulp, and 99 % are equal. Elements that tie at the trim threshold of ``ties`` are counted and left aside: there mergekit
+keeps those that its sort has in front, and pxmerge keeps all. Where operands cancel almost to zero, what is left is the
+float32 rounding of both tools: differences below that of the tensor's largest element count as one ulp. Weights are no
+round numbers but in one case: bf16 numbers weighted by tenths often have a mean midway between two others, and task
+vectors so weighted often cancel in the election of ``ties``; there the last bit of float32 decides.
 
 Exits with 1 if a case does not agree. Everything is removed at the end.
 """
@@ -54,6 +54,7 @@ def _slice(*sources: tuple[str, int, int], **parameters: Any) -> dict[str, Any]:
 _WEIGHTS = ({"weight": 0.4871}, {"weight": 0.3119}, {"weight": 0.2237})
 _DENSE = tuple({**each, "density": 1.0} for each in _WEIGHTS)
 _HALF = tuple({**each, "density": 0.5} for each in _WEIGHTS)
+_MOST = tuple({**each, "density": 0.9, "gamma": 0.01} for each in _WEIGHTS)
 _BY_PART = [
     {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
     {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
@@ -114,8 +115,22 @@ CASES: dict[str, dict[str, Any]] = {
             {"weight": [{"filter": "mlp", "value": 0.5129}, {"value": 0.1237}], "density": 0.33},
         ),
     },
+    "ties, float32": {"merge_method": "ties", "base_model": "base", "models": _models(*_HALF)},
+    "breadcrumbs": {"merge_method": "breadcrumbs", "base_model": "base", "models": _models(*_MOST)},
+    "breadcrumbs_ties": {"merge_method": "breadcrumbs_ties", "base_model": "base", "models": _models(*_MOST)},
     "dare_linear": {"merge_method": "dare_linear", "base_model": "base", "models": _models(*_DENSE)},
     "dare_ties": {"merge_method": "dare_ties", "base_model": "base", "models": _models(*_DENSE)},
+    "nuslerp": {"merge_method": "nuslerp", "models": _models(*_WEIGHTS[:2])},
+    "nuslerp, base": {"merge_method": "nuslerp", "base_model": "base", "models": _models(*_WEIGHTS[:2])},
+    "multislerp": {"merge_method": "multislerp", "models": _models(*_WEIGHTS)},
+    "multislerp, base": {"merge_method": "multislerp", "base_model": "base", "models": _models(*_WEIGHTS)},
+    "nearswap": {
+        "merge_method": "nearswap",
+        "base_model": "base",
+        "models": [{"model": "fine0"}],
+        "parameters": {"t": 0.00113},
+    },
+    "model_stock": {"merge_method": "model_stock", "base_model": "base", "models": _models({}, {}, {})},
     "passthrough, slices": {
         "merge_method": "passthrough",
         "slices": [_slice(("fine0", 0, 4)), _slice(("fine1", 2, 5)), _slice(("fine0", 4, 6))],
@@ -129,6 +144,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 """What is compared, in mergekit's own words; models are folders beside the recipe."""
+
+WIDE = frozenset(("ties, float32", "breadcrumbs", "breadcrumbs_ties", "multislerp, base"))
+"""Cases on float32 checkpoints, of which hardly any task vectors have elements that tie."""
 
 
 @dataclass(frozen=True)
@@ -203,17 +221,15 @@ def compare(
     return Comparison(elements, equal, near, worst, left_out)
 
 
-def make_checkpoints(work: Path) -> None:
+def make_checkpoints(work: Path, dtype: torch.dtype) -> None:
     """A base and three fine-tunes, seeded; norms are not all one."""
-    import torch
-
     from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
     shape = {"hidden": 192, "layers": LAYERS, "vocabulary": 512}
     base = fine_tune(tiny_llama_tensors(**shape), seed=0, size=0.01)
     for number, name in enumerate(MODELS):
         tensors = base if name == "base" else fine_tune(base, seed=number, size=0.003)
-        write_checkpoint(work / name, tensors, dtype=torch.bfloat16, config=tiny_llama_config(**shape))
+        write_checkpoint(work / name, tensors, dtype=dtype, config=tiny_llama_config(**shape))
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -290,6 +306,8 @@ def run_case(case: Mapping[str, Any], work: Path, peer: Path) -> Comparison:
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--peer", type=Path, help="a virtual environment with mergekit")
@@ -299,13 +317,15 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="pxmerge-agreement-"))
     disagreeing = []
     try:
-        make_checkpoints(work)
+        for stored in (torch.bfloat16, torch.float32):
+            make_checkpoints(work / str(stored), stored)
         peer = peer_environment(options.peer, work)
         print("| case | elements | equal | within one ulp | worst, ulps | tied at the threshold, aside |")
         print("|" + " --- |" * 6, flush=True)
         for name in options.cases:
             try:
-                found = run_case(CASES[name], work, peer)
+                stored = torch.float32 if name in WIDE else torch.bfloat16
+                found = run_case(CASES[name], work / str(stored), peer)
             except ValueError as problem:
                 disagreeing.append(name)
                 print(f"| {name} | {problem} |", flush=True)

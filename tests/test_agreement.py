@@ -79,7 +79,8 @@ def test_results_with_other_tensors_are_no_results_to_compare(agreement: ModuleT
 
 
 def test_every_recipe_is_understood(agreement: ModuleType, tmp_path: Path) -> None:
-    agreement.make_checkpoints(tmp_path)
+    agreement.make_checkpoints(tmp_path, torch.bfloat16)
+    assert agreement.WIDE.issubset(agreement.CASES)
     for number, case in enumerate(agreement.CASES.values()):
         loaded = load_recipe(agreement.write_recipe(case, tmp_path))
         plan = build_plan(loaded, PlanOptions(output=tmp_path / f"out{number}"))
