@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -112,7 +112,7 @@ class Blend:
         self._readers = [open_reader(source) for source in sources]
         self._kept: dict[str, list[Tensor]] = {}
         if not stream:
-            self._kept = {site.name: list(self._read(site)) for site in sites}
+            self._kept = {site.name: [self._read(site, number) for number in range(len(sources))] for site in sites}
 
     def with_blocks(self, blocks: Blocks) -> Blend:
         """The same model, task vectors and files with other blocks."""
@@ -134,12 +134,17 @@ class Blend:
         for site in self.sites:
             first, count = self.blocks.tensors[site.name]
             rows = coefficients[:, first : first + count]
+            used = rows.any(dim=1).nonzero().flatten().tolist()
+            if not used:
+                site.target.copy_(site.base)
+                continue
+            rows = rows[used]
             if count == 1:
-                total = weighted_sum(self._deltas(site), rows[:, 0].tolist())
+                total = weighted_sum(self._deltas(site, used), rows[:, 0].tolist())
             else:
                 groups = self._groups(site, count)
                 total = torch.zeros_like(site.base)
-                for delta, row in zip(self._deltas(site), rows, strict=True):
+                for delta, row in zip(self._deltas(site, used), rows, strict=True):
                     total.addcmul_(delta, row.to(total)[groups].view_as(total))
             site.target.copy_(total.add_(site.base))
 
@@ -147,13 +152,14 @@ class Blend:
     def gradient(self) -> Tensor:
         """The gradient of the coefficients after a backward pass; float64, (sources, blocks), on the CPU."""
         result = torch.zeros(len(self._sources), len(self.blocks.names), dtype=torch.float64)
+        everyone = range(len(self._sources))
         for site in self.sites:
             gradient = site.target.grad
             if gradient is None:
                 continue
             first, count = self.blocks.tensors[site.name]
             groups = None if count == 1 else self._groups(site, count)
-            for row, delta in enumerate(self._deltas(site)):
+            for row, delta in enumerate(self._deltas(site, everyone)):
                 product = gradient * delta
                 if groups is None:
                     result[row, first] += element_sum(product).cpu()
@@ -165,10 +171,12 @@ class Blend:
     def _groups(self, site: Site, count: int) -> Tensor:
         return group_numbers(self.blocks.seed, site.name, math.prod(site.base.shape), count, site.base.device)
 
-    def _deltas(self, site: Site) -> Iterator[Tensor]:
-        return iter(self._kept[site.name]) if site.name in self._kept else self._read(site)
+    def _deltas(self, site: Site, sources: Iterable[int]) -> Iterator[Tensor]:
+        """The task vectors of some sources at one place, one after another."""
+        kept = self._kept.get(site.name)
+        return (self._read(site, number) if kept is None else kept[number] for number in sources)
 
-    def _read(self, site: Site) -> Iterator[Tensor]:
-        for source, reader in zip(self._sources, self._readers, strict=True):
-            value = read_tensor(reader, source.tensors[site.name]).to(site.base)
-            yield value if is_task_vector(source) else value.sub_(site.base)
+    def _read(self, site: Site, number: int) -> Tensor:
+        source = self._sources[number]
+        value = read_tensor(self._readers[number], source.tensors[site.name]).to(site.base)
+        return value if is_task_vector(source) else value.sub_(site.base)
