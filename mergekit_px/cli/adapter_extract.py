@@ -109,14 +109,15 @@ def extract(
     found.save(output, base_model_name=base if base_name is None else base_name, overwrite=overwrite)
     document = _document(found)
     if found.dropped:
-        sink.warning(f"{len(found.dropped)} changed tensors are left out, first {found.dropped[0]}")
+        sink.warning(f"changed but left out: {len(found.dropped)}, first {found.dropped[0]}")
     ranked = sorted(document["modules"], key=lambda row: row["captured_energy"])
     sink.table(
         [Column("module"), Column("rank", "right"), Column("energy", "right"), Column("norm", "right")],
         [(row["name"], row["rank"], f"{row['captured_energy']:.2%}", f"{row['norm']:.4g}") for row in ranked[:10]],
     )
     more = f", the {len(ranked) - 10} others hold more" if len(ranked) > 10 else ""
-    sink.note(f"{document['captured_energy']:.2%} of the energy in {len(ranked)} modules{more}")
+    whole = f"; saved whole: {len(found.whole)}" if found.whole else ""
+    sink.note(f"{document['captured_energy']:.2%} of the energy in {len(ranked)} modules{more}{whole}")
     sink.document({"output": str(output), **document})
     sink.text(str(output))
     return 0
