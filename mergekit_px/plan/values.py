@@ -13,6 +13,10 @@ from mergekit_px.methods.declare import Method, Params
 from mergekit_px.recipe.model import Value
 
 
+_LARGEST = 3.4028234663852886e38
+"""The largest finite float32."""
+
+
 def interpolate(values: Sequence[Any], position: float) -> float:
     """Piecewise linear through ``values`` placed evenly over [0, 1].
 
@@ -123,8 +127,8 @@ def resolve_weight(value: Value, default: float, position: float, source: str, w
         found = default if value is None else at_depth(value, position)
     except ValueError as problem:
         raise RecipeError(f"weight of '{source}': {problem}", where=where) from None
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or abs(found) == float("inf"):
-        raise RecipeError(f"the weight of '{source}' must be a finite number, not {found!r}", where=where)
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not abs(found) <= _LARGEST:
+        raise RecipeError(f"the weight of '{source}' must be a finite number (of float32), not {found!r}", where=where)
     return float(found)
 
 

@@ -69,7 +69,7 @@ def test_a_variant_is_a_start_that_written_values_override() -> None:
 def test_weights_are_finite_numbers() -> None:
     assert resolve_weight(None, 1.0, 0.0, "a", "here") == 1.0
     assert resolve_weight([0, 1], 1.0, 0.25, "a", "here") == 0.25
-    for wrong in ("x", True, float("nan"), float("inf")):
+    for wrong in ("x", True, float("nan"), float("inf"), 1e39):
         with pytest.raises(RecipeError):
             resolve_weight(wrong, 1.0, 0.0, "a", "here")
 
