@@ -12,7 +12,6 @@ from mergekit_px.errors import RecipeError
 from mergekit_px.methods.declare import Method, Params
 from mergekit_px.recipe.model import Value
 
-
 _LARGEST = 3.4028234663852886e38
 """The largest finite float32."""
 
