@@ -8,6 +8,9 @@ from torch import Tensor
 from mergekit_px.errors import NonFiniteError
 from mergekit_px.kernels.svd import truncated_svd
 
+_ROWS = 256
+"""Output directions looked at together."""
+
 
 class Calibration:
     """Divides each singular value of a merge by how much it over-counts the sources.
@@ -37,12 +40,14 @@ class Calibration:
         Raises:
             NonFiniteError: a NaN or an infinity in the delta.
         """
-        own = (self._left.T @ delta).double()
-        size = own.square().sum(1)
-        if not bool(torch.isfinite(size).all()):
-            raise NonFiniteError("a delta holds a NaN or an infinity", where=self._label or None)
-        along = (self._response.double() * own).sum(1)
-        self._total += (along / size.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(self._floor)
+        for start in range(0, len(self._total), _ROWS):
+            rows = slice(start, start + _ROWS)
+            own = (self._left[:, rows].T @ delta).double()
+            size = own.square().sum(1)
+            if not bool(torch.isfinite(size).all()):
+                raise NonFiniteError("a delta holds a NaN or an infinity", where=self._label or None)
+            along = own.mul_(self._response[rows]).sum(1)
+            self._total[rows] += (along / size.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(self._floor)
         self._count += 1
 
     def result(self) -> Tensor:

@@ -26,24 +26,27 @@ def gram(matrix: Tensor) -> Tensor:
     n = matrix.shape[1]
     total = matrix.new_zeros((n, n), dtype=torch.float64)
     step = max(64, -(-n // 8))
+    bounds = [(start, min(start + step, n)) for start in range(0, n, step)]
     for block in matrix.split(max(256, _BLOCK_ELEMENTS // max(1, n))):
         exact = block.double()
-        for start in range(0, n, step):
-            stop = min(start + step, n)
+        for start, stop in bounds:
             total[start:stop, :stop].addmm_(exact[:, start:stop].T, exact[:, :stop])
-    return total.tril() + total.tril(-1).T
+    for start, stop in bounds:
+        total[:start, start:stop] = total[start:stop, :start].T
+    return total
 
 
-def orthonormal_columns(block: Tensor, floor: float = 0.0) -> Tensor:
+def orthonormal_columns(block: Tensor, floor: float = 0.0, passes: int = 2) -> Tensor:
     """An orthonormal basis of the columns of an (m, b) block, directions of norm up to ``floor`` left out.
 
-    The inverse square root of the float64 Gram matrix, applied twice: the second application removes what the
-    squared condition number of the first has left. Returns an (m, b') tensor with b' <= b.
+    Each pass applies the inverse square root of the float64 Gram matrix; the second removes what the squared
+    condition number of the first has left. Returns an (m, b') tensor with b' <= b.
     """
-    for pass_floor in (floor, 0.5):
+    for _ in range(passes):
         values, vectors = torch.linalg.eigh(gram(block))
-        kept = values > max(pass_floor**2, 1e-14 * float(values[-1])) if len(values) else values > 0
+        kept = values > max(floor**2, 1e-14 * float(values[-1])) if len(values) else values > 0
         block = block @ (vectors[:, kept] * values[kept].rsqrt()).to(block.dtype)
+        floor = 0.5
     return block
 
 

@@ -27,7 +27,7 @@ from mergekit_px.kernels.svd import LARGE, truncated_svd
 
 PolarMode = Literal["auto", "svd", "gram64", "newton_schulz"]
 
-STACK_FLOOR = 1e-3
+STACK_FLOOR = 1e-4
 """Relative floor for stacks of orthonormal bases: below it, two sources share a direction up to rounding."""
 
 _MOST_STEPS = 40

@@ -109,7 +109,7 @@ class ComponentPool:
 
         Directions that several sources share up to rounding are kept once.
         """
-        return orthogonalised(self.u, self.s, self.v, label or self.label, self.notes)
+        return orthogonalised([self.u], self.s, [self.v], label or self.label, self.notes)
 
     def state(self) -> dict[str, Tensor]:
         """Everything but limit, rule, label and seed, as tensors to be stored; see :meth:`from_state`."""
@@ -168,23 +168,28 @@ class ComponentPool:
         return part
 
 
-def orthogonalised(u: Tensor, s: Tensor, v: Tensor, label: str, notes: list[str]) -> LowRank:
+def orthogonalised(us: list[Tensor], s: Tensor, vs: list[Tensor], label: str, notes: list[str]) -> LowRank:
     """``polar(U) diag(s) polar(V)'`` of stacked components (TSV-M, arXiv:2412.00081).
 
     Args:
-        u: (m, k) left vectors of all sources side by side, unit norm.
-        s: (k,) singular values.
-        v: (n, k) right vectors.
+        us: (m, k_t) left vectors of each source, unit norm; emptied on the way, to hold each stack only once.
+        s: (k,) singular values of all.
+        vs: (n, k_t) right vectors of each source; emptied.
         label: name of the tensor, for errors.
         notes: appended to where directions were shared or a driver failed.
     """
-    if len(s) == 0:
-        return LowRank(u, v)
-    left = polar_factor(u, relative_floor=STACK_FLOOR, label=label)
-    right = polar_factor(v, relative_floor=STACK_FLOOR, label=label)
-    shared = min(u.shape) - left.rank, min(v.shape) - right.rank
+    left, shared_left = _stack_factor(us, label, notes)
+    right, shared_right = _stack_factor(vs, label, notes)
     # A few directions nearly coincide by chance where the stack is as wide as the matrix.
-    if max(shared) > len(s) // 50:
-        notes.append(f"sources share {shared[0]} left and {shared[1]} right directions up to rounding, each kept once")
-    notes += [*left.notes, *right.notes]
-    return LowRank(left.factor * s, right.factor)
+    if max(shared_left, shared_right) > len(s) // 50:
+        notes.append(f"sources share {shared_left} left and {shared_right} right directions up to rounding")
+    return LowRank(left.mul_(s), right)
+
+
+def _stack_factor(parts: list[Tensor], label: str, notes: list[str]) -> tuple[Tensor, int]:
+    """The polar factor of matrices side by side, and how many directions it lacks."""
+    stack = torch.cat(parts, dim=1)
+    parts.clear()
+    polar = polar_factor(stack, relative_floor=STACK_FLOOR, label=label)
+    notes += polar.notes
+    return polar.factor, min(stack.shape) - polar.rank

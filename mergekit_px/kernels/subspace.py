@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mergekit_px.kernels.orthonormal import orthonormal_columns
+from mergekit_px.kernels.orthonormal import gram, orthonormal_columns
 from mergekit_px.kernels.spectra import noise_onset
 
 _SAFETY = 0.75
@@ -87,10 +87,15 @@ class _Growing:
         image = self.matrix @ (block / self.scale)
         exact = image.double()
         known, width = len(self.gram), exact.shape[1]
-        extended = self.gram.new_empty((known + width, known + width))
+        extended = self.gram.new_zeros((known + width, known + width))
         extended[:known, :known] = self.gram
-        extended[known:, :] = torch.cat([exact.T @ before for before in (*self.images, exact)], dim=1)
-        extended[:known, known:] = extended[known:, :known].T
+        extended[known:, known:] = exact.T @ exact
+        if self.images:
+            # A'A maps a block into the span of itself and its neighbours, so all other products vanish.
+            before = self.images[-1]
+            cross = exact.T @ before
+            extended[known:, known - before.shape[1] : known] = cross
+            extended[known - before.shape[1] : known, known:] = cross.T
         self.gram = extended
         self.images.append(exact)
         self.basis = torch.cat([self.basis, block], dim=1)
@@ -104,8 +109,9 @@ class _Growing:
         return squares.clamp_min(0.0).sqrt().cpu()
 
     def finish(self, converged: bool) -> Subspace:
-        images = torch.cat(self.images, dim=1) if self.images else self.matrix.new_empty((self.matrix.shape[0], 0))
-        return Subspace(self.basis, images.mul_(self.scale), self.gram * self.scale**2, converged)
+        images = torch.cat(self.images, dim=1) if self.images else self.basis.new_empty((self.matrix.shape[0], 0))
+        # Products that vanish do so up to rounding, which matters beside small singular values: once, all of them.
+        return Subspace(self.basis, images.mul_(self.scale), gram(images), converged)
 
 
 def block_krylov(
@@ -173,10 +179,10 @@ def _sketch(rows: int, columns: int, generator: torch.Generator, like: Tensor) -
 
 
 def _new_directions(block: Tensor, basis: Tensor) -> Tensor:
-    # Twice is enough: the first pass amplifies what little is left of a nearly dependent direction.
-    for floor in (_floor(block), 0.1):
+    # Twice is enough: the first time amplifies what little is left of a nearly dependent direction.
+    for floor, passes in ((_floor(block), 1), (0.1, 2)):
         block = block - basis @ (basis.T @ block)
-        block = orthonormal_columns(block, floor)
+        block = orthonormal_columns(block, floor, passes)
     return block
 
 

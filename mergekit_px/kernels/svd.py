@@ -51,7 +51,7 @@ class SVD:
     captured_energy: float
     """Share of ``energy`` in ``s``; 1 for a zero matrix."""
     residual: float
-    """Largest of ``|| A v - s u || / s_1`` and ``|| A' u - s v || / s_1`` over 16 of the components."""
+    """Largest ``|| A' u - s v || / s_1`` over 16 of the components (``|| A v - s u ||`` for wide matrices)."""
     mode: str
     """The route that served."""
     converged: bool = True
@@ -59,18 +59,20 @@ class SVD:
     identifiable: int = 0
     """How many leading components stand above noise of the energy that they leave over."""
     fallbacks: tuple[str, ...] = ()
-    """What failed on the way and what served instead."""
+    """Drivers that failed, and what served instead."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the reader of a report should know: fallbacks, and components that noise could have made."""
-        if self.identifiable >= self.rank:
-            return self.fallbacks
-        return (
-            *self.fallbacks,
-            f"components {self.identifiable + 1} to {self.rank} are not identifiable: flat tail, "
-            "no larger than noise of the remaining energy would make them",
-        )
+        """What the reader of a report should know, fallbacks and all."""
+        notes = list(self.fallbacks)
+        if not self.converged:
+            notes.append(f"the iteration did not converge; decomposed exactly ({self.mode})")
+        if self.identifiable < self.rank:
+            notes.append(
+                f"components {self.identifiable + 1} to {self.rank} are not identifiable: flat tail, "
+                "no larger than noise of the remaining energy would make them"
+            )
+        return tuple(notes)
 
     @property
     def rank(self) -> int:
@@ -149,9 +151,9 @@ def truncated_svd(
     tall = matrix.T if wide else matrix
     found = _decompose(tall.double() if short < LARGE else tall, rank, energy, mode, tolerance, seed, label)
     kept = int((found.s > null_floor(matrix.dtype) * found.s[0]).sum())
-    u, s, v = (part[..., :kept].to(matrix.dtype) for part in (found.u, found.s, found.v))
-    u, v = orient(v, u) if wide else orient(u, v)
-    return _assess(matrix, energy, (u.contiguous(), s.contiguous(), v.contiguous()), found)
+    left, right = (found.v, found.u) if wide else (found.u, found.v)
+    u, v = orient(left[:, :kept].to(matrix.dtype), right[:, :kept].to(matrix.dtype))
+    return _assess(matrix, energy, u, found.s[:kept].to(matrix.dtype), v, found)
 
 
 def _decompose(
@@ -172,9 +174,9 @@ def _decompose(
     space = iterate(tall, rank, energy, _generator(seed, label, tall), tolerance, limit)
     if space.converged:
         return _rayleigh_ritz(space.basis, space.images, space.gram, rank, mode)
+    del space
     exact = _exact_svd(tall, rank, label)
-    note = f"{mode} did not converge within {space.basis.shape[1]} directions; decomposed exactly ({exact.mode})"
-    return _Factors(exact.u, exact.s, exact.v, exact.mode, False, (note, *exact.fallbacks))
+    return _Factors(exact.u, exact.s, exact.v, exact.mode, False, exact.fallbacks)
 
 
 def _exact_svd(tall: Tensor, rank: int, label: str) -> _Factors:
@@ -196,8 +198,7 @@ def _generator(seed: int, label: str, matrix: Tensor) -> torch.Generator:
 
 def _rayleigh_ritz(basis: Tensor, images: Tensor, images_gram: Tensor, rank: int, mode: str) -> _Factors:
     """Components of A within an orthonormal (n, d) basis, from its (m, d) images under A."""
-    squares, weights = torch.linalg.eigh(images_gram)
-    squares, weights = squares.flip(0)[:rank], weights.flip(1)[:, :rank]
+    squares, weights = _leading_eigenpairs(images_gram, rank)
     values = squares.clamp_min(0.0).sqrt()
     kept = values > null_floor(basis.dtype) * values[0]
     values, weights = values[kept], weights[:, kept]
@@ -206,15 +207,25 @@ def _rayleigh_ritz(basis: Tensor, images: Tensor, images_gram: Tensor, rank: int
     return _Factors(sharpen(u), values.to(basis.dtype), sharpen(v), mode)
 
 
+def _leading_eigenpairs(symmetric: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest eigenvalues, descending, and their vectors."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    count = min(count, len(values))
+    return values[len(values) - count :].flip(0), vectors[:, len(values) - count :].flip(1)
+
+
 def _gram_leading(tall: Tensor, exact: Tensor, rank: int) -> _Factors | None:
     """Float32 eigenvectors of the Gram matrix, with the values restored by a Rayleigh-Ritz step in float64.
 
     They span the leading subspace well enough where the wanted singular values are not small; None where they are.
     """
-    squares, vectors = torch.linalg.eigh((exact / exact.diagonal().sum()).float())
-    if float(squares[-rank]) < 5e-4 * float(squares[-1]):
+    trace = exact.diagonal().sum()
+    scaled = exact.div_(trace).float()
+    exact.mul_(trace)
+    squares, basis = _leading_eigenpairs(scaled, rank + max(16, rank // 8))
+    del scaled
+    if float(squares[rank - 1]) < 5e-4 * float(squares[0]):
         return None
-    basis = vectors[:, -min(len(exact), rank + max(16, rank // 8)) :]
     images = tall @ basis
     return _rayleigh_ritz(basis, images, gram(images), rank, "gram")
 
@@ -225,8 +236,8 @@ def _gram_svd(tall: Tensor, rank: int) -> _Factors:
         leading = _gram_leading(tall, exact, rank)
         if leading is not None:
             return leading
-    squares, vectors = torch.linalg.eigh(exact)
-    squares, vectors = squares.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    squares, vectors = _leading_eigenpairs(exact, rank)
+    del exact
     values = squares.clamp_min(0.0).sqrt()
     # Squaring leaves singular values below 1e-8 of the largest to chance.
     kept = values > max(null_floor(tall.dtype), 1e-7) * values[0]
@@ -252,7 +263,9 @@ def _dense_svd(tall: Tensor, rank: int, label: str) -> _Factors:
             continue
         if failures:
             failures.append(f"served by {name}")
-        u, s, vh = (part.to(tall.device, tall.dtype) for part in (u[:, :rank], s[:rank], vh[:rank]))
+        if rank < tall.shape[1]:
+            u, s, vh = u[:, :rank].clone(), s[:rank], vh[:rank].clone()
+        u, s, vh = (part.to(tall.device, tall.dtype) for part in (u, s, vh))
         return _Factors(u, s, vh.T, "dense", fallbacks=tuple(failures))
     try:
         served = _gram_svd(tall.double(), rank)
@@ -263,19 +276,25 @@ def _dense_svd(tall: Tensor, rank: int, label: str) -> _Factors:
 
 
 def orient(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the largest entry of each left vector positive: singular vectors are only defined up to a sign."""
+    """Make the largest entry of each left vector positive: singular vectors are only defined up to a sign.
+
+    Changes its arguments in place.
+    """
     if u.numel() == 0:
         return u, v
-    peak = u.gather(0, u.abs().argmax(0, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
-    return u * sign, v * sign
+    low, high = u.aminmax(dim=0)
+    sign = torch.where(-low > high, -1.0, 1.0).to(u.dtype)
+    return u.mul_(sign), v.mul_(sign)
 
 
-def _assess(matrix: Tensor, energy: float, parts: tuple[Tensor, Tensor, Tensor], found: _Factors) -> SVD:
-    u, s, v = parts
+def _assess(matrix: Tensor, energy: float, u: Tensor, s: Tensor, v: Tensor, found: _Factors) -> SVD:
     probe = sorted({round(i * (len(s) - 1) / 15) for i in range(16)})
-    gaps = (matrix @ v[:, probe] - u[:, probe] * s[probe], matrix.T @ u[:, probe] - v[:, probe] * s[probe])
-    residual = max(float(torch.linalg.vector_norm(gap, dim=0).max() / s[0]) for gap in gaps)
+    # Images of the short side's vectors are exact by construction; those of the long side's tell the quality.
+    if matrix.shape[0] < matrix.shape[1]:
+        gap = matrix @ v[:, probe] - u[:, probe] * s[probe]
+    else:
+        gap = matrix.T @ u[:, probe] - v[:, probe] * s[probe]
+    residual = float(torch.linalg.vector_norm(gap, dim=0).max() / s[0])
     captured = min(1.0, float(s.double().square().sum()) / energy)
     identifiable = noise_onset(s, energy, (matrix.shape[0], matrix.shape[1]))
     # An exactly captured matrix leaves nothing that could be noise.

@@ -25,7 +25,7 @@ class CartParams(SpectralParams):
     """Components of each source's distance to the mean, a number or a percentage of the rank."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2412.12153", scratch=12.0)
+@merge_method(space="deltas", access="tensor", paper="arXiv:2412.12153", scratch=10.0)
 def cart(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: CartParams, name: str) -> torch.Tensor:
     """Mean of the sources plus the leading components of each source's distance to it.
 
@@ -52,4 +52,5 @@ def _cart(case: Case, params: CartParams) -> MatrixMerge:
         distance = (yield) - centre
         parts = case.svd(distance, component_count(params.rank, case.rank))
         merged.addmm_(parts.u * parts.s, parts.v.T, alpha=params.scale)
+        del distance, parts
     return merged

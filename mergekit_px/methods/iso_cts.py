@@ -20,7 +20,7 @@ class IsoCtsParams(NoiseParams):
     """Share of the rank given to the leading directions of the sum; the rest is shared out among the sources."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2502.04959", scratch=14.0)
+@merge_method(space="deltas", access="tensor", paper="arXiv:2502.04959", scratch=12.0)
 def iso_cts(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
@@ -67,7 +67,7 @@ def _iso_cts(case: Case, params: IsoCtsParams) -> MatrixMerge:
     del total
     edge = case.sum_edge() if params.noise_floor else 0.0
     common = parts.leading(case.above(parts.s, edge, "the sum"))
-    stacks = [(common.u, common.s, common.v)]
+    us, values, vs = [common.u], [common.s], [common.v]
     for source in range(case.count):
         delta = yield
         rest = case.svd(delta - common.u @ (common.u.T @ delta), own)
@@ -75,8 +75,12 @@ def _iso_cts(case: Case, params: IsoCtsParams) -> MatrixMerge:
         floor = null_floor(delta.dtype) * math.sqrt(squared_norm(delta))
         edge = case.edge(source) if params.noise_floor else 0.0
         rest = rest.leading(int((rest.s > max(edge, floor)).sum()))
-        stacks.append((rest.u, rest.s, rest.v))
-    u, s, v = (torch.cat(column, dim=-1) for column in zip(*stacks, strict=True))
+        del delta
+        us.append(rest.u)
+        values.append(rest.s)
+        vs.append(rest.v)
+    s = torch.cat(values)
     if len(s) == 0:
-        return torch.zeros_like(delta)
-    return orthogonalised(u, s.mean().expand_as(s), v, case.label, case.notes).dense()
+        return common.u.new_zeros(case.shape)
+    del common, parts, rest, values
+    return orthogonalised(us, s.mean().expand_as(s), vs, case.label, case.notes).dense()

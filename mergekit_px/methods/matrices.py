@@ -218,9 +218,11 @@ def merge_matrices(
         if otherwise == "first":
             return first * factor
         total = torch.zeros_like(first)
-        for delta, weight in zip(deltas, weights, strict=True):
-            _check_shape(delta, first.shape, name)
+        del first
+        for source, weight in enumerate(weights):
+            delta = _source(deltas, source, total.shape, name)
             total.add_(delta, alpha=weight)
+            del delta
         return total.mul_(factor / len(weights))
     shape, dtype = first.shape, _stored_as(first, base)
     merged = torch.empty_like(first, memory_format=torch.contiguous_format)
@@ -231,21 +233,14 @@ def merge_matrices(
         like = view(merged)
         noise = _noise(view(base), dtype) if base is not None and dtype is not None else 0.0
         cases.append(Case(label, (like.shape[0], like.shape[1]), tuple(weights), noise))
-    running = [(case, view, merge(case)) for case, view in zip(cases, views, strict=True)]
-    for _, _, generator in running:
+    running = [(view, merge(case)) for case, view in zip(cases, views, strict=True)]
+    for _, generator in running:
         next(generator)
     while running:
-        for delta, weight in zip(deltas, weights, strict=True):
-            _check_shape(delta, shape, name)
-            still = []
-            for case, view, generator in running:
-                part = view(delta)
-                try:
-                    generator.send(part if weight == 1 else part * weight)
-                    still.append((case, view, generator))
-                except StopIteration as finished:
-                    view(merged).copy_(finished.value)
-            running = still
+        for source, weight in enumerate(weights):
+            delta = _source(deltas, source, shape, name)
+            running = [one for one in running if not _advanced(*one, delta, weight, merged)]
+            del delta
             if not running:
                 break
     for case in cases:
@@ -280,6 +275,24 @@ def _noise(base: torch.Tensor, dtype: torch.dtype) -> float:
     return rounding_noise_edge(base, dtype)
 
 
-def _check_shape(delta: torch.Tensor, shape: Sequence[int], name: str) -> None:
+def _source(deltas: Sequence[torch.Tensor], number: int, shape: Sequence[int], name: str) -> torch.Tensor:
+    delta = deltas[number]
     if tuple(delta.shape) != tuple(shape):
         raise TensorMismatchError(f"sources of shapes {tuple(shape)} and {tuple(delta.shape)}", where=name or None)
+    return delta
+
+
+def _advanced(
+    view: Callable[[torch.Tensor], torch.Tensor],
+    merge: MatrixMerge,
+    delta: torch.Tensor,
+    weight: float,
+    merged: torch.Tensor,
+) -> bool:
+    """Send the next source's matrix; whether that was the last one, and the result is stored."""
+    try:
+        merge.send(view(delta) if weight == 1 else view(delta) * weight)
+    except StopIteration as finished:
+        view(merged).copy_(finished.value)
+        return True
+    return False

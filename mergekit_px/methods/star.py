@@ -19,7 +19,7 @@ class StarParams(SpectralParams):
     """Percentage of the sum of each source's singular values that is kept."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2502.10339", scratch=12.0)
+@merge_method(space="deltas", access="tensor", paper="arXiv:2502.10339", scratch=10.0)
 def star(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: StarParams, name: str) -> torch.Tensor:
     """Mean of the sources' leading components, rescaled to their old nuclear norm.
 
@@ -47,6 +47,7 @@ def _star(case: Case, params: StarParams) -> MatrixMerge:
         if merged is None:
             merged = torch.zeros_like(delta)
         parts = case.svd(delta)
+        del delta
         if parts.rank == 0:
             continue
         running = parts.s.double().cumsum(0)
@@ -55,5 +56,6 @@ def _star(case: Case, params: StarParams) -> MatrixMerge:
         kept = min(int((running < total * params.eta / 100).sum()) + 1, parts.rank)
         gain = total / float(running[kept - 1])
         merged.addmm_(parts.u[:, :kept] * parts.s[:kept], parts.v[:, :kept].T, alpha=gain / case.count)
+        del parts
     assert merged is not None
     return merged

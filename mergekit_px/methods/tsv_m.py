@@ -17,7 +17,7 @@ class TsvMParams(NoiseParams):
     """Components of each source, a number or a percentage of the rank; an equal share of the rank if left out."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2412.00081", scratch=12.0)
+@merge_method(space="deltas", access="tensor", paper="arXiv:2412.00081", scratch=11.0)
 def tsv_m(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
@@ -50,11 +50,13 @@ def _tsv_m(case: Case, params: TsvMParams) -> MatrixMerge:
     from mergekit_px.kernels.pool import orthogonalised
 
     rank = max(1, case.rank // case.count) if params.rank is None else component_count(params.rank, case.rank)
-    stacks = []
+    us, values, vs = [], [], []
     for source in range(case.count):
         parts = case.svd((yield), rank)
         edge = case.edge(source) if params.noise_floor else 0.0
         parts = parts.leading(case.above(parts.s, edge, f"source {source + 1}"))
-        stacks.append((parts.u, parts.s, parts.v))
-    u, s, v = (torch.cat(column, dim=-1) for column in zip(*stacks, strict=True))
-    return orthogonalised(u, s, v, case.label, case.notes).dense()
+        us.append(parts.u)
+        values.append(parts.s)
+        vs.append(parts.v)
+        del parts
+    return orthogonalised(us, torch.cat(values), vs, case.label, case.notes).dense()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -16,24 +16,22 @@ if TYPE_CHECKING:
 
 
 class WudiParams(SpectralParams):
-    solver: Literal["adam", "exact"] = "adam"
-    """The steps of the paper, which stop well before the minimum; or the minimum itself, which is an experiment."""
     steps: Annotated[int, Field(ge=0)] = 300
     """Steps of Adam."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """Step size of Adam."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2503.08099", scratch=14.0)
+@merge_method(space="deltas", access="tensor", paper="arXiv:2503.08099", scratch=12.0)
 def wudi(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: WudiParams, name: str) -> torch.Tensor:
     """Find the update whose differences to the sources' updates do least along the inputs that those span.
 
     For an (m, n) matrix, minimise ``sum_t ||(X - D_t) D_t'||^2 / ||D_t||^2`` over X with Adam, beginning at
-    ``sum_t D_t`` (Cheng et al.). The gradient is ``2 (X G - C)`` with ``G = sum_t D_t'D_t / ||D_t||^2``
-    and ``C = sum_t D_t D_t'D_t / ||D_t||^2``, so a step costs one product however many sources there are; the exact
-    minimum is ``C G^+``. A weight multiplies its source's delta first. All other tensors, and embeddings unless
-    wanted, get the mean of the deltas. ``scale`` multiplies everything. Holds two (n, n) matrices: convolutions and
-    layers with many inputs are expensive.
+    ``sum_t D_t`` (Cheng et al.). The gradient is ``2 (X G - C)`` with ``G = sum_t D_t'D_t / ||D_t||^2`` and
+    ``C = sum_t D_t D_t'D_t / ||D_t||^2``, so a step costs one product however many sources there are. The few small
+    steps of the paper stop well before the minimum, on purpose. A weight multiplies its source's delta first. All
+    other tensors, and embeddings unless wanted, get the mean of the deltas. ``scale`` multiplies everything. Holds an
+    (n, n) matrix: convolutions and layers with many inputs are expensive.
 
     Raises:
         NonFiniteError: a NaN or an infinity in a delta.
@@ -52,12 +50,9 @@ def _wudi(case: Case, params: WudiParams) -> MatrixMerge:
     from mergekit_px.errors import NonFiniteError
     from mergekit_px.kernels.orthonormal import squared_norm
 
-    exact = params.solver == "exact"
     total: torch.Tensor | None = None
     for _ in range(case.count):
-        given = yield
-        # The minimum divides by small eigenvalues; the steps never do.
-        delta = given.double() if exact else given
+        delta = yield
         if total is None:
             total, target = torch.zeros_like(delta), torch.zeros_like(delta)
             metric = delta.new_zeros((delta.shape[1], delta.shape[1]))
@@ -69,28 +64,22 @@ def _wudi(case: Case, params: WudiParams) -> MatrixMerge:
             unit = delta / math.sqrt(size)
             metric.addmm_(unit.T, unit)
             target.addmm_(delta @ unit.T, unit)
+            del unit
     assert total is not None
-    return _minimum(metric, target).to(given.dtype) if exact else _adam(total, metric, target, params)
-
-
-def _minimum(metric: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    values, vectors = torch.linalg.eigh(metric)
-    # Deltas of lower rank leave null directions, in which the least-norm minimum is zero.
-    kept = values > 1e-12 * values[-1]
-    values, vectors = values[kept], vectors[:, kept]
-    found: torch.Tensor = (target @ (vectors / values)) @ vectors.T
-    return found
+    del delta
+    return _adam(total, metric, target, params)
 
 
 def _adam(current: torch.Tensor, metric: torch.Tensor, target: torch.Tensor, params: WudiParams) -> torch.Tensor:
     """Kingma and Ba, algorithm 1, with its default constants."""
-    first, second = current.new_zeros(current.shape), current.new_zeros(current.shape)
+    import torch
+
+    first, second = torch.zeros_like(current), torch.zeros_like(current)
+    work = torch.empty_like(current)
     for step in range(1, params.steps + 1):
-        gradient = (current @ metric).sub_(target).mul_(2)
-        first.lerp_(gradient, 0.1)
-        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        denominator = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
-        current.addcdiv_(first, denominator, value=-params.learning_rate / (1 - 0.9**step))
+        torch.mm(current, metric, out=work).sub_(target).mul_(2)
+        first.lerp_(work, 0.1)
+        second.mul_(0.999).addcmul_(work, work, value=0.001)
+        torch.div(second, 1 - 0.999**step, out=work).sqrt_().add_(1e-8)
+        current.addcdiv_(first, work, value=-params.learning_rate / (1 - 0.9**step))
     return current

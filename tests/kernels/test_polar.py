@@ -70,7 +70,7 @@ def test_rank_deficient_matrix_gives_a_partial_isometry(mode: str) -> None:
 def test_floors_leave_out_small_directions(mode: str) -> None:
     u, _ = torch.linalg.qr(noise(60, 4))
     v, _ = torch.linalg.qr(noise(50, 4, seed=1))
-    matrix = (u * torch.tensor([1.0, 0.5, 1e-2, 1e-4])) @ v.T
+    matrix = (u * torch.tensor([1.0, 0.5, 1e-2, 1e-5])) @ v.T
     assert polar_factor(matrix, mode=mode).rank == 4  # type: ignore[arg-type]
     assert polar_factor(matrix, mode=mode, relative_floor=STACK_FLOOR).rank == 3  # type: ignore[arg-type]
     above = polar_factor(matrix, mode=mode, floor=0.02)  # type: ignore[arg-type]

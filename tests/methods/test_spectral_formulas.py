@@ -132,11 +132,6 @@ def wudi_adam(deltas: list[Array], steps: int, rate: float) -> Array:
     return x.detach().numpy()
 
 
-def wudi_exact(deltas: list[Array]) -> Array:
-    grams = [d.T @ d / np.sum(d**2) for d in deltas]
-    return sum(d @ g for d, g in zip(deltas, grams, strict=True)) @ np.linalg.pinv(sum(grams))
-
-
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[Array]], Array]]] = {
     "svd plain": ("svd", {"top_k": 11, "orthogonalise": False}, lambda d: svd_plain(d, 11)),
     "svd orthogonalised": ("svd", {"top_k": 11}, lambda d: svd_orthogonalised(d, 11)),
@@ -159,7 +154,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[Array]], Array]]] = {
     "svc": ("svc", {}, lambda d: svc(d[0], d[1:])),
     "svc floor": ("svc", {"floor": 0.05}, lambda d: svc(d[0], d[1:], 0.05)),
     "wudi": ("wudi", {"steps": 20, "learning_rate": 1e-2}, lambda d: wudi_adam(d, 20, 1e-2)),
-    "wudi exact": ("wudi", {"solver": "exact"}, wudi_exact),
 }
 
 
