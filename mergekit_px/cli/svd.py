@@ -80,10 +80,9 @@ def _command() -> Callable[..., int]:
         if into is not None:
             params = {**_settings(into), **params}
             form = "components"
-        if form == "components":
-            params.setdefault("orthogonalise", False)
-        if params:
-            recipe["merge"]["params"] = params
+        # Said even where it is the default, so that the card and the recipe kept with the result tell it.
+        params.setdefault("orthogonalise", form != "components")
+        recipe["merge"]["params"] = params
         if form in (None, "checkpoint"):
             if report is not None:
                 _report(_plan(recipe, run), given["sources"], report, output_for(json=run.json, quiet=run.quiet))

@@ -86,6 +86,11 @@ def components(folder: str = "pool") -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "components.safetensors")
 
 
+def same_weights(one: str, other: str) -> None:
+    found, wanted = (load_file(Path(folder) / "model.safetensors") for folder in (one, other))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["matrix", "quota", "normalised"])
 def test_components_are_the_pooled_ones(svd, weights, rule: str) -> None:
     words = ("--as", "components", "--top-k", 5, "--pool", rule, "--scale", 0.5, "--weights", 1, -2, 0.5, "-o", "pool")
@@ -255,7 +260,7 @@ def test_a_report_tells_what_was_pooled(svd, weights) -> None:
     words = ("--base", "base", "--sources", "a", "b", "c", "--top-k", 4)
     assert svd(*words, "-o", "plain") == 0
     assert svd(*words, "--report", "told/report.json", "-o", "model") == 0
-    assert Path("model/model.safetensors").read_bytes() == Path("plain/model.safetensors").read_bytes()
+    same_weights("model", "plain")
     assert Path("told/report.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads(Path("told/report.json").read_text())
     assert report["sources"] == ["a", "b", "c"] and report["settings"]["top_k"] == 4
@@ -277,4 +282,12 @@ def test_the_line_without_options_still_writes_a_checkpoint(svd) -> None:
     assert svd("--sources", "a", "b", "c", "--top-k", 64) == 0
     assert Path("merged/model.safetensors").is_file()
     assert svd("--sources", "a", "b", "c", "--top-k", 64, "--as", "checkpoint", "-o", "same") == 0
-    assert Path("same/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
+    same_weights("same", "merged")
+
+
+def test_the_result_says_whether_it_was_orthogonalised(svd) -> None:
+    assert svd("--sources", "a", "b") == 0
+    assert "orthogonalise: true" in Path("merged/README.md").read_text()
+    assert "orthogonalise: true" in Path("merged/pxmerge.yaml").read_text()
+    assert svd("--sources", "a", "b", "--as", "components") == 0
+    assert json.loads(Path("components/pool.json").read_text())["settings"]["orthogonalise"] is False
