@@ -151,6 +151,7 @@ class Side:
         self.loss: Loss = loss_function(settings.loss, allow_code=allow_code)
         self.metric: Metric = metric_function(settings.metric, self.loss, allow_code=allow_code)
         self.optimizer: torch.optim.Optimizer | None = None
+        self._parameters: list[nn.Parameter] = []
         self._dtype = next((one.dtype for one in self.module.parameters() if one.is_floating_point()), torch.float32)
         self.last_loss = math.nan
 
