@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_px.errors import PlanError, RecipeError
 from mergekit_px.plan.config import layer_count
 from mergekit_px.plan.layers import is_embedding, position, split_layer, stack_sizes
-from mergekit_px.plan.tied import is_head
+from mergekit_px.plan.tied import is_head, tied_source
 from mergekit_px.recipe.layer_range import parse_layers
 from mergekit_px.recipe.model import Rule, Slice, Step, Value
 
@@ -183,6 +183,8 @@ def _outside(step: Step, part: int, before: bool, where: str, expressions: Expre
             found = split_layer(name)
             if (found is None or found.stack != stack) and _stands_before(name, stack, alone) == before:
                 names[name] = None
+    if not before:
+        names.update(dict.fromkeys(_heads_apart(step, expressions)))
     params, weights = _values(step, piece, base_model)
     return [
         Slot(
@@ -197,6 +199,33 @@ def _outside(step: Step, part: int, before: bool, where: str, expressions: Expre
         )
         for name in names
     ]
+
+
+def _heads_apart(step: Step, expressions: Expressions) -> list[str]:
+    """Heads that some sources tie to the embedding and others store.
+
+    They stand on their own, and the config must say so: the embedding is that of the first slice, the head that of
+    the last.
+    """
+    assert step.slices is not None
+    pieces = [_models(step, piece) for piece in step.slices]
+    models = dict.fromkeys(model for piece in pieces for model in piece)
+    heads = dict.fromkeys(name for model in models for name in expressions.namespace(model) if is_head(name))
+    apart = []
+    for head in heads:
+        tying = {m for m in models if m in expressions.inputs and tied_source(head, expressions.inputs[m])}
+        storing = {model for model in pieces[-1] if head in expressions.namespace(model)}
+        stays_tied = set(pieces[0]) == set(pieces[-1]) and not storing
+        if tying and not stays_tied and (storing or tying & set(pieces[-1])):
+            apart.append(head)
+            if storing and head not in expressions.untied:
+                expressions.untied.append(head)
+    return apart
+
+
+def _models(step: Step, piece: Slice) -> list[str]:
+    base = piece.base or step.base
+    return [*([base] if base is not None else []), *(source.model for source in piece.sources)]
 
 
 def _values(step: Step, piece: Slice, base: str | None) -> tuple[dict[str, Value], tuple[Value, ...]]:

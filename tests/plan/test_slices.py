@@ -153,3 +153,25 @@ def test_layers_stacked_twice_are_traced_to_their_models(folder: Path, tmp_path:
     assert plan.config["layer_types"] == ["d", "a", "d"]
     read = {item.name: item.reads[0].tensor.name for item in plan.items}
     assert read["model.layers.1.mlp.up_proj.weight"] == "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("tied", ["fine0", "fine1"])
+def test_a_head_that_only_some_models_tie_stands_on_its_own(folder: Path, tmp_path: Path, tied: str) -> None:
+    """The embedding is the first model's and the head the last one's, whichever of them ties the two."""
+    config = tiny_llama_config(layers=4, tied=True)
+    write_checkpoint(folder / tied, tiny_llama_tensors(layers=4, tied=True, seed=5), config=config)
+    plan = plan_of(recipe(folder, stack(("fine0", "0-2"), ("fine1", "1-3"))), tmp_path / "out")
+    read = {item.name: item.reads[0].describe() for item in plan.items}
+    assert read["model.embed_tokens.weight"] == "fine0:model.embed_tokens.weight"
+    assert read["lm_head.weight"] == ("fine1:lm_head.weight" if tied == "fine0" else "fine1:model.embed_tokens.weight")
+    assert plan.config is not None
+    assert plan.config["tie_word_embeddings"] is False
+
+
+def test_what_is_tied_at_both_ends_stays_tied(folder: Path, tmp_path: Path) -> None:
+    config = tiny_llama_config(layers=4, tied=True)
+    write_checkpoint(folder / "fine0", tiny_llama_tensors(layers=4, tied=True), config=config)
+    plan = plan_of(recipe(folder, stack(("fine0", "0-1"), ("fine1", "1-2"), ("fine0", "3"))), tmp_path / "out")
+    assert "lm_head.weight" not in {item.name for item in plan.items}
+    assert plan.config is not None
+    assert plan.config["tie_word_embeddings"] is True
