@@ -6,7 +6,7 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test pytest lint format types imports docs docs-check bench clean
+.PHONY: demo test pytest lint format types imports docs docs-check quality bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo  ## train small models on real digits, merge them with every method, print the table
@@ -36,6 +36,9 @@ docs: .venv/.dev  ## rewrite the generated pages
 
 docs-check: .venv/.dev  ## fail where a generated page differs from the declarations
 	$(BIN)/python -m mergekit_px.docs --check
+
+quality: .venv/.dev  ## what learning gains on real data, three seeds with all controls; some minutes
+	$(BIN)/python benchmarks/quality.py
 
 bench: .venv/.dev  ## speed and memory next to mergekit; takes a while, 8 GB of disk, and pip for the peer
 	$(BIN)/python benchmarks/peers.py
