@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from mergekit_px.errors import RecipeError
 from mergekit_px.plan.method_catalog import method_catalog
 from mergekit_px.recipe.dump import dump_recipe
 from mergekit_px.recipe.load import LoadedRecipe, parse_recipe
-from mergekit_px.recipe.mergekit.references import Reference, short_name, split_reference
 
 
 def load(text: str) -> LoadedRecipe:
@@ -471,50 +469,6 @@ def test_what_is_refused(text: str, message: str) -> None:
     assert message in error(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("org/name", Reference("org/name")),
-        ("org/name@main", Reference("org/name@main")),
-        ("org/name+org/lora", Reference("org/name", "org/lora")),
-        ("org/name@v1+./lora@v2", Reference("org/name@v1", "./lora@v2")),
-        (" ./x ", Reference("./x")),
-    ],
-)
-def test_references(text: str, expected: Reference) -> None:
-    assert split_reference(text, "m.yml:1:1") == expected
-
-
-def test_a_folder_with_a_plus_in_its_name_is_not_split(tmp_path: Path) -> None:
-    folder = tmp_path / "a+b@c"
-    assert split_reference(str(folder), "x") == Reference(str(tmp_path / "a"), "b@c")
-    folder.mkdir()
-    assert split_reference(str(folder), "x") == Reference(str(folder))
-
-
-@pytest.mark.parametrize("text", ["a+b+c", "+b", "a+", "", "  ", "a@b@c"])
-def test_references_that_are_none(text: str) -> None:
-    with pytest.raises(RecipeError):
-        split_reference(text, "m.yml:1:1")
-
-
-def test_references_given_as_mappings() -> None:
-    model = "{model: {path: org/m, revision: v1}, lora: ./l, override_architecture: X}"
-    text = f"merge_method: linear\nmodels: [{{model: {model}, parameters: {{weight: 1}}}}]"
-    (entry,) = load(text).recipe.models.values()
-    assert (entry.model, entry.adapter) == ("org/m@v1", "./l")
-    assert "unknown key 'lra'; did you mean 'lora'?" in error(text.replace("lora", "lra"))
-    assert "a path is text, or {path: text, revision: text}" in error(text.replace("path: org/m", "pth: org/m"))
-
-
-def test_names_are_short_and_distinct() -> None:
-    taken: list[str] = ["merge"]
-    for reference in ("org/Model-1.5B@v1", "other/Model-1.5B", "./merge/", "C:\\models\\x", "../..", "org/a+b"):
-        taken.append(short_name(Reference(reference), taken))
-    assert taken[1:] == ["Model-1-5B", "Model-1-5B-2", "merge-2", "x", "model", "a-b"]
-    assert short_name(Reference("org/a", "./l/"), []) == "a-l"
-
-
 @pytest.mark.parametrize("text", [LINEAR, SLERP, TIES])
 def test_configs_are_recognised(text: str) -> None:
     assert load(text).dialect == "mergekit"
@@ -532,3 +486,12 @@ def test_configs_are_recognised(text: str) -> None:
 )
 def test_what_is_wrong_is_told_in_the_terms_of_the_dialect(text: str, message: str) -> None:
     assert message in error(text)
+
+
+def test_references_given_as_mappings() -> None:
+    model = "{model: {path: org/m, revision: v1}, lora: ./l, override_architecture: X}"
+    text = f"merge_method: linear\nmodels: [{{model: {model}, parameters: {{weight: 1}}}}]"
+    (entry,) = load(text).recipe.models.values()
+    assert (entry.model, entry.adapter) == ("org/m@v1", "./l")
+    assert "unknown key 'lra'; did you mean 'lora'?" in error(text.replace("lora", "lra"))
+    assert "a path is text, or {path: text, revision: text}" in error(text.replace("path: org/m", "pth: org/m"))
