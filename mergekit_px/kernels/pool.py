@@ -114,9 +114,9 @@ class ComponentPool:
     def state(self) -> dict[str, Tensor]:
         """Everything but limit, rule, label and seed, as tensors to be stored; see :meth:`from_state`."""
         return {
-            "u": self.u,
+            "u": self.u.contiguous(),
             "s": self.s,
-            "v": self.v,
+            "v": self.v.contiguous(),
             "source": self._source,
             "order": self._order,
             "energies": torch.tensor(self.energies, dtype=torch.float64),
