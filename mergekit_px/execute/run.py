@@ -25,6 +25,7 @@ from mergekit_px.execute.items import Execution, Sink
 from mergekit_px.execute.lane import Lane, pick_device
 from mergekit_px.execute.provenance import CARD_FILE, LOCK_FILE, RECIPE_FILE, InputHashes, card, lock_file
 from mergekit_px.execute.scheduler import Routine, Scheduler
+from mergekit_px.plan.budget import available_cores
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Apply, Plan, WorkItem
@@ -88,7 +89,8 @@ def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance
         allow_nonfinite=plan.options.allow_nonfinite,
         advance=advance,
     )
-    make_lane = partial(Lane, device, plan.budget.workers)
+    # Not the number of workers: decompositions give other bits with other numbers of threads.
+    make_lane = partial(Lane, device, available_cores())
     for group in shared_groups(plan.items):
         Scheduler(make_lane, plan.budget.workers).run(iter([execution.shared_statistics(group)]))
     Scheduler(make_lane, plan.budget.workers).run(_routines(execution, plan.items))

@@ -78,7 +78,7 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
     Raises:
         MemoryBudgetError: the budget cannot be met; names the tensor and the need.
     """
-    workers = threads or _cores()
+    workers = threads or available_cores()
     whole = [item for item in items if item.access == "tensor" and item.action == "merge"]
     cut = [item for item in items if not (item.access == "tensor" and item.action == "merge")]
     largest_item = max(whole, key=whole_bytes, default=None)
@@ -109,7 +109,8 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
             )
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """Cores that this process may use."""
     try:
         return max(1, len(os.sched_getaffinity(0)))
     except AttributeError:
