@@ -213,10 +213,13 @@ def _are_layer_numbers(key: str, value: list[Any]) -> bool:
     return bool(_LAYER_NUMBERS.fullmatch(key)) and numbers and value == sorted(set(value)) and key != "no_rope_layers"
 
 
-def _check_period(key: str, value: Any, origin: Sequence[int]) -> None:
+def _period(value: Any) -> int:
     period = len(value) if isinstance(value, str) else value
-    if isinstance(period, bool) or not isinstance(period, int) or period < 2:
-        return
+    return period if isinstance(period, int) and not isinstance(period, bool) and period > 1 else 1
+
+
+def _check_period(key: str, value: Any, origin: Sequence[int]) -> None:
+    period = _period(value)
     if any(place % period != layer % period for place, layer in enumerate(origin)):
         raise PlanError(
             f"config.json: with {key}={value} kinds of layers recur, and the slices break the rhythm",
@@ -294,6 +297,28 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
             if isinstance(part.get(key), int):
                 return int(part[key])
     return None
+
+
+def layer_kinds(config: Mapping[str, Any], count: int) -> list[str]:
+    """For each layer all that the config says of it, as text: equal for layers between which it makes no difference.
+
+    Raises:
+        PlanError: the config does not speak of so many layers.
+    """
+    whole = dict(config)
+    part = _part_of_layers(whole, count)
+    derived = _derived(whole, part, count) or {}
+    periods = [_period(part.get(key)) for key in _PERIODS]
+    return [
+        repr(
+            [
+                *(_followed(key, value, [layer], count) for key, value in part.items()),
+                *(value[layer] for value in derived.values()),
+                *(layer % period for period in periods),
+            ]
+        )
+        for layer in range(count)
+    ]
 
 
 def check_with_transformers(config: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.errors import PlanError, RecipeError
-from mergekit_px.plan.config import layer_count
+from mergekit_px.plan.config import layer_count, layer_kinds
 from mergekit_px.plan.layers import is_embedding, position, split_layer, stack_sizes
 from mergekit_px.plan.tied import is_head, tied_source
 from mergekit_px.recipe.layer_range import parse_layers
@@ -76,6 +76,8 @@ def slice_slots(step_name: str, step: Step, expressions: Expressions) -> list[Sl
             layers.extend(_layer_slots(step, piece, part, own, len(sources_of_layers) - 1, place, expressions))
     expressions.layer_sources[step_name] = sources_of_layers
     _refuse_shared_embedding(sources_of_layers, where, expressions)
+    for model in dict.fromkeys(model for own in sources_of_layers for model, _ in own):
+        _refuse_moved_ends(model, sources_of_layers, where, expressions)
     before = _outside(step, 0, True, where, expressions)
     after = _outside(step, len(step.slices) - 1, False, where, expressions)
     return [*before, *layers, *after]
@@ -116,6 +118,37 @@ def _refuse_shared_embedding(layers: list[list[tuple[str, int]]], where: str, ex
         shared = next((name for name in names if split_layer(name) is None and "embed_tokens_per_layer" in name), None)
         if shared is not None and (moved or len(layers) != _stack(model, expressions, where)[1]):
             raise PlanError(f"'{shared}' of '{model}' has columns for every layer, so layers cannot move", where=where)
+
+
+def _refuse_moved_ends(model: str, layers: list[list[tuple[str, int]]], where: str, expressions: Expressions) -> None:
+    """The first or last layer of some models has tensors of its own because of its place, and can have no other.
+
+    It does if it stores other tensors than layers that are equal to it in all that the config says.
+    """
+    source = expressions.inputs.get(model)
+    if source is None or source.config is None or layer_count(source.config) is None:
+        return
+    stack, count = _stack(model, expressions, where)
+    stored: list[set[str]] = [set() for _ in range(count)]
+    for name in expressions.namespace(model):
+        found = split_layer(name)
+        if found is not None and found.stack == stack and found.layer < count:
+            stored[found.layer].add(found.suffix)
+    if all(names == stored[0] for names in stored):
+        return
+    kinds = layer_kinds(source.config, count)
+    for end, place, word in ((0, 0, "first"), (count - 1, len(layers) - 1, "last")):
+        alike = [names for layer, names in enumerate(stored) if layer != end and kinds[layer] == kinds[end]]
+        if not alike or any(names != alike[0] for names in alike) or alike[0] == stored[end]:
+            continue
+        wrong = [at for at, own in enumerate(layers) for origin in own if origin[0] == model]
+        wrong = [at for at in wrong if ((model, end) in layers[at]) != (at == place)]
+        if wrong:
+            suffix = min(stored[end] ^ alike[0])
+            raise PlanError(
+                f"the {word} layer of '{model}' differs from the others by '{suffix[1:]}', so it must stay the {word}",
+                where=where,
+            )
 
 
 def _predicted_layers(config: Mapping[str, Any]) -> int:

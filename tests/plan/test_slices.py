@@ -175,3 +175,38 @@ def test_what_is_tied_at_both_ends_stays_tied(folder: Path, tmp_path: Path) -> N
     assert "lm_head.weight" not in {item.name for item in plan.items}
     assert plan.config is not None
     assert plan.config["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("end", "config", "fine", "wrong"),
+    [
+        (0, {}, ("0-2", "1-3"), ("1-3", "0-2")),
+        (0, {"layer_types": ["a", "b", "a", "b"]}, ("0-2", "2-3"), ("0-1", "0-3")),
+        (3, {}, ("0-2", "1-3"), ("2-3", "0-2")),
+    ],
+)
+def test_a_layer_that_is_special_by_its_place_stays_there(
+    folder: Path, tmp_path: Path, end: int, config: dict[str, object], fine: tuple[str, str], wrong: tuple[str, str]
+) -> None:
+    two_stacks(folder, (f"model.layers.{end}.pre_ln.weight",), {"model_type": "x", **config})
+    word = "first" if end == 0 else "last"
+    with pytest.raises(PlanError, match=f"the {word} layer of 'fine0' differs from the others by 'pre_ln.weight'"):
+        plan_of(recipe(folder, stack(*zip(("fine0", "fine0"), wrong, strict=True))), tmp_path / "out")
+    origins(folder, tmp_path / "out", *zip(("fine0", "fine1"), fine, strict=True))
+
+
+@pytest.mark.parametrize(
+    "config", [{"first_k_dense_replace": 1}, {"layer_types": ["a", "b", "b", "b"]}, {"mlp_only_layers": [0]}]
+)
+def test_a_layer_that_the_config_sets_apart_may_move(folder: Path, tmp_path: Path, config: dict[str, object]) -> None:
+    two_stacks(folder, ("model.layers.0.mlp.dense.weight",), {"model_type": "x", **config})
+    assert origins(folder, tmp_path / "out", ("fine0", "0-1"), ("fine1", "1-3"))
+    assert origins(folder, tmp_path / "out", ("fine0", "0"), ("fine1", "0-3"))
+
+
+def test_steps_can_be_stacked_too(folder: Path, tmp_path: Path) -> None:
+    data = recipe(folder, {})
+    data["steps"] = {"mean": {"method": "linear", "sources": ["fine0", "fine1"]}, "stacked": stack(("mean", "1-"))}
+    plan = plan_of({key: value for key, value in data.items() if key != "merge"}, tmp_path / "out")
+    assert plan.config is not None
+    assert plan.config["num_hidden_layers"] == 3
