@@ -14,6 +14,7 @@ from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import is_embedding, stack_sizes
 from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.tied import is_head
 from mergekit_px.recipe.load import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
@@ -64,13 +65,17 @@ def output_config(
         notes.append(f"config: {', '.join(updates)} as the adapter of '{donor}' needs")
     if dtype is not None and dtype.torch_name is not None:
         config_edits.set_dtype(config, dtype.torch_name)
-    if any(item.name in expressions.untied for item in items) and config_edits.untie(config):
+    stored = inputs[donor].checkpoint.tensors
+    own_head = any(
+        item.name in expressions.untied or (is_head(item.name) and item.name not in stored) for item in items
+    )
+    if own_head and config_edits.untie(config):
         notes.append("config: tie_word_embeddings -> false")
     for item in items:
         if is_embedding(item.name) and len(item.shape) == 2:
-            stored = inputs[donor].checkpoint.tensors.get(item.name)
-            if stored is not None and stored.shape[0] != item.shape[0]:
-                config_edits.set_vocabulary(config, stored.shape[0], item.shape[0])
+            known = stored.get(item.name)
+            if known is not None and known.shape[0] != item.shape[0]:
+                config_edits.set_vocabulary(config, known.shape[0], item.shape[0])
                 notes.append(f"config: vocab_size follows {item.name}")
     layers = expressions.layer_sources.get(target)
     if layers is not None:

@@ -94,6 +94,10 @@ class Expressions:
                 nodes[slot.name] = node
         if not nodes:
             raise PlanError(f"step '{name}' gives no tensors", where=where)
+        if step.slices is None:
+            members = [member for member in (step.base, *step.source_names()) if member in self.layer_sources]
+            if members:
+                self.layer_sources[name] = self.layer_sources[members[0]]
         return nodes
 
     def _slots(self, step: Step) -> list[Slot]:

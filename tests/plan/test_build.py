@@ -134,6 +134,16 @@ def test_a_tied_head_is_read_from_the_embedding(tmp_path: Path) -> None:
     assert any("tied" in note for note in plan.notes)
 
 
+def test_a_head_that_the_config_takes_for_tied_is_untied(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    write_checkpoint(folder / "tied", tiny_llama_tensors(tied=True), config=tiny_llama_config(tied=True))
+    write_checkpoint(folder / "untied", tiny_llama_tensors(seed=1), config=tiny_llama_config())
+    step = {"method": "passthrough", "sources": ["untied"]}
+    plan = plan_of(recipe(folder, step, {"config_from": "tied"}), tmp_path / "out")
+    assert plan.config is not None
+    assert plan.config["tie_word_embeddings"] is False
+
+
 def test_integer_tensors_are_kept_from_the_base_not_averaged(tmp_path: Path) -> None:
     for number, name in enumerate(("base", "fine")):
         tensors = {"w": torch.ones(4), "position_ids": torch.arange(3) + number, "mask": torch.tensor([True])}

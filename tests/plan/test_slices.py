@@ -210,3 +210,15 @@ def test_steps_can_be_stacked_too(folder: Path, tmp_path: Path) -> None:
     plan = plan_of({key: value for key, value in data.items() if key != "merge"}, tmp_path / "out")
     assert plan.config is not None
     assert plan.config["num_hidden_layers"] == 3
+
+
+def test_the_config_follows_a_step_over_stacked_steps(folder: Path, tmp_path: Path) -> None:
+    data = recipe(folder, stack(("fine0", "0-2"), ("fine0", "1-3")))
+    data["steps"] = {
+        "one": data.pop("merge"),
+        "two": stack(("fine1", "0-2"), ("fine1", "1-3")),
+        "both": {"method": "linear", "sources": ["one", "two"]},
+    }
+    plan = plan_of(data, tmp_path / "out")
+    assert plan.config is not None
+    assert plan.config["num_hidden_layers"] == 6
