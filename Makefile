@@ -38,7 +38,7 @@ docs-check: .venv/.dev  ## fail where a generated page differs from the declarat
 	$(BIN)/python -m mergekit_px.docs --check
 
 quality: .venv/.dev  ## what learning gains on real data, three seeds with all controls; some minutes
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m benchmarks.quality --jobs 2
 
 bench: .venv/.dev  ## speed and memory next to mergekit; takes a while, 8 GB of disk, and pip for the peer
 	$(BIN)/python benchmarks/peers.py

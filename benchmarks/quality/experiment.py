@@ -1,0 +1,33 @@
+"""What an experiment is, and where experiments are found."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import benchmarks.quality
+from benchmarks.quality.lab import Lab
+
+Scores = dict[str, float]
+Claim = tuple[str, Callable[[Mapping[str, float]], bool]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A function from the data of one seed to scores, and what is claimed of their means over the seeds."""
+
+    name: str
+    measure: Callable[[Lab], Scores]
+    claims: tuple[Claim, ...] = ()
+
+
+def find_experiments() -> dict[str, Experiment]:
+    """The experiments of all modules of this package, by name."""
+    found = {}
+    for module in pkgutil.iter_modules(benchmarks.quality.__path__):
+        if module.name != "__main__":
+            contents = importlib.import_module(f"benchmarks.quality.{module.name}")
+            found.update({one.name: one for one in getattr(contents, "EXPERIMENTS", ())})
+    return found
