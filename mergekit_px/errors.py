@@ -15,6 +15,7 @@
     │   └── OutputError               4   the output place cannot be used
     └── RunError                      5   the run stopped; ``--resume`` continues it
         ├── NonFiniteError            5   a NaN or an infinity in a source or a result
+        ├── DivergedError             5   a loss or a weight in training is not finite any more
         ├── WriteError                5   the disk refused
         └── OutputLockedError         5   another run is writing there
 
@@ -102,6 +103,10 @@ class RunError(PxmergeError):
 
 
 class NonFiniteError(RunError):
+    pass
+
+
+class DivergedError(RunError):
     pass
 
 

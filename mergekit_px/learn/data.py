@@ -96,13 +96,23 @@ def load_examples(path: str | Path) -> Examples:
         InputError: no such file, not of these formats, Python objects in it, and as `examples` does.
     """
     where = str(path)
+    return examples(read_arrays(path), where)
+
+
+def read_arrays(path: str | Path) -> dict[str, Tensor]:
+    """The arrays of a ``.npz`` or safetensors file, by name, in the machine's byte order.
+
+    Raises:
+        InputError: no such file, not of these formats, or not numbers.
+    """
+    where = str(path)
     file = Path(path).expanduser()
     if not file.is_file():
         raise InputNotFoundError("no such data file", where=where)
     if file.suffix == ".npz":
-        return examples(_read_npz(file, where), where)
+        return _read_npz(file, where)
     if file.suffix == ".safetensors":
-        return examples(read_tensors(open_checkpoint(file, label=where)), where)
+        return read_tensors(open_checkpoint(file, label=where))
     raise InputError("data comes as .npz or .safetensors", where=where)
 
 

@@ -35,7 +35,7 @@ from mergekit_px.learn.data import (
     to_device,
 )
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
-from mergekit_px.learn.transfer.objective import check_fit, forward, logits_of
+from mergekit_px.learn.objective import check_fit, forward, logits_of
 from mergekit_px.methods.fisher import FISHER
 from mergekit_px.methods.regmean import GRAM
 

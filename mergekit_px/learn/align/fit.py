@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_px.errors import DivergedError
 from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.data import LABELS, Batch, Examples, shuffled, to_device
-from mergekit_px.learn.transfer.side import DivergedError
-from mergekit_px.learn.transfer.state import load_state, save_state, under
+from mergekit_px.learn.state import load_state, save_state, under
 
 Trace = list[tuple[int, float | None, float]]
 

@@ -10,9 +10,9 @@ from torch.func import functional_call
 
 from mergekit_px.learn.data import IGNORED, LABELS, Batch, forward_names
 from mergekit_px.learn.models import LearningModel
+from mergekit_px.learn.objective import logits_of
 from mergekit_px.learn.ofasd.blend import Site
 from mergekit_px.learn.ofasd.objective import cross_entropy
-from mergekit_px.learn.transfer.objective import logits_of
 
 
 class ChangedModel:

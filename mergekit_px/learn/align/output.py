@@ -20,7 +20,7 @@ from mergekit_px.errors import WriteError
 from mergekit_px.learn.align.rotations import Rotations
 from mergekit_px.learn.models import LearningModel, read_tensors
 from mergekit_px.learn.ofasd.blend import Site
-from mergekit_px.learn.transfer.output import write_model
+from mergekit_px.learn.output import write_model
 
 if TYPE_CHECKING:
     from mergekit_px.learn.align.run import AlignOptions

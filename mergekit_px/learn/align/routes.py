@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_px.errors import RunError
+from mergekit_px.errors import DivergedError, RunError
 from mergekit_px.learn.align.direct import Crossed, gradfix, gradient_signs, theseus
 from mergekit_px.learn.align.fit import Fit
 from mergekit_px.learn.align.forward import ChangedModel
@@ -18,7 +18,6 @@ from mergekit_px.learn.align.pieces import Piece
 from mergekit_px.learn.align.rotations import Rotations
 from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.data import Batch, Examples, derived_seed, to_device
-from mergekit_px.learn.transfer.side import DivergedError
 
 Deltas = Mapping[str, Tensor]
 Keep = Callable[[Deltas, Rotations | None], None]

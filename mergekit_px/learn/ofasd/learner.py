@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_px.errors import DivergedError
 from mergekit_px.learn.data import LABELS, Batch, Examples, shuffled, to_device
 from mergekit_px.learn.ofasd.batch_norm import batch_norms, batch_statistics, reestimate
 from mergekit_px.learn.ofasd.blend import Blend
 from mergekit_px.learn.ofasd.objective import TEACHER, cross_entropy, distillation, entropy, penalty, predict
 from mergekit_px.learn.ofasd.settings import Settings
-from mergekit_px.learn.transfer.side import DivergedError
-from mergekit_px.learn.transfer.state import load_state, save_state
+from mergekit_px.learn.state import load_state, save_state
 
 Tell = Callable[[int, float], None]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergekit_px.learn.data import IGNORED, LABELS, Batch, forward_names
-from mergekit_px.learn.transfer.objective import logits_of
+from mergekit_px.learn.objective import logits_of
 
 TEACHER = "teacher log-probabilities"
 """An array beside the data: no forward pass has an argument of that name."""

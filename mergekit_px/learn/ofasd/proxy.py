@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import InputError
 from mergekit_px.learn.data import (
     IGNORED,
     LABELS,
     Examples,
-    _read_npz,
     examples,
-    load_examples,
+    read_arrays,
     require_classes,
     to_device,
 )
-from mergekit_px.learn.models import read_tensors
-from mergekit_px.learn.transfer.objective import check_fit
+from mergekit_px.learn.objective import check_fit
 
 
 def load_proxy(path: str) -> tuple[Examples, bool]:
@@ -30,12 +26,10 @@ def load_proxy(path: str) -> tuple[Examples, bool]:
     Raises:
         InputError: as `load_examples` does, and for labels that are not classes.
     """
-    file = Path(path).expanduser()
-    if file.is_file() and file.suffix in (".npz", ".safetensors"):
-        arrays = _read_npz(file, path) if file.suffix == ".npz" else read_tensors(open_checkpoint(file, label=path))
-        if LABELS not in arrays:
-            return _without_labels(arrays, path), False
-    found = load_examples(path)
+    arrays = read_arrays(path)
+    if LABELS not in arrays:
+        return _without_labels(arrays, path), False
+    found = examples(arrays, path)
     if found.arrays[LABELS].is_floating_point():
         raise InputError("the labels are values, not classes", where=path, hint="number the classes from 0")
     return found, True

@@ -24,7 +24,7 @@ from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.errors import RunError, UsageError
+from mergekit_px.errors import DivergedError, RunError, UsageError
 from mergekit_px.learn.data import Examples, split_rows
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, parameters_of
@@ -37,7 +37,6 @@ from mergekit_px.learn.ofasd.output import write_result
 from mergekit_px.learn.ofasd.proxy import check_data, load_proxy
 from mergekit_px.learn.ofasd.scores import Bench, teacher_scores, warnings_about
 from mergekit_px.learn.ofasd.settings import Settings
-from mergekit_px.learn.transfer.side import DivergedError
 
 UNFINISHED = ".ofasd"
 REPORT_FILE = "report.json"

@@ -14,7 +14,7 @@ from mergekit_px.errors import InputNotFoundError, RunError, UsageError
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.data import LABELS, Examples, require_classes, to_device
 from mergekit_px.learn.models import find_checkpoint, load_model
-from mergekit_px.learn.transfer.objective import check_fit
+from mergekit_px.learn.objective import check_fit
 from mergekit_px.learn.tune.training import evaluate
 
 Score = Callable[[Path], float]

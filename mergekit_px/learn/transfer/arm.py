@@ -15,26 +15,23 @@ import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.errors import PlanError
+from mergekit_px.errors import DivergedError, PlanError
 from mergekit_px.learn.data import Examples, derived_seed, seeded
 from mergekit_px.learn.models import LearningModel, load_model, read_tensors
+from mergekit_px.learn.state import Tensors, load_state, save_state, under
 from mergekit_px.learn.transfer.digits import BUILT_IN_MODELS
 from mergekit_px.learn.transfer.exchange import Exchange, Link, all_finite, planned_transfers, sham_matrix
 from mergekit_px.learn.transfer.factors import Factors
 from mergekit_px.learn.transfer.plan import Control, Model, Pair, Transfer
 from mergekit_px.learn.transfer.ranks import chosen_rank, pair_ranks
-from mergekit_px.learn.transfer.side import DivergedError, Side, load_data
+from mergekit_px.learn.transfer.side import Side, load_data
 from mergekit_px.learn.transfer.state import (
-    Tensors,
     exchange_state,
-    load_state,
     module_state,
     restore_exchange,
     restore_module,
     restore_side,
-    save_state,
     side_state,
-    under,
 )
 from mergekit_px.recipe.nearest import hint_for
 

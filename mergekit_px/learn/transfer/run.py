@@ -26,17 +26,16 @@ from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.lock import DirectoryLock
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.errors import InputError, OutputError, RunError, UsageError, WriteError
+from mergekit_px.errors import DivergedError, InputError, OutputError, RunError, UsageError, WriteError
 from mergekit_px.learn.data import Examples
 from mergekit_px.learn.models import find_checkpoint
+from mergekit_px.learn.output import write_model
+from mergekit_px.learn.state import other_plan
 from mergekit_px.learn.transfer.arm import Arm, ArmResult, Entrant, Kind, Trial
 from mergekit_px.learn.transfer.load import LoadedTransferPlan
-from mergekit_px.learn.transfer.output import write_model
 from mergekit_px.learn.transfer.plan import Model, Transfer
 from mergekit_px.learn.transfer.presets import filled_model, filled_transfer
 from mergekit_px.learn.transfer.report import REPORT_FILES, Results, write_report
-from mergekit_px.learn.transfer.side import DivergedError
-from mergekit_px.learn.transfer.state import other_plan
 
 UNFINISHED = ".transfer"
 PLAN_FILE = "plan.yaml"

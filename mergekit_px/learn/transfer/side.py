@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mergekit_px.errors import InputError, PlanError, RunError
+from mergekit_px.errors import DivergedError, InputError, PlanError
 from mergekit_px.learn.data import (
     LABELS,
     Batch,
@@ -25,17 +25,13 @@ from mergekit_px.learn.data import (
     to_device,
 )
 from mergekit_px.learn.models import LearningModel, user_function
+from mergekit_px.learn.objective import Loss, Metric, check_fit, loss_function, metric_function
 from mergekit_px.learn.transfer.exchange import all_finite
 from mergekit_px.learn.transfer.factors import Factors
-from mergekit_px.learn.transfer.objective import Loss, Metric, check_fit, loss_function, metric_function
 from mergekit_px.learn.transfer.plan import Data, Model
 
 PARTS = ("train", "validation", "test")
 DIGITS = "digits"
-
-
-class DivergedError(RunError):
-    """A loss, a weight or a new factor is not finite any more."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.artefact import write_report, write_tensors
 from mergekit_px.learn.data import LABELS, Examples, load_examples, require_classes, split_rows, to_device
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
-from mergekit_px.learn.transfer.objective import check_fit
-from mergekit_px.learn.transfer.output import write_model
+from mergekit_px.learn.objective import check_fit
+from mergekit_px.learn.output import write_model
 from mergekit_px.learn.tune.components import COMPONENTS_KIND, Components, read_components
 from mergekit_px.learn.tune.substitution import TunedValues
 from mergekit_px.learn.tune.training import Progress, Schedule, Tell, Training, evaluate

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_px.learn.data import LABELS, Examples, shuffled, to_device
-from mergekit_px.learn.transfer.objective import loss_function, metric_function
-from mergekit_px.learn.transfer.state import load_state, save_state
+from mergekit_px.learn.objective import loss_function, metric_function
+from mergekit_px.learn.state import load_state, save_state
 from mergekit_px.learn.tune.substitution import TunedValues
 
 
