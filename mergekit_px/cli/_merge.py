@@ -32,13 +32,15 @@ def merge_file(path: str, options: RunOptions) -> int:
 
 def merge_mapping(recipe: Mapping[str, Any], options: RunOptions) -> int:
     """Carry out a recipe given as data, as a method's command makes it."""
+    return merge(load_mapping(recipe, options), options)
+
+
+def load_mapping(recipe: Mapping[str, Any], options: RunOptions) -> LoadedRecipe:
+    """A recipe given as data, with the changes that ``--set`` asks for. Raises ``RecipeError``."""
     from mergekit_px.plan.method_catalog import method_catalog
     from mergekit_px.recipe.load import recipe_from_mapping
-    from mergekit_px.recipe.overrides import apply_overrides
-    from mergekit_px.recipe.yaml_text import node_of
 
-    changed = apply_overrides(node_of(recipe, "command line"), options.overrides()).data()
-    return merge(recipe_from_mapping(changed, methods=method_catalog()), options)
+    return recipe_from_mapping(recipe, methods=method_catalog(), name="command line", overrides=options.overrides())
 
 
 def merge(loaded: LoadedRecipe, options: RunOptions) -> int:

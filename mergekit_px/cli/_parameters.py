@@ -29,6 +29,7 @@ class ParameterOption:
         per_source: takes one value, or one for each source.
         is_list: the value itself is a list.
         bounds: comparison -> number that every value must satisfy.
+        words: a number may also be a word such as ``10%``, whose form the declaration checks.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ParameterOption:
     choices: tuple[str, ...]
     bounds: Mapping[str, float]
     whole: bool
+    words: bool
 
     @property
     def flag(self) -> str:
@@ -88,6 +90,8 @@ class ParameterOption:
 
     def _parse(self, word: str) -> Any:
         if word in self.choices:
+            return word
+        if self.words and not is_numbers(word):
             return word
         if self.kind == "numbers":
             return self._check(parse_numbers(word, self.flag, whole=self.whole))
@@ -179,6 +183,7 @@ def _option(name: str, entry: Mapping[str, Any], forms: list[Mapping[str, Any]],
         choices=choices,
         bounds=bounds,
         whole=numeric == {"integer"},
+        words=bool(numeric) and any("pattern" in form for form in scalars),
     )
 
 

@@ -57,7 +57,7 @@ def method_command(method: Method) -> Callable[..., int]:
 
     def command(**given: Any) -> int:
         run = given.pop("options")
-        return merge_mapping(_recipe(method, options, given), run)
+        return merge_mapping(method_recipe(method, options, given), run)
 
     command.__doc__ = _help(method, options)
     command.__signature__ = inspect.Signature(_parameters(method, options))  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ def _parameters(method: Method, options: Sequence[ParameterOption]) -> list[insp
     return [*parameters, parameter("options", RunOptions)]
 
 
-def _recipe(method: Method, options: Sequence[ParameterOption], given: dict[str, Any]) -> dict[str, Any]:
+def method_recipe(method: Method, options: Sequence[ParameterOption], given: dict[str, Any]) -> dict[str, Any]:
     """The recipe that the command line means. Raises ``UsageError``."""
     references: list[str] = given["sources"]
     check_source_count(method, len(references))

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mergekit_px.cli._arguments import is_numbers
-from mergekit_px.cli._merge import merge_mapping
+from mergekit_px.cli._merge import load_mapping, merge_mapping
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Output, output_for
 from mergekit_px.cli._parameters import parameter_options
 from mergekit_px.cli._progress import progress_on
-from mergekit_px.cli.method import _recipe, method_command
+from mergekit_px.cli.method import method_command, method_recipe
 from mergekit_px.errors import UsageError
 from mergekit_px.methods import find_method
 
@@ -52,9 +51,6 @@ ReportFile = Annotated[
 ]
 _OPTIONS: Mapping[str, Any] = {"form": As, "into": Into, "report": ReportFile}
 
-_WORDS = ("top_k", "split")
-"""Numbers that may be words too: ``10%``, ``2048+512``."""
-
 _EXAMPLES = """
   pxmerge svd --base ./base --sources ./math ./code --top-k 64 --as components -o ./pool
   pxmerge svd --into ./pool --sources ./law"""
@@ -74,9 +70,8 @@ def _command() -> Callable[..., int]:
         if into is not None:
             _complete(given, into)
             run = run if run.output is not None else dataclasses.replace(run, output=into, overwrite=True)
-        words = {name: given[name] for name in _WORDS if given[name] is not None and not is_numbers(given[name])}
-        recipe = _recipe(method, options, given | dict.fromkeys(words))
-        params = {**recipe["merge"].get("params", {}), **words}
+        recipe = method_recipe(method, options, given)
+        params = recipe["merge"].get("params", {})
         if into is not None:
             params = {**_settings(into), **params}
             form = "components"
@@ -137,13 +132,8 @@ def _plan(recipe: Mapping[str, Any], run: RunOptions) -> Plan:
     """The plan, with its inputs on this machine."""
     from mergekit_px.execute.run import fetch_inputs
     from mergekit_px.plan.build import build_plan
-    from mergekit_px.plan.method_catalog import method_catalog
-    from mergekit_px.recipe.load import recipe_from_mapping
-    from mergekit_px.recipe.overrides import apply_overrides
-    from mergekit_px.recipe.yaml_text import node_of
 
-    changed = apply_overrides(node_of(recipe, "command line"), run.overrides()).data()
-    return fetch_inputs(build_plan(recipe_from_mapping(changed, methods=method_catalog()), run.plan_options()))
+    return fetch_inputs(build_plan(load_mapping(recipe, run), run.plan_options()))
 
 
 def _write(
@@ -155,7 +145,8 @@ def _write(
     output = output_for(json=run.json, quiet=run.quiet)
     plan = _plan(recipe, run)
     for note in plan.notes:
-        output.note(f"note: {note}")
+        if note not in plan.config_notes:
+            output.note(f"note: {note}")
     if report is not None:
         _report(plan, sources, report, output)
     with progress_on(output) as advance:

@@ -48,6 +48,9 @@ def write_lora(plan: Plan, advance: Callable[[int, int], None] = lambda done, to
     ranks = {name: 0 for name, tensor in checkpoint.tensors.items() if len(tensor.shape) >= 2}
     for one in merges.values():
         parts = parts_of(one.item.shape, one.name, one.params, _source_count(one))
+        if any(part.place is not None for part in parts):
+            what = "an adapter of rank K has no stack of matrices"
+            raise UsageError(what, where=one.name, hint="write a checkpoint or components")
         if len(parts) > 1:
             raise UsageError("an adapter of rank K has no matrices in parts", where=one.name, hint="--split 1")
         if parts:

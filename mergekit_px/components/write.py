@@ -1,8 +1,9 @@
 """Pools of components as folders: made from a plan, or grown from an older pool.
 
 ``components.safetensors`` holds ``NAME.U`` (m, k), ``NAME.S`` (k) and ``NAME.V`` (n, k) for each tensor that is merged
-as a matrix (rows of n elements), and ``NAME.delta`` for each that is averaged, all float32; ``pool.json`` beside it
-says whose components they are. A pool that has room for more components than there are ends in zeros.
+as a matrix (rows of n elements), the same with an axis before for a stack of matrices, and ``NAME.delta`` for each that
+is averaged, all float32; ``pool.json`` beside it says whose components they are. A pool that has room for more
+components than there are ends in zeros.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import BASE_KEY, KIND_KEY
 from mergekit_px.checkpoint.writer import CheckpointWriter
 from mergekit_px.components.deltas import DeltaReader, Merge, base_print, merges_of, open_deltas, single_base
-from mergekit_px.components.parts import Part, parts_of
+from mergekit_px.components.parts import Part, factor_shapes, parts_of
 from mergekit_px.components.record import RECORD_FILE, PartRecord, PoolRecord, TensorRecord, read_record
 from mergekit_px.errors import InputError, PlanError, UsageError
 from mergekit_px.execute.items import as_bytes
@@ -135,16 +136,8 @@ def _check(merges: Sequence[Merge]) -> None:
 
 def _planned(one: Merge, parts: Sequence[Part]) -> list[OutputTensor]:
     single = parse_dtype("F32")
-    shape = one.item.shape
-    if not parts:
-        return [OutputTensor(f"{one.name}.delta", single, shape)]
-    width = parts[-1].right
-    columns = one.item.elements // shape[0]
-    return [
-        OutputTensor(f"{one.name}.U", single, (shape[0], width)),
-        OutputTensor(f"{one.name}.S", single, (width,)),
-        OutputTensor(f"{one.name}.V", single, (columns, width)),
-    ]
+    shapes = factor_shapes(one.item.shape, parts) if parts else {"delta": one.item.shape}
+    return [OutputTensor(f"{one.name}.{suffix}", single, shape) for suffix, shape in shapes.items()]
 
 
 def _started(
@@ -163,7 +156,7 @@ def _fill(pools: Sequence[ComponentPool], parts: Sequence[Part], one: Merge, rea
         return
     operands = reader.operands(one.node, one.item)
     for source, weight in enumerate(operands.weights):
-        factored = reader.factored(one.node, source) if len(parts) == 1 else None
+        factored = reader.factored(one.node, source) if len(parts) == 1 and parts[0].place is None else None
         if factored is not None:
             pools[0].add(factored, weight)
             continue
@@ -174,20 +167,15 @@ def _fill(pools: Sequence[ComponentPool], parts: Sequence[Part], one: Merge, rea
 
 def _factors(pools: Sequence[ComponentPool], parts: Sequence[Part], one: Merge) -> dict[str, Tensor]:
     """``U``, ``S`` and ``V`` of all parts side by side."""
-    like = pools[0].s
-    columns = one.item.elements // one.item.shape[0]
-    u = like.new_zeros(one.item.shape[0], parts[-1].right)
-    s = like.new_zeros(parts[-1].right)
-    v = like.new_zeros(columns, parts[-1].right)
+    u, s, v = (pools[0].s.new_zeros(shape) for shape in factor_shapes(one.item.shape, parts).values())
     for pool, part in zip(pools, parts, strict=True):
         left, right = pool.u, pool.v
         if one.params.orthogonalise and len(pool.s):
             merged = pool.orthogonalised()
             left, right = merged.left / pool.s, merged.right
-        held = slice(part.left, part.left + len(pool.s))
-        u[part.top : part.bottom, held] = left
-        s[held] = pool.s * one.params.scale
-        v[:, held] = right
+        part.of(u)[part.top : part.bottom, part.held(len(pool.s))] = left
+        part.of(s)[part.held(len(pool.s))] = pool.s * one.params.scale
+        part.of(v)[:, part.held(len(pool.s))] = right
     return {"U": u, "S": s, "V": v}
 
 
@@ -239,14 +227,14 @@ class _Older:
         s = s / one.params.scale
         pools: list[ComponentPool] = []
         for part, kept in zip(known, self.record.tensors[one.name].parts, strict=True):
-            fits = u.shape == (one.item.shape[0], known[-1].right) and len(kept.source) <= part.width
-            if not fits:
+            shapes = factor_shapes(one.item.shape, known)
+            if (u.shape, s.shape, v.shape) != tuple(shapes.values()) or len(kept.source) > part.width:
                 raise InputError(f"the components of {shown(one.name)} do not fit it", where=str(self.folder))
-            held = slice(part.left, part.left + len(kept.source))
+            held = part.held(len(kept.source))
             state = {
-                "u": u[part.top : part.bottom, held],
-                "s": s[held],
-                "v": v[:, held],
+                "u": part.of(u)[part.top : part.bottom, held],
+                "s": part.of(s)[held],
+                "v": part.of(v)[:, held],
                 "source": torch.tensor(kept.source, dtype=torch.int64),
                 "order": torch.tensor(kept.order, dtype=torch.int64),
                 "energies": torch.tensor(kept.energies, dtype=torch.float64),

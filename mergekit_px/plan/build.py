@@ -71,7 +71,11 @@ def build_plan(
     if not items:
         raise PlanError("the output would have no tensors", where=loaded.where("output"))
     config_from = config_donor(recipe, target, resolved, loaded)
-    config, config_notes = output_config(recipe, target, config_from, resolved, items, dtype, expressions)
+    config, config_notes = (
+        output_config(recipe, target, config_from, resolved, items, dtype, expressions)
+        if kind == "weights"
+        else (None, [])
+    )
     tokenizer_from = recipe.output.tokenizer_from or config_from
     notes.extend(expressions.notes + config_notes)
     _refuse_quantized(items, resolved)
@@ -93,7 +97,8 @@ def build_plan(
         layout=layout,
         dropped=_dropped(items, resolved, expressions, left_out, used),
         notes=tuple(dict.fromkeys(notes)),
-        config=config if kind == "weights" else None,
+        config_notes=tuple(config_notes),
+        config=config,
         side_files=donated_files(resolved, config_from, tokenizer_from) if kind == "weights" else {},
         config_from=config_from,
         tokenizer_from=tokenizer_from,

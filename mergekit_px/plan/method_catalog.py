@@ -27,7 +27,8 @@ class DeclaredMethods:
             for issue in error.errors(include_url=False):
                 name = str(issue["loc"][0]) if issue["loc"] else ""
                 if name in params:
-                    found.setdefault(name, issue["msg"].replace("Input should be", "must be"))
+                    problem = issue["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+                    found.setdefault(name, problem)
             return list(found.items())
         return []
 

@@ -238,6 +238,8 @@ class Plan:
     layout: OutputLayout
     dropped: tuple[Dropped, ...]
     notes: tuple[str, ...]
+    config_notes: tuple[str, ...]
+    """Those of the notes that are about the config and what is copied beside the weights."""
     config: Mapping[str, Any] | None
     side_files: Mapping[str, str]
     """File name -> the input that it is copied from."""

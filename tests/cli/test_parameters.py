@@ -23,6 +23,7 @@ class WideParams(Params):
     scope: Literal["tensor", "model"] = "tensor"
     limit: float | None = None
     bins: tuple[int, ...] = (1, 2)
+    share: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+%$")] = 1
     name: str = "a"
 
 
@@ -55,6 +56,7 @@ def test_each_parameter_has_a_kind(options: dict[str, ParameterOption]) -> None:
         "scope": "choice",
         "limit": "numbers",
         "bins": "numbers",
+        "share": "numbers",
         "name": "text",
     }
     assert {name for name, option in options.items() if option.takes_several} == {"density", "bins"}
@@ -74,6 +76,8 @@ def test_each_parameter_has_a_kind(options: dict[str, ParameterOption]) -> None:
         ("density", ["0.5"], 0.5),
         ("density", ["0.5", "0.1,0.9"], {"x": 0.5, "y": [0.1, 0.9]}),
         ("bins", ["4", "5", "6"], [4, 5, 6]),
+        ("share", "4", 4),
+        ("share", "4%", "4%"),
         ("name", "0.5", "0.5"),
     ],
 )
@@ -94,6 +98,8 @@ def test_words_become_values(options: dict[str, ParameterOption], name: str, giv
         ("density", ["0.5", "1.5"], "--density must be <= 1, not 1.5"),
         ("density", ["0.1", "0.2", "0.3"], "--density has 3 values for 2 sources"),
         ("rank", "best", "'best' is not a number"),
+        ("share", "0", "--share must be >= 1"),
+        ("share", "0.5", "'0.5' is not a whole number"),
     ],
 )
 def test_a_bad_word_is_named_with_its_flag(

@@ -160,6 +160,43 @@ def test_parts_of_a_split_tensor_are_pooled_apart(svd, weights) -> None:
         np.testing.assert_allclose(product(components(), name), np.concatenate(halves), atol=2e-6)
 
 
+@pytest.mark.parametrize("split", [1, 2])
+def test_matrices_of_a_stack_are_pooled_apart(svd, weights, split: int) -> None:
+    words = ("--top-k", 2, "--split", split, "--as", "components")
+    for source, seed in zip(("base", "a", "b"), (1, 2, 3), strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        write_checkpoint(Path(source), {"experts.weight": torch.randn(3, 6, 5, generator=generator)})
+    assert svd("--base", "base", "--sources", "a", "b", *words, "-o", "whole") == 0
+    assert svd("--base", "base", "--sources", "a", *words, "-o", "pool") == 0
+    assert svd("--into", "pool", "--sources", "b") == 0
+    found = components("whole")
+    assert {name: tuple(one.shape) for name, one in found.items()} == {
+        "experts.weight.U": (3, 6, 2 * split),
+        "experts.weight.S": (3, 2 * split),
+        "experts.weight.V": (3, 5, 2 * split),
+    }
+    stacks = {
+        source: load_file(Path(source) / "model.safetensors")["experts.weight"].double()
+        for source in ("base", "a", "b")
+    }
+    for place in range(3):
+        matrices = [(stacks[source] - stacks["base"])[place].numpy() for source in "ab"]
+        halves = zip(*(np.split(matrix, split) for matrix in matrices), strict=True)
+        wanted = np.concatenate([pooled(list(half), 2)[0] for half in halves])
+        one = {name: tensor[place] for name, tensor in found.items()}
+        np.testing.assert_allclose(product(one, "experts.weight"), wanted, atol=2e-6)
+    for name, tensor in components("pool").items():
+        torch.testing.assert_close(tensor, found[name], rtol=0, atol=2e-6)
+
+
+def test_a_lora_of_a_stack_is_refused(refused, weights) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for source in ("base", "a"):
+        write_checkpoint(Path(source), {"experts.weight": torch.randn(3, 6, 5, generator=generator)})
+    code, error = refused("--base", "base", "--sources", "a", "--as", "lora")
+    assert code == 2 and "experts.weight: an adapter of rank K has no stack of matrices" in error
+
+
 def test_room_that_is_not_needed_is_filled_with_zeros(svd, weights) -> None:
     """Two equal sources of rank one, and one that is the base itself."""
     change = {name: tensor.clone() for name, tensor in weights["base"].items()}
@@ -276,6 +313,16 @@ def test_a_report_tells_what_was_pooled(svd, weights) -> None:
             assert source["pool_share"] == pytest.approx(share, abs=1e-6)
             assert source["energy_kept"] == pytest.approx((values[:4] ** 2).sum() / (values**2).sum(), rel=1e-5)
     assert sum(report["pool_share"]) == pytest.approx(1)
+
+
+def test_a_pool_says_nothing_of_a_config(weights, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("base", "a"):
+        (Path(folder) / "config.json").write_text("{}")
+    words = ["svd", "--sources", "a", "b", "--top-k", "5"]
+    assert main([*words, "--base", "base", "--as", "components", "-o", "pool"]) == 0
+    assert "config" not in capsys.readouterr().err
+    assert main(words) == 0
+    assert "config and side files come from 'a'" in capsys.readouterr().err
 
 
 def test_the_line_without_options_still_writes_a_checkpoint(svd) -> None:

@@ -178,6 +178,68 @@ def test_a_pool_of_several_models_is_decomposed_first(made) -> None:
     assert again.left is found.left and again.right is found.right
 
 
+STACKED = """
+import torch
+from torch import nn
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 6, 3))
+
+    def forward(self, x):
+        return torch.einsum("bi,eio->bo", x, torch.tanh(self.experts))
+"""
+
+
+@pytest.mark.parametrize(("core", "top"), [(False, None), (False, 1), (True, 2)])
+def test_a_stack_of_matrices_is_tuned_matrix_by_matrix(tmp_path: Path, core: bool, top: int | None) -> None:
+    torch.manual_seed(0)
+    (tmp_path / "code.py").write_text(STACKED)
+    base, update = torch.randn(4, 6, 3), torch.randn(4, 6, 3)
+    update[2] = torch.outer(torch.randn(6), torch.randn(3))  # one component less than the others
+    write_checkpoint(tmp_path / "base", {"experts": base})
+    u, s, vt = torch.linalg.svd(update, full_matrices=False)
+    tensors = {"experts.U": u, "experts.S": s, "experts.V": vt.mT}
+    save_file(
+        {name: one.contiguous() for name, one in tensors.items()},
+        tmp_path / "c.safetensors",
+        {"pxmerge.kind": "components"},
+    )
+    model = load_model(open_checkpoint(tmp_path / "base"), f"{tmp_path / 'code.py'}:Experts", allow_code=True)
+    tuned = TunedValues(model, read_components(tmp_path / "c.safetensors"), top=top, core=core)
+    x = torch.randn(5, 6)
+    wanted = torch.einsum("bi,eio->bo", x, torch.tanh(base + update))
+    torch.testing.assert_close(tuned.substituted()(x=x), wanted)
+    tuned.substituted()(x=x).square().sum().backward()
+    assert tuned.values.grad is not None and bool((tuned.values.grad != 0).any())
+    with torch.no_grad():
+        tuned.values *= 0.5
+    artefact = tuned.artefact()
+    save_file(artefact, tmp_path / "again.safetensors", {"pxmerge.kind": "components"})
+    again = read_components(tmp_path / "again.safetensors")
+    stored = torch.einsum("emk,ek,enk->emn", *(artefact[f"experts.{part}"] for part in "USV"))
+    tuned.write()
+    torch.testing.assert_close(model.module.experts.detach(), base + stored)
+    if top is None:
+        torch.testing.assert_close(stored, 0.5 * update)
+    assert list(again.factors) == [f"experts[{place}]" for place in range(4)]
+
+
+def test_a_stack_of_another_size_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(STACKED)
+    write_checkpoint(tmp_path / "base", {"experts": torch.zeros(4, 6, 3)})
+    shapes = {"experts.U": (3, 6, 2), "experts.S": (3, 2), "experts.V": (3, 3, 2)}
+    save_file(
+        {name: torch.ones(shape) for name, shape in shapes.items()},
+        tmp_path / "c.safetensors",
+        {"pxmerge.kind": "components"},
+    )
+    model = load_model(open_checkpoint(tmp_path / "base"), f"{tmp_path / 'code.py'}:Experts", allow_code=True)
+    with pytest.raises(TensorMismatchError, match=r"the update of experts is \[3, 6, 3\] and the tensor \[4, 6, 3\]"):
+        TunedValues(model, read_components(tmp_path / "c.safetensors"))
+
+
 def test_what_is_trained_does_not_depend_on_how_many_were_merged(made) -> None:
     assert len(values_of(made).values) == 2 * RANK
     assert len(values_of(made, top=2).values) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import TensorMismatchError, UsageError
 from mergekit_px.learn.models import LearningModel
-from mergekit_px.learn.tune.components import Components, Factors
+from mergekit_px.learn.tune.components import Components, Factors, as_stored, tensor_of
 
 _NOTHING = 1e-6
 """Share of the largest singular value below which one is rounding: its vectors mean nothing and are not trained."""
@@ -22,12 +23,11 @@ _NOTHING = 1e-6
 
 @dataclass(frozen=True)
 class _Matrix:
-    """One tuned tensor. ``left`` (m, N) and ``right`` (n, N) are the trained components."""
+    """One tuned matrix. ``free`` are the trained components, (m, N) and (n, N), whose values are those of the start."""
 
-    name: str
+    label: str
     inner: str
-    left: Tensor
-    right: Tensor
+    free: Factors
     rest: Factors
     slots: slice
     """Its part of the trained values: N of them, or N x N in row order for a core."""
@@ -64,10 +64,12 @@ class TunedValues:
         self._components = components
         self._frozen: dict[str, Factors] = {}
         self._matrices: list[_Matrix] = []
-        chosen = [name for name in components.factors if any(fnmatchcase(name, glob) for glob in match)]
+        names = {label: tensor_of(label, factors) for label, factors in components.factors.items()}
+        stacks = Counter(names.values())
+        chosen = [label for label, name in names.items() if any(fnmatchcase(name, glob) for glob in match)]
         if not chosen:
             raise UsageError(f"no matrix is called {', '.join(match)}", where=components.where)
-        most = max(components.factors[name].count for name in chosen)
+        most = max(components.factors[label].count for label in chosen)
         if top is not None and top > most:
             raise UsageError(
                 f"{top} singular values are to be trained and {most} are the most that a matrix has",
@@ -82,15 +84,21 @@ class TunedValues:
                 if delta.shape != target.shape:
                     raise self._mismatch(name, delta.shape, target.shape)
                 target.add_(delta.to(target))
-            for name, factors in components.factors.items():
+            for label, factors in components.factors.items():
+                name = names[label]
                 target = self._target(name)
                 shape = (len(factors.left), len(factors.right))
-                if not _is_matrix_of(target.shape, *shape):
+                if factors.place is not None:
+                    if target.shape != (stacks[name], *shape):
+                        raise self._mismatch(name, (stacks[name], *shape), target.shape)
+                    target = target[factors.place]
+                elif not _is_matrix_of(target.shape, *shape):
                     raise self._mismatch(name, shape, target.shape)
                 target = target.view(shape)
-                factors = Factors(*(one.to(target) for one in (factors.left, factors.values, factors.right)))
-                if name not in chosen:
-                    self._frozen[name] = factors
+                left, values, right = (one.to(target) for one in (factors.left, factors.values, factors.right))
+                factors = Factors(left, values, right, factors.place)
+                if label not in chosen:
+                    self._frozen[label] = factors
                     target.add_(_product(factors))
                     continue
                 factors = decomposed(factors)
@@ -98,10 +106,10 @@ class TunedValues:
                 target.add_(_product(rest))
                 start = torch.diag(free.values).flatten() if core else free.values
                 slots = slice(begin, begin + len(start))
-                self._matrices.append(_Matrix(name, model.names[name], free.left, free.right, rest, slots))
+                self._matrices.append(_Matrix(label, model.names[name], free, rest, slots))
                 initial.append(start)
                 begin = slots.stop
-        inner = [matrix.inner for matrix in self._matrices]
+        inner = [(matrix.inner, matrix.free.place) for matrix in self._matrices]
         if len(set(inner)) < len(inner):
             raise TensorMismatchError("two of its matrices are one tensor of the model", where=components.where)
         self.values = nn.Parameter(torch.cat(initial))
@@ -113,9 +121,12 @@ class TunedValues:
 
     def _tensors(self) -> dict[str, Tensor]:
         parameters = self.model.module.state_dict(keep_vars=True)
+        updates: dict[str, list[Tensor]] = {}
+        for matrix in self._matrices:
+            updates.setdefault(matrix.inner, []).append(self._update(matrix))
         return {
-            matrix.inner: parameters[matrix.inner].detach() + self._update(matrix).view_as(parameters[matrix.inner])
-            for matrix in self._matrices
+            inner: parameters[inner].detach() + torch.cat(parts).view_as(parameters[inner])
+            for inner, parts in updates.items()
         }
 
     @torch.no_grad()
@@ -134,24 +145,24 @@ class TunedValues:
         every = dict(self._frozen)
         for matrix in self._matrices:
             free = self.values.detach()[matrix.slots]
-            left, right = matrix.left, matrix.right
+            left, right = matrix.free.left, matrix.free.right
             if self.core:
                 turn, free, other = torch.linalg.svd(free.view(left.shape[1], -1))
                 left, right = left @ turn, right @ other.T
-            every[matrix.name] = Factors(
+            every[matrix.label] = Factors(
                 torch.cat([left, matrix.rest.left], 1),
                 torch.cat([free, matrix.rest.values]),
                 torch.cat([right, matrix.rest.right], 1),
+                matrix.free.place,
             )
-        for name, factors in every.items():
-            found |= {f"{name}.U": factors.left, f"{name}.S": factors.values, f"{name}.V": factors.right}
+        found |= as_stored(every)
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
     def _update(self, matrix: _Matrix) -> Tensor:
-        free = self.values[matrix.slots]
+        free, (left, right) = self.values[matrix.slots], (matrix.free.left, matrix.free.right)
         if self.core:
-            return matrix.left @ free.view(matrix.left.shape[1], -1) @ matrix.right.T
-        return (matrix.left * free) @ matrix.right.T
+            return left @ free.view(left.shape[1], -1) @ right.T
+        return (left * free) @ right.T
 
     def _target(self, name: str) -> Tensor:
         found = self.model.tensor(name)
@@ -185,14 +196,14 @@ def decomposed(factors: Factors) -> Factors:
     """
     kept = factors.values != 0
     if bool(kept.any()) and not bool(kept.all()):
-        factors = Factors(factors.left[:, kept], factors.values[kept], factors.right[:, kept])
+        factors = factors.columns(kept)
     if _is_orthonormal(factors.left) and _is_orthonormal(factors.right):
         return factors
     left, inner_left = torch.linalg.qr(factors.left)
     right, inner_right = torch.linalg.qr(factors.right)
     turn, values, other = torch.linalg.svd((inner_left * factors.values) @ inner_right.T, full_matrices=False)
     count = max(1, int((values > _NOTHING * values[0]).sum()))
-    return Factors((left @ turn)[:, :count], values[:count], (right @ other.T)[:, :count])
+    return Factors((left @ turn)[:, :count], values[:count], (right @ other.T)[:, :count], factors.place)
 
 
 def _is_orthonormal(vectors: Tensor) -> bool:
@@ -209,11 +220,7 @@ def _is_matrix_of(shape: Sequence[int], rows: int, columns: int) -> bool:
 def _parted(factors: Factors, count: int) -> tuple[Factors, Factors]:
     """The ``count`` components with the largest values, and the others."""
     order = torch.argsort(factors.values.abs(), descending=True, stable=True)
-    first, rest = (
-        Factors(factors.left[:, rows], factors.values[rows], factors.right[:, rows])
-        for rows in (order[:count], order[count:])
-    )
-    return first, rest
+    return factors.columns(order[:count]), factors.columns(order[count:])
 
 
 def _product(factors: Factors) -> Tensor:
