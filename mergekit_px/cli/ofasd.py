@@ -102,6 +102,10 @@ Norms = Annotated[
 ]
 Validation = Annotated[float, typer.Option("--validation", metavar="X", min=0, max=1, help="Share that selects.")]
 Test = Annotated[float, typer.Option("--test", metavar="X", min=0, max=1, help="Share that the report is about.")]
+Precision = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option("--precision", help="Of forward and backward passes; weights and coefficients stay in float32."),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the split, the order and random groups.")]
 Stream = Annotated[
     bool, typer.Option("--stream", help="Read task vectors from their files in every step; memory for one at a time.")
@@ -139,6 +143,7 @@ def ofasd(
     evaluate_every: Every = 20,
     patience: Patience = 10,
     batch_norm: Norms = "reestimate",
+    precision: Precision = "float32",
     validation: Validation = 0.2,
     test: Test = 0.2,
     seed: Seed = 0,
@@ -189,6 +194,7 @@ def ofasd(
         evaluate_every=evaluate_every,
         patience=patience,
         batch_norm=batch_norm,
+        precision=precision,
         validation=validation,
         test=test,
         seed=seed,

@@ -37,7 +37,12 @@ Factory = Annotated[
     str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
 ]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the function of --model.")]
+Precision = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option("--precision", help="Of forward and backward passes; sums stay in float32 and float64."),
+]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run that was to write the file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file.")]
 
 
@@ -52,7 +57,9 @@ def stats(
     seed: Seed = 0,
     factory: Factory = None,
     allow_code: AllowCode = False,
+    precision: Precision = "float32",
     device: Device = "auto",
+    resume: Resume = False,
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
     json: Json = False,
@@ -69,20 +76,23 @@ def stats(
       pxmerge stats ./math --data math.npz -o math-statistics.safetensors --what fisher --labels sampled
       pxmerge fisher --sources ./math ./code math-statistics.safetensors code-statistics.safetensors
     """
+    if resume and overwrite:
+        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
     kinds = tuple(dict.fromkeys(what or ("fisher", "gram")))
     if unknown := [kind for kind in kinds if kind not in ("fisher", "gram")]:
         raise UsageError(f"there are no statistics '{unknown[0]}'", where="--what", hint="give fisher, gram or both")
-    from mergekit_px.learn.stats import StatsOptions, measure, require_new
+    from mergekit_px.learn.stats import StatsOptions, measure
 
     sink = output_for(json=json, quiet=quiet)
-    require_new(output, overwrite=overwrite)
     options = StatsOptions(
         kinds=kinds,  # type: ignore[arg-type]
         labels=labels,
         examples=examples,
         batch=batch,
         seed=seed,
+        precision=precision,
         device=device,
+        mode="resume" if resume else "overwrite" if overwrite else "new",
         factory=factory,
         allow_code=allow_code,
         allow_pickle=allow_pickle,

@@ -41,6 +41,10 @@ Rate = Annotated[float, typer.Option("--rate", metavar="X", min=0.0, help="Learn
 Decay = Annotated[float, typer.Option("--decay", metavar="X", min=0.0, help="Weight decay, towards the base.")]
 Clip = Annotated[float, typer.Option("--clip", metavar="X", min=0.0, help="Largest norm of a gradient.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Draws the parts of the data and their order.")]
+Precision = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option("--precision", help="Of forward and backward passes; values and weights stay in float32."),
+]
 Factory = Annotated[
     str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
 ]
@@ -69,6 +73,7 @@ def tune(
     decay: Decay = 0.1,
     clip: Clip = 1.0,
     seed: Seed = 0,
+    precision: Precision = "float32",
     factory: Factory = None,
     allow_code: AllowCode = False,
     device: Device = "auto",
@@ -106,7 +111,7 @@ def tune(
         match=tuple(match or ("*",)),
         validation=shares["--validation"],
         test=shares["--test"],
-        schedule=Schedule(epochs, batch, rate, decay, clip, seed),
+        schedule=Schedule(epochs, batch, rate, decay, clip, seed, precision),
         device=device,
         mode=mode,
         factory=factory,

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from mergekit_px.checkpoint.dtypes import dtype_of
 from mergekit_px.checkpoint.header import build_header
+from mergekit_px.checkpoint.positional import sync
 from mergekit_px.errors import WriteError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file over the one before it, in one rename. Raises ``WriteError``."""
+    """Write a safetensors file over the one before it, in one rename; tensors go one by one, without a copy.
+
+    Raises:
+        WriteError: the disk refuses.
+    """
     entries = [(name, dtype_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
     start, header = build_header(entries, metadata)
     with _replaced(path) as part, part.open("wb") as file:
@@ -25,12 +30,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         for name in header.entries:
             array: Any = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             file.write(memoryview(array))
+        file.flush()
+        sync(file.fileno())
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """Write a JSON document over the one before it, in one rename. Raises ``WriteError``."""
-    with _replaced(path) as part:
-        part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with _replaced(path) as part, part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(report, indent=2) + "\n")
+        file.flush()
+        sync(file.fileno())
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def forward(module: nn.Module, batch: Batch) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The scores in what a forward pass returned: a tensor, or its ``logits``, or its first part.
+    """The scores in what a forward pass returned: a tensor, or its ``logits``, or its first part; float32 at least.
 
     Raises:
         InputError: none of these.
@@ -89,7 +89,7 @@ def logits_of(output: Any) -> Tensor:
         raise InputError(
             f"the model returned {type(output).__name__} without logits", hint="give a loss of yours: file.py:function"
         )
-    return found
+    return found.float() if found.element_size() < 4 else found
 
 
 def check_fit(module: nn.Module, batch: Batch, where: str, *, reads_logits: bool) -> int | None:

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_px.checkpoint.open import open_checkpoint
-from mergekit_px.checkpoint.positional import sync
-from mergekit_px.errors import InputError, OutputError, WriteError
+from mergekit_px.errors import InputError, OutputError
+from mergekit_px.learn.artefact import write_tensors
 from mergekit_px.learn.models import read_tensors
 
 FORMAT = "pxmerge_training_state"
@@ -28,18 +28,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any
     Raises:
         WriteError: the disk refuses.
     """
-    from safetensors.torch import save_file
-
-    part = path.with_suffix(".part")
-    kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(kept, part, metadata={FORMAT: json.dumps(info)})
-        with part.open("rb+") as file:
-            sync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise WriteError(f"the disk refused: {error.strerror or error}", where=str(path)) from error
+    write_tensors(path, tensors, {FORMAT: json.dumps(info)})
 
 
 def load_state(path: Path, plan_hash: str) -> tuple[Tensors, dict[str, Any]]:

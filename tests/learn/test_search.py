@@ -125,6 +125,8 @@ def test_the_log_keeps_whole_lines(tmp_path: Path) -> None:
     assert len(TrialLog(path, "a").trials) == 3
     with pytest.raises(OutputError, match="another"):
         TrialLog(path, "b")
+    path.write_text('{"sear')  # killed before the first line was whole
+    assert TrialLog(path, "c").trials == [] and TrialLog(path, "c").trials == []
     path.write_text("something\n")
     with pytest.raises(InputError, match="not the log"):
         TrialLog(path, "a")
@@ -199,7 +201,10 @@ def test_a_resumed_search_tries_nothing_twice_and_ends_the_same(made: Path, caps
     assert tried(whole) == tried(stopped)
     files = [out / "model" / "model.safetensors" for out in (whole, stopped)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert command(made, made / "none", *words, "--resume") == 4
+    (made / "mine").mkdir()
+    (made / "mine" / "notes.txt").touch()
+    assert command(made, made / "mine", *words, "--resume") == 4
+    assert command(made, made / "begun", *words, "--resume") == 0  # stopped before its first trial
 
 
 def test_the_test_takes_no_part_in_the_choice(made: Path) -> None:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergekit_px.learn.data import Batch
 from mergekit_px.learn.ofasd.objective import predict
+from mergekit_px.learn.precision import Precision
 
 
 def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
@@ -37,7 +38,7 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def reestimate(module: nn.Module, batches: Iterable[Batch]) -> None:
+def reestimate(module: nn.Module, batches: Iterable[Batch], precision: Precision = "float32") -> None:
     """Replace running statistics by their mean over the batches, in one pass; batch norms evaluate after it."""
     norms = batch_norms(module).values()
     if not norms:
@@ -49,7 +50,7 @@ def reestimate(module: nn.Module, batches: Iterable[Batch]) -> None:
         norm.train()
     try:
         for batch in batches:
-            predict(module, batch)
+            predict(module, batch, precision)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -49,9 +49,8 @@ def ensemble(
         alone = torch.zeros(len(shares), columns, dtype=torch.float64)
         alone[index] = 1.0
         blend.assemble(alone)
-        logits = torch.cat(
-            [predict(module, to_device(batch, device, dtype)).float().cpu() for batch in data.batches(settings.batch)]
-        )
+        batches = (to_device(batch, device, dtype) for batch in data.batches(settings.batch))
+        logits = torch.cat([predict(module, batch, settings.precision).float().cpu() for batch in batches])
         predictions.append(logits.argmax(dim=-1))
         if settings.teacher == "probabilities":
             logits = functional.softmax(logits / settings.temperature, dim=-1)

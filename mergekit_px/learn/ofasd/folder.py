@@ -65,9 +65,11 @@ def write_text(path: Path, text: str) -> None:
 def _require_usable(output: Path, record: Path, mode: Mode, plan_hash: str) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError("the output is a file, not a folder", where=str(output), hint="choose another with -o")
-    if mode == "overwrite" or not output.exists() or not any(output.iterdir()):
-        return
     unfinished = record.exists()
+    if mode == "overwrite" or not output.exists():
+        return
+    if not unfinished and all(one == record.parent for one in output.iterdir()):
+        return  # empty, or a run was ended before it began
     if mode == "new":
         if unfinished:
             hint = "continue it with --resume or start over with --overwrite"

@@ -116,7 +116,8 @@ class Learner:
         with batch_statistics(self.module) if self._estimates else nullcontext():
             loss = self.loss(self._moved(self._stream.next()))
             if self._control is not None:
-                loss = cross_entropy_of(self.module, self._moved(self._control.next())) - loss
+                control = self._moved(self._control.next())
+                loss = cross_entropy(self.predict(control), control[LABELS]) - loss
             settings = self.settings
             extra, slope = penalty(course.values, self._initial, self._learned, settings.penalty, settings.penalty_norm)
             value = float(loss.detach()) + extra
@@ -134,9 +135,13 @@ class Learner:
         self.blend.assemble(course.values)
         return value
 
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits of the model as it is, in the precision of the settings."""
+        return predict(self.module, batch, self.settings.precision)
+
     def loss(self, batch: Batch) -> Tensor:
         """The objective on a batch, without the penalty; for negation the loss that is to grow."""
-        logits = predict(self.module, batch)
+        logits = self.predict(batch)
         if self.settings.objective == "entropy":
             return entropy(logits)
         if self.settings.objective != "distill":
@@ -155,7 +160,7 @@ class Learner:
         self.blend.assemble(coefficients)
         self.module.eval()
         if self._estimates and bool(coefficients.any()):
-            reestimate(self.module, self.batches("train"))
+            reestimate(self.module, self.batches("train"), self.settings.precision)
 
     def batches(self, part: str) -> Iterator[Batch]:
         """The batches of a part, in order, on the device."""
@@ -209,7 +214,7 @@ class Learner:
     def _accuracy(self, part: str) -> float:
         right, count = 0, 0
         for batch in self.batches(part):
-            right += int((predict(self.module, batch).argmax(dim=-1) == batch[LABELS]).sum())
+            right += int((self.predict(batch).argmax(dim=-1) == batch[LABELS]).sum())
             count += batch[LABELS].numel()
         return 100.0 * right / count
 
@@ -250,8 +255,3 @@ class Learner:
         if self._control is not None:
             self._control.seek(tuple(info["control_place"]))
         self.blend.assemble(self.course.values)
-
-
-def cross_entropy_of(module: nn.Module, batch: Batch) -> Tensor:
-    """The cross-entropy of a model on a batch."""
-    return cross_entropy(predict(module, batch), batch[LABELS])

@@ -8,15 +8,18 @@ from torch.nn import functional
 
 from mergekit_px.learn.data import IGNORED, LABELS, Batch, forward_names
 from mergekit_px.learn.objective import logits_of
+from mergekit_px.learn.precision import Precision, passes
 
 TEACHER = "teacher log-probabilities"
 """An array beside the data: no forward pass has an argument of that name."""
 
 
-def predict(module: nn.Module, batch: Batch) -> Tensor:
-    """Logits, shape (..., classes)."""
+def predict(module: nn.Module, batch: Batch, precision: Precision = "float32") -> Tensor:
+    """Logits, shape (..., classes), float32 at least."""
     required = forward_names(module)[1]
-    return logits_of(module(**{name: array for name, array in batch.items() if name in required or _is_input(name)}))
+    inputs = {name: array for name, array in batch.items() if name in required or _is_input(name)}
+    with passes(next(iter(inputs.values())).device, precision):
+        return logits_of(module(**inputs))
 
 
 def _is_input(name: str) -> bool:

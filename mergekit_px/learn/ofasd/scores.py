@@ -12,7 +12,7 @@ from torch import Tensor
 from mergekit_px.learn.data import IGNORED, LABELS, Examples
 from mergekit_px.learn.ofasd.ensemble import Ensemble, accuracy
 from mergekit_px.learn.ofasd.learner import Learner
-from mergekit_px.learn.ofasd.objective import TEACHER, agreement, distillation, predict
+from mergekit_px.learn.ofasd.objective import TEACHER, agreement, distillation
 
 Scores = dict[str, float]
 
@@ -49,7 +49,7 @@ class Bench:
     def _predictions(self, part: str) -> tuple[Tensor, Mapping[str, Tensor]]:
         logits, columns = [], []
         for batch in self.learner.batches(part):
-            logits.append(predict(self.learner.module, batch).float().cpu())
+            logits.append(self.learner.predict(batch).float().cpu())
             columns.append({name: batch[name].cpu() for name in (LABELS, TEACHER) if name in batch})
         return torch.cat(logits), {name: torch.cat([one[name] for one in columns]) for name in columns[0]}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mergekit_px.errors import UsageError
+from mergekit_px.learn.precision import Precision
 
 Objective = Literal["distill", "cross-entropy", "entropy", "negation"]
 Granularity = Literal["tensor", "layer", "model", "groups", "random"]
@@ -42,6 +43,7 @@ class Settings:
         clip: largest norm of the coefficients' gradient; None for no limit.
         evaluate_every: steps between two looks at the validation data.
         patience: looks without a better score after which learning stops.
+        precision: of forward and backward passes; coefficients, parameters and their sums stay as they are.
         control_share: for ``negation``: share of the base's control accuracy that must be left.
     """
 
@@ -64,6 +66,7 @@ class Settings:
     evaluate_every: int = 20
     patience: int = 10
     batch_norm: BatchNorm = "reestimate"
+    precision: Precision = "float32"
     control_share: float = 0.95
     validation: float = 0.2
     test: float = 0.2

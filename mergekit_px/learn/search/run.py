@@ -17,7 +17,6 @@ import torch
 from mergekit_px._version import __version__
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.errors import NonFiniteError, OutputError, RunError, UsageError
-from mergekit_px.execute.provenance import LOCK_FILE
 from mergekit_px.execute.run import run_plan
 from mergekit_px.learn.artefact import write_report
 from mergekit_px.learn.data import Examples, load_examples, split_rows
@@ -195,6 +194,7 @@ class _Merges:
         changed = [key for variable in options.variables for key in variable.keys]
         self._same_inputs = not any(key.startswith("models") for key in changed)
         self._kept: Plan | None = None
+        self._is_kept = False
 
     def plan(self, values: Sequence[float], output: Path | None = None) -> Plan:
         """The plan under these values; of the recipe as written for none."""
@@ -239,8 +239,9 @@ class _Merges:
     def _with_kept(self, plan: Plan) -> Plan:
         if self._kept is None or self._kept.output is None:
             return plan
-        if not (self._kept.output / LOCK_FILE).exists():  # written last
+        if not self._is_kept:  # what a killed search left there may be of another one
             run_plan(self._kept, measure_bound=False)
+            self._is_kept = True
         return with_kept(plan, unchanged(self._kept, plan), self._kept.output)
 
 
@@ -290,8 +291,8 @@ def _prepare(output: Path, mode: str) -> None:
         raise OutputError("the output is a file, not a folder", where=str(output))
     logged, done = (output / LOG).exists(), (output / REPORT).exists()
     if mode == "resume":
-        if not logged:
-            raise OutputError("there is no search to go on with", where=str(output))
+        if not logged and output.is_dir() and any(output.iterdir()):
+            raise OutputError("there is no search to go on with, and the folder is not empty", where=str(output))
     elif mode == "overwrite":
         for name in (LOG, REPORT):
             (output / name).unlink(missing_ok=True)

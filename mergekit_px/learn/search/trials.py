@@ -65,6 +65,10 @@ class TrialLog:
     def _read(self, identity: str) -> None:
         text = self._path.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
+        if not complete:  # killed before the first line was whole
+            self._path.unlink()
+            self._append({"search": identity})
+            return
         try:
             first, *lines = [json.loads(line) for line in complete.splitlines()]
             found = first["search"]

@@ -24,6 +24,7 @@ from mergekit_px.learn.data import LABELS, Examples, load_examples, require_clas
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.objective import check_fit
 from mergekit_px.learn.output import write_model
+from mergekit_px.learn.precision import Precision
 from mergekit_px.learn.tune.components import COMPONENTS_KIND, Components, read_components
 from mergekit_px.learn.tune.substitution import TunedValues
 from mergekit_px.learn.tune.training import Progress, Schedule, Tell, Training, evaluate
@@ -98,13 +99,15 @@ def run_tune(
     model.module.to(device).eval().requires_grad_(False)
     _require_fit(model, parts, device)
     identity, inputs = _identity(components, base_print, data, options, device)
-    batch = 4 * options.schedule.batch
-    scores = {"base": _scores(model, parts, batch, device)}
+    batch, precision = 4 * options.schedule.batch, options.schedule.precision
+    scores = {"base": _scores(model, parts, batch, device, precision)}
     values = TunedValues(model, components, top=options.top, core=options.core, match=options.match)
     with torch.no_grad():
         substituted = values.substituted()
         scores["components"] = {
-            part: evaluate(substituted, held, batch, device) for part, held in parts.items() if part != "train"
+            part: evaluate(substituted, held, batch, device, precision)
+            for part, held in parts.items()
+            if part != "train"
         }
     _prepare(output, options.mode)
     state = output / _STATE
@@ -114,7 +117,7 @@ def run_tune(
     progress = training.run(tell)
     artefact = values.artefact()
     values.write()
-    scores["tuned"] = _scores(model, parts, batch, device)
+    scores["tuned"] = _scores(model, parts, batch, device, precision)
     report = {
         "components": components_path,
         "base": base,
@@ -169,9 +172,11 @@ def _require_fit(model: LearningModel, parts: dict[str, Examples], device: torch
 
 
 def _scores(
-    model: LearningModel, parts: dict[str, Examples], batch: int, device: torch.device
+    model: LearningModel, parts: dict[str, Examples], batch: int, device: torch.device, precision: Precision
 ) -> dict[str, dict[str, float]]:
-    return {part: evaluate(model.module, held, batch, device) for part, held in parts.items() if part != "train"}
+    return {
+        part: evaluate(model.module, held, batch, device, precision) for part, held in parts.items() if part != "train"
+    }
 
 
 def _plain(options: TuneOptions) -> dict[str, Any]:
@@ -196,13 +201,18 @@ def _identity(
 
 def _prepare(output: Path, mode: str) -> None:
     unfinished = (output / _STATE).exists()
-    if mode == "resume":
-        if not unfinished:
-            raise OutputError("there is no unfinished run to go on with", where=str(output))
-        return
     if output.is_file():
         raise OutputError("the output is a file, not a folder", where=str(output))
-    if output.is_dir() and any(output.iterdir()):
+    is_free = not output.is_dir() or all(one.name.startswith(_STATE) for one in output.iterdir())
+    if mode == "resume":
+        if not unfinished and not is_free:
+            raise OutputError(
+                "there is no unfinished run to resume, and the folder is not empty",
+                where=str(output),
+                hint="it may be complete already; --overwrite starts over",
+            )
+        return
+    if unfinished or not is_free:
         if mode == "new":
             raise OutputError(
                 "the folder holds an unfinished run" if unfinished else "the output folder is not empty",

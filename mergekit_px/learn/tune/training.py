@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mergekit_px.learn.data import LABELS, Examples, shuffled, to_device
 from mergekit_px.learn.objective import loss_function, metric_function
+from mergekit_px.learn.precision import Precision, passes
 from mergekit_px.learn.state import load_state, save_state
 from mergekit_px.learn.tune.substitution import TunedValues
 
@@ -20,7 +21,8 @@ from mergekit_px.learn.tune.substitution import TunedValues
 class Schedule:
     """How values are trained; the defaults are those that AXIS takes over from aTLAS (arXiv:2407.02880).
 
-    AdamW with a cosine from ``rate`` to 0, gradients clipped to the norm ``clip``.
+    AdamW with a cosine from ``rate`` to 0, gradients clipped to the norm ``clip``. ``precision`` is that of forward and
+    backward passes; values and weights stay in float32.
     """
 
     epochs: int = 10
@@ -29,6 +31,7 @@ class Schedule:
     decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
+    precision: Precision = "float32"
 
 
 @dataclass
@@ -52,11 +55,13 @@ class Progress:
 Tell = Callable[[int, int, float], None]
 
 
-def evaluate(module: nn.Module, data: Examples, batch: int, device: torch.device) -> dict[str, float]:
+def evaluate(
+    module: nn.Module, data: Examples, batch: int, device: torch.device, precision: Precision = "float32"
+) -> dict[str, float]:
     """Mean loss, and percent of right labels where labels are classes."""
     loss = loss_function("auto", allow_code=False)
     names = ["loss"] if data.arrays[LABELS].is_floating_point() else ["loss", "accuracy"]
-    with torch.no_grad():
+    with torch.no_grad(), passes(device, precision):
         return {
             name: metric_function(name, loss, allow_code=False)(
                 module, (to_device(one, device, torch.float32) for one in data.batches(batch))
@@ -144,7 +149,9 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = self._schedule.rate * 0.5 * (1 + math.cos(math.pi * self.progress.step / self.steps))
         self._optimizer.zero_grad()
-        loss = self._loss(self._values.substituted(), batch)
+        substituted = self._values.substituted()
+        with passes(self._device, self._schedule.precision):
+            loss = self._loss(substituted, batch)
         value = float(loss.detach())
         if math.isfinite(value):
             loss.backward()
@@ -164,7 +171,7 @@ class Training:
     def _score(self) -> dict[str, float]:
         with torch.no_grad():
             module = self._values.substituted()
-        return evaluate(module, self._validation, 4 * self._schedule.batch, self._device)
+        return evaluate(module, self._validation, 4 * self._schedule.batch, self._device, self._schedule.precision)
 
     def _save(self) -> None:
         self.progress.place = self._batches.place

@@ -1,0 +1,138 @@
+"""The diagonal of the Fisher information."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergekit_px.errors import UsageError
+from mergekit_px.learn.data import IGNORED, LABELS, Batch, Examples, derived_seed, to_device
+from mergekit_px.learn.models import LearningModel
+from mergekit_px.learn.objective import forward, logits_of
+from mergekit_px.learn.precision import Precision, passes
+from mergekit_px.learn.stats.sums import Tell, Tensors, add_up, require_finite
+
+Labels = Literal["expected", "sampled", "given"]
+
+MOST_CLASSES = 100
+"""Classes up to which every one of them is gone through, with a backward pass each."""
+
+
+def fisher_information(
+    model: LearningModel,
+    data: Examples,
+    *,
+    labels: Labels = "expected",
+    seed: int = 0,
+    device: torch.device | None = None,
+    precision: Precision = "float32",
+    tell: Tell = lambda done, total: None,
+) -> Tensors:
+    """The diagonal of the Fisher information, by tensor name in the checkpoint.
+
+    ``F = mean_n E_y [(d log p(y | x_n) / d theta)^2]`` with y as ``labels`` says (Matena and Raffel,
+    arXiv:2111.09832, equation 3). Float32 on the CPU, in the shapes of the tensors. Tensors that no gradient reaches
+    (buffers, parts that the data do not use) have zeros.
+
+    Raises:
+        InputError: labels that are not classes.
+        UsageError: ``expected`` for a model with too many classes, or with several predictions for an example.
+        NonFiniteError: a gradient is not finite.
+    """
+    sums = FisherSums(model, labels=labels, seed=seed, device=device or torch.device("cpu"), precision=precision)
+    add_up(sums, data, tell)
+    return sums.means(len(data))
+
+
+class FisherSums:
+    """Squared gradients of log-likelihoods, added up example by example.
+
+    Args:
+        labels: whose log-likelihood, see `fisher_information`.
+        seed: draws labels, where they are drawn, from it and the number of the example.
+    """
+
+    batch = 1
+
+    def __init__(
+        self, model: LearningModel, *, labels: Labels, seed: int, device: torch.device, precision: Precision
+    ) -> None:
+        self._module = model.module
+        self._labels = labels
+        self._seed = seed
+        self._device = device
+        self._precision = precision
+        self._stored = {name: tensor for name in model.names if (tensor := model.tensor(name)) is not None}
+        distinct = {id(one): one for one in self._stored.values() if isinstance(one, nn.Parameter)}
+        self._parameters = [one.requires_grad_() for one in distinct.values() if one.is_floating_point()]
+        self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
+
+    def add(self, number: int, examples: Examples) -> None:
+        """Add example ``number``, the only one given."""
+        example = to_device(examples.arrays, self._device, torch.float32)
+        generator = torch.Generator().manual_seed(derived_seed(self._seed, "fisher", number))
+        with passes(self._device, self._precision):
+            terms = _log_likelihoods(self._module, example, self._labels, generator, examples.where)
+        for place, (probability, value) in enumerate(terms):
+            last = place + 1 == len(terms)
+            gradients = torch.autograd.grad(value, self._parameters, retain_graph=not last, allow_unused=True)
+            for total, gradient in zip(self._sums, gradients, strict=True):
+                if gradient is not None:
+                    total.addcmul_(gradient, gradient, value=probability)
+
+    def state(self) -> Tensors:
+        """The sums so far, themselves."""
+        return {str(number): total.detach() for number, total in enumerate(self._sums)}
+
+    @torch.no_grad()
+    def restore(self, state: Tensors) -> None:
+        """Go on from sums that `state` gave."""
+        for number, total in enumerate(self._sums):
+            total.copy_(state[str(number)])
+
+    def means(self, count: int) -> Tensors:
+        """The information, given how many examples were added; the sums are gone after that.
+
+        Raises:
+            NonFiniteError: a mean is not finite.
+        """
+        means = [total.detach().div_(count).cpu() for total in self._sums]
+        found = {id(one): mean for one, mean in zip(self._parameters, means, strict=True)}
+        return {
+            name: require_finite(found[id(one)], name) if id(one) in found else torch.zeros(one.shape)
+            for name, one in self._stored.items()
+            if one.is_floating_point()
+        }
+
+
+def _log_likelihoods(
+    module: nn.Module, example: Batch, labels: Labels, generator: torch.Generator, where: str
+) -> list[tuple[float, Tensor]]:
+    """(probability, log-likelihood) of the labels of one example; the probabilities add up to 1."""
+    given = example[LABELS]
+    output = forward(module, example)
+    if labels == "given":
+        own = getattr(output, "loss", None)
+        counted = int((given != IGNORED).sum())
+        if isinstance(own, Tensor):  # models that predict the next token shift the labels themselves
+            return [(1.0, -own * counted)]
+        logits = logits_of(output)
+        loss = functional.cross_entropy(logits.flatten(0, -2), given.flatten(), ignore_index=IGNORED, reduction="sum")
+        return [(1.0, -loss)]
+    scores = functional.log_softmax(logits_of(output).flatten(0, -2).float(), dim=-1)
+    counts = (given != IGNORED).flatten()
+    probabilities = scores.detach().exp()
+    if labels == "sampled":
+        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(scores.device)
+        return [(1.0, (scores.gather(1, drawn).squeeze(1) * counts).sum())]
+    if len(scores) > 1 or scores.shape[1] > MOST_CLASSES:
+        raise UsageError(
+            f"the expectation over labels takes one prediction of at most {MOST_CLASSES} classes for an example,"
+            f" and the model gives {len(scores)} of {scores.shape[1]}",
+            where=where,
+            hint="draw labels instead: --labels sampled",
+        )
+    return [(float(probability), value) for probability, value in zip(probabilities[0], scores[0], strict=True)]

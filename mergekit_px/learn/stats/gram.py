@@ -1,0 +1,102 @@
+"""Gram matrices of the inputs of linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_px.learn.data import Examples, to_device
+from mergekit_px.learn.models import LearningModel
+from mergekit_px.learn.objective import forward
+from mergekit_px.learn.precision import Precision, passes
+from mergekit_px.learn.stats.sums import Tell, Tensors, add_up, require_finite
+
+
+def gram_matrices(
+    model: LearningModel,
+    data: Examples,
+    *,
+    batch: int = 64,
+    device: torch.device | None = None,
+    precision: Precision = "float32",
+    tell: Tell = lambda done, total: None,
+) -> Tensors:
+    """``E x x'`` of the inputs x of every ``nn.Linear``, by the name of its weight in the checkpoint.
+
+    The mean is over all rows that the layer sees (examples, and tokens in them); positions that an
+    ``attention_mask`` of the data leaves out do not count. (n, n) float32 on the CPU, summed in float64.
+
+    Raises:
+        NonFiniteError: an input of a layer is not finite.
+    """
+    sums = GramSums(model, batch=batch, device=device or torch.device("cpu"), precision=precision)
+    add_up(sums, data, tell)
+    return sums.means()
+
+
+class GramSums:
+    """Products ``x x'`` of the inputs of linear layers, added up batch by batch in float64."""
+
+    def __init__(self, model: LearningModel, *, batch: int, device: torch.device, precision: Precision) -> None:
+        self.batch = batch
+        self._module = model.module
+        self._device = device
+        self._precision = precision
+        self._by_parameter: dict[int, list[str]] = {}
+        for name in model.names:
+            self._by_parameter.setdefault(id(model.tensor(name)), []).append(name)
+        self._linear = [
+            module
+            for module in model.module.modules()
+            if isinstance(module, nn.Linear) and id(module.weight) in self._by_parameter
+        ]
+        self._sums: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
+        self._mask: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, number: int, examples: Examples) -> None:
+        """Add a batch."""
+        moved = to_device(examples.arrays, self._device, torch.float32)
+        self._mask = moved["attention_mask"].bool() if "attention_mask" in moved else None
+        hooks = [module.register_forward_pre_hook(self._add) for module in self._linear]
+        try:
+            with passes(self._device, self._precision):
+                forward(self._module, moved)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def state(self) -> Tensors:
+        """The sums so far, themselves, and the rows that they are of."""
+        rows = {f"rows.{name}": torch.tensor(count) for name, count in self._rows.items()}
+        return rows | {f"sum.{name}": total for name, total in self._sums.items()}
+
+    def restore(self, state: Tensors) -> None:
+        """Go on from sums that `state` gave."""
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            if kind == "rows":
+                self._rows[name] = int(value)
+            else:
+                self._sums[name] = value.to(self._device)
+
+    def means(self) -> Tensors:
+        """The matrices. Raises ``NonFiniteError`` where one is not finite."""
+        means = {
+            first: require_finite((total / max(self._rows[first], 1)).float().cpu(), first)
+            for first, total in self._sums.items()
+        }
+        return {name: means[names[0]] for names in self._by_parameter.values() if names[0] in means for name in names}
+
+    def _add(self, module: nn.Linear, arguments: tuple[Any, ...]) -> None:
+        name = self._by_parameter[id(module.weight)][0]
+        inputs = arguments[0].detach()
+        kept = self._mask
+        seen = inputs[kept] if kept is not None and kept.shape == inputs.shape[:-1] else inputs.flatten(0, -2)
+        seen = seen.double()
+        product = seen.T @ seen
+        self._sums[name] = self._sums[name] + product if name in self._sums else product
+        self._rows[name] = self._rows.get(name, 0) + len(seen)
