@@ -22,7 +22,7 @@ from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.checkpoint.task_vector import BASE_KEY, KIND_KEY
+from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
 from mergekit_px.checkpoint.writer import CheckpointWriter
 from mergekit_px.components.deltas import DeltaReader, Merge, base_print, merges_of, open_deltas, single_base
 from mergekit_px.components.parts import Part, factor_shapes, parts_of
@@ -33,7 +33,6 @@ from mergekit_px.kernels.pool import ComponentPool
 from mergekit_px.methods.svd import SvdParams
 from mergekit_px.plan.model import Plan
 
-COMPONENTS_KIND = "components"
 STEM = "components"
 
 Advance = Callable[[int, int], None]
@@ -67,6 +66,8 @@ def write_components(
     _check(merges)
     older = None if into is None else _Older(into, plan, merges)
     known = [] if older is None else older.record.sources
+    if again := [source for source in sources if source in known]:
+        raise UsageError(f"the pool holds {shown(again[0])} already", where=str(into), hint="give other sources")
     if older is not None:
         merges += older.untouched(plan, merges)
     total = len(known) + len(sources)

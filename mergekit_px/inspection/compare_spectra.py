@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.contents import StoredTensor
 from mergekit_px.checkpoint.reader import TensorReader
+from mergekit_px.methods.matrices import SpectralParams, cut_into_matrices
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +19,9 @@ def spectra(readers: Sequence[TensorReader], stored: Sequence[StoredTensor]) -> 
 
     ``alignments[i][j]`` is the subspace alignment ratio of difference i with difference j,
     ``|| U_j U_j' D_i || / || D_i ||`` with the fewest left vectors of D_j that leave at most 5 % of its norm
-    (arXiv:2502.04959). A tensor of more than two axes is a matrix of flattened rows. Both are None where the tensor
-    is no matrix, and single numbers where a difference is zero or not finite. One difference is held at a time.
+    (arXiv:2502.04959). A stack of experts counts by the means over its matrices, another tensor of more than two axes
+    as a matrix of flattened rows. Both are None where the tensor is no matrix, and single numbers where a difference
+    is zero or not finite. One difference is held at a time.
 
     Raises:
         InputError: a tensor that cannot be read.
@@ -27,28 +29,33 @@ def spectra(readers: Sequence[TensorReader], stored: Sequence[StoredTensor]) -> 
     from mergekit_px.kernels.spectra import alignment, alignment_rank, effective_rank
     from mergekit_px.kernels.svd import truncated_svd
 
-    shape = stored[0].shape
-    nothing = {"effective_ranks": None, "alignments": None}
-    if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2 or not all(one.dtype.arithmetic for one in stored):
-        return nothing
+    views = cut_into_matrices(stored[0].shape, stored[0].name, SpectralParams(embeddings="spectral"))
+    if views is None or not all(one.dtype.arithmetic for one in stored):
+        return {"effective_ranks": None, "alignments": None}
     models = range(1, len(stored))
     ranks: list[float | None] = []
-    bases: list[torch.Tensor | None] = []
+    bases: list[list[torch.Tensor | None]] = []
     for model in models:
-        delta = _delta(readers, stored, model)
-        if delta is None:
-            ranks.append(None)
-            bases.append(None)
-            continue
-        parts = truncated_svd(delta, label=stored[0].name)
-        ranks.append(effective_rank(parts.s))
-        bases.append(parts.u[:, : alignment_rank(parts.s)].clone())
+        matrices = _matrices(readers, stored, model, views)
+        parts = [None if one is None else truncated_svd(one, label=stored[0].name) for one in matrices]
+        ranks.append(_mean([None if one is None else effective_rank(one.s) for one in parts]))
+        bases.append([None if one is None else one.u[:, : alignment_rank(one.s)].clone() for one in parts])
     if len(bases) == 1:
-        return {"effective_ranks": ranks, "alignments": [[None if bases[0] is None else 1.0]]}
+        return {"effective_ranks": ranks, "alignments": [[None if ranks[0] is None else 1.0]]}
     alignments: list[list[float | None]] = []
     for model in models:
-        delta = _delta(readers, stored, model)
-        alignments.append([None if delta is None or basis is None else alignment(delta, basis) for basis in bases])
+        matrices = _matrices(readers, stored, model, views)
+        alignments.append(
+            [
+                _mean(
+                    [
+                        None if matrix is None or basis is None else alignment(matrix, basis)
+                        for matrix, basis in zip(matrices, other, strict=True)
+                    ]
+                )
+                for other in bases
+            ]
+        )
     return {"effective_ranks": ranks, "alignments": alignments}
 
 
@@ -75,14 +82,18 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _delta(readers: Sequence[TensorReader], stored: Sequence[StoredTensor], model: int) -> torch.Tensor | None:
-    """The difference of a model to the first, (m, n); None where it is zero or not finite."""
+def _matrices(
+    readers: Sequence[TensorReader],
+    stored: Sequence[StoredTensor],
+    model: int,
+    views: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+) -> list[torch.Tensor | None]:
+    """The difference of a model to the first as matrices (m, n); None for those that are zero or not finite."""
     wide = stored[0].dtype.bits > 32
     values = [_read(readers[place], stored[place]) for place in (model, 0)]
     delta = values[0].double().sub_(values[1]) if wide else values[0].float().sub_(values[1].float())
-    if not bool(delta.isfinite().all()) or not bool(delta.any()):
-        return None
-    return delta
+    matrices = [view(delta) for view in views]
+    return [one if bool(one.isfinite().all()) and bool(one.any()) else None for one in matrices]
 
 
 def _read(reader: TensorReader, stored: StoredTensor) -> torch.Tensor:
@@ -90,4 +101,4 @@ def _read(reader: TensorReader, stored: StoredTensor) -> torch.Tensor:
 
     values = torch.empty(stored.shape, dtype=stored.dtype.torch)
     reader.read_into(stored, 0, values.reshape(-1).view(torch.uint8).numpy().data)
-    return values.reshape(stored.shape[0], -1)
+    return values

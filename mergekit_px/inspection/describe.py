@@ -8,7 +8,7 @@ from typing import Any
 
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.open import ADAPTER_FILE
-from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
+from mergekit_px.checkpoint.task_vector import COMPONENTS_KIND, KIND_KEY, base_fingerprint, is_task_vector
 from mergekit_px.inspection.source import Source
 from mergekit_px.plan.layers import stack_sizes
 
@@ -70,9 +70,11 @@ def tensor_rows(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
-    """``model``, ``task vector`` or ``adapter``."""
+    """``model``, ``task vector``, ``components`` or ``adapter``."""
     if is_task_vector(checkpoint):
         return "task vector"
+    if checkpoint.metadata.get(KIND_KEY) == COMPONENTS_KIND:
+        return "components"
     if ADAPTER_FILE in checkpoint.files or any(mark in name for name in checkpoint.tensors for mark in _ADAPTER_MARKS):
         return "adapter"
     return "model"

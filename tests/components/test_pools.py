@@ -280,6 +280,21 @@ def test_what_cannot_be_is_refused_in_one_line(svd, refused, words, code: int, s
     assert Path("pool/components.safetensors").read_bytes() == before
 
 
+def test_a_source_is_not_added_twice(svd, refused, weights) -> None:
+    assert svd("--base", "base", "--sources", "a", "b", "--as", "components", "-o", "pool") == 0
+    before = Path("pool/components.safetensors").read_bytes()
+    code, error = refused("--into", "pool", "--sources", "c", "b")
+    assert code == 2 and "pool: the pool holds b already" in error
+    assert Path("pool/components.safetensors").read_bytes() == before
+
+
+def test_inspect_calls_a_pool_components(svd, capsys: pytest.CaptureFixture[str]) -> None:
+    assert svd("--base", "base", "--sources", "a", "--as", "components", "-o", "pool") == 0
+    capsys.readouterr()
+    assert main(["inspect", "pool", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "components"
+
+
 def test_a_source_that_is_not_finite_leaves_the_pool_as_it_was(svd, refused, weights) -> None:
     assert svd("--base", "base", "--sources", "a", "b", "--as", "components", "-o", "pool") == 0
     before = [Path("pool", name).read_bytes() for name in ("components.safetensors", "pool.json")]

@@ -63,6 +63,21 @@ def test_ranks_and_alignments_equal_dense_arithmetic(tensors, capsys: pytest.Cap
     )
 
 
+def test_a_stack_of_experts_counts_by_its_matrices(tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.zeros(3, 8, 6)
+    for place, rank in enumerate((1, 2)):  # the third expert is the base's
+        left, _ = torch.linalg.qr(torch.randn(8, rank, generator=generator))
+        right, _ = torch.linalg.qr(torch.randn(6, rank, generator=generator))
+        stack[place] = left @ right.T
+    write_checkpoint("base", {"experts.weight": torch.zeros(3, 8, 6)})
+    write_checkpoint("x", {"experts.weight": stack})
+    (row,) = compared(capsys, "x", "x", "--base", "base", "--spectral")["tensors"]
+    assert row["effective_ranks"] == pytest.approx([1.5, 1.5], rel=1e-5)
+    assert np.array(row["alignments"]) == pytest.approx(1, abs=1e-5)
+
+
 def test_without_the_flag_nothing_is_decomposed(tensors, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mergekit_px.inspection.compare.spectra", None)
     document = compared(capsys, "x", "y", "--base", "base")

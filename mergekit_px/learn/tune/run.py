@@ -16,7 +16,7 @@ from mergekit_px._version import __version__
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.checkpoint.task_vector import BASE_KEY, KIND_KEY
+from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
 from mergekit_px.errors import InputError, OutputError, RunError
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.artefact import write_report, write_tensors
@@ -25,7 +25,7 @@ from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.objective import check_fit
 from mergekit_px.learn.output import write_model
 from mergekit_px.learn.precision import Precision
-from mergekit_px.learn.tune.components import COMPONENTS_KIND, Components, read_components
+from mergekit_px.learn.tune.components import Components, read_components
 from mergekit_px.learn.tune.substitution import TunedValues
 from mergekit_px.learn.tune.training import Progress, Schedule, Tell, Training, evaluate
 
