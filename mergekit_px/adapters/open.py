@@ -9,7 +9,8 @@ from mergekit_px.adapters.config import CONFIG_FILE, read_config
 from mergekit_px.adapters.peft_keys import parse_keys
 from mergekit_px.adapters.registry import family
 from mergekit_px.adapters.single_file import open_single_file
-from mergekit_px.checkpoint.open import ADAPTER_FILE, open_checkpoint
+from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.selection import ADAPTER_FILE
 from mergekit_px.errors import AdapterError, InputNotFoundError
 
 _PICKLE_FILE = "adapter_model.bin"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_px.adapters.config import CONFIG_FILE
 from mergekit_px.adapters.lora_modules import LoraModule
 from mergekit_px.checkpoint.json_text import shown
-from mergekit_px.checkpoint.open import ADAPTER_FILE
+from mergekit_px.checkpoint.selection import ADAPTER_FILE
 from mergekit_px.errors import AdapterError, OutputError, WriteError
 
 if TYPE_CHECKING:

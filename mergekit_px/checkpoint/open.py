@@ -1,9 +1,8 @@
 """A folder or a file of weights -> ``Checkpoint``: names, types, shapes and places. Headers only.
 
-What a folder may be, in the order in which it is looked at: an index and its shards; ``model.safetensors``; an
-adapter's ``adapter_model.safetensors``; one safetensors file of any name; several without an index, if no
-tensor occurs twice. Pickles (``.bin``, ``.pt``, ``.pth``) only where the caller allows them. A folder that
-could be read in two ways is refused, never guessed.
+Which files of a folder count is said in :mod:`mergekit_px.checkpoint.selection`. Several without an index are read if
+no tensor occurs twice, pickles only where the caller allows them. A folder that could be read in two ways is refused,
+never guessed.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile, StoredTe
 from mergekit_px.checkpoint.header import Header, parse_header, read_raw_header
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, check_index, index_name, parse_index
 from mergekit_px.checkpoint.json_text import parse_object, shown
+from mergekit_px.checkpoint.selection import MODEL_FILE, PICKLE_SUFFIXES, Selection, select_weights
 from mergekit_px.checkpoint.side_files import side_files as find_side_files
 from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError
 
@@ -28,14 +28,7 @@ __all__ = [
     "open_checkpoint",
 ]
 
-SAFETENSORS_SUFFIX = ".safetensors"
-MODEL_FILE = "model.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "config.json"
-
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-_PICKLE_FILES = ("pytorch_model.bin", "adapter_model.bin")
-_TRAINER_STATE = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states")
 
 
 def open_checkpoint(path: str | Path, *, label: str | None = None, allow_pickle: bool = False) -> Checkpoint:
@@ -55,7 +48,7 @@ def open_checkpoint(path: str | Path, *, label: str | None = None, allow_pickle:
         raise InputError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=label) from error
     if place.name.endswith(INDEX_SUFFIX):
         raise InputError("this is an index, not weights", where=label, hint=f"give its folder, {place.parent}")
-    if place.name.lower().endswith(_PICKLE_SUFFIXES):
+    if place.name.lower().endswith(PICKLE_SUFFIXES):
         _check_pickle_allowed(place.name, label, allow_pickle)
         return _open_pickles(place.parent, [place.name], None, label)
     return _open_files(place.parent, [place.name], None, label)
@@ -119,32 +112,24 @@ def checkpoint_from_headers(
 
 
 def _open_folder(folder: Path, label: str, allow_pickle: bool) -> Checkpoint:
-    names = sorted(entry.name for entry in folder.iterdir())
-    weights = [name for name in names if name.endswith(SAFETENSORS_SUFFIX)]
-    indices = [name for name in names if name.endswith(SAFETENSORS_SUFFIX + INDEX_SUFFIX)]
-    model_index = index_name(MODEL_FILE)
-    if model_index in indices:
-        return _open_indexed(folder, model_index, label, MODEL_FILE in weights)
-    for single in (MODEL_FILE, ADAPTER_FILE):
-        if single in weights:
-            return _open_files(folder, [single], None, label, whole_folder=True)
-    if len(indices) == 1:
-        return _open_indexed(folder, indices[0], label, False)
-    if weights:
-        return _open_files(folder, weights, None, label, whole_folder=True)
-    return _open_pickle_folder(folder, names, label, allow_pickle)
-
-
-def _open_indexed(folder: Path, index: str, label: str, has_model_file: bool) -> Checkpoint:
-    raw = _read_bytes(folder / index, f"{label}/{index}")
-    files = sorted(set(parse_index(raw, f"{label}/{index}").values()))
-    if has_model_file and MODEL_FILE not in files:
+    chosen = select_weights(entry.name for entry in folder.iterdir())
+    if chosen is None:
+        raise InputNotFoundError(
+            "the folder holds no weights", where=label, hint="a checkpoint has *.safetensors files directly in it"
+        )
+    if chosen.pickled:
+        return _open_pickle_folder(folder, chosen, label, allow_pickle)
+    if chosen.index is None:
+        return _open_files(folder, chosen.names, None, label, whole_folder=True)
+    raw = _read_bytes(folder / chosen.index, f"{label}/{chosen.index}")
+    files = sorted(set(parse_index(raw, f"{label}/{chosen.index}").values()))
+    if chosen.is_open(files):
         raise InputError(
-            f"it holds both {MODEL_FILE} and an index of other files, so which weights are meant is open",
+            f"it holds both {chosen.rival} and an index of other files, so which weights are meant is open",
             where=label,
             hint="remove one, or give the file itself",
         )
-    return _open_files(folder, files, raw, label, whole_folder=True, index_file=index)
+    return _open_files(folder, files, raw, label, whole_folder=True, index_file=chosen.index)
 
 
 def _open_files(
@@ -182,28 +167,20 @@ def _missing_shard(file: str, where: str) -> MalformedCheckpointError:
     )
 
 
-def _open_pickle_folder(folder: Path, names: Sequence[str], label: str, allow_pickle: bool) -> Checkpoint:
-    for single in _PICKLE_FILES:
-        if single in names or index_name(single) in names:
-            _check_pickle_allowed(single, label, allow_pickle)
-            if index_name(single) not in names:
-                return _open_pickles(folder, [single], None, label, whole_folder=True)
-            where = f"{label}/{index_name(single)}"
-            weight_map = parse_index(_read_bytes(folder / index_name(single), where), where)
-            return _open_pickles(folder, sorted(set(weight_map.values())), weight_map, label, whole_folder=True)
-    others = [name for name in names if name.lower().endswith(_PICKLE_SUFFIXES) and not name.startswith(_TRAINER_STATE)]
-    if len(others) == 1:
-        _check_pickle_allowed(others[0], label, allow_pickle)
-        return _open_pickles(folder, others, None, label, whole_folder=True)
-    if others:
+def _open_pickle_folder(folder: Path, chosen: Selection, label: str, allow_pickle: bool) -> Checkpoint:
+    if chosen.index is not None:
+        _check_pickle_allowed(chosen.index.removesuffix(INDEX_SUFFIX), label, allow_pickle)
+        where = f"{label}/{chosen.index}"
+        weight_map = parse_index(_read_bytes(folder / chosen.index, where), where)
+        return _open_pickles(folder, sorted(set(weight_map.values())), weight_map, label, whole_folder=True)
+    if len(chosen.names) > 1:
         raise InputError(
-            f"it holds {len(others)} PyTorch pickles ({others[0]}, ...) and no index",
+            f"it holds {len(chosen.names)} PyTorch pickles ({chosen.names[0]}, ...) and no index",
             where=label,
             hint="give the file itself",
         )
-    raise InputNotFoundError(
-        "the folder holds no weights", where=label, hint="a checkpoint has *.safetensors files directly in it"
-    )
+    _check_pickle_allowed(chosen.names[0], label, allow_pickle)
+    return _open_pickles(folder, chosen.names, None, label, whole_folder=True)
 
 
 def _open_pickles(

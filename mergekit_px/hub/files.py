@@ -1,6 +1,6 @@
 """Which files of a repository a merge needs, and its small ones whole, through the client's cache.
 
-The weights are found by the rule of `mergekit_px.checkpoint.open`, applied to the names in the repository, so
+The weights are found by the rule of `mergekit_px.checkpoint.selection`, applied to the names in the repository, so
 that a fetched model opens as the same checkpoint as its remote headers.
 """
 
@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_px.checkpoint.index import INDEX_SUFFIX, index_name, parse_index
-from mergekit_px.checkpoint.open import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, SAFETENSORS_SUFFIX
+from mergekit_px.checkpoint.index import INDEX_SUFFIX, parse_index
+from mergekit_px.checkpoint.open import CONFIG_FILE
+from mergekit_px.checkpoint.selection import select_weights
 from mergekit_px.checkpoint.side_files import is_side_file
 from mergekit_px.errors import HubError, InputError, InputNotFoundError
 from mergekit_px.hub.client import answer_timeout, byte_counter, hub_api, is_offline, quiet_client
@@ -22,8 +23,6 @@ LARGEST_SMALL_FILE = 200_000_000
 """Bytes. An index of a million tensors has about a tenth; more is not read into memory."""
 
 _DESCRIPTIONS = (CONFIG_FILE, "adapter_config.json", "README.md")
-_PICKLE_FILES = ("pytorch_model.bin", "adapter_model.bin")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _CUT_SHORT = "run it again; if it stays so, report it to the owner of the repository"
 
 
@@ -43,24 +42,27 @@ def weight_files(resolved: ResolvedRepo, *, allow_pickle: bool = False) -> Weigh
         InputError: no weights, only pickles that are not allowed, or weights that could mean two things.
         HubError: the index cannot be had.
     """
-    top = sorted(name for name in resolved.files if "/" not in name)
-    weights = tuple(name for name in top if name.endswith(SAFETENSORS_SUFFIX))
-    indices = [name for name in top if name.endswith(SAFETENSORS_SUFFIX + INDEX_SUFFIX)]
-    if index_name(MODEL_FILE) in indices:
-        indexed = _indexed(resolved, index_name(MODEL_FILE))
-        if MODEL_FILE in weights and MODEL_FILE not in indexed.names:
-            raise InputError(
-                f"both {MODEL_FILE} and an index of other files are there, so which weights are meant is open",
-                where=str(resolved),
-                hint="download the one that is meant, and give the file itself",
-            )
-        return indexed
-    for single in (MODEL_FILE, ADAPTER_FILE):
-        if single in weights:
-            return WeightFiles((single,))
-    if len(indices) == 1:
-        return _indexed(resolved, indices[0])
-    return WeightFiles(weights) if weights else _pickles(resolved, top, allow_pickle)
+    chosen = select_weights(name for name in resolved.files if "/" not in name)
+    if chosen is None:
+        gone = "in the cache" if is_offline() else "there"
+        raise InputNotFoundError(f"no weights are {gone}: no .safetensors file", where=str(resolved))
+    if chosen.pickled and not allow_pickle:
+        first = chosen.names[0] if chosen.index is None else chosen.index.removesuffix(INDEX_SUFFIX)
+        raise InputError(
+            f"its weights are PyTorch pickles ({first}), which are not read unless asked for",
+            where=str(resolved),
+            hint=f"`pxmerge pull {resolved.repo} --allow-pickle`, and merge the folder that it prints",
+        )
+    if chosen.index is None:
+        return WeightFiles(chosen.names)
+    indexed = _indexed(resolved, chosen.index)
+    if chosen.is_open(indexed.names):
+        raise InputError(
+            f"both {chosen.rival} and an index of other files are there, so which weights are meant is open",
+            where=str(resolved),
+            hint="download the one that is meant, and give the file itself",
+        )
+    return indexed
 
 
 def small_files(resolved: ResolvedRepo) -> tuple[str, ...]:
@@ -129,20 +131,3 @@ def _indexed(resolved: ResolvedRepo, index: str) -> WeightFiles:
                 else "the upload is incomplete; try another revision",
             )
     return WeightFiles(tuple(names), index, raw)
-
-
-def _pickles(resolved: ResolvedRepo, top: list[str], allow_pickle: bool) -> WeightFiles:
-    named = [name for name in _PICKLE_FILES if name in top or index_name(name) in top]
-    others = [name for name in top if name.endswith(_PICKLE_SUFFIXES)]
-    if not named and not others:
-        gone = "in the cache" if is_offline() else "there"
-        raise InputNotFoundError(f"no weights are {gone}: no .safetensors file", where=str(resolved))
-    if not allow_pickle:
-        raise InputError(
-            f"its weights are PyTorch pickles ({(named or others)[0]}), which are not read unless asked for",
-            where=str(resolved),
-            hint=f"`pxmerge pull {resolved.repo} --allow-pickle`, and merge the folder that it prints",
-        )
-    if named and index_name(named[0]) in top:
-        return _indexed(resolved, index_name(named[0]))
-    return WeightFiles(tuple(named[:1] or others))

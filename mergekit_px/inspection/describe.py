@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
-from mergekit_px.checkpoint.open import ADAPTER_FILE
+from mergekit_px.checkpoint.selection import ADAPTER_FILE
 from mergekit_px.checkpoint.task_vector import COMPONENTS_KIND, KIND_KEY, base_fingerprint, is_task_vector
 from mergekit_px.inspection.source import Source
 from mergekit_px.plan.layers import stack_sizes

@@ -1,0 +1,67 @@
+"""Which files of a folder or a repository are its weights, by their names alone.
+
+In the order in which it is looked at: an index and its shards; ``model.safetensors``; an adapter's
+``adapter_model.safetensors``; one safetensors file of any name; several without an index. Pickles (``.bin``, ``.pt``,
+``.pth``) only where there is no safetensors file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mergekit_px.checkpoint.index import INDEX_SUFFIX, index_name
+
+SAFETENSORS_SUFFIX = ".safetensors"
+MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_PICKLE_FILES = ("pytorch_model.bin", "adapter_model.bin")
+_TRAINER_STATE = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The files of weights.
+
+    Attributes:
+        names: sorted; empty where an index says which.
+        index: that index.
+        rival: a single file of weights beside the index, which must be one that the index names.
+        pickled: they are PyTorch pickles.
+    """
+
+    names: tuple[str, ...] = ()
+    index: str | None = None
+    rival: str | None = None
+    pickled: bool = False
+
+    def is_open(self, indexed: Iterable[str]) -> bool:
+        """Whether index and single file could both be meant; ``indexed``: the files that the index names."""
+        return self.rival is not None and self.rival not in indexed
+
+
+def select_weights(names: Iterable[str]) -> Selection | None:
+    """The weights among the names of a folder's own files; None where there are none."""
+    held = sorted(names)
+    weights = tuple(name for name in held if name.endswith(SAFETENSORS_SUFFIX))
+    indices = [name for name in held if name.endswith(SAFETENSORS_SUFFIX + INDEX_SUFFIX)]
+    if index_name(MODEL_FILE) in indices:
+        return Selection(index=index_name(MODEL_FILE), rival=MODEL_FILE if MODEL_FILE in weights else None)
+    for single in (MODEL_FILE, ADAPTER_FILE):
+        if single in weights:
+            return Selection((single,))
+    if len(indices) == 1:
+        return Selection(index=indices[0])
+    return Selection(weights) if weights else _pickles(held)
+
+
+def _pickles(held: list[str]) -> Selection | None:
+    for single in _PICKLE_FILES:
+        if index_name(single) in held:
+            return Selection(index=index_name(single), pickled=True)
+        if single in held:
+            return Selection((single,), pickled=True)
+    others = [name for name in held if name.lower().endswith(PICKLE_SUFFIXES) and not name.startswith(_TRAINER_STATE)]
+    return Selection(tuple(others), pickled=True) if others else None
