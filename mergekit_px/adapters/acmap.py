@@ -21,18 +21,17 @@ and ``trim`` do not depend on the order of the adapters, nor on whether the work
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from mergekit_px.adapters import acmap_file
 from mergekit_px.adapters.reading import TensorSource
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
-from mergekit_px.errors import MalformedCheckpointError, TensorMismatchError, UsageError, WriteError
+from mergekit_px.errors import MalformedCheckpointError, TensorMismatchError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +40,6 @@ Mode = Literal["average", "trim", "trim_published", "aper", "none"]
 
 DEFAULT_LIMIT = 10
 """L of the paper."""
-
-_FORMAT = "pxmerge-acmap-1"
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,8 @@ class AcmapState:
         keep_past: remember every merged adapter up to the stop, as the mapping of prototypes needs.
         tasks: the adapters given so far.
         past: the merged adapter after each task that changed it, by task number from 1.
+        config: the configuration of the first adapter, if it is a PEFT adapter.
+        prototypes, mapping: the table of class prototypes, and how it was made; empty before the first mapping.
     """
 
     mode: Mode = "average"
@@ -71,6 +70,9 @@ class AcmapState:
     keep_past: bool = True
     tasks: list[Task] = field(default_factory=list)
     past: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    prototypes: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    mapping: dict[str, Any] = field(default_factory=dict)
     _high: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     _low: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     _kept: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -117,19 +119,19 @@ class AcmapState:
 
     def merged(self) -> dict[str, torch.Tensor]:
         """The merged adapter in the dtypes of the first one, rounded once. Raises UsageError before the first."""
-        import torch
-
         if not self._first:
             raise UsageError("no adapter has been merged yet")
         result = dict(self._fixed)
         for name, first in self._first.items():
             total = self._high[name] + self._low[name]
-            if self.mode == "average":
-                total = total / self.count
-            elif self.mode == "trim":
-                total = total / self._kept[name].clamp(min=1)
-            result[name] = total.to(first.dtype)
-        return {name: torch.as_tensor(result[name]) for name in sorted(result)}
+            result[name] = self.quotient(total, self._kept.get(name)).to(first.dtype)
+        return {name: result[name] for name in sorted(result)}
+
+    def quotient(self, total: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """The merged tensor of the sum of what was merged. ``kept``: how many adapters kept each entry (``trim``)."""
+        if self.mode == "average":
+            return total / self.count
+        return total if kept is None else total / kept.clamp(min=1)
 
     def _begin(self, adapter: Mapping[str, torch.Tensor]) -> None:
         import torch
@@ -182,52 +184,49 @@ class AcmapState:
 
     def save(self, path: Path) -> None:
         """Write the state; the file appears complete or not at all. Raises WriteError."""
-        from safetensors.torch import save
-
         groups = {"high": self._high, "low": self._low, "kept": self._kept, "first": self._first, "fixed": self._fixed}
-        groups |= {f"past{number}": tensors for number, tensors in self.past.items()}
-        tensors = {f"{group}:{name}": t.contiguous() for group, named in groups.items() for name, t in named.items()}
-        settings = {
+        groups |= {acmap_file.past_group(number): tensors for number, tensors in self.past.items()}
+        groups[acmap_file.PROTOTYPES] = self.prototypes
+        tensors = {acmap_file.key(group, name): one for group, named in groups.items() for name, one in named.items()}
+        acmap_file.write_state(path, tensors, self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """All that is no tensor, for JSON."""
+        return {
             "mode": self.mode,
             "limit": self.limit,
             "trim_rate": self.trim_rate,
             "keep_past": self.keep_past,
             "tasks": [[task.label, task.merged] for task in self.tasks],
+            "config": self.config,
+            "mapping": self.mapping,
         }
-        data = save({name: t.clone() for name, t in tensors.items()}, {_FORMAT: json.dumps(settings, sort_keys=True)})
-        part = path.with_name(path.name + ".part")
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any], where: str) -> AcmapState:
+        """A state without its tensors. Raises MalformedCheckpointError."""
         try:
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError as error:
-            raise WriteError(f"cannot be written: {error.strerror}", where=str(path)) from error
+            given = dict(settings)
+            tasks = [Task(str(label), bool(merged)) for label, merged in given.pop("tasks")]
+            return cls(**given, tasks=tasks)
+        except (TypeError, ValueError, KeyError, UsageError) as error:
+            raise MalformedCheckpointError(f"the settings cannot be read: {error}", where=where) from None
 
     @classmethod
     def load(cls, path: Path) -> AcmapState:
         """Read a state file. Raises InputNotFoundError, MalformedCheckpointError."""
         checkpoint = open_checkpoint(path)
         where = str(path)
-        text = checkpoint.metadata.get(_FORMAT)
-        if text is None:
-            raise MalformedCheckpointError("this is not a state of acmap", where=where)
-        try:
-            settings = json.loads(text)
-            tasks = [Task(str(label), bool(merged)) for label, merged in settings.pop("tasks")]
-            state = cls(**settings, tasks=tasks)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise MalformedCheckpointError(f"the settings cannot be read: {error}", where=where) from None
+        state = cls.of_settings(acmap_file.read_settings(checkpoint, where), where)
         groups = {"high": state._high, "low": state._low, "kept": state._kept}
-        groups |= {"first": state._first, "fixed": state._fixed}
+        groups |= {"first": state._first, "fixed": state._fixed, acmap_file.PROTOTYPES: state.prototypes}
         with TensorSource(checkpoint) as source:
             for key, stored in checkpoint.tensors.items():
                 group, _, name = key.partition(":")
-                number = group.removeprefix("past")
-                if group not in groups and not (group.startswith("past") and number.isdecimal()):
+                number = acmap_file.past_number(group)
+                if group not in groups and number is None:
                     raise MalformedCheckpointError(f"{shown(key)} has no place in a state", where=where)
-                target = groups[group] if group in groups else state.past.setdefault(int(number), {})
+                target = groups[group] if number is None else state.past.setdefault(number, {})
                 target[name] = source.load(stored)
         shapes = {name: tensor.shape for name, tensor in state._first.items()}
         needed = [state._high, state._low, *([state._kept] if state.mode == "trim" else []), *state.past.values()]

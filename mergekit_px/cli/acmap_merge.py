@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -91,14 +92,15 @@ def merge(
     if output is not None:
         _check_output(output, adapters[0], overwrite=overwrite or resume)
     checkpoints = [_open(adapter, allow_pickle) for adapter in adapters]
-    _check_configs(adapters)
-    current = _state(state, mode, limit, trim_rate, no_past)
-    try:
-        added = _merge(current, adapters, checkpoints, state, resume=resume)
-    except KeyboardInterrupt:
-        if state is None:
-            raise
-        raise Interrupted from None
+    with _held(state):
+        current = _state(state, mode, limit, trim_rate, no_past)
+        _check_configs(adapters, current, state)
+        try:
+            added = _merge(current, adapters, checkpoints, state, resume=resume)
+        except KeyboardInterrupt:
+            if state is None:
+                raise
+            raise Interrupted from None
     if added == 0:
         sink.note("every adapter is in the state already")
     if any((Path(adapter) / _CONFIG).is_file() for adapter in adapters):
@@ -120,6 +122,13 @@ def merge(
     )
     sink.text(str(output or state))
     return 0
+
+
+def _held(state: Path | None) -> AbstractContextManager[None]:
+    """The state file, held against other processes. Raises ``OutputLockedError``, ``WriteError``."""
+    from mergekit_px.adapters.acmap_file import locked
+
+    return nullcontext() if state is None else locked(state)
 
 
 def _state(
@@ -177,24 +186,28 @@ def _open(adapter: str, allow_pickle: bool) -> Checkpoint:
     return open_checkpoint(place, label=adapter, allow_pickle=allow_pickle)
 
 
-def _check_configs(adapters: Sequence[str]) -> None:
+def _check_configs(adapters: Sequence[str], current: AcmapState, state: Path | None) -> None:
     """Raises ``TensorMismatchError`` where PEFT adapters differ in what their factors mean, ``AdapterError`` for a
-    malformed configuration."""
+    malformed configuration. The first one's is kept in a new state."""
     from mergekit_px.adapters.config import read_config
     from mergekit_px.errors import TensorMismatchError
 
-    first: tuple[str, dict[str, Any]] | None = None
+    first = str(state) if current.config is not None else None
     for adapter in adapters:
         folder = Path(adapter).expanduser()
         if not (folder / _CONFIG).is_file():
             continue
-        values = read_config(folder, adapter).values
-        meaning = {name: values.get(name) or None for name in _MEANING}
-        first = first or (adapter, meaning)
+        values = dict(read_config(folder, adapter).values)
+        if current.config is None and current.count == 0:
+            current.config = values
+        if current.config is None:
+            continue
+        first = first or adapter
         for name in _MEANING:
-            if meaning[name] != first[1][name]:
+            mine, others = values.get(name) or None, current.config.get(name) or None
+            if mine != others:
                 raise TensorMismatchError(
-                    f"'{name}' is {meaning[name]}, in {first[0]} {first[1][name]}, so a mean of the factors is none",
+                    f"'{name}' is {mine}, in {first} {others}, so a mean of the factors is none",
                     where=adapter,
                     hint="`pxmerge adapter merge` merges the updates instead",
                 )

@@ -1,0 +1,233 @@
+"""Features of the same examples under each merged adapter: measured elsewhere, or by a model at hand.
+
+The merged adapter of the first n tasks has the number n; number 0 is the model without any adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mergekit_px.adapters.acmap_stored import StoredState
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.errors import InputError
+from mergekit_px.learn.acmap.arrays import ArrayFile
+from mergekit_px.learn.acmap.backbone import Backbone, ModelOptions
+from mergekit_px.learn.acmap.class_means import ClassMeans
+from mergekit_px.learn.data import LABELS, Batch
+
+FEATURES = "features"
+_ROWS = 4096
+
+Tell = Callable[[str, int, int], None]
+
+
+class FeatureSource(Protocol):
+    """Where features come from.
+
+    Attributes:
+        where: for messages.
+        labels: the class of each example, (n,) int64; None where they are not known.
+        rows: n.
+        how: what the features depend on beside the data: part of the record of a mapping.
+        is_slow: whether a pass over the examples is worth keeping.
+    """
+
+    where: str
+    labels: Tensor | None
+    rows: int
+    how: dict[str, Any]
+    is_slow: bool
+
+    def require(self, numbers: Sequence[int]) -> None:
+        """Raise ``InputError`` where there are no features under one of these merged adapters."""
+
+    def batches(self, number: int) -> Iterator[Tensor]:
+        """The features (b, d) of consecutive examples. Raises ``InputError``, ``NonFiniteError``."""
+
+
+class StoredFeatures:
+    """Features in a file: ``features`` under the current merged adapter, ``features_N`` under that of N tasks.
+
+    Args:
+        current: the number of the current merged adapter.
+    """
+
+    is_slow = False
+
+    def __init__(self, file: ArrayFile, current: int) -> None:
+        self._file = file
+        self._current = current
+        self.where = file.where
+        self.labels = file.labels()
+        self.how: dict[str, Any] = {"input": "features"}
+        if FEATURES not in file.names:
+            found = ", ".join(map(shown, sorted(file.names))) or "nothing"
+            raise InputError(
+                f"it has no array {FEATURES!r}, it has {found}",
+                where=self.where,
+                hint=f"{FEATURES!r} holds the features under the current merged adapter",
+            )
+        self.rows = 0
+        self.rows = len(self._array(FEATURES))
+
+    def require(self, numbers: Sequence[int]) -> None:
+        wanted = [self._name(number) for number in numbers]
+        known = {LABELS, FEATURES} | {f"{FEATURES}_{number}" for number in range(self._current)}
+        missing = [name for name in wanted if name not in self._file.names]
+        surplus = [name for name in self._file.names if name not in known]
+        if missing or surplus:
+            problem = f"it has no {', '.join(missing)}" if missing else f"{shown(surplus[0])} has no meaning"
+            raise InputError(
+                f"{problem}; expected are {', '.join([*wanted, LABELS])}, found {', '.join(sorted(self._file.names))}",
+                where=self.where,
+                hint=f"{FEATURES}_N holds the same examples' features under the merged adapter of N tasks, 0 for none",
+            )
+
+    def batches(self, number: int) -> Iterator[Tensor]:
+        array = self._array(self._name(number))
+        for start in range(0, len(array), _ROWS):
+            yield array[start : start + _ROWS]
+
+    def _name(self, number: int) -> str:
+        return FEATURES if number == self._current else f"{FEATURES}_{number}"
+
+    def _array(self, name: str) -> Tensor:
+        array = self._file.read(name)
+        if array.ndim != 2 or not array.is_floating_point() or not array.shape[1]:
+            raise InputError(
+                f"{shown(name)} is {str(array.dtype).removeprefix('torch.')} {list(array.shape)}; features are"
+                " floating-point numbers (examples, d)",
+                where=self.where,
+            )
+        wanted = len(self.labels) if self.labels is not None else self.rows
+        if wanted and len(array) != wanted:
+            other = LABELS if self.labels is not None else FEATURES
+            raise InputError(f"{shown(name)} has {len(array)} rows and {other} has {wanted}", where=self.where)
+        if not len(array):
+            raise InputError("it holds no examples", where=self.where)
+        if not bool(torch.isfinite(array).all()):
+            raise InputError(f"{shown(name)} holds a NaN or an infinity", where=self.where)
+        return array
+
+
+class ModelFeatures:
+    """Features that a model computes from data, with one merged adapter of a state in it at a time.
+
+    Args:
+        file: the keyword arguments of the forward pass, and ``labels``.
+    """
+
+    is_slow = True
+
+    def __init__(self, file: ArrayFile, stored: StoredState, backbone: Backbone, options: ModelOptions) -> None:
+        self._stored = stored
+        self._backbone = backbone
+        self._batch = options.batch
+        self.where = file.where
+        self.labels = file.labels()
+        self._inputs = {name: file.read(name) for name in file.names if name != LABELS}
+        if not self._inputs:
+            raise InputError("it has no inputs", where=self.where, hint="name them as the forward pass does")
+        self.rows = len(self.labels) if self.labels is not None else 0
+        for name, array in self._inputs.items():
+            self.rows = self.rows or (len(array) if array.ndim else 0)
+            if array.ndim == 0 or len(array) != self.rows:
+                raise InputError(
+                    f"{shown(name)} is {list(array.shape)}, and arrays need a row for each of {self.rows} examples",
+                    where=self.where,
+                )
+            if array.is_floating_point() and not bool(torch.isfinite(array).all()):
+                raise InputError(f"{shown(name)} holds a NaN or an infinity", where=self.where)
+        self.how: dict[str, Any] = {
+            "input": "data",
+            "feature": options.feature,
+            "pool": options.pool,
+            "base_fingerprint": backbone.fingerprint,
+        }
+
+    def require(self, numbers: Sequence[int]) -> None:
+        pass
+
+    def batches(self, number: int) -> Iterator[Tensor]:
+        tensors = self._backbone.with_adapter(self._stored.adapter(number)) if number else {}
+        return self._backbone.features(self._cut(), tensors, self.where)
+
+    def _cut(self) -> Iterator[Batch]:
+        for start in range(0, self.rows, self._batch):
+            yield {name: array[start : start + self._batch] for name, array in self._inputs.items()}
+
+
+class Sources:
+    """Opens what features come from; a model is made once, when data are first opened.
+
+    Args:
+        stored: whose adapters are put into the model.
+    """
+
+    def __init__(self, stored: StoredState, model: ModelOptions) -> None:
+        self._stored = stored
+        self._options = model
+        self._backbone: Backbone | None = None
+
+    def open(self, current: int, *, features: str | None, data: str | None) -> FeatureSource:
+        """One file of features, or of data. Raises as the sources and the model do.
+
+        Args:
+            current: the number of the current merged adapter.
+        """
+        if features is not None:
+            return StoredFeatures(ArrayFile(features), current)
+        assert data is not None
+        file = ArrayFile(data)
+        if self._backbone is None:
+            self._backbone = Backbone(self._options, self._stored.adapter(current), self._stored.state.config)
+        return ModelFeatures(file, self._stored, self._backbone, self._options)
+
+
+def require_comparable(
+    record: Mapping[str, Any], how: Mapping[str, Any], where: str, *, allow_base_mismatch: bool
+) -> None:
+    """Raise ``InputError`` where a model gives other features than those that prototypes are means of.
+
+    Args:
+        record: of a task that has been mapped.
+        how: of the source of other features.
+    """
+    if record.get("input") != "data" or how.get("input") != "data":
+        return
+    for name in ("feature", "pool"):
+        if record.get(name) != how.get(name):
+            known = record.get(name)
+            raise InputError(
+                f"the prototypes were made with {f'the {name} {known}' if known else f'the default {name}'}",
+                where=where,
+                hint=f"give --{name} {known}" if known else f"leave out --{name}",
+            )
+    if record.get("base_fingerprint") != how.get("base_fingerprint") and not allow_base_mismatch:
+        raise InputError(
+            "the prototypes were made with another model, so features cannot be compared",
+            where=where,
+            hint="a function must make the same model every time; --allow-base-mismatch uses it all the same",
+        )
+
+
+def labels_of(source: FeatureSource) -> Tensor:
+    """The class of each example. Raises ``InputError`` where they are not known."""
+    if source.labels is None:
+        raise InputError(f"it has no array {LABELS!r}, and prototypes are means by class", where=source.where)
+    return source.labels
+
+
+def class_means(source: FeatureSource, number: int, tell: Tell) -> ClassMeans:
+    """The mean features of each class under one merged adapter. Raises ``InputError``, ``NonFiniteError``."""
+    found, done = ClassMeans(labels_of(source)), 0
+    what = f"features under the merged adapter of {number} tasks" if number else "features without an adapter"
+    for batch in source.batches(number):
+        found.add(batch, source.where)
+        done += len(batch)
+        tell(f"{what}, examples", done, source.rows)
+    return found
