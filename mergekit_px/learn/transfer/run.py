@@ -305,9 +305,11 @@ def _working_folder(
 def _require_usable(output: Path, work: Path, mode: str, identity: str) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError("the output is a file, not a folder", where=str(output), hint="choose another with -o")
-    if mode == "overwrite" or not output.exists() or not any(output.iterdir()):
-        return
     record = work / "run.json"
+    if mode == "overwrite" or not output.exists():
+        return
+    if not record.exists() and all(one == work for one in output.iterdir()):
+        return  # empty, or a run was ended before it began
     if mode == "new":
         what = "an unfinished run is there" if record.exists() else "the output folder is not empty"
         hint = "continue it with --resume or start over with --overwrite" if record.exists() else (
