@@ -235,9 +235,9 @@ def test_what_was_killed_goes_on_to_the_same_bytes(learner: str, world: World, l
 def test_a_resumed_run_may_be_killed_again(learner: str, world: World, launch: Launch, whole) -> None:
     expected, counts = whole(learner)
     words = world.commands[learner]
-    first, second, *_ = moments(learner, counts)
+    later = moments(learner, counts)[1]
     folder = world.root / "twice" / learner
-    assert launch(folder, words, second) == -signal.SIGKILL
+    assert launch(folder, words, later) == -signal.SIGKILL
     done = launch(folder, [*words, "--resume"], f"rename:{counts['rename'] // 4 + 2}")
     assert done in (0, -signal.SIGKILL)
     if done:
