@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mergekit_px.cli._arguments import Several
 from mergekit_px.cli._errors import Interrupted
 from mergekit_px.cli._options import AllowPickle, Json, Quiet
 from mergekit_px.cli._output import Column, Output, output_for
@@ -16,8 +17,16 @@ from mergekit_px.errors import UsageError
 
 TargetBase = Annotated[str, typer.Option("--target-base", metavar="MODEL", help="The model that receives.")]
 DataFile = Annotated[
-    str,
-    typer.Option("--data", metavar="FILE", help="A few labelled examples of the task, .npz or .safetensors."),
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="A few labelled examples of the task, .npz or .safetensors; needed unless nothing is learned from them.",
+    ),
+]
+Maps = Annotated[
+    str | None,
+    typer.Option("--maps", metavar="FILE", help="Matrices or permutations of a former run; nothing is learned."),
 ]
 SourceBase = Annotated[
     str | None, typer.Option("--source-base", metavar="MODEL", help="The model that the fine-tune began with.")
@@ -42,8 +51,12 @@ SourceCode = Annotated[
     typer.Option("--source-code", metavar="FILE.PY:FUNCTION", help="The same for the source, where it differs."),
 ]
 Route = Annotated[
-    Literal["orthogonal", "theseus", "gradfix"],
-    typer.Option("--route", help="Rotations learned from labels, maps between activations, or signs of gradients."),
+    Literal["orthogonal", "theseus", "gradfix", "permutation"],
+    typer.Option(
+        "--route",
+        help="Rotations learned from labels, maps between activations, signs of gradients, or permutations found from"
+        " the weights of both bases, without data.",
+    ),
 ]
 Parametrisation = Annotated[
     Literal["soft", "cayley", "polar"],
@@ -58,6 +71,40 @@ Beta = Annotated[
 Project = Annotated[bool, typer.Option("--project", help="Make soft matrices orthogonal when they are learned.")]
 Vote = Annotated[
     bool, typer.Option("--majority/--mean-gradient", help="gradfix: signs by a vote of examples, or by their mean.")
+]
+Permute = Annotated[
+    list[str],
+    typer.Option("--permute", metavar="WHAT...", help="permutation: any of heads, mlp and residual."),
+    Several("--permute"),
+]
+Match = Annotated[
+    Literal["spectrum", "product"],
+    typer.Option("--match", help="permutation: heads by singular values, or by inner products (Git Re-Basin)."),
+]
+Inside = Annotated[
+    Literal["joint", "separate"],
+    typer.Option("--inside", help="permutation: one order of the channels of a head, or another for its values."),
+]
+Rounds = Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="permutation: at most, until all is stable.")]
+HeadNumber = Annotated[
+    int | None, typer.Option("--heads", metavar="N", min=1, help="Attention heads.  [default: as config.json says]")
+]
+KvHeadNumber = Annotated[
+    int | None,
+    typer.Option("--kv-heads", metavar="N", min=1, help="Key and value heads.  [default: as config or shapes say]"),
+]
+PositionKind = Annotated[
+    Literal["auto", "additive", "rotary"],
+    typer.Option("--positions", help="How it knows positions: added to its inputs (or not at all), or rotary."),
+]
+Places = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--place",
+        metavar="ROLE=NAME...",
+        help="permutation: what tensors are, by the ends of their names, as query=to_q; roles: docs/learn-align.md.",
+    ),
+    Several("--place", "assignments"),
 ]
 Rate = Annotated[float, typer.Option("--learning-rate", metavar="X", help="Of the matrices; > 0.")]
 TuneRate = Annotated[float, typer.Option("--tune-rate", metavar="X", help="Of the fine-tunes beside it; > 0.")]
@@ -76,12 +123,13 @@ AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the Python fu
 
 def align(
     target_base: TargetBase,
-    data: DataFile,
+    data: DataFile = None,
     source_base: SourceBase = None,
     source_model: SourceModel = None,
     task_vector: TaskVector = None,
     output: Folder = Path("aligned"),
     test_data: TestData = None,
+    maps: Maps = None,
     model: Code = None,
     source_code: SourceCode = None,
     route: Route = "orthogonal",
@@ -92,6 +140,14 @@ def align(
     orthogonality: Beta = 1.0,
     project: Project = False,
     majority: Vote = True,
+    permute: Permute = ["heads", "mlp", "residual"],  # noqa: B006
+    match: Match = "spectrum",
+    inside: Inside = "joint",
+    rounds: Rounds = 100,
+    heads: HeadNumber = None,
+    kv_heads: KvHeadNumber = None,
+    positions: PositionKind = "auto",
+    place: Places = None,
     learning_rate: Rate = 3e-3,
     tune_rate: TuneRate = 5e-4,
     weight_decay: Decay = 0.0,
@@ -109,17 +165,19 @@ def align(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Transport a task vector to another model, by rotations learned from a few examples (arXiv 2505.12021).
+    """Transport a task vector to another model, by rotations learned from a few examples or otherwise (arXiv 2505.12021).
 
-    The result is a task vector for the target base, the model that it makes, the rotations, and a report that always
-    holds the controls: the target without it, the task vector as it is, a random one of the same norms, and few-shot
-    fine-tunes on the same examples. Read it before the model: where two models are unrelated, rotations are only
-    another way to fine-tune.
+    The result is a task vector for the target base, the model that it makes, the rotations or permutations, and a
+    report that always holds the controls: the target without it, the task vector as it is, a random one of the same
+    norms, and few-shot fine-tunes on the same examples. Read it before the model: where two models are unrelated,
+    rotations are only another way to fine-tune.
 
     \b
     Examples:
       pxmerge align --source-base ./a --source-model ./a-ft --target-base ./b --data few.npz -o aligned
       pxmerge align --task-vector ./tau --target-base ./b --data few.npz --route gradfix
+      pxmerge align --source-base ./a --source-model ./a-ft --target-base ./b --route permutation
+      pxmerge align --task-vector ./tau2 --target-base ./b --maps ./aligned
     """
     from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
 
@@ -144,6 +202,14 @@ def align(
         validation=validation,
         test=test,
         seed=seed,
+        permute=tuple(sorted(set(permute))),
+        match=match,
+        inside=inside,
+        rounds=rounds,
+        heads=heads,
+        kv_heads=kv_heads,
+        positions=positions,
+        places=tuple(_place(one) for one in place or ()),
     )
     options = AlignOptions(
         target_base=target_base,
@@ -153,6 +219,7 @@ def align(
         task_vector=task_vector,
         output=output,
         test_data=test_data,
+        maps=maps,
         model=model,
         source_code=source_code,
         settings=settings,
@@ -172,17 +239,43 @@ def align(
 
 def _report(report: Mapping[str, Any], sink: Output) -> None:
     sink.document(report)
-    columns = [Column("on test data"), Column("accuracy", "right")]
-    sink.table(columns, [(name, f"{accuracy:.1f}") for name, accuracy in report["test"].items()])
+    scores = report["test"]
+    if scores:
+        columns = [Column("on test data"), Column("accuracy", "right")]
+        sink.table(columns, [(name, f"{accuracy:.1f}") for name, accuracy in scores.items()])
     rotations = report.get("rotations")
     if rotations is not None:
         sink.note(
             f"{rotations['matrices']} matrices, orthogonal to {rotations['orthogonality_error']:.2g}, mean distance"
             f" from the identity {rotations['mean_distance_from_identity']:.2g}"
         )
-    scores = report["test"]
-    if scores["aligned"] <= max(scores["naive"], scores["sham"]):
+    permutations = report.get("permutations")
+    if permutations is not None:
+        _about(permutations, sink)
+    if not scores:
+        sink.note(f"not scored, since there is no --data: {', '.join(report['not_scored'])}")
+    elif scores["aligned"] <= max(scores["naive"], scores["sham"]):
         sink.warning("alignment gains nothing over the task vector as it is, or over a random one of the same norms")
     if report["left_out"]:
         sink.note(f"{len(report['left_out'])} tensors of the task vector have no place in the target")
-    sink.note(f"{show_seconds(report['seconds'])}; {report['examples']['test']} test examples")
+    tested = f"; {report['examples']['test']} test examples" if scores else ""
+    sink.note(f"{show_seconds(report['seconds'])}{tested}")
+
+
+def _about(permutations: Mapping[str, Any], sink: Output) -> None:
+    likeness = permutations["similarity"]
+    sink.note(
+        f"{permutations['moved']:.0%} of all places have another unit than before; cosine of the weights"
+        f" {likeness['before']:.3f}, then {likeness['after']:.3f}; rounds: {permutations['rounds']}"
+    )
+    if not permutations["stable"]:
+        sink.warning("the matching had not settled when it was stopped; give it more --rounds")
+    for block, reason in permutations["left_alone"].items():
+        sink.note(f"{block.rstrip('.') or 'the model'} keeps its order: {reason}")
+
+
+def _place(text: str) -> tuple[str, str]:
+    role, equals, pattern = text.partition("=")
+    if not equals:
+        raise UsageError(f"{text!r} names no role", hint="write --place ROLE=NAME, as in --place query=to_q")
+    return role, pattern

@@ -16,7 +16,9 @@ def require_solver() -> None:
     import importlib.util
 
     if importlib.util.find_spec("scipy") is None:
-        raise UsageError("permutations are found with scipy, which is not installed", hint='run: pip install "scipy>=1.11"')
+        raise UsageError(
+            "permutations are found with scipy, which is not installed", hint='run: pip install "scipy>=1.11"'
+        )
 
 
 def best_assignment(products: Tensor) -> Tensor:

@@ -72,16 +72,14 @@ def _one(config: Mapping[str, Any], keys: Iterable[str], where: str, flag: str) 
     return None
 
 
-def _positions(
-    config: Mapping[str, Any], names: Iterable[str]
-) -> Literal["additive", "rotary", "alibi"] | None:
+def _positions(config: Mapping[str, Any], names: Iterable[str]) -> Literal["additive", "rotary", "alibi"] | None:
     """What is told about positions; the kind that leaves the least freedom where several are."""
     told = {"additive", "absolute"} & {str(value) for _, value in _entries(config)}
     for key, value in _entries(config):
-        if "alibi" in key and value or value == "alibi":
+        if ("alibi" in key and value) or value == "alibi":
             return "alibi"
     for key, value in _entries(config):
-        if ("rope" in key or "rotary" in key) and value is not None or value == "rotary":
+        if (("rope" in key or "rotary" in key) and value is not None) or value == "rotary":
             return "rotary"
     components = [component.lower() for name in names for component in name.split(".")]
     if any(component.startswith(("rope", "rotary")) for component in components):

@@ -229,9 +229,7 @@ class _Search:
 
     # Hidden units
 
-    def _find_hidden(
-        self, found: Layout, block: str, ups: list[str], down: str, widths: Mapping[int, str]
-    ) -> None:
+    def _find_hidden(self, found: Layout, block: str, ups: list[str], down: str, widths: Mapping[int, str]) -> None:
         units = self._sizes(down)[1]
         parts = [self._inputs(down)]
         for path in ups:

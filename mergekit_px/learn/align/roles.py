@@ -100,7 +100,10 @@ def roles_of(path: str, places: Sequence[Place] = ()) -> list[tuple[Role, str]]:
     own = [found for role, pattern in places for found in _matched(path, role, pattern)]
     if not own:
         own = [
-            found for role, patterns in PATTERNS.items() for pattern in patterns for found in _matched(path, role, pattern)
+            found
+            for role, patterns in PATTERNS.items()
+            for pattern in patterns
+            for found in _matched(path, role, pattern)
         ]
     return sorted(dict.fromkeys(own), key=lambda found: -len(found[1]))
 

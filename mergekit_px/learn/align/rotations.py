@@ -14,6 +14,8 @@ from torch import Tensor
 from mergekit_px.learn.align.pieces import Piece
 from mergekit_px.learn.align.settings import AlignSettings
 
+ROTATIONS_FILE = "rotations.safetensors"
+
 
 class Rotations:
     """One or two matrices for each piece, the identity at first.

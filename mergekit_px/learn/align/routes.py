@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from mergekit_px.errors import DivergedError, RunError
-from mergekit_px.learn.align.direct import Crossed, gradfix, gradient_signs, theseus
+from mergekit_px.learn.align.direct import gradfix, gradient_signs
 from mergekit_px.learn.align.fit import Fit
+from mergekit_px.learn.align.fixed import Artefact, FixedMap, Transport
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import Piece
-from mergekit_px.learn.align.rotations import Rotations
+from mergekit_px.learn.align.rotations import ROTATIONS_FILE, Rotations
 from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.data import Batch, Examples, derived_seed, to_device
 
 Deltas = Mapping[str, Tensor]
-Keep = Callable[[Deltas, Rotations | None], None]
+Keep = Callable[[Deltas, Artefact | None], None]
+
+CONTROLS = ("zero-shot", "naive", "aligned", "sham", "few-shot fine-tune", "fine-tune from naive")
+"""What every report scores."""
 
 
 @dataclass
@@ -31,8 +35,8 @@ class Trial:
     settings: AlignSettings
     parts: Mapping[str, Examples]
     pieces: Sequence[Piece]
-    crossed: Crossed | None
-    shapes: Mapping[str, tuple[int, ...]]
+    fixed: FixedMap | None
+    metadata: Mapping[str, str]
     device: torch.device
     work: Path
     plan_hash: str
@@ -45,16 +49,17 @@ class Trial:
         Args:
             deltas: the whole task vector.
             fitting: the part of it that has the shapes of the target: what the naive transfer adds.
-            keep: writes a transported task vector, and the matrices if there are some.
+            keep: writes a transported task vector, and what it was transported with if that can be used again.
         """
         moved, rotations, fit = self._transported("aligned", deltas, fitting, keep)
-        keep(moved, rotations)
+        keep(moved, self._artefact(rotations))
         found: dict[str, Any] = {
             "transported": moved,
             "steps": fit.step if fit is not None else 0,
             "best_step": fit.best_step if fit is not None else 0,
             "trace": [list(entry) for entry in fit.trace] if fit is not None else [],
-            "norm": {"before": _norm(deltas), "after": _norm(moved)},
+            "norm": {"before": norm(deltas), "after": norm(moved)},
+            **(self.fixed.report if self.fixed is not None else {}),
         }
         if rotations is not None:
             found["rotations"] = {
@@ -75,6 +80,7 @@ class Trial:
             "fine-tune from naive": self.score(
                 self._tuned("tuned-naive", {name: scale * delta for name, delta in fitting.items()}), 1.0
             ),
+            **{name: self.score(transport(fitting)) for name, transport in self._controls()},
         }
         return found
 
@@ -90,14 +96,21 @@ class Trial:
     def _transported(
         self, name: str, deltas: Deltas, fitting: Deltas, keep: Keep | None
     ) -> tuple[Deltas, Rotations | None, Fit | None]:
-        if self.settings.route == "theseus":
-            assert self.crossed is not None
-            return theseus(deltas, self.crossed, self.shapes), None, None
+        if self.fixed is not None:
+            return self.fixed.transport(deltas if self.fixed.across_shapes else fitting), None, None
         if self.settings.route == "gradfix":
             names = [one for one in fitting if self.model.sites[one].is_parameter]
             signs = gradient_signs(self.model, self.batches("train"), names, majority=self.settings.majority)
             return gradfix(fitting, signs), None, None
         return self._rotated(name, fitting, keep)
+
+    def _controls(self) -> list[tuple[str, Transport]]:
+        return list(self.fixed.controls.items()) if self.fixed is not None else []
+
+    def _artefact(self, rotations: Rotations | None) -> Artefact | None:
+        if rotations is not None:
+            return Artefact(ROTATIONS_FILE, rotations.matrices(), self.metadata)
+        return self.fixed.artefact if self.fixed is not None else None
 
     def _rotated(self, name: str, deltas: Deltas, keep: Keep | None) -> tuple[Deltas, Rotations, Fit]:
         settings, model = self.settings, self.model
@@ -125,7 +138,7 @@ class Trial:
             fit.run(self.parts, self.device, self.work / f"{name}.safetensors", self.plan_hash, self.tell)
         except DivergedError as error:
             if keep is not None:
-                keep(moved(), rotations)
+                keep(moved(), self._artefact(rotations))
             raise RunError(
                 f"{error.what}; the result of step {fit.best_step}, the best before, is kept",
                 hint="lower the learning rate and start over with --overwrite",
@@ -170,5 +183,6 @@ class Trial:
         return worst
 
 
-def _norm(deltas: Deltas) -> float:
+def norm(deltas: Deltas) -> float:
+    """Of all tensors together."""
     return float(torch.stack([delta.double().square().sum() for delta in deltas.values()]).sum().sqrt())

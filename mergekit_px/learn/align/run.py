@@ -1,20 +1,20 @@
-"""From two bases, a fine-tune of one and a few examples to the other with what the fine-tune knows, and its controls.
+"""From two bases and a fine-tune of one to the other with what the fine-tune knows, and its controls.
 
-<output>/task_vector/            the transported task vector, for the target base
-<output>/model/                  target base plus task vector
-<output>/rotations.safetensors   the matrices, where some were learned
-<output>/report.json             settings, hashes, traces, scores of the result and of its controls on test data
-<output>/.align/                 states of an unfinished run
+<output>/task_vector/                the transported task vector, for the target base
+<output>/model/                      target base plus task vector
+<output>/rotations.safetensors       the matrices, where some were learned
+<output>/permutations.safetensors    the permutations, where some were found
+<output>/report.json                 settings, hashes, traces, scores of the result and of its controls on test data
+<output>/.align/                     states of an unfinished run
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,26 @@ import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.fingerprint import fingerprint
-from mergekit_px.checkpoint.hashing import file_sha256
-from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.errors import InputError, UsageError
-from mergekit_px.learn.align.direct import Crossed, crossed_activations
+from mergekit_px.learn.align.direct import Crossed, crossed_activations, theseus
+from mergekit_px.learn.align.fixed import Artefact, FixedMap
 from mergekit_px.learn.align.forward import ChangedModel
+from mergekit_px.learn.align.inputs import (
+    artefact_metadata,
+    find_checkpoints,
+    fingerprints,
+    input_hashes,
+    plan_hash,
+)
 from mergekit_px.learn.align.output import write_result
 from mergekit_px.learn.align.pieces import Piece, find_pieces
-from mergekit_px.learn.align.routes import Trial
+from mergekit_px.learn.align.rebasin import find_rebasin, function_change
+from mergekit_px.learn.align.reuse import load_map
+from mergekit_px.learn.align.routes import CONTROLS, Deltas, Trial, norm
 from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.align.source import read_deltas
 from mergekit_px.learn.data import Batch, Examples, load_examples, split_rows, to_device
-from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
+from mergekit_px.learn.models import LearningModel, load_model
 from mergekit_px.learn.ofasd.blend import Site, find_sites
 from mergekit_px.learn.ofasd.folder import Mode, working_folder, write_json
 from mergekit_px.learn.ofasd.proxy import check_data
@@ -42,8 +49,8 @@ from mergekit_px.learn.ofasd.proxy import check_data
 UNFINISHED = ".align"
 REPORT_FILE = "report.json"
 
-_HASH_VERSION = 1
 _SCALES = tuple(step / 4 for step in range(9))
+_NO_DATA = "there is no labelled data"
 
 
 @dataclass(frozen=True)
@@ -52,23 +59,26 @@ class AlignOptions:
 
     Attributes:
         target_base: the model that receives; path or Hub reference.
-        data: labelled examples of the task, npz or safetensors.
+        data: labelled examples of the task, npz or safetensors. May be left out where nothing is learned from them
+            (route ``permutation``, or ``maps``); then nothing is scored.
         source_base: the model that the task vector was taken from; may be left out with ``task_vector``, unless
-            activations are compared.
+            both bases are compared.
         source_model: the fine-tune of the source base; or else:
         task_vector: a file of differences.
         test_data: examples for the scores of the report; None for a share of ``data``.
+        maps: matrices or permutations of a former run, or its folder, which are applied instead of new ones.
         model: ``file.py:function`` of the target; None for the class that its config names.
         source_code: the same of the source, where it differs.
     """
 
     target_base: str
-    data: str
+    data: str | None = None
     source_base: str | None = None
     source_model: str | None = None
     task_vector: str | None = None
     output: Path = Path("aligned")
     test_data: str | None = None
+    maps: str | None = None
     model: str | None = None
     source_code: str | None = None
     settings: AlignSettings = field(default_factory=AlignSettings)
@@ -105,48 +115,24 @@ def align_task_vector(
     from mergekit_px.execute.lane import pick_device
 
     started = time.monotonic()
-    settings = options.settings
-    settings.check()
+    options.settings.check()
+    _require_data(options)
     device = pick_device(options.device)
-    checkpoints = _checkpoints(options)
+    checkpoints = find_checkpoints(options)
     parts = _parts(options)
-    plan_hash = _plan_hash(options, checkpoints, device)
-    with working_folder(options.output, UNFINISHED, options.mode, plan_hash) as work:
-        model, sites = _prepared(checkpoints["target base"], options.model, options, device)
-        dtype = sites[0].base.dtype
-        for part in parts.values():
-            check_data(model.module, part, labelled=True, device=device, dtype=dtype)
-        deltas = read_deltas(checkpoints, device, dtype)
-        shapes = {site.name: tuple(site.base.shape) for site in sites}
-        pieces: list[Piece] = []
-        crossed: Crossed | None = None
-        if settings.route == "theseus":
-            crossed = _crossed(options, checkpoints["source base"], model, parts["train"], device)
-        elif settings.route == "orthogonal":
-            pieces = find_pieces(model, sites, settings.sites, square=settings.sided == "one")
-        fitting = {name: one for name, one in deltas.items() if shapes.get(name) == tuple(one.shape)}
-        if crossed is None and not fitting:
-            raise InputError("no tensor of the task vector has the name and shape of one of the target's")
-        if settings.route == "orthogonal" and not any(piece.tensor in fitting for piece in pieces):
-            raise UsageError(
-                "there is no matrix to rotate",
-                hint="take all linear layers (--sites all), or two matrices for each (--sided two)",
-            )
-        trial = Trial(
-            ChangedModel(model, sites), settings, parts, pieces, crossed, shapes, device, work, plan_hash, say, tell
-        )
-        outcome = trial.run(
-            deltas,
-            fitting,
-            keep=lambda moved, rotations: write_result(options, model, sites, moved, rotations, plan_hash),
-        )
-        report: dict[str, Any] = {
-            "settings": asdict(settings),
+    prints = fingerprints(checkpoints)
+    plan = plan_hash(options, prints, device)
+    metadata = artefact_metadata(checkpoints, prints)
+    with working_folder(options.output, UNFINISHED, options.mode, plan) as work:
+        if parts:
+            report = _with_data(options, checkpoints, parts, metadata, device, work, plan, say, tell)
+        else:
+            report = _without_data(options, checkpoints, metadata, plan, say)
+        report = {
+            "settings": asdict(options.settings),
             "examples": {part: len(one) for part, one in parts.items()},
-            "left_out": sorted(name for name in deltas if name not in outcome["transported"]),
-            **{name: value for name, value in outcome.items() if name != "transported"},
-            "scales": _scales(trial, fitting, outcome["transported"]),
-            "inputs": _inputs(options, checkpoints),
+            **report,
+            "inputs": input_hashes(options, checkpoints),
             "seconds": round(time.monotonic() - started, 3),
         }
         report = json.loads(json.dumps(report))  # plain data, as it will be read back
@@ -156,24 +142,124 @@ def align_task_vector(
     return AlignedTaskVector(options.output, report)
 
 
-def _checkpoints(options: AlignOptions) -> dict[str, Checkpoint]:
-    """The inputs by their part in the matter. Raises ``UsageError`` where they do not make a task vector."""
-    if (options.source_model is None) == (options.task_vector is None):
-        raise UsageError("either a source model or a task vector is transported", hint="give one of them")
-    needs_base = options.source_model is not None or options.settings.route == "theseus"
-    if needs_base and options.source_base is None:
-        raise UsageError("the source base is needed: the model that the fine-tune began with")
-    named = {
-        "target base": options.target_base,
-        "source base": options.source_base,
-        "source model": options.source_model,
-        "task vector": options.task_vector,
-    }
+def _with_data(
+    options: AlignOptions,
+    checkpoints: Mapping[str, Checkpoint],
+    parts: Mapping[str, Examples],
+    metadata: Mapping[str, str],
+    device: torch.device,
+    work: Path,
+    plan: str,
+    say: Callable[[str], None],
+    tell: Callable[[int, float], None],
+) -> dict[str, Any]:
+    """Transport, train and score."""
+    settings = options.settings
+    base = checkpoints["target base"]
+    model, sites = _prepared(base, options.model, options, device)
+    dtype = sites[0].base.dtype
+    for part in parts.values():
+        check_data(model.module, part, labelled=True, device=device, dtype=dtype)
+    deltas = read_deltas(checkpoints, device, dtype)
+    shapes = {site.name: tuple(site.base.shape) for site in sites}
+    fitting = {name: one for name, one in deltas.items() if shapes.get(name) == tuple(one.shape)}
+    pieces: list[Piece] = []
+    fixed: FixedMap | None = None
+    changed = ChangedModel(model, sites)
+    if options.maps is not None or settings.route == "permutation":
+        first = to_device(next(parts["validation"].batches(settings.batch)), device, dtype)
+        fixed = _found_map(options, checkpoints, metadata, say, changed, first)
+    elif settings.route == "theseus":
+        crossed = _crossed(options, checkpoints["source base"], model, parts["train"], device)
+        fixed = FixedMap(partial(theseus, crossed=crossed, shapes=shapes), across_shapes=True)
+    elif settings.route == "orthogonal":
+        pieces = find_pieces(model, sites, settings.sites, square=settings.sided == "one")
+    if settings.route != "theseus":
+        _require_fitting(fitting)
+    if fixed is None and settings.route == "orthogonal" and not any(piece.tensor in fitting for piece in pieces):
+        raise UsageError(
+            "there is no matrix to rotate",
+            hint="take all linear layers (--sites all), or two matrices for each (--sided two)",
+        )
+    trial = Trial(changed, settings, parts, pieces, fixed, metadata, device, work, plan, say, tell)
+
+    def keep(moved: Deltas, artefact: Artefact | None) -> None:
+        changes = {
+            name: settings.scale * moved[site.name] for site in sites if site.name in moved for name in site.names
+        }
+        write_result(options.output, base, changes, artefact, plan)
+
+    outcome = trial.run(deltas, fitting, keep)
+    moved = outcome.pop("transported")
+    known = {name for site in sites if site.name in moved for name in site.names}
     return {
-        part: find_checkpoint(reference, allow_pickle=options.allow_pickle)
-        for part, reference in named.items()
-        if reference is not None
+        "left_out": sorted(name for name in deltas if name not in known),
+        **outcome,
+        "not_scored": {},
+        "scales": _scales(trial, fitting, moved),
     }
+
+
+def _without_data(
+    options: AlignOptions,
+    checkpoints: Mapping[str, Checkpoint],
+    metadata: Mapping[str, str],
+    plan: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Transport by arithmetic on files alone; nothing can be scored."""
+    base = checkpoints["target base"]
+    deltas = read_deltas(checkpoints, torch.device("cpu"), torch.float32)
+    fixed = _found_map(options, checkpoints, metadata, say)
+    shapes = {name: stored.shape for name, stored in base.tensors.items() if stored.dtype.arithmetic}
+    fitting = {name: one for name, one in deltas.items() if shapes.get(name) == tuple(one.shape)}
+    _require_fitting(fitting)
+    moved = fixed.transport(fitting)
+    scaled = {name: options.settings.scale * change for name, change in moved.items()}
+    write_result(options.output, base, scaled, fixed.artefact, plan)
+    return {
+        "left_out": sorted(deltas.keys() - moved.keys()),
+        "norm": {"before": norm(deltas), "after": norm(moved)},
+        **fixed.report,
+        "test": {},
+        "not_scored": dict.fromkeys((*CONTROLS, *fixed.controls), _NO_DATA),
+        "scales": [],
+    }
+
+
+def _found_map(
+    options: AlignOptions,
+    checkpoints: Mapping[str, Checkpoint],
+    metadata: Mapping[str, str],
+    say: Callable[[str], None],
+    model: ChangedModel | None = None,
+    batch: Batch | None = None,
+) -> FixedMap:
+    """Of a former run, or permutations that are found now; these are tried on the target where it can run."""
+    if options.maps is not None:
+        return load_map(options.maps, metadata)
+    say("matching the bases")
+    found = find_rebasin(checkpoints["source base"], checkpoints["target base"], options.settings, metadata)
+    if model is None or batch is None:
+        return found.map
+    change = function_change(found.permutations, model, batch)
+    return replace(found.map, report={"permutations": {**found.map.report["permutations"], "function_change": change}})
+
+
+def _require_data(options: AlignOptions) -> None:
+    needless = options.settings.route == "permutation" or options.maps is not None
+    if options.data is None and not needless:
+        raise UsageError(
+            f"the route {options.settings.route} learns from labelled examples",
+            hint="give them with --data; --route permutation needs none",
+        )
+    if options.data is None and options.test_data is not None:
+        raise UsageError("test data goes with --data: the controls are trained on it")
+
+
+def _require_fitting(fitting: Deltas) -> None:
+    if not fitting:
+        raise InputError("no tensor of the task vector has the name and shape of one of the target's")
 
 
 def _prepared(
@@ -185,7 +271,9 @@ def _prepared(
 
 
 def _parts(options: AlignOptions) -> dict[str, Examples]:
-    """``train``, ``validation`` and ``test``."""
+    """``train``, ``validation`` and ``test``; nothing without data."""
+    if options.data is None:
+        return {}
     data, settings = load_examples(options.data), options.settings
     shares = {"validation": settings.validation}
     if options.test_data is None:
@@ -218,38 +306,3 @@ def _scales(trial: Trial, naive: Mapping[str, Tensor], moved: Mapping[str, Tenso
         }
         for scale in _SCALES
     ]
-
-
-def _plan_hash(options: AlignOptions, checkpoints: Mapping[str, Checkpoint], device: torch.device) -> str:
-    """Names all that the result depends on, so that a run goes on only with the same."""
-    prints = {}
-    for part, checkpoint in checkpoints.items():
-        with closing(open_reader(checkpoint)) as reader:
-            prints[part] = fingerprint(checkpoint, reader)
-    document = {
-        "version": _HASH_VERSION,
-        "settings": asdict(options.settings),
-        "models": prints,
-        "files": _file_hashes(options),
-        "device": device.type,
-    }
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _file_hashes(options: AlignOptions) -> dict[str, str]:
-    """sha256 of the data and of the code that makes the models."""
-    code = [one.rpartition(":")[0] for one in (options.model, options.source_code) if one is not None]
-    named = [options.data, *code, *([options.test_data] if options.test_data is not None else [])]
-    paths = {path: Path(path).expanduser() for path in named}
-    return {path: file_sha256(file) for path, file in sorted(paths.items()) if file.is_file()}
-
-
-def _inputs(options: AlignOptions, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """sha256 of every file that was read, by input."""
-    found: dict[str, Any] = {"files": _file_hashes(options)}
-    for part, checkpoint in checkpoints.items():
-        hashes = {}
-        if checkpoint.directory is not None:
-            hashes = {file: file_sha256(checkpoint.directory / file) for file in checkpoint.files}
-        found[part] = {"reference": checkpoint.label, "files": hashes}
-    return found

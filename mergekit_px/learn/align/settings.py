@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mergekit_px.errors import UsageError
+from mergekit_px.learn.align.head_counts import Positions
+from mergekit_px.learn.align.roles import Place, check_places
 
-Route = Literal["orthogonal", "theseus", "gradfix"]
+Route = Literal["orthogonal", "theseus", "gradfix", "permutation"]
+PERMUTED = ("heads", "mlp", "residual")
 Parametrisation = Literal["soft", "cayley", "polar"]
 
 
@@ -17,7 +20,8 @@ class AlignSettings:
 
     Attributes:
         route: ``orthogonal``: rotations learned from labels; ``theseus``: Procrustes maps between activations;
-            ``gradfix``: only elements whose sign lowers the loss.
+            ``gradfix``: only elements whose sign lowers the loss; ``permutation``: heads, hidden units and channels in
+            the order in which the weights of both bases are most alike.
         parametrisation: ``soft``: free matrices and a penalty; ``cayley``: exactly orthogonal; ``polar``: free steps,
             each followed by the nearest orthogonal matrix.
         sided: ``one`` matrix on both sides of a change, or ``two``, one on each.
@@ -28,6 +32,15 @@ class AlignSettings:
         majority: for ``gradfix``: signs by a vote of the examples instead of the mean gradient.
         learning_rate: of the rotations.
         tune_rate: of the few-shot fine-tunes that the result is compared with.
+        permute: which units change places, any of `PERMUTED`.
+        match: ``spectrum``: heads by the singular values of their projections (TransFusion); ``product``: by inner
+            products, as everything else (Git Re-Basin).
+        inside: ``joint``: one order of channels for query, key and value of a head; ``separate``: one for query and
+            key, another for value.
+        rounds: at most as many rounds of coordinate descent.
+        heads, kv_heads: None for what ``config.json`` says.
+        positions: how the model knows positions.
+        places: roles of tensors whose names are not known, with patterns for the ends of their names.
     """
 
     route: Route = "orthogonal"
@@ -47,6 +60,14 @@ class AlignSettings:
     validation: float = 0.2
     test: float = 0.3
     seed: int = 0
+    permute: tuple[str, ...] = PERMUTED
+    match: Literal["spectrum", "product"] = "spectrum"
+    inside: Literal["joint", "separate"] = "joint"
+    rounds: int = 100
+    heads: int | None = None
+    kv_heads: int | None = None
+    positions: Positions = "auto"
+    places: tuple[Place, ...] = ()
 
     def check(self) -> None:
         """Raise ``UsageError`` for numbers that cannot be meant."""
@@ -55,3 +76,13 @@ class AlignSettings:
                 raise UsageError(f"the {name} must be above 0, not {value:g}")
         if self.project and self.parametrisation != "soft":
             raise UsageError(f"{self.parametrisation} matrices are orthogonal already", hint="project goes with soft")
+        unknown = sorted(set(self.permute) - set(PERMUTED))
+        if unknown or not self.permute:
+            what = f"{unknown[0]!r} cannot be permuted" if unknown else "nothing is to be permuted"
+            raise UsageError(what, hint=f"name some of {', '.join(PERMUTED)}")
+        for kind, count in (("heads", self.heads), ("key and value heads", self.kv_heads)):
+            if count is not None and count < 1:
+                raise UsageError(f"a model has at least one of its {kind}, not {count}")
+        if self.heads is not None and self.kv_heads is not None and self.heads % self.kv_heads:
+            raise UsageError(f"{self.heads} heads cannot share {self.kv_heads} key and value heads evenly")
+        check_places(self.places)
