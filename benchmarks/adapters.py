@@ -3,15 +3,17 @@
     python benchmarks/adapters.py apply                      # a rank-16 LoRA over all linear layers of a 1.2 GB model
     python benchmarks/adapters.py apply --size 100MB --repeat 3
     python benchmarks/adapters.py merge                      # eight rank-16 adapters of a 7B shape, by svd
-    python benchmarks/adapters.py merge --layers 2 --width 512 --peft-layers 2
+    python benchmarks/adapters.py merge --layers 2 --width 512 --inner 1376
 
 ``apply``: `pxmerge adapter apply` and PEFT's from_pretrained, merge_and_unload, save_pretrained, each a process of its
-own, timed from start to exit, with its peak resident memory as the system accounts it. The fastest of the repeats
-counts; inputs are in the page cache for both. The two results are compared element by element.
+own, timed from start to exit, with its processor time and peak resident memory as the system accounts them. The
+fastest of the repeats counts; inputs are in the page cache for both. ``work`` is the time less that of starting Python
+and importing what is needed. The two results are compared element by element.
 
 ``merge``: `pxmerge adapter merge` as a process, reading and writing included; of PEFT the call of
-add_weighted_adapter alone. PEFT decomposes every dW whole, so it may be measured on fewer layers (--peft-layers) and
-multiplied; the table says so. The merged updates of the measured layers are compared.
+add_weighted_adapter alone. PEFT decomposes every dW whole, which takes minutes for one of them, so it is measured on
+one module of each shape and multiplied; an (in, out) module counts as an (out, in) one. The merged updates of the
+measured modules are compared.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ from pathlib import Path
 from typing import Any
 
 PEFT_APPLY = """
-import sys, torch
+import sys, time, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(int(sys.argv[4]))
+start = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
+print(time.perf_counter() - start)
 """
 
 PEFT_MERGE = """
@@ -42,20 +46,12 @@ import json, sys, time, torch
 from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
-folders, layers, width, rank, targets, threads, out = json.loads(sys.argv[1])
+folders, name, rows, columns, rank, threads, out = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
-# the base's numbers play no part: one matrix stands for all
-shared = torch.nn.Parameter(torch.zeros(width, width), requires_grad=False)
-def linear():
-    made = torch.nn.Linear(1, 1, bias=False)
-    made.weight, made.in_features, made.out_features = shared, width, width
-    return made
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        attention = lambda: torch.nn.ModuleDict({"self_attn": torch.nn.ModuleDict({t: linear() for t in targets})})
-        self.model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([attention() for _ in range(layers)])})
-model = PeftModel.from_pretrained(Model(), folders[0], adapter_name="a0")
+base = torch.nn.Linear(columns, rows, bias=False)
+for part in reversed(name.split(".")):
+    base = torch.nn.ModuleDict({part: base})
+model = PeftModel.from_pretrained(base, folders[0], adapter_name="a0")
 for number, folder in enumerate(folders[1:], 1):
     model.load_adapter(folder, f"a{number}")
 names = [f"a{number}" for number in range(len(folders))]
@@ -70,8 +66,8 @@ save_file({name: tensor.contiguous() for name, tensor in state.items()}, out, {"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def measured(command: list[str], threads: int) -> tuple[float, float, str]:
-    """Seconds, peak resident bytes and stdout of a process."""
+def measured(command: list[str], threads: int) -> tuple[float, float, float, str]:
+    """Seconds, seconds of processor time, peak resident bytes and stdout of a process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
@@ -83,7 +79,8 @@ def measured(command: list[str], threads: int) -> tuple[float, float, str]:
             stderr.seek(0)
             sys.exit(f"{command[:4]}: {stderr.read().decode()}")
         stdout.seek(0)
-        return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), stdout.read().decode()
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return seconds, usage.ru_utime + usage.ru_stime, peak, stdout.read().decode()
 
 
 def write_adapter(folder: Path, shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> None:
@@ -173,59 +170,79 @@ def apply(arguments: argparse.Namespace, work: Path) -> None:
     ours, theirs = work / "ours", work / "theirs"
     ours_command = [sys.executable, "-m", "mergekit_px", "adapter", "apply", str(base), str(lora), "-o", str(ours)]
     commands = {
-        "pxmerge": [*ours_command, "--threads", str(threads), "--overwrite", "--quiet"],
+        "pxmerge": [*ours_command, "--threads", str(threads), "--json"],
         "PEFT": [sys.executable, "-c", PEFT_APPLY, str(base), str(lora), str(theirs), str(threads)],
     }
     if arguments.memory is not None:
         commands["pxmerge"] += ["--memory", arguments.memory]
-    best: dict[str, tuple[float, float]] = {}
+    best: dict[str, list[float]] = {}
     for _ in range(arguments.repeat):
         for name, command in commands.items():
-            seconds, peak, _ = measured(command, threads)
-            before = best.get(name, (seconds, peak))
-            best[name] = (min(seconds, before[0]), max(peak, before[1]))
-    for name, (seconds, peak) in best.items():
-        print(f"{name:8s} {seconds:8.2f} s   peak {peak / 1e6:8.0f} MB")
-    ratio = best["PEFT"][0] / best["pxmerge"][0]
-    print(f"{ratio:.1f} times faster; results apart by {largest_difference(ours, theirs, base):.1e} of the change")
+            shutil.rmtree(ours if name == "pxmerge" else theirs, ignore_errors=True)
+            seconds, busy, peak, printed = measured(command, threads)
+            own = json.loads(printed)["seconds"] if name == "pxmerge" else float(printed.split()[-1])
+            now = [seconds, own, busy, peak]
+            before = best.get(name, now)
+            best[name] = [*map(min, now[:3], before[:3]), max(peak, before[3])]
+    for name, (seconds, own, busy, peak) in best.items():
+        print(f"{name:8s} {seconds:7.2f} s   work {own:7.2f} s   processor {busy:7.2f} s   peak {peak / 1e6:6.0f} MB")
+    whole, work_alone, processor, _ = (
+        theirs / ours for ours, theirs in zip(best["pxmerge"], best["PEFT"], strict=True)
+    )
+    print(f"{whole:.1f} times faster, {work_alone:.1f} in the work alone, {processor:.1f} in processor time")
+    print(f"results apart by {largest_difference(ours, theirs, base):.1e} of the change")
+
+
+def module_shapes(arguments: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """The modules of a llama by name, with their (out, in) shapes."""
+    width, inner = arguments.width, arguments.inner
+    shapes = {f"self_attn.{part}_proj": (width, width) for part in "qkvo"}
+    shapes |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+    return {
+        f"model.layers.{layer}.{name}": shape for layer in range(arguments.layers) for name, shape in shapes.items()
+    }
 
 
 def merge(arguments: argparse.Namespace, work: Path) -> None:
-    threads, rank, width = arguments.threads, arguments.rank, arguments.width
-    targets = arguments.targets
-    measured_layers = min(arguments.peft_layers, arguments.layers)
-    folders: dict[str, list[str]] = {"all": [], "few": []}
-    for part, layers in (("all", arguments.layers), ("few", measured_layers)):
-        names = [f"model.layers.{n}.self_attn.{target}" for n in range(layers) for target in targets]
-        for number in range(arguments.adapters):
-            folder = work / part / f"a{number}"
-            write_adapter(folder, {name: (width, width) for name in names}, rank, number)
-            folders[part].append(str(folder))
-    command = [sys.executable, "-m", "mergekit_px", "adapter", "merge", *folders["all"], "--rank", str(rank)]
-    command += ["-o", str(work / "ours"), "--overwrite", "--quiet"]
-    seconds, peak, _ = min(measured(command, threads) for _ in range(arguments.repeat))
-    count = arguments.layers * len(targets)
-    print(f"{arguments.adapters} adapters of rank {rank}, {count} modules of {width} x {width}, {threads} threads")
-    print(f"pxmerge  {seconds:9.2f} s   peak {peak / 1e6:8.0f} MB")
-    few = [*command[:5], *folders["few"], "--rank", str(rank), "-o", str(work / "ours-few"), "--quiet"]
-    measured(few, threads)
-    given = json.dumps([folders["few"], measured_layers, width, rank, targets, threads, str(work / "theirs")])
-    _, peak, printed = measured([sys.executable, "-c", PEFT_MERGE, given], threads)
-    own = float(printed.split()[-1])
-    theirs = own * arguments.layers / measured_layers
-    how = "" if measured_layers == arguments.layers else f"   {own:.2f} s for {measured_layers} layers, multiplied"
-    print(f"PEFT     {theirs:9.2f} s   peak {peak / 1e6:8.0f} MB{how}")
-    print(f"{theirs / seconds:.1f} times faster; updates apart by {_updates_apart(work):.1e}, relative")
+    threads, rank = arguments.threads, arguments.rank
+    shapes = module_shapes(arguments)
+    sizes = [tuple(sorted(shape)) for shape in shapes.values()]
+    few = {size: next(name for name in shapes if tuple(sorted(shapes[name])) == size) for size in dict.fromkeys(sizes)}
+    folders: dict[str, list[str]] = {}
+    for part, names in (("all", list(shapes)), *((name, [name]) for name in few.values())):
+        folders[part] = [str(work / part / f"a{number}") for number in range(arguments.adapters)]
+        for number, folder in enumerate(folders[part]):
+            write_adapter(Path(folder), {name: shapes[name] for name in names}, rank, number)
+    program = [sys.executable, "-m", "mergekit_px", "adapter", "merge", "--rank", str(rank), "--overwrite", "--quiet"]
+    command = [*program, *folders["all"], "-o", str(work / "ours")]
+    seconds, _, peak, _ = min(measured(command, threads) for _ in range(arguments.repeat))
+    print(f"{arguments.adapters} adapters of rank {rank} on {len(shapes)} modules, {threads} threads")
+    print(f"pxmerge  {seconds:9.2f} s   peak {peak / 1e6:8.0f} MB", flush=True)
+    theirs = most = apart = 0.0
+    for size, name in few.items():
+        ours_few, theirs_few = work / f"ours-{name}", work / f"theirs-{name}"
+        measured([*program, *folders[name], "-o", str(ours_few)], threads)
+        given = json.dumps([folders[name], name, *shapes[name], rank, threads, str(theirs_few)])
+        _, _, peak, printed = measured([sys.executable, "-c", PEFT_MERGE, given], threads)
+        own, count = float(printed.split()[-1]), sizes.count(size)
+        theirs, most = theirs + own * count, max(most, peak)
+        print(
+            f"PEFT     {own:9.2f} s   for one {shapes[name][0]} x {shapes[name][1]}, of which there are {count}",
+            flush=True,
+        )
+        apart = max(apart, _updates_apart(ours_few, theirs_few))
+    print(f"PEFT     {theirs:9.0f} s   peak {most / 1e6:8.0f} MB   for all, multiplied")
+    print(f"{theirs / seconds:.0f} times faster; updates apart by {apart:.1e}, relative")
 
 
-def _updates_apart(work: Path) -> float:
-    """The largest relative difference of a merged dW of the measured layers."""
+def _updates_apart(merged: Path, theirs: Path) -> float:
+    """The largest relative difference of a merged dW."""
     from safetensors import safe_open
 
-    ours = dict(tensors_of(work / "ours-few"))
-    config = json.loads((work / "ours-few" / "adapter_config.json").read_text())
+    ours = dict(tensors_of(merged))
+    config = json.loads((merged / "adapter_config.json").read_text())
     worst = 0.0
-    with safe_open(work / "theirs", framework="pt") as opened:
+    with safe_open(theirs, framework="pt") as opened:
         scale = float(opened.metadata()["scale"])
         for name in (name for name in ours if name.endswith("lora_A.weight")):
             other = name.replace("lora_A", "lora_B")
@@ -252,10 +269,9 @@ def main() -> None:
             command.add_argument("--memory", help="given to pxmerge")
         else:
             command.add_argument("--width", type=int, default=4096)
+            command.add_argument("--inner", type=int, default=11008)
             command.add_argument("--layers", type=int, default=32)
             command.add_argument("--adapters", type=int, default=8)
-            command.add_argument("--targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"])
-            command.add_argument("--peft-layers", type=int, default=1)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="pxmerge-bench-", dir=arguments.folder))
     try:

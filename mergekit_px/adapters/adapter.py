@@ -16,6 +16,7 @@ from mergekit_px.adapters.registry import Family
 from mergekit_px.adapters.ties import config_updates, is_vocabulary
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import Checkpoint, StoredTensor
+from mergekit_px.errors import AdapterError
 
 _DENOISERS = {"unet", "transformer"}
 """Two names of one thing: formats disagree on what the denoising network of a pipeline is called."""
@@ -84,21 +85,19 @@ class Adapter:
         """
         options = options or BindOptions()
         self.family.check(self.config, options)
-        modules, left_out = self._of_component(options.component)
+        modules, left_out = self.of_component(options.component)
         binder = Binder(base, self.config, options, modules)
         collected: dict[str, list[Patch]] = defaultdict(list)
         for patch in self._replacements(binder):
             collected[patch.target].append(patch)
         resized = {name: patches[0].out_shape for name, patches in collected.items()}
         binder.resize(resized)
-        owners: dict[str, str] = {}
+        owners: dict[str, Module] = {}
         for module in modules.values():
             for patch in self.family.bind(module, binder):
-                other = owners.setdefault(patch.target, module.name)
-                if other != module.name:
-                    raise self.config.error(
-                        f"{shown(other)} and {shown(module.name)} both fit {shown(patch.target)} of the base"
-                    )
+                other = owners.setdefault(patch.target, module)
+                if other is not module:
+                    raise self._both_fit(other, module, patch.target)
                 collected[patch.target].append(patch)
         for path, rows in self.keys.tokens.items():
             patch = tokens.bind(path, rows, resized, binder)
@@ -109,10 +108,22 @@ class Adapter:
             trained_tied=self.config.flag("ensure_weight_tying"),
             where=self.config.where,
         )
-        return Binding(patches, config_updates(base.config, patches, untied=untied), owners, left_out)
+        names = {target: module.name for target, module in owners.items()}
+        return Binding(patches, config_updates(base.config, patches, untied=untied), names, left_out)
 
-    def _of_component(self, wanted: str | None) -> tuple[dict[str, Module], tuple[str, ...]]:
-        """The modules of one component of a pipeline, and the names of the other tensors; all, where none is named."""
+    def _both_fit(self, one: Module, other: Module, target: str) -> AdapterError:
+        names = [f"{module.component}: {module.name}" if module.component else module.name for module in (one, other)]
+        apart = one.component != other.component
+        return self.config.error(
+            f"{shown(names[0])} and {shown(names[1])} both fit {shown(target)} of the base",
+            hint="name the part that the base is with --component (component: in a recipe)" if apart else None,
+        )
+
+    def of_component(self, wanted: str | None) -> tuple[dict[str, Module], tuple[str, ...]]:
+        """The modules of one component of a pipeline, and the names of the other tensors; all, where none is named.
+
+        Raises AdapterError where there is nothing for the component.
+        """
         present = {module.component for module in self.keys.modules.values() if module.component}
         if wanted is None:
             return self.keys.modules, ()

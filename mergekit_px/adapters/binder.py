@@ -92,8 +92,16 @@ class Binder:
         if found is None and self.ties.is_missing_head(module.name):
             return self.ties.stand_in(f"{module.name}.weight")
         if found is None:
-            raise self.names.unmatched([module.name])
+            raise self._unmatched(module)
         return found
+
+    def _unmatched(self, module: Module) -> AdapterError:
+        error = self.names.unmatched([module.name])
+        parts = sorted({each.component for each in self.modules.values() if each.component})
+        if len(parts) < 2:
+            return error
+        hint = f"it is for {', '.join(parts)}; name the one that the base is with --component (component: in a recipe)"
+        return AdapterError(error.what, where=error.where, hint=hint)
 
     def bias(self, weight: str) -> StoredTensor | None:
         """The bias that belongs to a weight, where the base has one."""

@@ -53,8 +53,8 @@ def check(config: AdapterConfig, options: BindOptions) -> None:
         raise config.error(
             f"cannot be merged into the original base: it was started with {shown(start)}, which changed the base's"
             " weights, and its factors are relative to the residual",
-            hint="give the residual base and say so, or let PEFT convert the adapter"
-            " (path_initial_model_for_weight_conversion)",
+            hint="give the residual base, with --residual-base (residual_base: true in a recipe), or let PEFT convert"
+            " the adapter (path_initial_model_for_weight_conversion)",
         )
     unknown = [
         name
@@ -102,10 +102,8 @@ def bind(module: Module, binder: Binder) -> list[Patch]:
         if attention is not None:
             return [low_rank(pair, attention, scale_of(config, module.name, pair["A"].shape[0]), binder)]
     weight = binder.weight(module)
-    scale = scale_of(config, _pattern_path(module), pair["A"].shape[0])
-    if _is_attention_output(module) and binder.options.attention_output == "as_trained":
-        scale *= 2
-    patch = low_rank(pair, weight, scale, binder)
+    scale = scale_of(config, pattern_path(module), pair["A"].shape[0])
+    patch = low_rank(pair, weight, scale * repeats(module, binder.options), binder)
     patches = [_with_magnitude(module, patch, int(patch.transposed), binder)]
     if "lora_B.bias" in module.tensors:
         patches.append(binder.bias_patch(weight, module.tensors["lora_B.bias"], scale))
@@ -126,7 +124,7 @@ def low_rank(pair: dict[str, StoredTensor], weight: StoredTensor, scale: float, 
         transposed = binder.orientation(weight, up.shape[0], down.shape[1])
     elif len(down.shape) == len(weight.shape) and weight.shape[0] == up.shape[0] and weight.shape[1] < down.shape[1]:
         raise binder.error(
-            f"cannot be merged: {shown(weight.name)} is a grouped convolution", hint="leave this module out"
+            f"cannot be merged: {shown(weight.name)} is a grouped convolution", hint="let PEFT merge this adapter"
         )
     else:
         binder.check_shape(weight, (up.shape[0], *down.shape[1:]))
@@ -171,11 +169,17 @@ def _with_magnitude(module: Module, patch: LowRankPatch, axis: int, binder: Bind
     return decomposed(patch, magnitude, axis, binder)
 
 
-def _is_attention_output(module: Module) -> bool:
+def repeats(module: Module, options: BindOptions) -> int:
+    """How often the update of a module is added."""
+    return 2 if is_attention_output(module) and options.attention_output == "as_trained" else 1
+
+
+def is_attention_output(module: Module) -> bool:
     """PEFT wraps ``nn.MultiheadAttention`` and, inside it, its out_proj: ``attn.base_layer.out_proj``."""
     return module.path.endswith(".base_layer.out_proj") or module.path == "base_layer.out_proj"
 
 
-def _pattern_path(module: Module) -> str:
-    # the out_proj of an attention module has the rank and alpha of the whole module
-    return module.name.removesuffix(".out_proj") if _is_attention_output(module) else module.name
+def pattern_path(module: Module) -> str:
+    """The path by which a configuration knows a module: the out_proj of an attention has the rank and alpha of the
+    whole."""
+    return module.name.removesuffix(".out_proj") if is_attention_output(module) else module.name

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mergekit_px.adapters.adapter import Adapter
 from mergekit_px.adapters.base_names import BaseNames
 from mergekit_px.adapters.binder import BindOptions, roles
-from mergekit_px.adapters.lora import alpha_of, check
+from mergekit_px.adapters.lora import alpha_of, check, is_attention_output, pattern_path
 from mergekit_px.adapters.lycoris import is_by_input, noted_alpha
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.adapters.reading import TensorSource
@@ -62,22 +62,23 @@ class LoraSource:
 
     Args:
         base: resolves names with underscores for dots; without it they stay as they are.
+        options: choices that the files leave open.
 
     Raises AdapterError for an adapter that is not LoRA, cannot be merged, or holds more than factors.
     """
 
-    def __init__(self, adapter: Adapter, base: Checkpoint | None = None) -> None:
+    def __init__(self, adapter: Adapter, base: Checkpoint | None = None, options: BindOptions | None = None) -> None:
         config = adapter.config
         more = [tensor.name for tensor in [*adapter.keys.whole.values(), *adapter.keys.tokens.values()]]
         if more:
             raise config.error(f"the adapter holds more than factors: {shown(more[0])}", hint="apply it to its base")
         if config.kind == "LORA":
-            check(config, BindOptions())
+            check(config, options or BindOptions())
         elif config.kind not in ("KOHYA", "DIFFUSERS", "MIXED"):
             raise config.error(f"{config.kind} is not LoRA")
         self.adapter = adapter
         self._names = BaseNames(base.tensors, adapter.label) if base is not None else None
-        self.modules: Mapping[str, Module] = adapter.keys.modules
+        self.modules: Mapping[str, Module] = adapter.of_component(options.component if options else None)[0]
         for module in self.modules.values():
             _check_roles(module, adapter)
         self._source = TensorSource(adapter.checkpoint)
@@ -89,13 +90,14 @@ class LoraSource:
         loaded = {role: self._source.load(tensor) for role, tensor in stored.items()}
         rank = loaded["A"].shape[0]
         if config.kind == "LORA":
-            alpha = alpha_of(config, module.name, rank)
+            alpha = alpha_of(config, pattern_path(module), rank)
         elif "alpha" in loaded:
             alpha = float(loaded["alpha"].item()) or float(rank)
         else:
             alpha = noted_alpha(module, rank, config)
         found = LoraModule(
-            name=module.name,
+            # PEFT's wrapper stays in the name where it says that the update is added twice
+            name=module.path if is_attention_output(module) else module.name,
             a=loaded["A"],
             b=loaded["B"],
             alpha=alpha,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.adapters.adapter import Adapter
+from mergekit_px.adapters.binder import BindOptions
 from mergekit_px.adapters.lora_modules import LoraModule
 from mergekit_px.adapters.merge_options import MergeOptions
 from mergekit_px.adapters.merge_spaces import (
@@ -81,13 +82,18 @@ class MergedAdapter:
 
 
 def merge_adapters(
-    adapters: Sequence[Adapter], options: MergeOptions | None = None, *, base: Checkpoint | None = None
+    adapters: Sequence[Adapter],
+    options: MergeOptions | None = None,
+    *,
+    base: Checkpoint | None = None,
+    binding: BindOptions | None = None,
 ) -> MergedAdapter:
     """Merge adapters; the factors of one module at a time are held beside the result.
 
     Args:
         base: needed where an update depends on the base (DoRA, OFT, ...), or where an adapter's names are looked up
             in it. Without it, modules are matched by their names in the adapters.
+        binding: choices that the adapters' files leave open.
 
     Raises:
         UsageError: weights for another number of adapters.
@@ -96,14 +102,14 @@ def merge_adapters(
     """
     options = options or MergeOptions()
     weights = _weights(options, len(adapters))
-    sources = [open_updates(adapter, base) for adapter in adapters]
+    sources = [open_updates(adapter, base, binding or BindOptions()) for adapter in adapters]
     try:
         names = list(dict.fromkeys(name for source in sources for name in source.names))
         if len(sources) > 1 and not any(all(name in source.names for source in sources[:2]) for name in names):
             raise AdapterError(
                 "the adapters share no module",
                 where=", ".join(adapter.label for adapter in adapters[:2]),
-                hint="give the base model, to match their names through it",
+                hint="give the base model with --base, to match their names through it",
             )
         cuts = _model_cuts(sources, names, options) if _needs_cuts(options) and options.trims_model else None
         merged = [_merge_module(name, sources, weights, cuts, options) for name in names]

@@ -49,8 +49,15 @@ def save_peft(
     Raises OutputError where files are in the way, AdapterError for names that PEFT cannot have, WriteError.
     """
     tensors: dict[str, torch.Tensor] = dict(whole or {})
+    taken: dict[str, str | None] = {}
     for module in modules:
         _require_dots(module)
+        if module.name in taken:
+            raise AdapterError(
+                f"{shown(module.name)} is in {taken[module.name]} and in {module.component}",
+                hint="a PEFT adapter is of one part: name it with --component",
+            )
+        taken[module.name] = module.component
         prefix = f"base_model.model.{module.name}"
         if module.embedding:
             tensors |= {f"{prefix}.lora_embedding_A": module.a, f"{prefix}.lora_embedding_B": module.b}
@@ -60,7 +67,7 @@ def save_peft(
             tensors[f"{prefix}.lora_magnitude_vector"] = _peft_magnitude(module)
     config = peft_config(modules, base_model_name=base_model_name, fan_in_fan_out=fan_in_fan_out) | dict(fields or {})
     if folder.exists() and not overwrite and any(folder.iterdir()):
-        raise OutputError("the folder is not empty", where=str(folder), hint="give another, or allow overwriting")
+        raise OutputError("the folder is not empty", where=str(folder), hint="give another, or --overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,6 +115,7 @@ def save_kohya(path: Path, modules: Sequence[LoraModule], *, component: str = "u
         prefix = _of_component(KOHYA_PREFIXES, module.component or component) + module.name.replace(".", "_")
         if module.embedding:
             raise AdapterError(f"kohya's format has no embeddings: {shown(module.name)}")
+        _refuse_wrapped(module)
         if f"{prefix}.alpha" in tensors:
             raise AdapterError(f"two modules would both be named {shown(prefix)}")
         tensors[f"{prefix}.lora_down.weight"] = module.a
@@ -134,6 +142,7 @@ def save_diffusers(
         _require_dots(module)
         if module.embedding:
             raise AdapterError(f"diffusers has no adapters on embeddings: {shown(module.name)}")
+        _refuse_wrapped(module)
         own = module.component or component
         groups.setdefault(own, []).append(module)
         tensors[f"{own}.{module.name}.lora_A.weight"] = module.a
@@ -150,7 +159,16 @@ def save_diffusers(
 def _require_dots(module: LoraModule) -> None:
     if module.flat:
         raise AdapterError(
-            f"{shown(module.name)} has underscores for dots", hint="give the base model, to look its names up"
+            f"{shown(module.name)} has underscores for dots",
+            hint="give the base model with --base, to look its names up",
+        )
+
+
+def _refuse_wrapped(module: LoraModule) -> None:
+    if "base_layer" in module.name.split("."):
+        raise AdapterError(
+            f"{shown(module.name)} is the output of an nn.MultiheadAttention, which PEFT adds twice; only PEFT's"
+            " format says that"
         )
 
 
@@ -197,7 +215,7 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[st
     from safetensors.torch import save
 
     if path.exists() and not overwrite:
-        raise OutputError("there is such a file already", where=str(path), hint="give another, or allow overwriting")
+        raise OutputError("there is such a file already", where=str(path), hint="give another, or --overwrite")
     _publish(path, save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, dict(metadata)))
 
 

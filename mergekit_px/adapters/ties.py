@@ -88,13 +88,19 @@ class Ties:
             if self.head is not None:
                 patches[head] = replace(patches[embedding], target=head, source=head)
             return patches, False
-        if "shared" in embedding.split("."):
+        if "shared" in embedding.split(".") and not (trained_tied or keep_tied):
             raise AdapterError(
-                f"{embedding} is shared by an encoder and a decoder, so it cannot be untied", where=where
+                f"{embedding} is shared by an encoder and a decoder, so it cannot be untied",
+                where=where,
+                hint="change all its uses alike with --keep-tied (keep_tied: true in a recipe)",
             )
         if trained_tied or keep_tied:
             if touched == (True, True) and not trained_tied:
-                raise AdapterError("embedding and head were trained apart, so they cannot stay tied", where=where)
+                raise AdapterError(
+                    "embedding and head were trained apart, so they cannot stay tied",
+                    where=where,
+                    hint="leave --keep-tied (keep_tied) out",
+                )
             change = patches.pop(embedding) if touched[0] else patches[head]
             patches.pop(head, None)
             for name in (embedding, head) if self.head is not None else (embedding,):

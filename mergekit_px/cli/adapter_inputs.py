@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +16,7 @@ from mergekit_px.errors import UsageError
 
 if TYPE_CHECKING:
     from mergekit_px.adapters.adapter import Adapter
+    from mergekit_px.adapters.binder import BindOptions
     from mergekit_px.checkpoint.contents import Checkpoint
 
 WHAT = "a PEFT folder, a kohya, LyCORIS or diffusers file, or org/name"
@@ -23,6 +25,45 @@ AdapterPath = Annotated[str, typer.Argument(metavar="ADAPTER", help=f"An adapter
 AdapterPaths = Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=f"Adapters: each {WHAT}.")]
 BaseModel = Annotated[str, typer.Argument(metavar="BASE", help="The base model: folder, file or org/name@revision.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOptions:
+    """What the files of an adapter leave open, on the command line. The fields are those of a recipe's model."""
+
+    component: Annotated[
+        str | None,
+        typer.Option(
+            "--component",
+            metavar="NAME",
+            help="Of an adapter for a whole pipeline, the part that BASE is: unet, text_encoder, ...",
+        ),
+    ] = None
+    keep_tied: Annotated[
+        bool, typer.Option("--keep-tied", help="Keep a tied embedding and head alike, though one of them was trained.")
+    ] = False
+    attention_output: Annotated[
+        Literal["as-trained", "once"],
+        typer.Option(
+            "--attention-output", help="How out_proj of nn.MultiheadAttention is added: as PEFT trains it, twice."
+        ),
+    ] = "as-trained"
+    residual_base: Annotated[
+        bool, typer.Option("--residual-base", help="BASE is the residual that a start such as PiSSA's left behind.")
+    ] = False
+
+    def chosen(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as a recipe says them."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        words = {
+            name: value.replace("-", "_") if name == "attention_output" else value for name, value in given.items()
+        }
+        return {field.name: words[field.name] for field in fields(self) if given[field.name] != field.default}
+
+    def bind_options(self) -> BindOptions:
+        from mergekit_px.adapters.binder import BindOptions
+
+        return BindOptions(**self.chosen())
 
 
 def find_adapter(reference: str, *, allow_pickle: bool = False) -> Adapter:

@@ -11,7 +11,7 @@ import typer
 from mergekit_px.cli._options import AllowPickle, Json
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli._units import show_count
-from mergekit_px.cli.adapter_inputs import AdapterPath, find_adapter, find_model
+from mergekit_px.cli.adapter_inputs import AdapterOptions, AdapterPath, find_adapter, find_model
 
 if TYPE_CHECKING:
     from mergekit_px.adapters.describe import AdapterSummary
@@ -24,6 +24,7 @@ NoNorms = Annotated[bool, typer.Option("--no-norms", help="Read headers only, no
 
 def inspect(
     adapter: AdapterPath,
+    binding: AdapterOptions,
     base: FitsOn = None,
     modules: Pattern = "*",
     limit: Limit = 20,
@@ -50,7 +51,8 @@ def inspect(
     summary = describe_adapter(opened, norms=not no_norms)
     changed = None
     if base is not None:
-        changed = sorted(opened.bind(find_model(base, output, allow_pickle=allow_pickle)))
+        model = find_model(base, output, allow_pickle=allow_pickle)
+        changed = sorted(opened.bind(model, binding.bind_options()))
     document = _document(summary, modules, base, changed)
     output.document(document)
     _show(document, limit, output)

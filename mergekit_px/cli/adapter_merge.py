@@ -13,6 +13,7 @@ from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli.adapter_apply import apply_adapters
 from mergekit_px.cli.adapter_inputs import (
+    AdapterOptions,
     AdapterPaths,
     factor_dtype,
     find_adapter,
@@ -79,6 +80,7 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the ra
 
 def merge(
     adapters: AdapterPaths,
+    binding: AdapterOptions,
     options: RunOptions,
     method: Method = "svd",
     rank: Rank = None,
@@ -141,11 +143,12 @@ def merge(
     opened = [find_adapter(adapter, allow_pickle=options.allow_pickle) for adapter in adapters]
     model = into or base
     checkpoint = None if model is None else find_model(model, sink, allow_pickle=options.allow_pickle)
-    merged = merge_adapters(opened, settings, base=checkpoint)
+    merged = merge_adapters(opened, settings, base=checkpoint, binding=binding.bind_options())
     merged.save(folder, overwrite=replace)
     if into is not None:
         sink.note(_summary(merged))
-        return apply_adapters(into, [str(folder)], options)
+        # the other choices are in the merged adapter
+        return apply_adapters(into, [str(folder)], AdapterOptions(keep_tied=binding.keep_tied), options)
     document = _document(merged, adapters, given)
     _show(document, _summary(merged), sink)
     sink.document({"output": str(folder), "method": method, **document})

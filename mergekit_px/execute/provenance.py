@@ -7,6 +7,7 @@ import platform
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -111,6 +112,7 @@ def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: M
                 }
                 for adapter in source.adapters
             ],
+            "adapter_options": asdict(source.bind_options) if source.adapters else None,
         }
     document = {
         "pxmerge_lock": 1,
@@ -153,9 +155,17 @@ def card(plan: Plan) -> bytes:
     used: dict[str, CardMethod] = {}
     for step_name, step in plan.steps.items():
         method = find_method(step["method"])
-        parameters = {key: str(value) for key, value in step.get("params", {}).items()}
         label = method.name if len(plan.steps) == 1 else f"{step_name}: {method.name}"
-        used[label] = CardMethod(name=label, summary=method.summary, paper=method.paper, parameters=parameters)
+        used[label] = CardMethod(
+            name=label,
+            summary=method.summary,
+            paper=method.paper,
+            parameters=_parameters(method, step),
+            meanings={
+                name: entry.get("description", "")
+                for name, entry in method.params.model_json_schema().get("properties", {}).items()
+            },
+        )
     title = plan.output.name if plan.output is not None else "merge"
     text = model_card(
         title=title or "merge",
@@ -167,3 +177,15 @@ def card(plan: Plan) -> bytes:
         notes=list(plan.notes),
     )
     return text.encode()
+
+
+def _parameters(method: Method, step: Mapping[str, Any]) -> dict[str, str]:
+    """What every parameter of a step's method was, over all tensors that no rule changes it for."""
+    given = {**method.presets.get(step.get("like", ""), {}), **step.get("params", {})}
+    found: dict[str, str] = {}
+    for name, field in method.params.model_fields.items():
+        if name in given:
+            found[name] = str(given[name])
+        elif not field.is_required() and field.default is not None:
+            found[name] = f"{field.default} (default)"
+    return found

@@ -25,12 +25,14 @@ def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], expressions
 
     nodes = dict(stored)
     for number, adapter in enumerate(source.adapters):
-        binding = adapter.bind(source.checkpoint)
+        binding = adapter.bind(source.checkpoint, source.bind_options)
+        # A head that is untied is made of the embedding as it was before this adapter.
+        before = dict(nodes)
         for target, patch in binding.items():
             # An earlier adapter has untied this head already; the embedding may have changed since.
             if isinstance(patch, KeepPatch) and target in nodes:
                 continue
-            nodes[target] = _patched(source.name, number, patch, nodes)
+            nodes[target] = _patched(source.name, number, patch, before)
         if binding.config_updates:
             expressions.config_updates[source.name] = binding.config_updates
         for name in binding.left_out:
@@ -52,7 +54,7 @@ def adapter_changes(source: ResolvedInput, base: str | None, expressions: Expres
             hint="give the model that it was trained on as base",
         )
     model = expressions.namespace(base)
-    binding = source.adapters[0].bind(expressions.inputs[base].checkpoint)
+    binding = source.adapters[0].bind(expressions.inputs[base].checkpoint, source.bind_options)
     changes: dict[str, Node] = {}
     for name, node in model.items():
         patch = binding.get(name)
@@ -88,8 +90,9 @@ def is_unchanged(node: Node | None) -> bool:
 
 
 def _patched(source: str, number: int, patch: Patch, nodes: Mapping[str, Node]) -> Node:
-    base = nodes[patch.source] if patch.source is not None else None
     known = nodes.get(patch.target)
+    # An earlier adapter may have given the head that is made of the embedding a tensor of its own.
+    base = None if patch.source is None else known or nodes[patch.source]
     if patch.copied is not None:
         stored = patch.copied
         if patch.out_dtype is not None or known is None:

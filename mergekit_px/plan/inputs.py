@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mergekit_px.adapters.binder import BindOptions
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import InputNotFoundError, RecipeError
@@ -39,6 +40,8 @@ class ResolvedInput:
     """Adapters on top of the model, applied in order."""
     adapter_only: bool = False
     """The input is an adapter without a model: ``checkpoint`` holds its own tensors, and ``adapters`` is it."""
+    bind_options: BindOptions = field(default_factory=BindOptions)
+    """What the recipe says of its adapters."""
 
     @property
     def is_task_vector(self) -> bool:
@@ -59,7 +62,12 @@ class ResolvedInput:
             [json.dumps(dict(adapter.config.values), sort_keys=True, default=str), file_identity(adapter.checkpoint)]
             for adapter in self.adapters
         ]
-        return {"commit": self.repo.commit if self.repo else None, "files": files, "adapters": adapters}
+        return {
+            "commit": self.repo.commit if self.repo else None,
+            "files": files,
+            "adapters": adapters,
+            "bind_options": asdict(self.bind_options),
+        }
 
     def declared_bases(self) -> tuple[str, ...]:
         """The base models that the input's own card names."""
@@ -77,7 +85,9 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
 
     Raises:
         InputError: missing, unreachable or malformed; ``where`` goes in front.
+        RecipeError: options of adapters where there is none.
     """
+    options = BindOptions(**{choice.name: getattr(request, choice.name) for choice in fields(BindOptions)})
     listed = [request.adapter] if isinstance(request.adapter, str) else request.adapter or []
     if request.model is None or (not listed and _is_adapter(request.model)):
         if request.model is not None:
@@ -85,7 +95,14 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         if len(listed) != 1:
             raise RecipeError(f"input '{name}' needs a model, or exactly one adapter", where=where)
         adapter = _open_adapter(name, listed[0], allow_pickle, where)
-        return ResolvedInput(name, listed[0], adapter.checkpoint, adapters=(adapter,), adapter_only=True)
+        return ResolvedInput(
+            name, listed[0], adapter.checkpoint, adapters=(adapter,), adapter_only=True, bind_options=options
+        )
+    if not listed and options != BindOptions():
+        given = next(choice.name for choice in fields(options) if getattr(options, choice.name) != choice.default)
+        raise RecipeError(
+            f"'{given}' is about adapters, and input '{name}' has none", where=where, hint="name one with 'adapter'"
+        )
     adapters = tuple(_open_adapter(name, reference, allow_pickle, where) for reference in listed)
     hub_reference = parse_reference(request.model)
     if hub_reference is None:
@@ -93,11 +110,12 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         if not path.exists():
             raise InputNotFoundError(f"input '{name}': no such file or folder '{request.model}'", where=where)
         checkpoint = open_checkpoint(path, label=request.model, allow_pickle=allow_pickle)
-        return ResolvedInput(name, request.model, checkpoint, adapters=adapters)
+        return ResolvedInput(name, request.model, checkpoint, adapters=adapters, bind_options=options)
     from mergekit_px.hub.resolve import remote_checkpoint, resolve
 
     repo = resolve(hub_reference)
-    return ResolvedInput(name, request.model, remote_checkpoint(repo), repo, adapters=adapters)
+    checkpoint = remote_checkpoint(repo)
+    return ResolvedInput(name, request.model, checkpoint, repo, adapters=adapters, bind_options=options)
 
 
 def _is_adapter(reference: str) -> bool:

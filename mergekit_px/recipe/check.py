@@ -71,6 +71,8 @@ def _check_models(recipe: Recipe, places: Places) -> None:
             raise RecipeError("a path cannot be empty", where=places.value(("models", name, "model")))
         if not all(adapter.strip() for adapter in adapters):
             raise RecipeError("a path cannot be empty", where=places.value(("models", name, "adapter")))
+        if entry.component is not None and not entry.component.strip():
+            raise RecipeError("a component cannot be empty", where=places.value(("models", name, "component")))
 
 
 def _check_output(recipe: Recipe, output: Output, places: Places) -> None:

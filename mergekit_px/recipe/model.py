@@ -34,6 +34,17 @@ class ModelInput(RecipeModel):
     Relative paths are relative to the current directory."""
     adapter: str | list[str] | None = None
     """A PEFT adapter (or several, applied in order) on top of the model."""
+    keep_tied: bool = False
+    """An adapter that changes one of a tied embedding and head changes both alike, instead of untying them. Not
+    what was trained, but the model keeps its size."""
+    attention_output: Literal["as_trained", "once"] = "as_trained"
+    """PEFT adds the LoRA of the out_proj of an ``nn.MultiheadAttention`` twice, in training as in merging, and so
+    does ``as_trained``; ``once`` is for adapters that were trained otherwise."""
+    residual_base: bool = False
+    """The model is the residual one that a start such as PiSSA's left behind, not the original."""
+    component: str | None = None
+    """Of an adapter for a whole pipeline, the part that the model is: ``unet``, ``transformer``, ``text_encoder``,
+    ``text_encoder_2``."""
 
 
 class Rule(RecipeModel):

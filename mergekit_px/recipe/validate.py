@@ -30,6 +30,10 @@ WANTED: dict[type[BaseModel], dict[str, str]] = {
     ModelInput: {
         "model": "a path or a name on the Hub",
         "adapter": "a path or a name on the Hub, or a list of them",
+        "keep_tied": _YES_OR_NO,
+        "attention_output": "as_trained or once",
+        "residual_base": _YES_OR_NO,
+        "component": "the name of a part of a pipeline, such as unet",
     },
     Step: {
         "method": "the name of a merge method",
