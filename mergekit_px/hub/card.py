@@ -44,18 +44,19 @@ class CardInput:
 
 @dataclass(frozen=True)
 class CardMethod:
-    """One method used: its name, a line on what it does, its formula, paper and parameters.
+    """One method used: its name, a line on what it does, its paper and parameters.
 
     Attributes:
-        formula: plain text or Unicode maths; shown in a fence.
         paper: an arXiv number (``2306.01708``) or a web address.
+        parameters: what each was, by name.
+        meanings: what they mean, by name; may lack some.
     """
 
     name: str
     summary: str = ""
-    formula: str | None = None
     paper: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict)
+    meanings: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_card(
@@ -127,10 +128,12 @@ def _method(method: CardMethod) -> str:
     if method.paper is not None:
         head += f" ({_paper(method.paper)})"
     lines = [head]
-    if method.formula is not None:
-        lines.append(_fenced(method.formula, "text"))
     if method.parameters:
-        lines.append("\n".join(f"- `{key}`: {_line(value)}" for key, value in method.parameters.items()))
+        rows = ["| parameter | value | meaning |", "|---|---|---|"]
+        for name, value in method.parameters.items():
+            cells = [f"`{name}`", value, method.meanings.get(name, "").replace("``", "`")]
+            rows.append("| " + " | ".join(map(_cell, cells)) + " |")
+        lines.append("\n".join(rows))
     return "\n\n".join(lines)
 
 

@@ -15,9 +15,9 @@ CODE = CardInput("code", "org/code", commit=COMMIT[::-1], weight="0.4", license=
 TIES = CardMethod(
     "ties",
     summary="Trim, elect signs, merge",
-    formula="θ = θ₀ + λ mean(τ | sign agrees)",
     paper="2306.01708",
     parameters={"density": "0.5", "lambda": "1.0"},
+    meanings={"density": "Share kept,\n``a | b``."},
 )
 
 
@@ -58,8 +58,8 @@ def test_the_body_holds_what_a_reader_needs() -> None:
     text = card(notes=["The mean of the sources\nserves as the centre."])
     assert "# merged" in text
     assert "[arXiv:2306.01708](https://arxiv.org/abs/2306.01708)" in text
-    assert "θ = θ₀ + λ mean(τ | sign agrees)" in text
-    assert "- `density`: 0.5" in text
+    assert "| `density` | 0.5 | Share kept, `a \\| b`. |" in text
+    assert "| `lambda` | 1.0 | - |" in text
     assert f"| base (base) | [org/base](https://huggingface.co/org/base) | [`{COMMIT[:12]}`]" in text
     assert "| math | `math-ft` (local) | - | 0.6 | apache-2.0 |" in text
     assert "- The mean of the sources serves as the centre." in text
