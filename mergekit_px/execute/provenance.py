@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_px._version import __version__
 from mergekit_px.checkpoint.hashing import file_sha256
@@ -18,6 +18,9 @@ from mergekit_px.execute.remembered import Remembered
 from mergekit_px.hub.card import CardInput, CardMethod, model_card
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
+
+if TYPE_CHECKING:
+    from mergekit_px.methods.declare import Method
 
 LOCK_FILE = "pxmerge.lock.json"
 RECIPE_FILE = "pxmerge.yaml"
@@ -185,7 +188,9 @@ def _parameters(method: Method, step: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, field in method.params.model_fields.items():
         if name in given:
-            found[name] = str(given[name])
+            value = given[name]
+            several = isinstance(value, Mapping)
+            found[name] = ", ".join(f"{key}: {one}" for key, one in value.items()) if several else str(value)
         elif not field.is_required() and field.default is not None:
             found[name] = f"{field.default} (default)"
     return found
