@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,8 @@ def merge_adapters(
     base: Checkpoint | None = None,
     binding: BindOptions | None = None,
 ) -> MergedAdapter:
-    """Merge adapters; the factors of one module at a time are held beside the result.
+    """Merge adapters; the factors of few modules at a time are held beside the result. Modules are independent, and
+    each is the work of one core, except where dW itself is formed: those large matrices are the work of all.
 
     Args:
         base: needed where an update depends on the base (DoRA, OFT, ...), or where an adapter's names are looked up
@@ -112,7 +114,7 @@ def merge_adapters(
                 hint="give the base model with --base, to match their names through it",
             )
         cuts = _model_cuts(sources, names, options) if _needs_cuts(options) and options.trims_model else None
-        merged = [_merge_module(name, sources, weights, cuts, options) for name in names]
+        merged = _each(lambda name: _merge_module(name, sources, weights, cuts, options), names, options)
     finally:
         for source in sources:
             source.close()
@@ -127,6 +129,24 @@ def merge_adapters(
     )
 
 
+def _each(
+    work: Callable[[str], tuple[LoraModule, MergeReport]], names: Sequence[str], options: MergeOptions
+) -> list[tuple[LoraModule, MergeReport]]:
+    import torch
+
+    if options.forms_updates:
+        return [work(name) for name in names]
+    cores = torch.get_num_threads()
+    # Matrices this thin gain nothing from several threads, which on a busy machine mostly wait for one another.
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        return list(pool.map(work, names))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
+
+
 def _merge_module(
     name: str,
     sources: Sequence[UpdateSource],
@@ -134,8 +154,6 @@ def _merge_module(
     cuts: Sequence[float] | None,
     options: MergeOptions,
 ) -> tuple[LoraModule, MergeReport]:
-    from mergekit_px.kernels.low_rank import cosine
-
     updates = _updates(name, sources)
     present = [index for index, update in enumerate(updates) if update is not None]
     found = [update for update in updates if update is not None]
@@ -151,10 +169,11 @@ def _merge_module(
     if options.scale != 1.0:
         factors = factors.scaled(options.scale)
     module = found[0].module(factors, found[0].dtype if options.dtype is None else _dtype(options.dtype))
-    cosines = [0.0] * len(sources)
+    norm, cosines = factors.norm(), [0.0] * len(sources)
     for index, term in zip(present, terms, strict=True):
-        cosines[index] = cosine(factors, term)
-    return module, MergeReport(module.name, module.rank, energy, factors.norm(), tuple(cosines))
+        size = norm * math.sqrt(max(term.inner(term), 0.0))
+        cosines[index] = factors.inner(term) / size if size > 0 else 0.0
+    return module, MergeReport(module.name, module.rank, energy, norm, tuple(cosines))
 
 
 def _updates(name: str, sources: Sequence[UpdateSource]) -> list[Update | None]:

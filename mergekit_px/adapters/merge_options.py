@@ -90,6 +90,11 @@ class MergeOptions:
         return self.method if self.method in _ON_DELTAS else self.merger
 
     @property
+    def forms_updates(self) -> bool:
+        """Whether dW is formed, all (out, in) of it."""
+        return self.method in _ON_DELTAS
+
+    @property
     def trims_model(self) -> bool:
         """Whether one cut serves all modules of an adapter."""
         return self.scope == "model" or (self.scope is None and self.method not in ("core", "ctm"))
