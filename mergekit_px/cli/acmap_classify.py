@@ -61,7 +61,7 @@ def classify(
     found = classified(options, told(sink))
     report: dict[str, Any] = {"output": None if output is None else str(output), **found.report}
     if waiting := report.get("not_mapped"):
-        sink.warning(f"tasks {', '.join(map(str, waiting))} are merged and not mapped: they are left out")
+        sink.warning(f"merged and not mapped, so left out: task {', '.join(map(str, waiting))}")
     if output is None:
         report["predictions"] = list(found.lines()) if json else []
         for line in () if json else found.lines():
@@ -84,4 +84,5 @@ def _show(report: dict[str, Any], sink: Output) -> None:
     if report["output"] is not None:
         sink.table([Column("classes of"), Column("accuracy, %", "right")], [(what, f"{x:.2f}") for what, x in rows])
         return
-    sink.note("accuracy: " + ", ".join(f"{what} {percent:.2f} %" for what, percent in rows))
+    if sink.is_human:
+        sink.note("accuracy: " + ", ".join(f"{what} {percent:.2f} %" for what, percent in rows))
