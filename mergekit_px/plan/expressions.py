@@ -137,7 +137,7 @@ class Expressions:
         base = self._operand(*slot.base) if slot.base is not None else None
         wanted: Kind = "delta" if method.space == "deltas" or method.name == "combine" else "weights"
         operands = [as_kind(self._operand(source, name, step.base), wanted, slot.name) for source, name in slot.sources]
-        if base is not None and all(is_unchanged(node) for node in operands) and wanted == "delta":
+        if base is not None and all(is_unchanged(node) for node in operands) and method.space == "deltas":
             return base
         storage = [node for node in (base, *operands) if node is not None]
         if not storage:
