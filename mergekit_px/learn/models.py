@@ -88,13 +88,16 @@ def find_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint
     return open_checkpoint(folder, label=reference, allow_pickle=allow_pickle)
 
 
-def read_tensor(reader: TensorReader, stored: StoredTensor) -> Tensor:
-    """One tensor of a checkpoint, whole, in its own dtype and shape, in fresh memory.
+def read_tensor(reader: TensorReader, stored: StoredTensor, memory: Tensor | None = None) -> Tensor:
+    """One tensor of a checkpoint, whole, in its own dtype and shape.
+
+    Args:
+        memory: uint8, at least as many bytes, that are overwritten; fresh memory if left out.
 
     Raises:
         InputError: it cannot be read, or torch has no such dtype.
     """
-    flat = torch.empty(stored.nbytes, dtype=torch.uint8)
+    flat = torch.empty(stored.nbytes, dtype=torch.uint8) if memory is None else memory[: stored.nbytes]
     if stored.nbytes:
         reader.read_into(stored, 0, _bytes_of(flat))
     if stored.dtype.bits < 8:

@@ -21,7 +21,7 @@ from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import PlanError, TensorMismatchError
-from mergekit_px.kernels.reduction import element_sum, weighted_sum
+from mergekit_px.kernels.reduction import weighted_sum
 from mergekit_px.learn.models import LearningModel, read_tensor
 from mergekit_px.learn.ofasd.blocks import Blocks, Parameter
 from mergekit_px.methods.anisotropic_table import group_numbers
@@ -111,6 +111,7 @@ class Blend:
         self._sources = sources
         self._readers = [open_reader(source) for source in sources]
         self._kept: dict[str, list[Tensor]] = {}
+        self._memory = _Memory(sites, sources)
         if not stream:
             self._kept = {site.name: [self._read(site, number) for number in range(len(sources))] for site in sites}
 
@@ -159,24 +160,55 @@ class Blend:
                 continue
             first, count = self.blocks.tensors[site.name]
             groups = None if count == 1 else self._groups(site, count)
-            for row, delta in enumerate(self._deltas(site, everyone)):
-                product = gradient * delta
+            slope = gradient.flatten()
+            slope = slope.float() if slope.element_size() < 4 else slope
+            rows = []
+            for delta in self._deltas(site, everyone):
                 if groups is None:
-                    result[row, first] += element_sum(product).cpu()
+                    rows.append(torch.dot(slope, delta.flatten().to(slope))[None])
                 else:
-                    weights = product.flatten().double()
-                    result[row, first : first + count] += torch.bincount(groups, weights, count).cpu()
+                    rows.append(torch.bincount(groups, (slope * delta.flatten()).double(), count))
+            result[:, first : first + count] += torch.stack(rows).cpu()
         return result
 
     def _groups(self, site: Site, count: int) -> Tensor:
         return group_numbers(self.blocks.seed, site.name, math.prod(site.base.shape), count, site.base.device)
 
     def _deltas(self, site: Site, sources: Iterable[int]) -> Iterator[Tensor]:
-        """The task vectors of some sources at one place, one after another."""
+        """The task vectors of some sources at one place, one after another; each only until the next is taken."""
         kept = self._kept.get(site.name)
-        return (self._read(site, number) if kept is None else kept[number] for number in sources)
+        return (self._read(site, number, self._memory) if kept is None else kept[number] for number in sources)
 
-    def _read(self, site: Site, number: int) -> Tensor:
+    def _read(self, site: Site, number: int, memory: _Memory | None = None) -> Tensor:
         source = self._sources[number]
-        value = read_tensor(self._readers[number], source.tensors[site.name]).to(site.base)
+        stored = source.tensors[site.name]
+        if memory is None:
+            value = read_tensor(self._readers[number], stored).to(site.base)
+        else:
+            value = memory.like(site.base, read_tensor(self._readers[number], stored, memory.raw))
         return value if is_task_vector(source) else value.sub_(site.base)
+
+
+class _Memory:
+    """Memory that task vectors are read into again and again: fresh pages cost more than the bytes that fill them."""
+
+    def __init__(self, sites: Sequence[Site], sources: Sequence[Checkpoint]) -> None:
+        self._largest = max((site.base.numel() for site in sites), default=0)
+        self._bytes = max((source.tensors[site.name].nbytes for site in sites for source in sources), default=0)
+        self._raw: Tensor | None = None
+        self._value: Tensor | None = None
+
+    @property
+    def raw(self) -> Tensor:
+        """uint8, enough for any tensor as it is stored."""
+        if self._raw is None:
+            self._raw = torch.empty(self._bytes, dtype=torch.uint8)
+        return self._raw
+
+    def like(self, base: Tensor, read: Tensor) -> Tensor:
+        """What was read, in the dtype and on the device of ``base``."""
+        if read.dtype == base.dtype and base.device.type == "cpu":
+            return read
+        if self._value is None:
+            self._value = torch.empty(self._largest, dtype=base.dtype, device=base.device)
+        return self._value[: base.numel()].view(base.shape).copy_(read)

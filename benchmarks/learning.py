@@ -1,0 +1,245 @@
+"""What learning from a little data costs: memory and time, whole processes, in one run.
+
+    python benchmarks/learning.py                        # all three tables
+    python benchmarks/learning.py coefficients --clients 2 8 --steps 10
+    python benchmarks/learning.py stream --clients 2 16
+    python benchmarks/learning.py tune --sources 2 16
+
+Makes a BERT classifier of about 120 MB in float32 and clients beside it.
+
+``stream``: peak resident memory of `pxmerge ofasd --stream` for few and for many clients.
+``tune``: seconds of a step of `pxmerge tune` on components of few and of many models, as many values in each.
+``coefficients``: `pxmerge ofasd` with and without ``--stream`` next to a plain loop that keeps all task vectors and
+lets autograd do the rest, with the same batches, settings and start; the learned coefficients are compared.
+
+A step's seconds are those of a process with many steps less those of one with few, divided by the steps between; of
+several repeats the fastest counts. Peak memory is that of a whole process as the system accounts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+LENGTH, CLASSES, EXAMPLES, BATCH = 16, 4, 40, 8
+RATE, DECAY = 0.1, 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model that is made."""
+
+    width: int
+    layers: int
+    words: int
+
+
+def make(work: Path, shape: Shape, clients: int) -> None:
+    """``base``, ``client0`` ... and ``data.npz``."""
+    import numpy
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=shape.words,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=8,
+        intermediate_size=4 * shape.width,
+        max_position_embeddings=64,
+        num_labels=CLASSES,
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(work / "base")
+    base = load_file(work / "base" / "model.safetensors")
+    for number in range(clients):
+        generator = torch.Generator().manual_seed(number)
+        tuned = {}
+        for name, tensor in base.items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            tuned[name] = tensor + 0.01 * noise if tensor.ndim == 2 else tensor + 0.001 * noise
+        (work / f"client{number}").mkdir()
+        save_file(tuned, work / f"client{number}" / "model.safetensors", {"format": "pt"})
+        shutil.copy(work / "base" / "config.json", work / f"client{number}" / "config.json")
+    random = numpy.random.default_rng(0)
+    words = random.integers(0, shape.words, (BATCH, LENGTH))  # few and repeated: validation follows training
+    rows = numpy.arange(EXAMPLES) % BATCH
+    numpy.savez(work / "data.npz", input_ids=words[rows], labels=rows % CLASSES)
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak resident bytes of a process."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            stderr.seek(0)
+            sys.exit(f"{command}: {stderr.read().decode()}")
+    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def ours(work: Path, clients: int, steps: int, *, stream: bool) -> list[str]:
+    line = [sys.executable, "-m", "mergekit_px", "ofasd", "--base", str(work / "base"), "--clients"]
+    line += [str(work / f"client{number}") for number in range(clients)]
+    line += ["--data", str(work / "data.npz"), "-o", str(work / "out"), "--overwrite", "-q", "--no-compare"]
+    line += ["--objective", "cross-entropy", "--batch", str(BATCH), "--steps", str(steps), "--device", "cpu"]
+    line += ["--learning-rate", str(RATE), "--weight-decay", str(DECAY), "--initial", "0"]
+    return [*line, "--evaluate-every", str(max(steps, 1)), *(["--stream"] if stream else [])]
+
+
+def plain(work: Path, clients: int, steps: int) -> None:
+    """The loop without anything of the project but its batches; writes the coefficients and losses."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+    from torch.func import functional_call
+    from torch.nn.functional import cross_entropy
+
+    from mergekit_px.learn.data import load_examples, shuffled, split_rows
+
+    data = load_examples(work / "data.npz")
+    rows = split_rows(len(data), {"validation": 0.2, "test": 0.2}, 0, data.where)["train"]
+    stream = shuffled(data.take(rows), BATCH, 0, "train")
+    model = transformers.BertForSequenceClassification.from_pretrained(work / "base").eval()
+    base = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tuned = [load_file(work / f"client{number}" / "model.safetensors") for number in range(clients)]
+    deltas = {name: [one.pop(name).sub_(tensor) for one in tuned] for name, tensor in base.items()}
+    values = torch.zeros(clients, len(base), requires_grad=True)
+    optimizer = torch.optim.AdamW([values], lr=RATE, weight_decay=DECAY)
+    losses = []
+    for step in range(steps):
+        batch = stream.next()
+        merged = {
+            name: tensor + sum(values[row, column] * delta for row, delta in enumerate(deltas[name]))
+            for column, (name, tensor) in enumerate(base.items())
+        }
+        logits = functional_call(model, merged, kwargs={"input_ids": batch["input_ids"]}).logits
+        loss = cross_entropy(logits, batch["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([values], 1.0)
+        optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    found = {name: values[:, column].tolist() for column, name in enumerate(base)}
+    mean = math.fsum(losses) / len(losses) if losses else None
+    (work / "plain.json").write_text(json.dumps({"loss": mean, "coefficients": found}))
+
+
+def coefficients(work: Path, options: argparse.Namespace) -> None:
+    print("\n| clients | loop | s a step | s in all | peak MB | mean loss | largest difference of a coefficient |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for clients in options.clients or [2, 8]:
+        loops = {"plain, all resident": [sys.executable, __file__, "plain", "--work", str(work)]}
+        short, long = {}, {}
+        for name in (*loops, "pxmerge", "pxmerge --stream"):
+            for steps, kept in ((1, short), (1 + options.steps, long)):
+                if name in loops:
+                    command = [*loops[name], "--clients", str(clients), "--steps", str(steps)]
+                else:
+                    command = ours(work, clients, steps, stream="stream" in name)
+                found = [measured(command) for _ in range(options.repeats)]
+                kept[name] = min(seconds for seconds, _ in found), max(peak for _, peak in found)
+            step = (long[name][0] - short[name][0]) / options.steps
+            loss, difference = compared(work, name)
+            print(f"| {clients} | {name} | {step:.2f} | {long[name][0]:.1f} | {long[name][1] / 1e6:.0f} | {loss:.6f} |"
+                  f" {difference} |", flush=True)  # fmt: skip
+
+
+def compared(work: Path, name: str) -> tuple[float, str]:
+    """Mean loss of the steps, and how far the last coefficients are from those of the plain loop."""
+    theirs = json.loads((work / "plain.json").read_text())
+    if name.startswith("plain"):
+        return theirs["loss"], ""
+    report = json.loads((work / "out" / "report.json").read_text())
+    worst = max(
+        abs(one - other)
+        for block, values in report["coefficients"].items()
+        for one, other in zip(values, theirs["coefficients"][block], strict=True)
+    )
+    return report["trace"][-1][1], f"{worst:.1e} (best after step {report['best_step']})"
+
+
+def stream(work: Path, options: argparse.Namespace) -> None:
+    print("\n| clients | loop | peak MB | s in all |\n| --- | --- | --- | --- |")
+    peaks = []
+    counts = options.clients or [2, 16]
+    for clients in counts:
+        seconds, peak = measured(ours(work, clients, 3, stream=True))
+        peaks.append(peak)
+        print(f"| {clients} | pxmerge --stream | {peak / 1e6:.0f} | {seconds:.1f} |", flush=True)
+    print(f"\n{counts[-1]} clients: {peaks[-1] / peaks[0]:.2f} times the memory of {counts[0]}")
+
+
+def tune(work: Path, options: argparse.Namespace) -> None:
+    print("\n| models merged | s a step | s in all | peak MB | values trained |\n| --- | --- | --- | --- | --- |")
+    counts = options.sources or [2, 16]
+    shape = ["--overwrite", "-q", "--device", "cpu"]
+    for count in counts:
+        sources = [str(work / f"client{number}") for number in range(count)]
+        line = [sys.executable, "-m", "mergekit_px", "svd", "--base", str(work / "base"), "--sources", *sources]
+        measured([*line, "--top-k", "32", "--as", "components", "-o", str(work / f"pool{count}"), *shape])
+    times: dict[int, dict[int, list[float]]] = {count: {1: [], 1 + options.steps: []} for count in counts}
+    peaks = dict.fromkeys(counts, 0.0)
+    for _ in range(max(options.repeats, 3)):
+        for count in counts:
+            for epochs, kept in times[count].items():
+                line = [sys.executable, "-m", "mergekit_px", "tune", str(work / f"pool{count}"), "--base"]
+                line += [str(work / "base"), "--data", str(work / "data.npz"), "-o", str(work / "tuned"), *shape]
+                seconds, peak = measured([*line, "--top", "32", "--batch", "24", "--epochs", str(epochs)])
+                kept.append(seconds)
+                peaks[count] = max(peaks[count], peak)
+    for count in counts:
+        short, long = (min(kept) for kept in times[count].values())
+        trained = json.loads((work / "tuned" / "report.json").read_text())["trained_values"]
+        print(f"| {count} | {(long - short) / options.steps:.3f} | {long:.1f} | {peaks[count] / 1e6:.0f} | {trained} |",
+              flush=True)  # fmt: skip
+
+
+TABLES = {"stream": stream, "tune": tune, "coefficients": coefficients}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", choices=[*TABLES, "plain"], help="one of the tables; all if left out")
+    parser.add_argument("--clients", type=int, nargs="+")
+    parser.add_argument("--sources", type=int, nargs="+")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--words", type=int, default=8000)
+    parser.add_argument("--work", type=Path, help="where models are made; a memory file system measures best")
+    options = parser.parse_args()
+    if options.table == "plain":
+        plain(options.work, options.clients[0], options.steps)
+        return
+    work = Path(tempfile.mkdtemp(prefix="pxmerge-learning-", dir=options.work))
+    try:
+        most = max([*(options.clients or [16]), *(options.sources or [16 if options.table in (None, "tune") else 2])])
+        make(work, Shape(options.width, options.layers, options.words), most)
+        size = (work / "base" / "model.safetensors").stat().st_size
+        print(f"model of {size / 1e6:.0f} MB, {os.cpu_count()} cores, batches of {BATCH} x {LENGTH} tokens", flush=True)
+        for name in [options.table] if options.table else TABLES:
+            TABLES[name](work, options)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
