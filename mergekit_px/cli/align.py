@@ -73,8 +73,8 @@ Vote = Annotated[
     bool, typer.Option("--majority/--mean-gradient", help="gradfix: signs by a vote of examples, or by their mean.")
 ]
 Permute = Annotated[
-    list[str],
-    typer.Option("--permute", metavar="WHAT...", help="permutation: any of heads, mlp and residual."),
+    list[str] | None,
+    typer.Option("--permute", metavar="WHAT...", help="permutation: heads, mlp, residual.  [default: all of them]"),
     Several("--permute"),
 ]
 Match = Annotated[
@@ -140,7 +140,7 @@ def align(
     orthogonality: Beta = 1.0,
     project: Project = False,
     majority: Vote = True,
-    permute: Permute = ["heads", "mlp", "residual"],  # noqa: B006
+    permute: Permute = None,
     match: Match = "spectrum",
     inside: Inside = "joint",
     rounds: Rounds = 100,
@@ -165,7 +165,7 @@ def align(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Transport a task vector to another model, by rotations learned from a few examples or otherwise (arXiv 2505.12021).
+    """Transport a task vector to another model, by rotations learned from a few examples (arXiv 2505.12021).
 
     The result is a task vector for the target base, the model that it makes, the rotations or permutations, and a
     report that always holds the controls: the target without it, the task vector as it is, a random one of the same
@@ -180,6 +180,7 @@ def align(
       pxmerge align --task-vector ./tau2 --target-base ./b --maps ./aligned
     """
     from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
+    from mergekit_px.learn.align.settings import PERMUTED
 
     sink = output_for(json=json, quiet=quiet)
     if resume and overwrite:
@@ -202,7 +203,7 @@ def align(
         validation=validation,
         test=test,
         seed=seed,
-        permute=tuple(sorted(set(permute))),
+        permute=PERMUTED if permute is None else tuple(sorted(set(permute))),
         match=match,
         inside=inside,
         rounds=rounds,
@@ -268,6 +269,8 @@ def _about(permutations: Mapping[str, Any], sink: Output) -> None:
         f"{permutations['moved']:.0%} of all places have another unit than before; cosine of the weights"
         f" {likeness['before']:.3f}, then {likeness['after']:.3f}; rounds: {permutations['rounds']}"
     )
+    if likeness["after"] < likeness["before"]:
+        sink.warning("the weights are less alike than before, since heads were matched by spectra; try --match product")
     if not permutations["stable"]:
         sink.warning("the matching had not settled when it was stopped; give it more --rounds")
     for block, reason in permutations["left_alone"].items():

@@ -291,32 +291,39 @@ class _Search:
             what = f"it has several residual streams ({', '.join(shown(one) for one in sorted(stacks)[:2])})"
             raise PlanError(what, where=self.where, hint=hint)
         found.width = next(iter(widths))
+        unknown = []
         for path in self.paths:
             role = self.claimed.get(path)
             if role is None:
-                self._place_outside(found, path, hint)
+                unknown += self._place_outside(found, path)
             elif role in ("output", "down"):
                 found.residual += self._outputs(path, torch.arange(found.width))
             elif not role.endswith("norm"):
                 found.residual.append(self._inputs(path))
+        if unknown:
+            # Rather one whose name is like no other: it is why the names beside it have no place.
+            path, name = min(unknown, key=lambda one: (bool(self.roles[one[0]]), one[1].endswith("bias")))
+            raise PlanError(
+                f"nothing tells what {shown(name)} {list(self.shapes[name])} does with the residual stream",
+                where=self.where,
+                hint=f"say what it is with --place ROLE={path.rpartition('.')[2]}, or {hint}",
+            )
 
-    def _place_outside(self, found: Layout, path: str, hint: str) -> None:
-        """A module that is in no block: by its role and shape."""
-        width, arrays = found.width, self.modules[path]
+    def _place_outside(self, found: Layout, path: str) -> list[tuple[str, str]]:
+        """Place a module that is in no block, by its role and shape; or what of it cannot be placed and left alone."""
+        arrays = self.modules[path]
         for role, _ in self.roles[path]:
-            parts = self._outside(role, path, width)
+            parts = self._outside(role, path, found.width)
             if parts is not None:
                 found.residual += parts
                 if role == "dense" and len(parts) > 1:
                     found.square.add(arrays["weight"])
-                return
-        for name in arrays.values():
-            if any(size >= width and size % width == 0 for size in self.shapes[name]):
-                raise PlanError(
-                    f"nothing tells what {shown(name)} {list(self.shapes[name])} does with the residual stream",
-                    where=self.where,
-                    hint=f"say it with --place, as in --place reader={path.rpartition('.')[2]}, or {hint}",
-                )
+                return []
+        return [
+            (path, name)
+            for name in arrays.values()
+            if any(size >= found.width and size % found.width == 0 for size in self.shapes[name])
+        ]
 
     def _outside(self, role: Role, path: str, width: int) -> list[Part] | None:
         """The channels of a module in a role; None where its shapes are not those of the role."""
@@ -356,4 +363,4 @@ def _is_direct(path: str, block: str, own: re.Pattern[str]) -> bool:
 
 
 def _odd(name: str, size: int, heads: int, groups: int) -> str:
-    return f"{shown(name)} has {size} channels, which do not fit {heads} heads, {groups} of them with keys and values"
+    return f"{shown(name)} has {size} channels, which do not fit {heads} heads and {groups} of keys and values"

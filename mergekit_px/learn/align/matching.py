@@ -44,7 +44,10 @@ class Matching:
 def match(
     layout: Layout, source: Tensors, target: Tensors, *, by: HeadMatching, inside: Inside, rounds: int, seed: int
 ) -> Matching:
-    """The permutations of ``source`` that fit ``target`` best, from the identity on.
+    """The permutations of ``source`` that fit ``target`` best.
+
+    The descent begins twice, with the identity and with the residual stream matched by the tensors that nothing else
+    permutes (embeddings, norms, heads); the end with the greater similarity is taken.
 
     Tensors that one of both lacks, or that have other shapes there, are permuted without a say.
 
@@ -53,21 +56,25 @@ def match(
         inside: how their channels do.
         rounds: at most as many rounds, each through all units in an order drawn from the seed.
     """
-    descent = _Descent(layout, source, target, inside)
-    before = descent.similarity()
-    descent.start(by)
-    items: Sequence[Hidden | Attention | None] = [
-        *([None] if layout.residual else []),
-        *layout.hidden,
-        *layout.attention,
-    ]
-    done, changed = 0, bool(items)
+    first = _descended(_Descent(layout, source, target, inside), by, rounds, seed)
+    anchored = _Descent(layout, source, target, inside)
+    if not anchored.anchor():
+        return first
+    second = _descended(anchored, by, rounds, seed)
+    return second if second.similarity[1] > first.similarity[1] else first
+
+
+def _descended(descent: _Descent, by: HeadMatching, rounds: int, seed: int) -> Matching:
+    """Rounds through all units until none of them changes."""
+    if by == "spectrum":
+        descent.match_spectra()
+    items, done, changed = descent.items(), 0, True
     while changed and done < rounds:
         generator = torch.Generator().manual_seed(derived_seed(seed, "rebasin", done))
         order = torch.randperm(len(items), generator=generator).tolist()
         changed = any([descent.improve(items[number], by) for number in order])
         done += 1
-    return Matching(descent.permutations(), done, not changed, (before, descent.similarity()))
+    return Matching(descent.permutations(), done, not changed, (descent.before, descent.similarity()))
 
 
 def random_permutations(layout: Layout, target: Tensors, inside: Inside, seed: int) -> Permutations:
@@ -95,6 +102,7 @@ class _Descent:
         self._units = identity_units(layout)
         self._orders: dict[str, HeadOrder] = {one.name: HeadOrder.identity(one) for one in layout.attention}
         self._now = self.permutations()
+        self.before = self.similarity()
 
     def permutations(self) -> Permutations:
         return Permutations.of_units(self._layout, self._shapes, self._units)
@@ -111,14 +119,19 @@ class _Descent:
             others += float(theirs.square().sum())
         return product / (squares * others) ** 0.5 if squares and others else 0.0
 
-    def start(self, by: HeadMatching) -> None:
-        """What can be known while nothing else is: the residual stream from the tensors that only it permutes, and
-        the heads from their spectra."""
+    def items(self) -> list[Hidden | Attention | None]:
+        """Everything that can be improved; None is the residual stream."""
+        return [*([None] if self._layout.residual else []), *self._layout.hidden, *self._layout.attention]
+
+    def anchor(self) -> bool:
+        """Match the residual stream by the tensors that nothing else permutes; returns whether anything changed."""
         single = [part for part in self._layout.residual if len(self._axes(part.tensor)) == 1]
-        self._assign(RESIDUAL, single)
-        if by == "spectrum":
-            for attention in self._layout.attention:
-                self._set_heads(attention, match_by_spectrum(attention, *self._heads(attention, weights=True)))
+        return self._assign(RESIDUAL, single)
+
+    def match_spectra(self) -> None:
+        """Match the heads by their spectra."""
+        for attention in self._layout.attention:
+            self._set_heads(attention, match_by_spectrum(attention, *self._heads(attention, weights=True)))
 
     def improve(self, item: Hidden | Attention | None, by: HeadMatching) -> bool:
         """Find the best order of some units (None: of the residual stream) with all others fixed.
