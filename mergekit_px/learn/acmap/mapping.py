@@ -17,6 +17,7 @@ from mergekit_px.adapters.acmap_file import locked
 from mergekit_px.adapters.acmap_stored import StoredState
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.errors import InputError, UsageError
+from mergekit_px.learn.acmap.arrays import ArrayFile
 from mergekit_px.learn.acmap.backbone import ModelOptions
 from mergekit_px.learn.acmap.class_means import ClassMeans
 from mergekit_px.learn.acmap.drift import oracle_drift
@@ -25,6 +26,7 @@ from mergekit_px.learn.acmap.pending import Pending, discard
 from mergekit_px.learn.acmap.prototypes import Prototypes
 from mergekit_px.learn.acmap.sources import FeatureSource, Sources, Tell, class_means, labels_of, require_comparable
 from mergekit_px.learn.artefact import write_report
+from mergekit_px.learn.data import LABELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,9 @@ def map_task(options: MapOptions, tell: Tell = lambda what, done, total: None) -
     given = options.features or options.data
     if given is None or (options.features and options.data):
         raise UsageError("the task comes as features or as data", hint="give either --features or --data")
+    for file in options.oracle:
+        if LABELS not in ArrayFile(file).names:
+            raise InputError(f"it has no array {LABELS!r}, and an oracle is measured by class", where=file)
     with locked(options.state):
         stored = StoredState(options.state)
         table = Prototypes.of(stored)

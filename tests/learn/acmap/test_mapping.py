@@ -200,6 +200,25 @@ def test_the_oracle_measures_drift(problem) -> None:
     assert again["was_mapped_already"] and again["drift"] == drift
 
 
+def test_oracles_that_do_not_fit(problem) -> None:
+    np.savez(problem.folder / "unlabelled.npz", features=np.ones((2, 8)))
+    np.savez(problem.folder / "later.npz", features=np.ones((2, 8)), labels=np.array([0, 50]))
+    np.savez(problem.folder / "narrow.npz", features=np.ones((2, 3)), labels=np.array([0, 1]))
+    np.savez(problem.folder / "good.npz", features=np.ones((2, 8)), labels=np.array([0, 1]))
+    before = problem.state.read_bytes()
+    for names, message in [(["missing.npz"], "no such"), (["unlabelled.npz"], "no array 'labels'")]:
+        with pytest.raises(InputError, match=message):
+            map_features(problem, 1, oracle=tuple(str(problem.folder / name) for name in names))
+        assert problem.state.read_bytes() == before
+    for names, message in [
+        (["later.npz"], "class 50 is in no task that has been mapped"),
+        (["narrow.npz"], "features of 3 numbers, the prototypes have 8"),
+        (["good.npz", "good.npz"], "another oracle has too"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            map_features(problem, 1, oracle=tuple(str(problem.folder / name) for name in names))
+
+
 def test_an_oracle_without_mapping_moves_nothing_when_the_adapter_is_the_same(problem) -> None:
     report = map_features(problem, 1, oracle=(problem.write_features(1, name="old.npz"),))
     assert report["drift"]["before"] == report["drift"]["after"] == 0

@@ -69,6 +69,17 @@ def test_the_batch_size_hardly_matters(problem) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_prototypes(problem) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        problem.merge()
+        for task in (1, 2):
+            map_data(problem, task, model=options(problem, device=device), concatenate=True)
+        found.append(table_of(problem.state).mapped())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)
+
+
 def test_one_pass_for_each_merged_adapter_and_one_adapter_at_a_time(problem, monkeypatch: pytest.MonkeyPatch) -> None:
     import weakref
 
