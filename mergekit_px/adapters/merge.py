@@ -210,7 +210,8 @@ def _combined(
         matrices=space.coordinates,
         weights=weights,
         cuts=cuts if cuts is not None else _tensor_cuts(space, options),
-        name=name,
+        # with a base or without, whose name for the module may differ, random rules draw the same
+        name=found[0].name,
         seed=options.seed,
         density=options.kept_share,
         divide_by=options.divide_by,

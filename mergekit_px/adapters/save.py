@@ -216,7 +216,7 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[st
 
     if path.exists() and not overwrite:
         raise OutputError("there is such a file already", where=str(path), hint="give another, or --overwrite")
-    _publish(path, save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, dict(metadata)))
+    _publish(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata)))
 
 
 def _publish(path: Path, data: bytes) -> None:
