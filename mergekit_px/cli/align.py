@@ -72,6 +72,15 @@ Project = Annotated[bool, typer.Option("--project", help="Make soft matrices ort
 Vote = Annotated[
     bool, typer.Option("--majority/--mean-gradient", help="gradfix: signs by a vote of examples, or by their mean.")
 ]
+Sham = Annotated[
+    Literal["gauss", "rotated"],
+    typer.Option("--sham", help="The random task vector beside the real one: equal norms, or equal spectra too."),
+]
+Scales = Annotated[
+    list[float] | None,
+    typer.Option("--scales", metavar="X...", help="Factors that the report tries.  [default: 0 to 2 by quarters]"),
+    Several("--scales", "numbers"),
+]
 Permute = Annotated[
     list[str] | None,
     typer.Option("--permute", metavar="WHAT...", help="permutation: heads, mlp, residual.  [default: all of them]"),
@@ -140,6 +149,8 @@ def align(
     orthogonality: Beta = 1.0,
     project: Project = False,
     majority: Vote = True,
+    sham: Sham = "gauss",
+    scales: Scales = None,
     permute: Permute = None,
     match: Match = "spectrum",
     inside: Inside = "joint",
@@ -180,7 +191,7 @@ def align(
       pxmerge align --task-vector ./tau2 --target-base ./b --maps ./aligned
     """
     from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
-    from mergekit_px.learn.align.settings import PERMUTED
+    from mergekit_px.learn.align.settings import DEFAULT_SCALES, PERMUTED
 
     sink = output_for(json=json, quiet=quiet)
     if resume and overwrite:
@@ -194,6 +205,8 @@ def align(
         orthogonality=orthogonality,
         project=project,
         majority=majority,
+        sham=sham,
+        scales=DEFAULT_SCALES if scales is None else tuple(scales),
         learning_rate=learning_rate,
         tune_rate=tune_rate,
         weight_decay=weight_decay,

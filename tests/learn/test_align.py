@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from mergekit_px.cli import main
 from mergekit_px.errors import OutputError, PlanError, RunError, TensorMismatchError, UsageError
 from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
-from mergekit_px.learn.align.direct import gradfix, gradient_signs, procrustes, theseus
+from mergekit_px.learn.align.direct import activation_maps, gradfix, gradient_signs, procrustes, theseus
+from mergekit_px.learn.align.fixed import FixedMap
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import Piece, find_pieces, pieces_of
 from mergekit_px.learn.align.rotations import Rotations
@@ -236,7 +238,8 @@ def test_theseus_undoes_a_change_of_basis() -> None:
     crossed = {"layer": (states.T @ (states @ inward), outputs.T @ (outputs @ outward))}
     deltas = {"layer.weight": change, "layer.bias": bias, "norm": bias, "odd": bias}
     shapes = {"layer.weight": (4, 5), "layer.bias": (4,), "norm": (4,), "odd": (7,)}
-    moved = theseus(deltas, crossed, shapes)
+    fixed = FixedMap(partial(theseus, maps=activation_maps(crossed)), across_shapes=True)
+    moved = fixed.moved(deltas, {}, shapes)
     torch.testing.assert_close(states @ inward @ moved["layer.weight"].T, states @ change.T @ outward)
     torch.testing.assert_close(moved["layer.bias"], bias @ outward)
     assert set(moved) == {"layer.weight", "layer.bias", "norm"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.errors import PlanError
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import pieces_of
 from mergekit_px.learn.data import Batch
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.objective import predict
+
+MAPS_FILE = "maps.safetensors"
+
+_OUTPUTS = re.compile(r"(?P<layer>.+)\[(?P<start>\d+):(?P<stop>\d+)\]\.outputs")
 
 Crossed = dict[str, tuple[Tensor, Tensor]]
 """Layer -> products of the activations of both models: of its inputs (d_A, d_B), and of its outputs."""
@@ -48,35 +55,60 @@ def crossed_activations(source: LearningModel, target: LearningModel, batches: I
 
 
 @torch.no_grad()
-def theseus(deltas: Mapping[str, Tensor], crossed: Crossed, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def activation_maps(crossed: Crossed) -> dict[str, Tensor]:
+    """``LAYER[rows].outputs`` (rows of A, rows of B) and ``LAYER[rows].inputs`` (d_A, d_B) for every linear layer.
+
+    The rows are those of the source; fused projections are taken in their three parts.
+    """
+    maps: dict[str, Tensor] = {}
+    for layer, (inner, outer) in crossed.items():
+        weight = f"{layer}.weight"
+        inward = procrustes(inner)
+        for own, other in zip(
+            pieces_of(weight, outer.shape[0], inner.shape[0]),
+            pieces_of(weight, outer.shape[1], inner.shape[1]),
+            strict=True,
+        ):
+            label = f"{layer}[{own.start}:{own.stop}]"
+            maps[f"{label}.outputs"] = procrustes(outer[own.start : own.stop, other.start : other.stop])
+            maps[f"{label}.inputs"] = inward.clone()
+    return maps
+
+
+@torch.no_grad()
+def theseus(deltas: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``T_out' D T_in`` for weights and ``b T_out`` for biases of linear layers (arXiv 2602.12952), across widths.
 
-    Fused projections are taken in their three parts. Other tensors are kept where the shapes agree, else left out.
+    Other tensors are as they were.
 
     Args:
         deltas: of the source model.
-        crossed: as `crossed_activations` gives it.
-        shapes: of the target's tensors.
+        maps: as `activation_maps` names them.
+
+    Raises:
+        PlanError: a tensor does not have the rows or columns of its maps.
     """
-    moved: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        if name not in deltas:
-            continue
-        delta = deltas[name]
-        layer, _, leaf = name.rpartition(".")
-        if layer in crossed and leaf in ("weight", "bias"):
-            inner, outer = crossed[layer]
-            weight = f"{layer}.weight"
-            parts = zip(
-                pieces_of(weight, outer.shape[0], inner.shape[0]),
-                pieces_of(weight, outer.shape[1], inner.shape[1]),
-                strict=True,
-            )
-            maps = [(own, procrustes(outer[own.start : own.stop, other.start : other.stop])) for own, other in parts]
-            rows = [outward.T @ delta[own.start : own.stop] for own, outward in maps]
-            moved[name] = torch.cat(rows) @ procrustes(inner) if leaf == "weight" else torch.cat(rows)
-        elif tuple(delta.shape) == shape:
-            moved[name] = delta
+    layers: dict[str, list[tuple[slice, Tensor, Tensor]]] = {}
+    for name, outward in maps.items():
+        matched = _OUTPUTS.fullmatch(name)
+        if matched is not None:
+            inward = maps[f"{name.removesuffix('.outputs')}.inputs"]
+            rows = slice(int(matched["start"]), int(matched["stop"]))
+            layers.setdefault(matched["layer"], []).append((rows, outward, inward))
+    moved = dict(deltas)
+    for layer, pieces in layers.items():
+        for leaf in ("weight", "bias"):
+            name = f"{layer}.{leaf}"
+            if name not in deltas:
+                continue
+            delta, turned_parts = deltas[name], []
+            for rows, outward, inward in pieces:
+                part = delta[rows]
+                if len(part) != len(outward) or (leaf == "weight" and part.shape[1] != len(inward)):
+                    raise PlanError(f"{shown(name)} is {list(delta.shape)}, which its maps do not fit")
+                turned = outward.to(delta).T @ part
+                turned_parts.append(turned @ inward.to(delta) if leaf == "weight" else turned)
+            moved[name] = torch.cat(turned_parts)
     return moved
 
 

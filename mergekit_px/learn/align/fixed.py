@@ -43,3 +43,14 @@ class FixedMap:
     report: Mapping[str, Any] = field(default_factory=dict)
     controls: Mapping[str, Transport] = field(default_factory=dict)
     across_shapes: bool = False
+
+    def moved(
+        self, deltas: Mapping[str, Tensor], fitting: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Tensor]:
+        """What arrives of a task vector at tensors of the target's names and shapes.
+
+        Args:
+            fitting: the part of ``deltas`` that has those before.
+        """
+        moved = self.transport(deltas if self.across_shapes else fitting)
+        return {name: one for name, one in moved.items() if shapes.get(name) == tuple(one.shape)}

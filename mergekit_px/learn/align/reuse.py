@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import InputError, InputNotFoundError, PlanError
+from mergekit_px.learn.align.direct import MAPS_FILE, theseus
 from mergekit_px.learn.align.fixed import Artefact, FixedMap, Transport
 from mergekit_px.learn.align.permutations import Permutations
 from mergekit_px.learn.align.rebasin import PERMUTATIONS_FILE
@@ -21,6 +23,7 @@ from mergekit_px.learn.models import read_tensors
 SOURCE_KEY = "pxmerge.source_fingerprint"
 TARGET_KEY = "pxmerge.target_fingerprint"
 
+_FILES = (ROTATIONS_FILE, MAPS_FILE, PERMUTATIONS_FILE)
 _MATRIX = re.compile(r"(?P<tensor>.+)\[(?P<start>\d+):(?P<stop>\d+)\]\.(?P<side>both|out|in)")
 _ORDER = re.compile(r"(?P<tensor>.+)\.axis(?P<axis>\d+)")
 
@@ -29,7 +32,7 @@ def load_map(path: str, metadata: Mapping[str, str]) -> FixedMap:
     """What a former run wrote, as a transport.
 
     Args:
-        path: ``rotations.safetensors`` or ``permutations.safetensors``, or the folder that it is in.
+        path: ``rotations.safetensors``, ``maps.safetensors`` or ``permutations.safetensors``, or its folder.
         metadata: fingerprints of source (where it is known) and target of this run.
 
     Raises:
@@ -43,20 +46,24 @@ def load_map(path: str, metadata: Mapping[str, str]) -> FixedMap:
         if recorded is not None and wanted is not None and recorded != wanted:
             raise PlanError(f"it was made for another {part} base", where=path, hint="give the bases that it is for")
     arrays = read_tensors(checkpoint)
+    artefact = Artefact(file.name, arrays, checkpoint.metadata)
+    sides = [{name.removesuffix(end) for name in arrays if name.endswith(end)} for end in (".inputs", ".outputs")]
+    if arrays and sides[0] == sides[1] and len(arrays) == len(sides[0]) + len(sides[1]):
+        return FixedMap(partial(theseus, maps=arrays), artefact, {"reused": path}, across_shapes=True)
     transport = _permuting(arrays, path) or _rotating(arrays, path)
     if transport is None:
         raise InputError("it holds neither matrices nor permutations of `pxmerge align`", where=path)
-    return FixedMap(transport, Artefact(file.name, arrays, checkpoint.metadata), {"reused": path})
+    return FixedMap(transport, artefact, {"reused": path})
 
 
 def find_map_file(path: str) -> Path:
     """The file of a former run, by itself or by its folder. Raises ``InputNotFoundError``."""
     place = Path(path).expanduser()
     if place.is_dir():
-        for name in (ROTATIONS_FILE, PERMUTATIONS_FILE):
+        for name in _FILES:
             if (place / name).is_file():
                 return place / name
-        raise InputNotFoundError(f"neither {ROTATIONS_FILE} nor {PERMUTATIONS_FILE} is there", where=path)
+        raise InputNotFoundError(f"none of {', '.join(_FILES)} is there", where=path)
     if not place.is_file():
         raise InputNotFoundError("no such file", where=path)
     return place

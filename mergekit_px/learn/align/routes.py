@@ -18,7 +18,8 @@ from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import Piece
 from mergekit_px.learn.align.rotations import ROTATIONS_FILE, Rotations
 from mergekit_px.learn.align.settings import AlignSettings
-from mergekit_px.learn.data import Batch, Examples, derived_seed, to_device
+from mergekit_px.learn.align.sham import sham_of
+from mergekit_px.learn.data import Batch, Examples, to_device
 
 Deltas = Mapping[str, Tensor]
 Keep = Callable[[Deltas, Artefact | None], None]
@@ -68,7 +69,7 @@ class Trial:
                 "mean_distance_from_identity": rotations.distance(),
                 "spectrum_distance": self._spectrum_distance(fitting, moved),
             }
-        sham = {name: self._random_like(name, delta) for name, delta in deltas.items()}
+        sham = {name: sham_of(name, delta, self.settings) for name, delta in deltas.items()}
         fitting_sham = {name: sham[name] for name in fitting}
         scale = self.settings.scale
         found["test"] = {
@@ -97,7 +98,8 @@ class Trial:
         self, name: str, deltas: Deltas, fitting: Deltas, keep: Keep | None
     ) -> tuple[Deltas, Rotations | None, Fit | None]:
         if self.fixed is not None:
-            return self.fixed.transport(deltas if self.fixed.across_shapes else fitting), None, None
+            shapes = {site: tuple(one.base.shape) for site, one in self.model.sites.items()}
+            return self.fixed.moved(deltas, fitting, shapes), None, None
         if self.settings.route == "gradfix":
             names = [one for one in fitting if self.model.sites[one].is_parameter]
             signs = gradient_signs(self.model, self.batches("train"), names, majority=self.settings.majority)
@@ -163,13 +165,6 @@ class Trial:
         fit = Fit(free, loss, loss, self.settings, rate=self.settings.tune_rate)
         fit.run(self.parts, self.device, self.work / f"{name}.safetensors", self.plan_hash, self.tell)
         return {**fixed, **{other: one.detach() for other, one in free.items()}}
-
-    def _random_like(self, name: str, delta: Tensor) -> Tensor:
-        """Normal noise with the norm of a tensor."""
-        generator = torch.Generator().manual_seed(derived_seed(self.settings.seed, "sham", name))
-        noise = torch.randn(delta.shape, generator=generator, dtype=torch.float64).to(delta)
-        size = noise.norm()
-        return noise * (delta.norm() / size) if float(size) > 0 else noise
 
     def _spectrum_distance(self, before: Deltas, after: Deltas) -> float:
         """The largest relative change of the singular values of a piece."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.errors import InputError, UsageError
-from mergekit_px.learn.align.direct import Crossed, crossed_activations, theseus
+from mergekit_px.learn.align.direct import MAPS_FILE, Crossed, activation_maps, crossed_activations, theseus
 from mergekit_px.learn.align.fixed import Artefact, FixedMap
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.inputs import (
@@ -49,7 +49,6 @@ from mergekit_px.learn.ofasd.proxy import check_data
 UNFINISHED = ".align"
 REPORT_FILE = "report.json"
 
-_SCALES = tuple(step / 4 for step in range(9))
 _NO_DATA = "there is no labelled data"
 
 
@@ -171,10 +170,11 @@ def _with_data(
         fixed = _found_map(options, checkpoints, metadata, say, changed, first)
     elif settings.route == "theseus":
         crossed = _crossed(options, checkpoints["source base"], model, parts["train"], device)
-        fixed = FixedMap(partial(theseus, crossed=crossed, shapes=shapes), across_shapes=True)
+        maps = activation_maps(crossed)
+        fixed = FixedMap(partial(theseus, maps=maps), Artefact(MAPS_FILE, maps, metadata), across_shapes=True)
     elif settings.route == "orthogonal":
         pieces = find_pieces(model, sites, settings.sites, square=settings.sided == "one")
-    if settings.route != "theseus":
+    if fixed is None or not fixed.across_shapes:
         _require_fitting(fitting)
     if fixed is None and settings.route == "orthogonal" and not any(piece.tensor in fitting for piece in pieces):
         raise UsageError(
@@ -213,8 +213,9 @@ def _without_data(
     fixed = _found_map(options, checkpoints, metadata, say)
     shapes = {name: stored.shape for name, stored in base.tensors.items() if stored.dtype.arithmetic}
     fitting = {name: one for name, one in deltas.items() if shapes.get(name) == tuple(one.shape)}
-    _require_fitting(fitting)
-    moved = fixed.transport(fitting)
+    if not fixed.across_shapes:
+        _require_fitting(fitting)
+    moved = fixed.moved(deltas, fitting, shapes)
     scaled = {name: options.settings.scale * change for name, change in moved.items()}
     write_result(options.output, base, scaled, fixed.artefact, plan)
     return {
@@ -304,5 +305,5 @@ def _scales(trial: Trial, naive: Mapping[str, Tensor], moved: Mapping[str, Tenso
             "naive": trial.model.accuracy(naive, trial.batches("validation"), scale),
             "aligned": trial.model.accuracy(moved, trial.batches("validation"), scale),
         }
-        for scale in _SCALES
+        for scale in trial.settings.scales
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ from mergekit_px.learn.align.head_counts import Positions
 from mergekit_px.learn.align.roles import Place, check_places
 
 Route = Literal["orthogonal", "theseus", "gradfix", "permutation"]
+DEFAULT_SCALES = tuple(step / 4 for step in range(9))
 PERMUTED = ("heads", "mlp", "residual")
 Parametrisation = Literal["soft", "cayley", "polar"]
 
@@ -29,6 +31,8 @@ class AlignSettings:
         scale: factor of the transported task vector (lambda).
         orthogonality: factor of the penalty (beta), for ``soft``.
         project: replace soft matrices by the nearest orthogonal ones when they are learned.
+        sham: the random task vector beside the real one: noise of the same norms, or with the same spectra too.
+        scales: factors that the report gives an accuracy for.
         majority: for ``gradfix``: signs by a vote of the examples instead of the mean gradient.
         learning_rate: of the rotations.
         tune_rate: of the few-shot fine-tunes that the result is compared with.
@@ -50,6 +54,8 @@ class AlignSettings:
     scale: float = 1.0
     orthogonality: float = 1.0
     project: bool = False
+    sham: Literal["gauss", "rotated"] = "gauss"
+    scales: tuple[float, ...] = DEFAULT_SCALES
     majority: bool = True
     learning_rate: float = 3e-3
     tune_rate: float = 5e-4
@@ -76,6 +82,9 @@ class AlignSettings:
                 raise UsageError(f"the {name} must be above 0, not {value:g}")
         if self.project and self.parametrisation != "soft":
             raise UsageError(f"{self.parametrisation} matrices are orthogonal already", hint="project goes with soft")
+        for scale in (self.scale, *self.scales):
+            if not math.isfinite(scale):
+                raise UsageError(f"a scale must be a finite number, not {scale}")
         unknown = sorted(set(self.permute) - set(PERMUTED))
         if unknown or not self.permute:
             what = f"{unknown[0]!r} cannot be permuted" if unknown else "nothing is to be permuted"
