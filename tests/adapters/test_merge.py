@@ -213,6 +213,27 @@ def test_core_space_is_lossless_and_keeps_the_papers_basis(adapters: list[Adapte
         np.testing.assert_allclose(np.abs(core), np.abs(left[:, :9].T @ delta @ right[:9].T), atol=1e-4)
 
 
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_ties_in_core_space(scope: str, adapters: list[Adapter]) -> None:
+    """The rule goes by entries, and singular vectors have no sign of their own: a flip of a basis vector flips the
+    entries of all cores alike, so the result does not depend on it."""
+    merged = merge(adapters, method="core", merger="ties", density=0.4, scope=scope, rank=9)
+    bases, cores = {}, [dict(), dict(), dict()]
+    for name in SHAPES:
+        pairs = [
+            (b.double().flatten(1).numpy(), a.double().flatten(1).numpy())
+            for b, a in (factors(seed, rank, SHAPES[name]) for seed, rank in enumerate(RANKS))
+        ]
+        left = np.linalg.svd(np.concatenate([6 / rank * b for (b, _), rank in zip(pairs, RANKS, strict=True)], axis=1))
+        right = np.linalg.svd(np.concatenate([a for _, a in pairs]))
+        bases[name] = left[0][:, : sum(RANKS)], right[2][: sum(RANKS)]
+        for core, delta in zip(cores, updates(name), strict=True):
+            core[name] = bases[name][0].T @ delta @ bases[name][1].T
+    for name, (left, right) in bases.items():
+        matrices = [core[name] for core in trim(cores, 0.4, scope)]
+        close(of(merged, name), truncated(left @ consensus(matrices, WEIGHTS) @ right, 9))
+
+
 def test_isotropic_core_is_the_mean_over_the_numerical_rank(adapters: list[Adapter]) -> None:
     name = "layers.0.q_proj"
     merged = of(merge(adapters, method="core", merger="linear", isotropic=True, rank=9), name)
