@@ -115,7 +115,7 @@ def check_fit(module: nn.Module, batch: Batch, where: str, *, reads_logits: bool
     module.eval()
     try:
         with torch.no_grad():
-            logits = logits_of(module(**given))
+            output = module(**given)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(f"{name} {list(array.shape[1:])}" for name, array in inputs.items())
         lines = str(error).splitlines() or [type(error).__name__]
@@ -123,6 +123,7 @@ def check_fit(module: nn.Module, batch: Batch, where: str, *, reads_logits: bool
         raise InputError(what, where=where) from error
     finally:
         module.train(was_training)
+    logits = _logits_of_head(module, output, where)
     labels = batch[LABELS]
     if labels.is_floating_point():
         return None
@@ -131,6 +132,19 @@ def check_fit(module: nn.Module, batch: Batch, where: str, *, reads_logits: bool
             f"labels of shape {list(labels.shape)} do not fit logits of shape {list(logits.shape)}", where=where
         )
     return int(logits.shape[-1])
+
+
+def _logits_of_head(module: nn.Module, output: Any, where: str) -> Tensor:
+    try:
+        return logits_of(output)
+    except InputError:
+        last = ", ".join(list(module.state_dict())[-2:])
+        raise InputError(
+            f"{type(module).__name__} has no head that scores classes: it returned {type(output).__name__} without"
+            f" logits, and its last tensors are {last}",
+            where=where,
+            hint="give a checkpoint with a head, whose config.json names the class that has it",
+        ) from None
 
 
 def _loss(name: str, module: nn.Module, batch: Batch) -> Tensor:

@@ -15,10 +15,11 @@ from torch.func import functional_call
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import PlanError, TensorMismatchError, UsageError
-from mergekit_px.learn.data import IGNORED
+from mergekit_px.learn.data import IGNORED, LABELS, Examples, shuffled
 from mergekit_px.learn.models import load_model
 from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, parameters_of
 from mergekit_px.learn.ofasd.blocks import Parameter, make_blocks
+from mergekit_px.learn.ofasd.learner import Learner
 from mergekit_px.learn.ofasd.objective import cross_entropy, distillation, entropy, penalty
 from mergekit_px.learn.ofasd.settings import Settings
 from mergekit_px.methods.anisotropic_table import group_numbers
@@ -147,6 +148,62 @@ def test_equal_coefficients_are_the_mean_and_a_one_hot_row_is_that_source(folder
         blend.assemble(torch.eye(3, dtype=torch.float64)[1][:, None].expand_as(values))
         for name in ("layers.1.weight", "norm.running_var"):
             torch.testing.assert_close(module.state_dict()[name], tuned[1][name], rtol=1e-12, atol=1e-14)
+
+
+def test_no_coefficients_are_the_base(folders: list[Path]) -> None:
+    base = stored(folders[0])
+    with blended(folders, Settings()) as (blend, module):
+        blend.assemble(coefficients(blend))
+        blend.assemble(torch.zeros_like(coefficients(blend)))
+        assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in base.items())
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_one_value_everywhere_is_that_value_for_the_whole_model(folders: list[Path], settings: Settings) -> None:
+    values = torch.tensor([0.4, -0.3, 1.2], dtype=torch.float64)[:, None]
+    with blended(folders, Settings(granularity="model")) as (whole, expected):
+        whole.assemble(values.expand(3, len(whole.blocks.names)))
+        with blended(folders, settings) as (blend, module):
+            blend.assemble(values.expand(3, len(blend.blocks.names)))
+            for name, tensor in expected.state_dict().items():
+                torch.testing.assert_close(module.state_dict()[name], tensor, rtol=1e-14, atol=1e-15)
+
+
+def test_learning_is_that_of_a_plain_loop_with_all_task_vectors_resident(folders: list[Path]) -> None:
+    inputs, _, labels = losses()
+    data = Examples({"x": inputs, LABELS: labels}, "data")
+    settings = Settings(objective="cross-entropy", batch=3, steps=12, learning_rate=0.1, clip=0.05, batch_norm="mean")
+    base, *tuned = map(stored, folders)
+    with blended(folders, settings) as (blend, module):
+        start = torch.zeros(3, len(blend.blocks.names), dtype=torch.float64)
+        filled = settings.filled(labelled=True)
+        parts = {"train": data, "validation": data}
+        learner = Learner(blend, module, parts, start, filled, torch.device("cpu"))
+        blend.assemble(start)
+        stream = shuffled(data, 3, settings.seed, "train")
+        names = [site.name for site in blend.sites if site.is_parameter]
+        free = torch.zeros(3, len(names), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.AdamW([free], lr=0.1, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
+        other = double_net().eval()
+        other.load_state_dict({**base, "head.weight": base["layers.0.weight"]})
+        for _ in range(12):
+            found = learner.learn()
+            batch = stream.next()
+            merged = {
+                name: base[name] + sum(free[row, column] * (one[name] - base[name]) for row, one in enumerate(tuned))
+                for column, name in enumerate(names)
+            }
+            loss = nn.functional.cross_entropy(functional_call(other, merged, batch["x"]), batch[LABELS])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([free], 0.05)
+            optimizer.step()
+            schedule.step()
+            assert found == pytest.approx(float(loss.detach()), rel=1e-6)
+            columns = [blend.blocks.tensors[name][0] for name in names]
+            torch.testing.assert_close(learner.course.values[:, columns], free.detach(), rtol=1e-5, atol=1e-6)
+        assert free.abs().max() > 0.1
 
 
 def losses() -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mergekit_px.cli import main
 from mergekit_px.errors import InputError, OutputError, RunError, UsageError
+from mergekit_px.learn.data import split_rows
 from mergekit_px.learn.models import find_checkpoint, load_model
 from mergekit_px.learn.ofasd import OfasdOptions, Settings, learn_coefficients
 from mergekit_px.methods.anisotropic_table import read_table
@@ -137,6 +138,42 @@ def test_the_start_is_the_average_and_no_steps_leave_it(world: Path, tmp_path: P
     report = learn_coefficients(options(world, tmp_path / "out", steps=0, counts=[30, 10])).report
     assert report["test"]["learned"] == report["test"]["weighted average"] != report["test"]["average"]
     assert read_table(tmp_path / "out").values[0][0] == 0.75
+
+
+def test_the_first_loss_is_that_of_the_average(world: Path, tmp_path: Path) -> None:
+    report = learn_coefficients(options(world, tmp_path / "out", label_share=1.0, steps=0)).report
+    sources = [str(world / "plain" / name) for name in ("client0", "client1")]
+    assert main(["linear", "--sources", *sources, "-o", str(tmp_path / "average"), "-q"]) == 0
+    module = load_model(find_checkpoint(str(tmp_path / "average")), f"{world / 'net.py'}:plain", allow_code=True).module
+    with np.load(world / "labelled.npz") as data:
+        rows = split_rows(400, {"validation": 0.2, "test": 0.2}, 0, "")["validation"]
+        inputs, labels = torch.from_numpy(data["x"])[rows], torch.from_numpy(data["labels"])[rows]
+    with torch.no_grad():
+        expected = float(torch.nn.functional.cross_entropy(module.eval()(inputs), labels))
+    assert report["trace"] == [[0, None, pytest.approx(expected, rel=1e-5)]]
+
+
+def test_bfloat16_is_for_passes_alone_and_resumes(world: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"precision": "bfloat16", "compare": False}
+    whole = learn_coefficients(options(world, tmp_path / "whole", **changes)).report
+    single = learn_coefficients(options(world, tmp_path / "single", compare=False)).report
+    assert whole["settings"]["precision"] == "bfloat16"
+    found, expected = (np.array(list(report["coefficients"].values())) for report in (whole, single))
+    assert np.isfinite(found).all() and not np.array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, atol=0.1)
+    assert abs(whole["trace"][0][2] / single["trace"][0][2] - 1) < 0.02
+
+    def interrupt(step: int, loss: float) -> None:
+        if step == 13:
+            raise KeyboardInterrupt
+
+    halved = options(world, tmp_path / "halved", **changes)
+    with pytest.raises(KeyboardInterrupt):
+        learn_coefficients(halved, tell=interrupt)
+    with pytest.raises(OutputError, match="changed since"):
+        learn_coefficients(options(world, tmp_path / "halved", compare=False, mode="resume"))
+    learn_coefficients(replace(halved, mode="resume"))
+    assert read_table(tmp_path / "halved").digest == read_table(tmp_path / "whole").digest
 
 
 def test_the_order_of_clients_orders_rows_only(world: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mergekit_px.cli._output import Output
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.data import examples
 from mergekit_px.learn.models import LearningModel, load_model
-from mergekit_px.learn.stats import Labels, fisher_information, gram_matrices
+from mergekit_px.learn.stats import Labels, fisher_information, gram_matrices, run, sums
 from mergekit_px.testing import write_checkpoint
 
 CODE = """
@@ -198,6 +198,51 @@ def test_equal_commands_give_equal_files_and_nothing_is_replaced_unasked(made: M
     assert command(made, first) == 4 and "--overwrite" in capsys.readouterr().err
     assert command(made, first, "--overwrite", "--what", "gram") == 0
     assert set(load_file(first)) == {"first.weight.gram", "last.weight.gram"}
+
+
+def test_bfloat16_is_for_passes_alone(made: Made, tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("float32", "bfloat16")}
+    for precision, output in files.items():
+        assert command(made, output, "--precision", precision, "-q") == 0
+        assert json.loads(output.with_suffix(".json").read_text())["options"]["precision"] == precision
+    single, half = (load_file(path) for path in files.values())
+    for name, tensor in half.items():
+        assert tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
+        torch.testing.assert_close(tensor, single[name], rtol=0.1, atol=0.02)
+    assert not torch.equal(half["first.weight.fisher"], single["first.weight.fisher"])
+    assert not torch.equal(half["last.weight.gram"], single["last.weight.gram"])
+
+
+@pytest.mark.parametrize("stop", [3, 12])
+def test_resumed_is_uninterrupted(made: Made, tmp_path: Path, monkeypatch, capsys, stop: int) -> None:
+    whole, halved = tmp_path / "whole.safetensors", tmp_path / "halved.safetensors"
+    words = ("--labels", "sampled", "--batch", 2, "-q")
+    assert command(made, whole, *words) == 0
+    add, seen = sums.add_up, []
+
+    def interrupted(*given, after, **named):
+        def counted(batches: int) -> None:
+            after(batches)
+            seen.append(batches)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+
+        add(*given, after=counted, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "add_up", interrupted)
+        patch.setattr(run, "SAVE_SECONDS", 0.0)
+        assert command(made, halved, *words) == 130
+    assert "--resume" in capsys.readouterr().err and not halved.exists()
+    assert command(made, halved, *words) == 4 and "an unfinished run is there" in capsys.readouterr().err
+    assert command(made, halved, *words, "--resume", "--seed", 1) == 4
+    assert "another plan" in capsys.readouterr().err
+    assert command(made, halved, *words, "--resume", "--overwrite") == 2
+    assert command(made, halved, *words, "--resume") == 0
+    assert halved.read_bytes() == whole.read_bytes()
+    assert halved.with_suffix(".json").read_bytes() == whole.with_suffix(".json").read_bytes()
+    assert not halved.with_suffix(".unfinished.safetensors").exists()
+    assert command(made, halved, *words, "--resume") == 4 and "no unfinished run" in capsys.readouterr().err
 
 
 def test_bad_input(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,6 +132,8 @@ def run_search(
     finally:
         for name in (_TRIAL, _KEPT):
             shutil.rmtree(output / name, ignore_errors=True)
+        if not log.trials:  # nothing to go on with
+            log.remove()
     report = {
         "recipe": recipe,
         "inputs": scores.inputs,

@@ -58,6 +58,12 @@ class TrialLog:
         self._keep(trial)
         return trial
 
+    def remove(self) -> None:
+        """Take the file away, and its folder if nothing else is in it."""
+        self._path.unlink(missing_ok=True)
+        if not any(self._path.parent.iterdir()):
+            self._path.parent.rmdir()
+
     def _keep(self, trial: Trial) -> None:
         self.trials.append(trial)
         self._known[trial.values] = trial
