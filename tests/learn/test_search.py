@@ -310,6 +310,50 @@ def test_accuracy_on_data_with_a_test_kept_apart(made: Path) -> None:
     assert "test" not in json.loads((made / "none" / "report.json").read_text())["scores"]["best"]
 
 
+def test_a_test_file_is_only_for_the_result(made: Path) -> None:
+    x = np.linspace(0, 1, 40).astype(np.float32)
+    np.savez(made / "test.npz", x=x, labels=(x <= 0.295).astype(np.int64))  # all wrong
+    assert data_command(made, made / "out", "--test", made / "test.npz") == 0
+    report = json.loads((made / "out" / "report.json").read_text())
+    assert report["best"]["values"] == {ONE: 0.3}
+    assert report["scores"]["best"]["validation"] > 98 and report["scores"]["best"]["test"] < 5
+    assert str(made / "test.npz") in report["inputs"]
+
+
+@pytest.mark.parametrize("how", ["coordinate", "cma"])
+def test_two_values_by_a_command(made: Path, how: str) -> None:
+    if how == "cma":
+        pytest.importorskip("cma")
+    over = ["merge.sources.zero=0.1:1", f"{ONE}=0:1"]
+    words = ("--how", how, "--tolerance", "0.1", "--trials", "60", "--minimize", "-q")
+    score = f"{sys.executable} {made / 'distance.py'}"
+    (made / "distance.py").write_text(
+        "import struct, sys\n"
+        "first, second = struct.unpack('<2f', open(f'{sys.argv[1]}/model.safetensors', 'rb').read()[-8:])\n"
+        "print((first / 5 - 0.6) ** 2 + (second - 0.3) ** 2)\n"
+    )
+    assert command(made, made / "out", *words, "--score", score, over=over) == 0
+    report = json.loads((made / "out" / "report.json").read_text())
+    best = report["best"]["values"]
+    assert abs(best["merge.sources.zero"] + best[ONE] - 0.6) < 0.15 and abs(best[ONE] - 0.3) < 0.15
+    assert report["strategy"] == how and report["trials"] <= 61
+
+
+def test_trials_keep_to_the_memory_of_a_streamed_merge(made: Path, monkeypatch, capsys) -> None:
+    budgets = []
+
+    def recorded(plan, **options):
+        budgets.append((plan.options.memory, plan.budget.total))
+        return whole(plan, **options)
+
+    whole = search_run.run_plan
+    monkeypatch.setattr(search_run, "run_plan", recorded)
+    assert command(made, made / "out", "--memory", "2GB", "-q", over=[f"{ONE}=0.3,0.9"]) == 0
+    assert len(budgets) == 4 and all(asked == 2_000_000_000 >= total for asked, total in budgets)
+    assert command(made, made / "small", "--memory", "1MB", "-q") == 4
+    assert "--memory" in capsys.readouterr().err and not (made / "small").exists()
+
+
 def test_bad_input(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = made / "out"
 
