@@ -22,10 +22,10 @@ it combines the A and the B each by itself, which leaves cross terms B_i A_j in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from mergekit_px.adapters.mergers import DivideBy, Merger, find_merger
+from mergekit_px.adapters.mergers import TRIMMING, DivideBy, Merger, find_merger
 from mergekit_px.errors import UsageError
 
 Method = Literal[
@@ -88,6 +88,22 @@ class MergeOptions:
     def rule(self) -> str | Merger:
         """The merger that the method uses."""
         return self.method if self.method in _ON_DELTAS else self.merger
+
+    def without_effect(self) -> list[str]:
+        """The fields that were given and that the method, or its rule, does not look at."""
+        rule = self.rule if self.method in (*_ON_DELTAS, "knots", "core", "ctm") else "linear"
+        known = isinstance(rule, str)
+        looked_at = {
+            "merger": self.method in ("knots", "core", "ctm"),
+            "density": rule != "linear",
+            "scope": not known or rule in TRIMMING,
+            "divide_by": not known or rule in ("ties", "dare_ties"),
+            "seed": not known or rule in ("dare_linear", "dare_ties"),
+            "balance": self.method == "ctm",
+            "isotropic": self.method == "core",
+        }
+        given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        return [name for name in given if not looked_at.get(name, True)]
 
     @property
     def forms_updates(self) -> bool:

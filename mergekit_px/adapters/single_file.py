@@ -138,7 +138,9 @@ def _split(key: str, where: str) -> tuple[str, str]:
             raise AdapterError(f"{shown(key)} belongs to {_REFUSED[suffix]}, which cannot be merged here", where=where)
         if length < len(parts) and suffix in ROLES:
             return ".".join(parts[:-length]), ROLES[suffix]
-    raise AdapterError(f"{shown(key)} is not the name of an adapter's tensor", where=where)
+    raise AdapterError(
+        f"{shown(key)} is not the name of an adapter's tensor", where=where, hint="is this a model, and no adapter?"
+    )
 
 
 def _attention_leaf(projection: str, *, in_processor: bool, module: str) -> str:

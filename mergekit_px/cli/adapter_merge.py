@@ -133,6 +133,12 @@ def merge(
         seed=seed,
         dtype=dtype,
     )
+    if unused := settings.without_effect():
+        rule = f" with --merger {merger}" if method in ("knots", "core", "ctm") else ""
+        raise UsageError(
+            f"--{unused[0].replace('_', '-')} has no effect on {method}{rule}",
+            hint="leave it out, or take another method",
+        )
     output = options.output or Path("merged")
     folder = output if into is None else output.with_name(f"{output.name}-adapter")
     replace = options.mode != "new"

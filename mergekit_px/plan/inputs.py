@@ -103,6 +103,12 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         raise RecipeError(
             f"'{given}' is about adapters, and input '{name}' has none", where=where, hint="name one with 'adapter'"
         )
+    if listed and _is_adapter(request.model):
+        raise RecipeError(
+            f"input '{name}': the model '{request.model}' is an adapter itself",
+            where=where,
+            hint="give the base model, and this among its adapters",
+        )
     adapters = tuple(_open_adapter(name, reference, allow_pickle, where) for reference in listed)
     hub_reference = parse_reference(request.model)
     if hub_reference is None:

@@ -14,6 +14,8 @@ from torch import nn
 from mergekit_px.adapters.binder import BindOptions
 from mergekit_px.adapters.open import open_adapter
 from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.cli import main
+from mergekit_px.errors import AdapterError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -90,7 +92,16 @@ def apply(adapter_folder: Path, base_file: Path, options: BindOptions | None = N
         if pair is not None:
             delta = merged[target] - source
             torch.testing.assert_close((pair[0] @ pair[1]).reshape(delta.shape), delta, atol=1e-6, rtol=1e-5)
+    # a module saved whole has its bias three times in the file, of which one counts
+    unused = {name for name in set(stored) - used if not {"modules_to_save", "original_module"} & set(name.split("."))}
+    assert not unused
     return merged
+
+
+def applied_by_command(folder: Path) -> dict[str, torch.Tensor]:
+    words = ["adapter", "apply", str(folder / "base.safetensors"), str(folder / "adapter"), "-o", str(folder / "out")]
+    assert main(words) == 0
+    return load_file(folder / "out" / "model.safetensors")
 
 
 LAYERS = ["lin", "sq", "c1", "c2", "c11", "c3", "emb"]
@@ -188,12 +199,14 @@ def test_merged_weights_equal_those_of_peft(name: str, tmp_path: Path) -> None:
     expected = model.merge_and_unload().state_dict()
 
     got = apply(tmp_path / "adapter", tmp_path / "base.safetensors")
+    by_command = applied_by_command(tmp_path)
 
-    assert set(got) == set(expected)
+    assert set(got) == set(by_command) == set(expected)
     for tensor_name, tensor in expected.items():
-        torch.testing.assert_close(
-            got[tensor_name], tensor, atol=TOLERANCE, rtol=0, msg=lambda text, at=tensor_name: f"{at}: {text}"
-        )
+        for found in (got, by_command):
+            torch.testing.assert_close(
+                found[tensor_name], tensor, atol=TOLERANCE, rtol=0, msg=lambda text, at=tensor_name: f"{at}: {text}"
+            )
     before = load_file(tmp_path / "base.safetensors")
     assert any(not torch.equal(tensor, before[tensor_name]) for tensor_name, tensor in got.items())
 
@@ -288,3 +301,22 @@ def test_attention_output_once_is_a_choice(tmp_path: Path) -> None:
     once = apply(tmp_path / "adapter", tmp_path / "base.safetensors", BindOptions(attention_output="once"))
 
     torch.testing.assert_close(twice - before, 2 * (once["attn.out_proj.weight"] - before), atol=1e-6, rtol=1e-5)
+
+
+OF_EACH_KIND = ["lora", "adalora", "loha", "lokr", "ia3", "oft exact blocks", "vera", "hra", "hira", "ln tuning"]
+OF_EACH_KIND += ["shira", "miss", "token rows"]
+
+
+@pytest.mark.parametrize(
+    "stranger", ["lin.strange", "lin.strange.weight", "nowhere.lora_A.weight", "lin.lora_C.weight"]
+)
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_no_tensor_of_an_adapter_is_skipped(name: str, stranger: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Small()
+    save(module, tmp_path / "base.safetensors")
+    peft.get_peft_model(module, CASES[name]()).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{stranger}": torch.ones(4, 4)}, file)
+    with pytest.raises(AdapterError, match=stranger.split(".")[0]):
+        open_adapter(tmp_path / "adapter").bind(open_checkpoint(tmp_path / "base.safetensors"))

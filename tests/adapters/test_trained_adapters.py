@@ -3,17 +3,14 @@ PEFT's model computes."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from mergekit_px.adapters.open import open_adapter
-from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.cli import main
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -77,19 +74,9 @@ def train(model: Any, tokens: torch.Tensor) -> None:
     model.eval()
 
 
-def apply(base_folder: Path, adapter_folder: Path, output: Path) -> None:
-    base = open_checkpoint(base_folder)
-    tensors = {name: load_file(base_folder / tensor.file)[name] for name, tensor in base.tensors.items()}
-    stored = load_file(adapter_folder / "adapter_model.safetensors")
-    binding = open_adapter(adapter_folder).bind(base)
-    merged = dict(tensors)
-    for target, patch in binding.items():
-        factors = {role: stored[tensor.name] for role, tensor in patch.factors.items()}
-        merged[target] = patch.merged(None if patch.source is None else tensors[patch.source], factors)
-    output.mkdir()
-    save_file({name: tensor.clone() for name, tensor in merged.items()}, output / "model.safetensors", {"format": "pt"})
-    config = json.loads((base_folder / "config.json").read_text()) | dict(binding.config_updates)
-    (output / "config.json").write_text(json.dumps(config))
+def apply(folder: Path) -> None:
+    words = ["adapter", "apply", str(folder / "base"), str(folder / "adapter"), "-o", str(folder / "merged")]
+    assert main(words) == 0
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,10 +93,55 @@ def test_the_merged_model_computes_what_pefts_model_computes(name: str, tmp_path
     with torch.no_grad():
         expected = adapted(input_ids=tokens).logits
 
-    apply(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert (
+        main(["adapter", "apply", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "merged")])
+        == 0
+    )
 
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         got = merged(input_ids=tokens).logits
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
     assert (got - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_that_grew_before_the_training(tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(llama(tied))
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(44)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=LINEAR))
+    tokens = torch.randint(0, 44, (3, 12))
+    train(adapted, tokens)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=tokens).logits
+
+    apply(tmp_path)
+
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.vocab_size == 44
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=tokens).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_adapters_one_after_the_other(tmp_path: Path) -> None:
+    """Norms of the second, DoRA, are of the weights with the first in them, as PEFT merges them in turn."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(llama(False))
+    model.save_pretrained(tmp_path / "base")
+    tokens = torch.randint(0, 40, (3, 12))
+    names = ["first", "second"]
+    for name, dora in zip(names, (False, True), strict=True):
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, use_dora=dora, target_modules=LINEAR))
+        train(adapted, tokens)
+        adapted.save_pretrained(tmp_path / name)
+        model = adapted.merge_and_unload()
+    with torch.no_grad():
+        expected = model.eval()(input_ids=tokens).logits
+    folders = [str(tmp_path / name) for name in ("base", *names)]
+    assert main(["adapter", "apply", *folders, "-o", str(tmp_path / "merged")]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=tokens).logits, expected, atol=2e-5, rtol=1e-4)
