@@ -315,6 +315,31 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(made, tmp_path: Path, mon
     assert command(made, stopped, "-q", "--resume") == 4
 
 
+def test_bfloat16_is_for_passes_alone_and_resumes(made, tmp_path: Path, monkeypatch) -> None:
+    whole, stopped, single = tmp_path / "whole", tmp_path / "stopped", tmp_path / "single"
+    words = ("-q", "--precision", "bfloat16")
+    assert command(made, whole, *words) == 0 and command(made, single, "-q") == 0
+    assert json.loads((whole / "report.json").read_text())["options"]["schedule"]["precision"] == "bfloat16"
+    half, full = (load_file(place / "components.safetensors")["last.weight.S"] for place in (whole, single))
+    assert half.dtype == torch.float32 and bool(half.isfinite().all())
+    assert not torch.equal(half, full) and torch.allclose(half, full, atol=0.2)
+    step, calls = training.Training._step, []
+
+    def interrupted(self: training.Training) -> float:
+        calls.append(1)
+        if len(calls) == 14:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_step", interrupted)
+        assert command(made, stopped, *words) == 130
+    assert command(made, stopped, "-q", "--resume") == 4
+    assert command(made, stopped, *words, "--resume") == 0
+    for name in ("components.safetensors", "report.json", "model/model.safetensors"):
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+
+
 def test_a_loss_that_is_no_number_keeps_the_last_good_artefact(made, tmp_path: Path, monkeypatch, capsys) -> None:
     out = tmp_path / "out"
     step = training.Training._step

@@ -16,7 +16,7 @@ import torch
 
 from mergekit_px._version import __version__
 from mergekit_px.checkpoint.hashing import file_sha256
-from mergekit_px.errors import NonFiniteError, OutputError, RunError, UsageError
+from mergekit_px.errors import NonFiniteError, OutputError, RecipeError, RunError, UsageError
 from mergekit_px.execute.run import run_plan
 from mergekit_px.learn.artefact import write_report
 from mergekit_px.learn.data import Examples, load_examples, split_rows
@@ -103,9 +103,7 @@ def run_search(
     scores = _scores(options)
     work = _Merges(recipe, output / _TRIAL, options)
     first = work.plan(())
-    # A key that is none is refused here, before anything is written.
-    ends = [overrides([variable], [end]) for variable in options.variables for end in (variable.low, variable.high)]
-    work.keep(first, [work.plan_with(changes) for changes in ends])
+    work.keep(first, [plan for variable in options.variables for plan in work.ends(variable)])
     _prepare(output, options.mode)
     log = TrialLog(output / LOG, _identity(first, recipe, scores, options))
     sign = -1.0 if options.minimize else 1.0
@@ -221,6 +219,13 @@ class _Merges:
         if self._same_inputs:
             self._inputs.update(plan.inputs)
         return plan
+
+    def ends(self, variable: Variable) -> list[Plan]:
+        """The plans at both ends of a range. Raises ``RecipeError`` for a key that is none, or takes no such value."""
+        try:
+            return [self.plan_with(overrides([variable], [end])) for end in (variable.low, variable.high)]
+        except RecipeError as error:
+            raise RecipeError(error.what, where=f"--over {variable.name}", hint=error.hint) from error
 
     def merge(self, values: Sequence[float], output: Path) -> None:
         run_plan(self.plan(values, output))

@@ -58,7 +58,8 @@ def command_score(command: str) -> Score:
         except (IndexError, ValueError):
             said = f"'{printed[-1]}'" if printed else "nothing"
             what = f"the last word that it prints is {said}, not a number"
-            raise RunError(what, where=shlex.join(line)) from None
+            hint = "let it print the score last; {} stands for the folder"
+            raise RunError(what, where=shlex.join(line), hint=hint) from None
 
     return score
 
