@@ -22,6 +22,8 @@ from mergekit_px.learn.align.fixed import FixedMap
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import Piece, find_pieces, pieces_of
 from mergekit_px.learn.align.rotations import Rotations
+from mergekit_px.learn.align.routes import CONTROLS
+from mergekit_px.learn.align.sham import sham_of
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.ofasd.blend import find_sites
 from mergekit_px.testing.checkpoints import write_checkpoint
@@ -395,6 +397,69 @@ def test_what_does_not_belong_together_is_refused(world: Path, tmp_path: Path) -
     with pytest.raises(PlanError, match="another base"):
         align_task_vector(options(world, out, **vector, source_base=str(world / "small" / "further")))
     align_task_vector(options(world, out, **vector, source_base=None, steps=0))
+
+
+@pytest.mark.parametrize("changes", [{}, {"parametrisation": "cayley", "sided": "two", "sites": "all"}])
+def test_matrices_are_used_again_without_data(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    align_task_vector(options(world, tmp_path / "out", **changes))
+    again = options(world, tmp_path / "again", data=None, maps=str(tmp_path / "out"), model=None)
+    report = align_task_vector(again).report
+    assert report["test"] == {} and report["scales"] == [] and set(report["not_scored"]) == set(CONTROLS)
+    one, two = (load_file(tmp_path / name / "task_vector" / "model.safetensors") for name in ("out", "again"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-7)
+    scored = align_task_vector(options(world, tmp_path / "scored", maps=str(tmp_path / "out"), steps=1)).report
+    assert set(scored["test"]) == set(CONTROLS)
+    with pytest.raises(PlanError, match="made for another target base"):
+        align_task_vector(replace(again, output=tmp_path / "no", target_base=str(world / "small" / "base")))
+    with pytest.raises(UsageError, match="learns from labelled examples"):
+        align_task_vector(replace(again, output=tmp_path / "no", maps=None))
+
+
+def test_maps_between_widths_are_used_again_without_data(world: Path, tmp_path: Path) -> None:
+    wide = str(world / "wide" / "base")
+    codes = {"model": f"{world / 'net.py'}:wide", "source_code": f"{world / 'net.py'}:small"}
+    align_task_vector(options(world, tmp_path / "out", route="theseus", steps=0, target_base=wide, **codes))
+    maps = load_file(tmp_path / "out" / "maps.safetensors")
+    assert maps["attn.qkv[8:16].outputs"].shape == (8, 12) and maps["embed[0:8].inputs"].shape == (4, 4)
+    again = options(world, tmp_path / "again", data=None, maps=str(tmp_path / "out"), target_base=wide, model=None)
+    assert align_task_vector(again).report["left_out"] == []
+    for folder in ("task_vector", "model"):
+        one, two = (load_file(tmp_path / name / folder / "model.safetensors") for name in ("out", "again"))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("sham", ["gauss", "rotated"])
+def test_a_sham_is_random_and_as_large(sham: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    settings = AlignSettings(sham=sham)
+    for shape in ((5, 7), (6,), (1, 4), (2, 3, 4), ()):
+        delta = torch.randn(shape, generator=generator, dtype=torch.float64)
+        made = sham_of("x", delta, settings)
+        assert made.shape == delta.shape and made.norm().item() == pytest.approx(delta.norm().item())
+        assert torch.equal(made, sham_of("x", delta, settings))
+        assert delta.ndim == 0 or abs(torch.cosine_similarity(made.flatten(), delta.flatten(), dim=0).item()) < 0.95
+        if len(shape) == 2 and min(shape) > 1:
+            values = torch.linalg.svdvals(made), torch.linalg.svdvals(delta)
+            assert torch.allclose(*values, rtol=1e-9) == (sham == "rotated")
+
+
+def test_scales_of_one_s_own(world: Path, tmp_path: Path) -> None:
+    report = align_task_vector(options(world, tmp_path / "out", steps=0, scales=(0.0, 0.3))).report
+    assert [entry["scale"] for entry in report["scales"]] == [0.0, 0.3]
+    with pytest.raises(UsageError, match="finite"):
+        align_task_vector(options(world, tmp_path / "no", scales=(float("nan"),)))
+
+
+def test_a_model_without_its_head_is_refused(world: Path, tmp_path: Path) -> None:
+    for part in ("target_base", "source_base", "source_model"):
+        tensors = load_file(Path(str(getattr(options(world, tmp_path), part))) / "model.safetensors")
+        headless = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+        write_checkpoint(tmp_path / part, headless)
+        with pytest.raises(TensorMismatchError, match=r"it lacks head\.|the base has no head\.") as caught:
+            align_task_vector(options(world, tmp_path / "out", **{part: str(tmp_path / part)}))
+        assert str(tmp_path / part) in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

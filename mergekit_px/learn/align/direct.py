@@ -102,7 +102,7 @@ def theseus(deltas: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> dict[st
             if name not in deltas:
                 continue
             delta, turned_parts = deltas[name], []
-            for rows, outward, inward in pieces:
+            for rows, outward, inward in sorted(pieces, key=lambda piece: piece[0].start):
                 part = delta[rows]
                 if len(part) != len(outward) or (leaf == "weight" and part.shape[1] != len(inward)):
                     raise PlanError(f"{shown(name)} is {list(delta.shape)}, which its maps do not fit")

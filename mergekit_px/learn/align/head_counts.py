@@ -84,7 +84,7 @@ def _positions(config: Mapping[str, Any], names: Iterable[str]) -> Literal["addi
     components = [component.lower() for name in names for component in name.split(".")]
     if any(component.startswith(("rope", "rotary")) for component in components):
         return "rotary"
-    learned = ("position_embedding", "pos_embed", "embed_positions", "wpe", "position")
+    learned = ("position_embedding", "pos_embed", "embed_positions", "pos_conv", "wpe", "position")
     if told or any(component.startswith(learned) for component in components):
         return "additive"
     return None

@@ -13,7 +13,16 @@ from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import PlanError, UsageError
 from mergekit_px.learn.align.head_counts import HeadCounts
 from mergekit_px.learn.align.parts import Attention, Hidden, Layout, Part
-from mergekit_px.learn.align.roles import ATTENTION_ROLES, MLP_ROLES, Place, Role, roles_of, split_name
+from mergekit_px.learn.align.roles import (
+    ATTENTION_ROLES,
+    MLP_ROLES,
+    OUTER_ROLES,
+    RELATIVE_POSITIONS,
+    Place,
+    Role,
+    roles_of,
+    split_name,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -48,6 +57,7 @@ class _Search:
             self.modules.setdefault(path, {})[leaf] = name
         self.paths = sorted(self.modules)
         self.roles = {path: roles_of(path, places) for path in self.paths}
+        self.named_by_user = {path for path in self.paths if places and self.roles[path] != roles_of(path)}
         self.claimed: dict[str, Role] = {}
         self.transposed = False
         self.attention = self._blocks(ATTENTION_ROLES)
@@ -161,7 +171,11 @@ class _Search:
                 where=self.where,
                 hint="say --positions additive (or none at all), or --positions rotary",
             )
+        relative = self._relative_positions()
         for block, members in self.attention.items():
+            if relative is not None:
+                found.left_alone[block] = f"{shown(relative)} tells heads apart by their number"
+                continue
             one = self._attention(block, members)
             reason = one if isinstance(one, str) else self._stranger(block, widths, _ATTENTION_NAME)
             if isinstance(one, str) or reason is not None:
@@ -173,8 +187,8 @@ class _Search:
             raise PlanError(
                 f"the heads of {shown(block[:-1] or 'the model')} cannot be permuted: {reason}",
                 where=self.where,
-                hint="give the numbers that are right (--heads, --kv-heads), or leave the heads alone"
-                " (--permute mlp residual)",
+                hint="say what it is with --place or how many heads there are with --heads and --kv-heads, or leave"
+                " them alone with --permute mlp residual",
             )
 
     def _attention(self, block: str, members: Mapping[Role, list[str]]) -> Attention | str:
@@ -238,7 +252,8 @@ class _Search:
         for path in self._inside(block):
             norm = any(role == "vector" for role, _ in self.roles[path])
             arrays = self.modules[path].values()
-            if _is_direct(path, block, _MLP_NAME) and norm and all(self.shapes[name] == (units,) for name in arrays):
+            direct = _MLP_NAME.search(block.rstrip(".").rpartition(".")[2]) and "." not in path[len(block) :]
+            if direct and norm and all(self.shapes[name] == (units,) for name in arrays):
                 parts += [Part(name, 0, torch.arange(units)) for name in arrays]
         reason = self._stranger(block, widths, _MLP_NAME, units)
         if reason is None:
@@ -248,9 +263,10 @@ class _Search:
 
     def _stranger(self, block: str, widths: Mapping[int, str], own: re.Pattern[str], units: int = 1) -> str | None:
         """What is inside a block and has no known part in it, so that it may depend on the order of its units."""
+        alone = own.search(block.rstrip(".").rpartition(".")[2]) is not None  # nothing but this layer is in the block
         for path in self._inside(block):
             roles = {role for role, _ in self.roles[path]}
-            direct = _is_direct(path, block, own)
+            direct = alone and "." not in path[len(block) :]
             for name in self.modules[path].values():
                 shape = self.shapes[name]
                 channelled = bool(shape) and shape[-1] in widths and max(shape[:-1], default=1) == 1
@@ -258,14 +274,25 @@ class _Search:
                     "fixed" in roles
                     or max(shape, default=1) == 1
                     or (len(shape) == 4 and shape[:2] == (1, 1))  # a mask of positions
-                    or ("vector" in roles and channelled and not direct)
+                    or ("vector" in roles and channelled and (not direct or self._is_named_in_full(path)))
                     or (units > 1 and "vector" in roles and direct and shape == (units,))
-                    or (bool(roles - {"vector"}) and not direct)
+                    or (not alone and not roles.isdisjoint(OUTER_ROLES))
                     or (units > 1 and all(size % units for size in shape))
                 )
                 if not known:
                     return f"{shown(name)} is inside it and nothing tells what it is"
         return None
+
+    def _is_named_in_full(self, path: str) -> bool:
+        """Whether a pattern for vectors of the stream names the block too, or the user does."""
+        parent = path.rpartition(".")[0]
+        return path in self.named_by_user or any(
+            role == "vector" and len(block.rstrip(".")) < len(parent) for role, block in self.roles[path]
+        )
+
+    def _relative_positions(self) -> str | None:
+        """A tensor that tells heads apart by their number."""
+        return next((name for name in self.shapes if RELATIVE_POSITIONS.search(name)), None)
 
     def _inside(self, block: str) -> Iterator[str]:
         """The modules under a block that belong to no block."""
@@ -319,11 +346,12 @@ class _Search:
                 if role == "dense" and len(parts) > 1:
                     found.square.add(arrays["weight"])
                 return []
-        return [
-            (path, name)
-            for name in arrays.values()
-            if any(size >= found.width and size % found.width == 0 for size in self.shapes[name])
-        ]
+        return [(path, name) for name in arrays.values() if self._may_be_of_the_stream(self.shapes[name], found.width)]
+
+    @staticmethod
+    def _may_be_of_the_stream(shape: tuple[int, ...], width: int) -> bool:
+        """Whether an axis has the channels of the stream, or several times as many side by side."""
+        return shape == (width,) or (len(shape) > 1 and any(size >= width and size % width == 0 for size in shape))
 
     def _outside(self, role: Role, path: str, width: int) -> list[Part] | None:
         """The channels of a module in a role; None where its shapes are not those of the role."""
@@ -355,11 +383,6 @@ def _is_attention(members: Mapping[Role, list[str]]) -> bool:
     single = {role for role, paths in members.items() if len(paths) == 1}
     inputs = {"query", "key", "value"} <= single or "qkv" in single or "qkv-by-head" in single
     return inputs and "output" in single
-
-
-def _is_direct(path: str, block: str, own: re.Pattern[str]) -> bool:
-    """Whether a module is a child of a block that holds nothing but one attention layer or one MLP."""
-    return own.search(block.rstrip(".").rpartition(".")[2]) is not None and "." not in path[len(block) :]
 
 
 def _odd(name: str, size: int, heads: int, groups: int) -> str:

@@ -8,6 +8,7 @@ match several patterns: shapes and the rest of the block decide (`mergekit_px.le
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -53,18 +54,23 @@ PATTERNS: dict[Role, tuple[str, ...]] = {
         "*embeddings", "embed*", "*embedding", "wte", "wpe", "shared", "*position*", "pos_embed*", "*_token",
         "*_tokens", "tok_*",
     ),
-    "writer": ("patch*.proj*", "patch_embedding", "patches", "conv_proj", "embed*", "embedding_hidden_mapping_in"),
+    "dense": (
+        "pooler", "pooler.dense", "transform.dense", "lm_head.dense", "pre_classifier", "classifier.dense",
+        "head.dense", "vocab_transform", "embedding_hidden_mapping_in",
+    ),
+    "writer": ("patch*.proj*", "patch_embed*", "patches", "conv_proj", "embed*", "embedding_hidden_mapping_in"),
     "reader": (
         "lm_head", "classifier", "head", "heads.head", "score", "classifier.out_proj", "embed_out", "fc", "decoder",
         "*_projection", "vocab_projector", "qa_outputs", "router", "gate", "shared_expert_gate",
     ),
-    "dense": (
-        "pooler", "pooler.dense", "transform.dense", "lm_head.dense", "pre_classifier", "classifier.dense",
-        "head.dense", "vocab_transform",
+    "vector": (
+        "*norm*", "attention.layernorm", "attention.ln", "ln*", "*_ln", "ls[12]", "*gamma*", "*lambda*", "layer_scale*",
     ),
-    "vector": ("*norm*", "ln*", "*_ln", "ls[12]", "*gamma*", "*lambda*", "layer_scale*"),
     "fixed": ("*inv_freq", "masked_bias", "logit_scale"),
 }  # fmt: skip
+
+RELATIVE_POSITIONS = re.compile(r"relative|rel_pos|rel_bias|position_bias", re.IGNORECASE)
+"""In the names of tensors that tell heads apart by number, in all layers at once."""
 
 ATTENTION_ROLES: tuple[Role, ...] = ("query", "key", "value", "qkv", "qkv-by-head", "output", "query-norm", "key-norm")
 MLP_ROLES: tuple[Role, ...] = ("up", "down")

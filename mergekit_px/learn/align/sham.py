@@ -15,7 +15,7 @@ def sham_of(name: str, delta: Tensor, settings: AlignSettings) -> Tensor:
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, "sham", name))
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     if settings.sham == "rotated" and delta.ndim == 2 and min(delta.shape) > 1:
         left, right = (torch.linalg.qr(draw(size, size)).Q.to(delta) for size in delta.shape)
