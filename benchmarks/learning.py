@@ -13,7 +13,7 @@ Makes a BERT classifier of about 120 MB in float32 and clients beside it.
 lets autograd do the rest, with the same batches, settings and start; the learned coefficients are compared.
 
 A step's seconds are those of a process with many steps less those of one with few, divided by the steps between; of
-several repeats the fastest counts. Peak memory is that of a whole process as the system accounts it.
+several repeats the fastest counts. One thread, or as many as ``OMP_NUM_THREADS`` says. Peak memory is that of a whole process as the system accounts it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pathlib import Path
 
 LENGTH, CLASSES, EXAMPLES, BATCH = 16, 4, 40, 8
 RATE, DECAY = 0.1, 0.1
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def make(work: Path, shape: Shape, clients: int) -> None:
 
 def measured(command: list[str]) -> tuple[float, float]:
     """Seconds and peak resident bytes of a process."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": THREADS}
     start = time.perf_counter()
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
@@ -234,7 +235,7 @@ def main() -> None:
         most = max([*(options.clients or [16]), *(options.sources or [16 if options.table in (None, "tune") else 2])])
         make(work, Shape(options.width, options.layers, options.words), most)
         size = (work / "base" / "model.safetensors").stat().st_size
-        print(f"model of {size / 1e6:.0f} MB, {os.cpu_count()} cores, batches of {BATCH} x {LENGTH} tokens", flush=True)
+        print(f"model of {size / 1e6:.0f} MB, {THREADS} threads, batches of {BATCH} x {LENGTH} tokens", flush=True)
         for name in [options.table] if options.table else TABLES:
             TABLES[name](work, options)
     finally:
