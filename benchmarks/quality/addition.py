@@ -2,42 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from benchmarks.quality.coefficients import learned
 from benchmarks.quality.domains import DOMAINS, mean_score
 from benchmarks.quality.experiment import Experiment, Scores
-from benchmarks.quality.lab import Lab, added, difference, score
+from benchmarks.quality.lab import Lab, State, added, difference, score
+from benchmarks.quality.vit import TinyViT
 from mergekit_px.learn.ofasd import Settings
 
 
 def addition(lab: Lab) -> Scores:
-    """Four domains, a base of 150 images in all of them, four fine-tunes on 950, 200 labels to choose by."""
+    """Four domains, a base of 150 images in all of them, four fine-tunes on 950, and 200 labelled images to choose by.
+
+    The 200 images are seen in all four domains. With 50 images in each domain instead there are as many labels as
+    coefficients and a half; that is measured too.
+    """
     images, labels = lab.images, lab.labels
-    domains = DOMAINS.values()
+    domains = list(DOMAINS.values())
     start = torch.cat([domain(images[:150]) for domain in domains])
     base = lab.train(None, start, labels[:150].repeat(4))
     tuned = [lab.train(base, domain(images[150:1100]), labels[150:1100], epochs=10, rate=1e-3) for domain in domains]
     deltas = [difference(state, base) for state in tuned]
+    shown = torch.cat([domain(images[1100:1300]) for domain in domains]), labels[1100:1300].repeat(4)
     few = torch.cat([domain(images[1100 + 50 * n : 1150 + 50 * n]) for n, domain in enumerate(domains)])
-    few_labels = labels[1100:1300]
-    test = images[1300:], labels[1300:]
 
-    best = max(range(21), key=lambda step: score(added(base, deltas, step / 20), few, few_labels))
+    def test(state: State) -> float:
+        return mean_score(state, images[1300:], labels[1300:])
+
+    best = max(range(21), key=lambda step: score(added(base, deltas, step / 20), *shown))
     found = {
-        "base": mean_score(base, *test),
-        "best single": max(mean_score(state, *test) for state in tuned),
-        "average": mean_score(added(base, deltas, 0.25), *test),
-        "task arithmetic": mean_score(added(base, deltas, best / 20), *test),
+        "base": test(base),
+        "best single": max(test(state) for state in tuned),
+        "average": test(added(base, deltas, 0.25)),
+        "task arithmetic": test(added(base, deltas, best / 20)),
     }
     names = [lab.save(f"domain{number}", state) for number, state in enumerate(tuned)]
-    whole, data = lab.save("base", base), lab.data("few", few, few_labels)
+    whole, data = lab.save("base", base), lab.data("shown", *shown)
     settings = Settings(objective="cross-entropy", validation=0.2, test=0.01, seed=lab.seed)
-    found["isotropic CE"] = mean_score(learned(lab, whole, names, data, replace(settings, granularity="model")), *test)
-    found["anisotropic CE"] = mean_score(learned(lab, whole, names, data, settings), *test)
+    isotropic = replace(settings, granularity="model")
+    found["isotropic CE"] = test(learned(lab, whole, names, data, isotropic))
+    found["anisotropic CE"] = test(learned(lab, whole, names, data, settings))
+    found["anisotropic CE, plain loop"] = test(plain_loop(base, deltas, *shown, seed=lab.seed))
+    data = lab.data("few", few, labels[1100:1300])
+    found["isotropic CE, 50 a domain"] = test(learned(lab, whole, names, data, isotropic))
+    found["anisotropic CE, 50 a domain"] = test(learned(lab, whole, names, data, settings))
     return found
+
+
+def plain_loop(base: State, deltas: Sequence[State], images: Tensor, labels: Tensor, *, seed: int) -> State:
+    """aTLAS as in its paper's few-shot setting (arXiv:2407.02880), on all labels, all task vectors in memory.
+
+    Coefficients from 0, AdamW with rate and decay of 0.1, ten epochs of batches of 128, cosine, gradients clipped to 1.
+    """
+    model = TinyViT().eval()
+    stacked = {name: torch.stack([delta[name] for delta in deltas]) for name in base}
+    coefficients = torch.zeros(len(base), len(deltas), requires_grad=True)
+
+    def state() -> State:
+        rows = zip(base.items(), coefficients, strict=True)
+        return {name: tensor + torch.tensordot(row, stacked[name], dims=1) for (name, tensor), row in rows}
+
+    optimizer = torch.optim.AdamW([coefficients], lr=0.1, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10 * -(-len(labels) // 128))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(10):
+        for rows in torch.randperm(len(labels), generator=generator).split(128):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(functional_call(model, state(), (images[rows],)), labels[rows]).backward()
+            nn.utils.clip_grad_norm_([coefficients], 1.0)
+            optimizer.step()
+            schedule.step()
+    return {name: tensor.detach() for name, tensor in state().items()}
 
 
 EXPERIMENTS = (
@@ -45,8 +86,10 @@ EXPERIMENTS = (
         "atlas",
         addition,
         (
-            ("anisotropic CE > isotropic CE", lambda s: s["anisotropic CE"] > s["isotropic CE"]),
-            ("anisotropic CE > task arithmetic", lambda s: s["anisotropic CE"] > s["task arithmetic"]),
+            (
+                "anisotropic CE > best isotropic with the same labels",
+                lambda s: s["anisotropic CE"] > max(s["isotropic CE"], s["task arithmetic"]),
+            ),
             ("task arithmetic > base", lambda s: s["task arithmetic"] > s["base"]),
             ("base > best single", lambda s: s["base"] > s["best single"]),
         ),

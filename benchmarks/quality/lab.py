@@ -69,13 +69,17 @@ class Lab:
 
     def merge(self, *line: str) -> State:
         """What a line of `pxmerge`, without ``-o``, makes."""
-        output = self.folder / "merged"
+        merged: State = load_file(Path(self.write("merged", *line)) / "model.safetensors")
+        return merged
+
+    def write(self, name: str, *line: str) -> str:
+        """Run a line of `pxmerge`, without ``-o``, and return the path of what it wrote."""
+        output = str(self.folder / name)
         with contextlib.redirect_stdout(io.StringIO()):
-            code = pxmerge([*line, "-o", str(output), "--overwrite", "-q"])
+            code = pxmerge([*line, "-o", output, "--overwrite", "-q"])
         if code != 0:
             raise RuntimeError(f"pxmerge {' '.join(line)} ended with {code}")
-        merged: State = load_file(output / "model.safetensors")
-        return merged
+        return output
 
 
 @torch.no_grad()

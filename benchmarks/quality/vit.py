@@ -7,17 +7,18 @@ from torch import Tensor, nn
 
 
 class TinyViT(nn.Module):
-    """8 x 8 digits in patches of 2 x 2, width 48, two blocks, four heads."""
+    """8 x 8 digits in patches of 2 x 2, two blocks, four heads of attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 48) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, 48, 2, 2)
-        self.position = nn.Parameter(torch.randn(1, 16, 48) * 0.02)
+        self.patches = nn.Conv2d(1, width, 2, 2)
+        self.position = nn.Parameter(torch.randn(1, 16, width) * 0.02)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(48, 4, 96, dropout=0.0, batch_first=True, norm_first=True) for _ in range(2)
+            nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+            for _ in range(2)
         )
-        self.norm = nn.LayerNorm(48)
-        self.head = nn.Linear(48, 10)
+        self.norm = nn.LayerNorm(width)
+        self.head: nn.Module = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.patches(x).flatten(2).transpose(1, 2) + self.position
