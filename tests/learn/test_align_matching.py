@@ -135,6 +135,83 @@ def test_a_stranger_in_a_block_keeps_it_in_order() -> None:
     assert find_layout(shapes, HeadCounts(4, 2, "rotary"), ("heads", "mlp"), (), "x").width == 0
 
 
+GPT = {
+    "wte.weight": (30, 16),
+    "wpe.weight": (9, 16),
+    "h.0.ln_1.weight": (16,),
+    "h.0.attn.c_attn.weight": (16, 48),
+    "h.0.attn.c_attn.bias": (48,),
+    "h.0.attn.c_proj.weight": (16, 16),
+    "h.0.mlp.c_fc.weight": (16, 24),
+    "h.0.mlp.c_fc.bias": (24,),
+    "h.0.mlp.c_proj.weight": (24, 16),
+}
+
+
+def test_weights_may_be_the_other_way_round() -> None:
+    layout = find_layout(GPT, HeadCounts(4, None, "additive"), ALL, (), "x")
+    axes = {(part.tensor, part.axis) for key, part in layout.parts() if key != "residual"}
+    assert axes == {
+        ("h.0.attn.c_attn.weight", 1),
+        ("h.0.attn.c_attn.bias", 0),
+        ("h.0.attn.c_proj.weight", 0),
+        ("h.0.mlp.c_fc.weight", 1),
+        ("h.0.mlp.c_fc.bias", 0),
+        ("h.0.mlp.c_proj.weight", 0),
+    }
+    streams = {(part.tensor, part.axis) for part in layout.residual}
+    assert {("h.0.attn.c_attn.weight", 0), ("h.0.attn.c_proj.weight", 1), ("wpe.weight", 1)} <= streams
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"c_attn.weight": (48, 16), "c_proj.weight": (16, 16)},
+        {"qkv_proj.weight": (48, 16), "out_proj.weight": (16, 16)},
+        {"wqkv.weight": (48, 16), "wo.weight": (16, 16)},
+        {"query_key_value.weight": (48, 16), "dense.weight": (16, 16)},
+    ],
+)
+def test_an_order_that_names_leave_open_is_not_guessed(names: dict[str, tuple[int, ...]]) -> None:
+    shapes = {**LLAMA, **{f"model.layers.2.attn.{name}": shape for name, shape in names.items()}}
+    counts = HeadCounts(4, 2, "additive")
+    found = find_layout(shapes, counts, ("heads",), (), "x")
+    assert [one.name for one in found.attention] == [f"model.layers.{layer}.self_attn." for layer in range(2)]
+    fused = next(iter(names)).removesuffix(".weight")
+    with pytest.raises(PlanError, match=rf"nothing tells what .*({fused}|{list(names)[1]})"):
+        find_layout(shapes, counts, ALL, (), "x")
+    with_order = find_layout(shapes, HeadCounts(4, None, "additive"), ("heads",), (("qkv", f"attn.{fused}"),), "x")
+    assert len(with_order.attention) == 2  # its projection back is in another block
+    placed = find_layout(shapes, HeadCounts(4, None, "additive"), ("heads",), (("qkv", fused),), "x")
+    own = next(one for one in placed.attention if one.name == "model.layers.2.attn.")
+    assert (own.groups, own.queries, own.channels) == (4, 1, 4)
+    assert [int(parts[0].rows[0]) for parts in (own.query, own.key, own.value)] == [0, 16, 32]
+    by_head = find_layout(shapes, HeadCounts(4, None, "additive"), ("heads",), (("qkv-by-head", fused),), "x")
+    own = next(one for one in by_head.attention if one.name == "model.layers.2.attn.")
+    assert [int(parts[0].rows[4]) for parts in (own.query, own.key, own.value)] == [12, 16, 20]
+
+
+def test_relative_positions_hold_all_heads() -> None:
+    """Where one tensor tells heads apart, those of all layers may be meant."""
+    shapes = {**LLAMA, "model.relative_attention_bias.weight": (32, 4)}
+    with pytest.raises(PlanError, match=r"relative_attention_bias\.weight tells heads apart"):
+        find_layout(shapes, HeadCounts(4, 2, "additive"), ("heads",), (), "x")
+    with pytest.raises(PlanError, match="ALiBi"):
+        find_layout(LLAMA, HeadCounts(4, 2, "alibi"), ("heads",), (), "x")
+
+
+def test_norms_of_the_stream_inside_attention_are_known_by_their_full_name() -> None:
+    """A norm beside the projections may be of heads or of the stream."""
+    shapes = {name.replace("self_attn", "attention"): shape for name, shape in LLAMA.items()}
+    for name, places, known in (
+        ("attention.LayerNorm.gamma", (), True),
+        ("attention.inner_norm.weight", (), False),
+        ("attention.inner_norm.weight", (("vector", "inner_norm"),), True),
+    ):
+        found = find_layout({**shapes, f"model.layers.1.{name}": (16,)}, HeadCounts(4, 2, "rotary"), ALL, places, "x")
+        assert (found.left_alone == {}) == known and len(found.attention) == 1 + known
+
+
 @pytest.mark.parametrize(
     ("config", "names", "expected"),
     [

@@ -15,11 +15,13 @@ from mergekit_px.learn.align.head_counts import HeadCounts
 from mergekit_px.learn.align.parts import Attention, Hidden, Layout, Part
 from mergekit_px.learn.align.roles import (
     ATTENTION_ROLES,
+    DOUBTFUL_FUSIONS,
     MLP_ROLES,
     OUTER_ROLES,
     RELATIVE_POSITIONS,
     Place,
     Role,
+    is_placed,
     roles_of,
     split_name,
 )
@@ -57,7 +59,7 @@ class _Search:
             self.modules.setdefault(path, {})[leaf] = name
         self.paths = sorted(self.modules)
         self.roles = {path: roles_of(path, places) for path in self.paths}
-        self.named_by_user = {path for path in self.paths if places and self.roles[path] != roles_of(path)}
+        self.named_by_user = {path for path in self.paths if is_placed(path, places)}
         self.claimed: dict[str, Role] = {}
         self.transposed = False
         self.attention = self._blocks(ATTENTION_ROLES)
@@ -97,7 +99,7 @@ class _Search:
             members = {
                 role: [path for path in paths if path not in self.claimed] for role, paths in found[block].items()
             }
-            if roles == ATTENTION_ROLES and not _is_attention(members):
+            if roles == ATTENTION_ROLES and (not _is_attention(members) or self._is_doubtful(members)):
                 continue
             kept[block] = members
             if roles == ATTENTION_ROLES:
@@ -122,6 +124,18 @@ class _Search:
                 found[block] = ups, downs[0]
                 self.claimed.update({downs[0]: "down", **dict.fromkeys(ups, "up")})
         return found
+
+    def _is_doubtful(self, members: Mapping[Role, list[str]]) -> bool:
+        """Whether the order of query, key and value in one projection differs between models with these names."""
+        fused = members.get("qkv", [])
+        if not fused or fused[0] in self.named_by_user:
+            return False
+        ends = fused[0].rpartition(".")[2], members["output"][0].rpartition(".")[2]
+        shape = self._shape(fused[0])
+        assert shape is not None
+        # One below the other where the weight is (in, out), head by head in another model where it is (out, in).
+        plain = ends[0] == "c_attn" and shape[0] == 3 * shape[1]
+        return plain or ends in DOUBTFUL_FUSIONS
 
     def _shape(self, path: str) -> tuple[int, ...] | None:
         name = self.modules[path].get("weight")

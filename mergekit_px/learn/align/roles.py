@@ -28,6 +28,10 @@ reader: a layer whose inputs are; dense: a layer from the stream to something of
 channel of the stream (norms, layer scales). fixed: a constant that no permutation concerns.
 """
 
+_LEAVES = {
+    ".weight": "weight", "_weight": "weight", ".gamma": "weight", ".bias": "bias", "_bias": "bias", ".beta": "bias"
+}  # fmt: skip
+
 Place = tuple[str, str]
 """A role and a pattern, as users add them."""
 
@@ -69,6 +73,10 @@ PATTERNS: dict[Role, tuple[str, ...]] = {
     "fixed": ("*inv_freq", "masked_bias", "logit_scale"),
 }  # fmt: skip
 
+DOUBTFUL_FUSIONS = {("qkv_proj", "out_proj"), ("wqkv", "wo")}
+"""Names, as they are written, of fused and output projections that stand for another order in one family of models than
+in others."""
+
 RELATIVE_POSITIONS = re.compile(r"relative|rel_pos|rel_bias|position_bias", re.IGNORECASE)
 """In the names of tensors that tell heads apart by number, in all layers at once."""
 
@@ -89,12 +97,12 @@ def check_places(places: Sequence[Place]) -> None:
 def split_name(name: str) -> tuple[str, str]:
     """Path of the module and name of the array in it: ``a.fc.bias`` -> (``a.fc``, ``bias``).
 
-    ``a.in_proj_weight`` counts as the weight of ``a.in_proj``; a parameter of its own as a weight of its own name.
+    ``a.in_proj_weight`` counts as the weight of ``a.in_proj``, ``a.norm.gamma`` as that of ``a.norm``, and a parameter
+    of its own as a weight of its own name.
     """
-    for leaf in ("weight", "bias"):
-        for joint in (".", "_"):
-            if name.endswith(joint + leaf):
-                return name[: -len(leaf) - 1], leaf
+    for end, leaf in _LEAVES.items():
+        if name.endswith(end):
+            return name.removesuffix(end), leaf
     return name, "weight"
 
 
@@ -112,6 +120,11 @@ def roles_of(path: str, places: Sequence[Place] = ()) -> list[tuple[Role, str]]:
             for found in _matched(path, role, pattern)
         ]
     return sorted(dict.fromkeys(own), key=lambda found: -len(found[1]))
+
+
+def is_placed(path: str, places: Sequence[Place]) -> bool:
+    """Whether a pattern of the user matches."""
+    return any(_matched(path, role, pattern) for role, pattern in places)
 
 
 def _matched(path: str, role: str, pattern: str) -> list[tuple[Role, str]]:
