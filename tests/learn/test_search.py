@@ -226,6 +226,12 @@ def test_less_may_be_better_and_the_recipe_as_written_may_be_best(made: Path) ->
     assert load_file(made / "same" / "model" / "model.safetensors")["w"][1] == 0.5
 
 
+def test_the_recipe_as_written_is_not_merged_again_where_a_search_comes_by_it(made: Path, capsys) -> None:
+    assert command(made, made / "out", over=[f"{ONE}=0.3,0.5,0.7"]) == 0
+    assert calls(made) == 3
+    assert "as written: -0.2 (from the log)" in capsys.readouterr().err
+
+
 def test_several_keys_move_as_one(made: Path) -> None:
     both = f"merge.sources.zero,{ONE}=0.3,0.7"
     assert command(made, made / "out", "-q", over=[both]) == 0

@@ -110,11 +110,14 @@ def run_search(
 
     def scored(values: Sequence[float]) -> Trial:
         known = log.find(values)
+        plan = first if known is not None else work.plan(values)
+        if known is None and plan.hash == first.hash:
+            known = log.find(())  # the recipe as written, with its values spelt out
         if known is not None:
             tell(known, True)
             return known
         begin = time.monotonic()
-        score = work.score(values, scores.validation)
+        score = work.score(plan, scores.validation)
         trial = log.add(values, score if math.isfinite(score) else None, time.monotonic() - begin)
         tell(trial, False)
         return trial
@@ -176,7 +179,7 @@ def _tested(work: _Merges, test: Score | None, as_written: Trial, best: Trial) -
     """Test scores of the recipe as written and of the best one; the only use of the test."""
     if test is None:
         return ()
-    found = [work.score(trial.values, test) for trial in (as_written, best)]
+    found = [work.score(work.plan(trial.values), test) for trial in (as_written, best)]
     return tuple(score if math.isfinite(score) else None for score in found)
 
 
@@ -230,10 +233,10 @@ class _Merges:
     def merge(self, values: Sequence[float], output: Path) -> None:
         run_plan(self.plan(values, output))
 
-    def score(self, values: Sequence[float], score: Score) -> float:
-        """NaN where the merge is not finite."""
+    def score(self, plan: Plan, score: Score) -> float:
+        """The score of what a plan makes; NaN where the merge is not finite."""
         try:
-            run_plan(self._with_kept(self.plan(values)), measure_bound=False)
+            run_plan(self._with_kept(plan), measure_bound=False)
             return score(self._folder)
         except NonFiniteError:
             return math.nan
