@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergekit_px.errors import NonFiniteError, TensorMismatchError
 from mergekit_px.kernels.orthonormal import squared_norm
+from mergekit_px.kernels.product import product
 from mergekit_px.kernels.svd import SVD, orient, truncated_svd
 
 _NULL = 1e-10
@@ -54,7 +55,7 @@ class LowRank:
         return self.left.shape[1]
 
     def dense(self) -> Tensor:
-        return self.left @ self.right.T
+        return product(self.left, self.right.T)
 
     def scaled(self, factor: float) -> LowRank:
         return LowRank(self.left * factor, self.right)

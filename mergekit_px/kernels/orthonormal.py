@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from mergekit_px.kernels.product import fast_gram, product
 
 _BLOCK_ELEMENTS = 1 << 18
 """Elements converted to float64 at a time: 2 MiB, which stays in the cache."""
@@ -36,6 +40,11 @@ def gram(matrix: Tensor) -> Tensor:
     return total
 
 
+def unit_gram(matrix: Tensor) -> Tensor:
+    """``matrix.T @ matrix`` of a matrix that is not zero, in its own dtype, scaled to trace 1."""
+    return fast_gram(matrix, 1 / math.sqrt(squared_norm(matrix)))
+
+
 def orthonormal_columns(block: Tensor, floor: float = 0.0, passes: int = 2) -> Tensor:
     """An orthonormal basis of the columns of an (m, b) block, directions of norm up to ``floor`` left out.
 
@@ -45,11 +54,11 @@ def orthonormal_columns(block: Tensor, floor: float = 0.0, passes: int = 2) -> T
     for _ in range(passes):
         values, vectors = torch.linalg.eigh(gram(block))
         kept = values > max(floor**2, 1e-14 * float(values[-1])) if len(values) else values > 0
-        block = block @ (vectors[:, kept] * values[kept].rsqrt()).to(block.dtype)
+        block = product(block, (vectors[:, kept] * values[kept].rsqrt()).to(block.dtype))
         floor = 0.5
     return block
 
 
 def sharpen(basis: Tensor) -> Tensor:
     """One Newton-Schulz step towards the nearest orthonormal basis of a nearly orthonormal (m, k) basis."""
-    return 1.5 * basis - 0.5 * (basis @ (basis.T @ basis))
+    return 1.5 * basis - 0.5 * product(basis, product(basis.T, basis))

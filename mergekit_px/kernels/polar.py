@@ -2,9 +2,10 @@
 
 =================  ==========================================================================================
 ``svd``            from a dense decomposition; exact
+``gram``           from float32 eigenvectors of the Gram matrix, straightened; as exact as a float32 decomposition
 ``gram64``         ``X (X'X)^(-1/2)`` with the Gram matrix and its eigenvectors in float64; exact for float32
 ``newton_schulz``  matrix products only, for accelerators; falls back to ``gram64`` where it does not converge
-``auto``           ``newton_schulz`` on CUDA, ``gram64`` for tall float32 matrices, else ``svd``
+``auto``           ``newton_schulz`` on CUDA without a floor, else ``gram`` for float32 and ``svd`` for float64
 =================  ==========================================================================================
 
 Directions whose singular value does not exceed a floor are left out (a pseudo-inverse root), so that the factor of
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 
 from mergekit_px.errors import NonFiniteError, UsageError
+from mergekit_px.kernels.gram_components import gram_components
 from mergekit_px.kernels.orthonormal import gram, squared_norm
+from mergekit_px.kernels.product import product
 from mergekit_px.kernels.spectra import null_floor
 from mergekit_px.kernels.svd import LARGE, truncated_svd
 
-PolarMode = Literal["auto", "svd", "gram64", "newton_schulz"]
+PolarMode = Literal["auto", "svd", "gram", "gram64", "newton_schulz"]
 
 STACK_FLOOR = 1e-4
 """Relative floor for stacks of orthonormal bases: below it, two sources share a direction up to rounding."""
@@ -123,14 +126,15 @@ def _route(tall: Tensor, mode: PolarMode, floor: float) -> str:
         return mode
     if tall.is_cuda and floor == 0:
         return "newton_schulz"
-    m, n = tall.shape
-    return "gram64" if tall.dtype == torch.float32 and (tall.is_cuda or 2 * m >= 3 * n) else "svd"
+    return "gram" if tall.dtype == torch.float32 else "svd"
 
 
 def _find(tall: Tensor, energy: float, route: str, floor: float, relative: float, label: str) -> _Found:
     if route == "svd":
         return _by_svd(tall, floor, relative, label)
     try:
+        if route == "gram":
+            return _by_components(tall, floor, relative)
         if route == "gram64":
             return _by_gram(tall, floor, relative)
         return _by_products(tall, energy, floor, relative)
@@ -145,6 +149,16 @@ def _by_svd(tall: Tensor, floor: float, relative: float, label: str) -> _Found:
     rank = int((parts.s > max(floor, relative * float(parts.s[0]))).sum())
     u, v = parts.u[:, :rank], parts.v[:, :rank]
     return _Found(u @ v.T, rank, float(parts.s[:rank].double().sum()), "svd", 0, parts.s[:rank], parts.fallbacks)
+
+
+def _by_components(tall: Tensor, floor: float, relative: float) -> _Found:
+    parts = gram_components(tall, floor, relative)
+    if not parts.converged:
+        found = _by_gram(tall, floor, relative)
+        note = f"left vectors overlap by {parts.overlap:.1g}; served by gram64"
+        return _Found(found.factor, found.rank, found.nuclear_norm, found.mode, 0, found.values, (note,))
+    factor = product(parts.u, parts.v.T)
+    return _Found(factor, len(parts.s), float(parts.s.sum()), "gram", 0, parts.s)
 
 
 def _by_gram(tall: Tensor, floor: float, relative: float) -> _Found:

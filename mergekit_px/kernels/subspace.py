@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mergekit_px.kernels.orthonormal import gram, orthonormal_columns
+from mergekit_px.kernels.product import product
 from mergekit_px.kernels.spectra import noise_onset
 
 _SAFETY = 0.75
@@ -84,7 +85,7 @@ class _Growing:
 
     def append(self, block: Tensor) -> Tensor:
         """Takes an (n, b) block orthonormal to the basis; returns its image A block / scale."""
-        image = self.matrix @ (block / self.scale)
+        image = product(self.matrix, block / self.scale)
         exact = image.double()
         known, width = len(self.gram), exact.shape[1]
         extended = self.gram.new_zeros((known + width, known + width))
@@ -102,7 +103,7 @@ class _Growing:
         return image
 
     def back(self, image: Tensor) -> Tensor:
-        return self.matrix.T @ (image / self.scale)
+        return product(self.matrix.T, image / self.scale)
 
     def values(self, rank: int) -> Tensor:
         squares: Tensor = torch.linalg.eigvalsh(self.gram).flip(0)[:rank]
@@ -133,7 +134,7 @@ def block_krylov(
     width = min(limit, max(16, 16 * -(-rank // 48)))
     watch = _Convergence(rank, (matrix.shape[0], matrix.shape[1]), 1.0, tolerance)
     space = _Growing(matrix, scale)
-    block = matrix.T @ (_sketch(matrix.shape[0], width, generator, matrix) / scale)
+    block = product(matrix.T, _sketch(matrix.shape[0], width, generator, matrix) / scale)
     while True:
         block = _new_directions(block, space.basis)
         size = space.basis.shape[1] + block.shape[1]
@@ -155,7 +156,7 @@ def power_iteration(
     scale = math.sqrt(energy)
     shape = (matrix.shape[0], matrix.shape[1])
     columns = min(limit, max(2 * rank, rank + 16))
-    block = matrix.T @ (_sketch(shape[0], columns, generator, matrix) / scale)
+    block = product(matrix.T, _sketch(shape[0], columns, generator, matrix) / scale)
     while True:
         watch = _Convergence(rank, shape, 1.0, tolerance)
         for _ in range(8):
@@ -170,7 +171,7 @@ def power_iteration(
             return space.finish(converged=limit >= shape[1])
         fresh = min(limit, 2 * columns) - columns
         columns += fresh
-        block = torch.cat([block, matrix.T @ (_sketch(shape[0], fresh, generator, matrix) / scale)], dim=1)
+        block = torch.cat([block, product(matrix.T, _sketch(shape[0], fresh, generator, matrix) / scale)], dim=1)
 
 
 def _sketch(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def _sketch(rows: int, columns: int, generator: torch.Generator, like: Tensor) -
 def _new_directions(block: Tensor, basis: Tensor) -> Tensor:
     # Twice is enough: the first time amplifies what little is left of a nearly dependent direction.
     for floor, passes in ((_floor(block), 1), (0.1, 2)):
-        block = block - basis @ (basis.T @ block)
+        block = block - product(basis, product(basis.T, block))
         block = orthonormal_columns(block, floor, passes)
     return block
 

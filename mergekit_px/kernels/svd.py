@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from mergekit_px.errors import NonFiniteError, RunError, UsageError
-from mergekit_px.kernels.orthonormal import gram, sharpen, squared_norm
+from mergekit_px.kernels.orthonormal import gram, sharpen, squared_norm, unit_gram
+from mergekit_px.kernels.product import product
 from mergekit_px.kernels.spectra import noise_onset, null_floor
 from mergekit_px.kernels.subspace import block_krylov, power_iteration
 
@@ -80,7 +81,7 @@ class SVD:
 
     def matrix(self) -> Tensor:
         """(m, n) product of the factors."""
-        return (self.u * self.s) @ self.v.T
+        return product(self.u * self.s, self.v.T)
 
     def leading(self, count: int) -> SVD:
         """The first ``count`` components."""
@@ -186,7 +187,7 @@ def _exact_svd(tall: Tensor, rank: int, label: str) -> _Factors:
         return _dense_svd(tall, rank, label)
     if tall.is_cuda or 2 * m >= 3 * n:
         return _gram_svd(tall, rank)
-    leading = _gram_leading(tall, gram(tall), rank) if 3 * rank <= n else None
+    leading = _gram_leading(tall, rank) if 2 * rank <= n else None
     return leading or _dense_svd(tall, rank, label)
 
 
@@ -202,8 +203,8 @@ def _rayleigh_ritz(basis: Tensor, images: Tensor, images_gram: Tensor, rank: int
     values = squares.clamp_min(0.0).sqrt()
     kept = values > null_floor(basis.dtype) * values[0]
     values, weights = values[kept], weights[:, kept]
-    u = (images @ (weights / values).to(images.dtype)).to(basis.dtype)
-    v = basis @ weights.to(basis.dtype)
+    u = product(images, (weights / values).to(images.dtype)).to(basis.dtype)
+    v = product(basis, weights.to(basis.dtype))
     return _Factors(sharpen(u), values.to(basis.dtype), sharpen(v), mode)
 
 
@@ -214,35 +215,29 @@ def _leading_eigenpairs(symmetric: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[len(values) - count :].flip(0), vectors[:, len(values) - count :].flip(1)
 
 
-def _gram_leading(tall: Tensor, exact: Tensor, rank: int) -> _Factors | None:
+def _gram_leading(tall: Tensor, rank: int) -> _Factors | None:
     """Float32 eigenvectors of the Gram matrix, with the values restored by a Rayleigh-Ritz step in float64.
 
     They span the leading subspace well enough where the wanted singular values are not small; None where they are.
     """
-    trace = exact.diagonal().sum()
-    scaled = exact.div_(trace).float()
-    exact.mul_(trace)
-    squares, basis = _leading_eigenpairs(scaled, rank + max(16, rank // 8))
-    del scaled
-    if float(squares[rank - 1]) < 5e-4 * float(squares[0]):
+    values, basis = _leading_eigenpairs(unit_gram(tall), rank + max(16, rank // 8))
+    if float(values[rank - 1]) < 5e-4 * float(values[0]):
         return None
-    images = tall @ basis
+    images = product(tall, basis)
     return _rayleigh_ritz(basis, images, gram(images), rank, "gram")
 
 
 def _gram_svd(tall: Tensor, rank: int) -> _Factors:
-    exact = gram(tall)
-    if tall.dtype == torch.float32 and 2 * rank <= len(exact):
-        leading = _gram_leading(tall, exact, rank)
+    if tall.dtype == torch.float32 and 2 * rank <= tall.shape[1]:
+        leading = _gram_leading(tall, rank)
         if leading is not None:
             return leading
-    squares, vectors = _leading_eigenpairs(exact, rank)
-    del exact
+    squares, vectors = _leading_eigenpairs(gram(tall), rank)
     values = squares.clamp_min(0.0).sqrt()
     # Squaring leaves singular values below 1e-8 of the largest to chance.
     kept = values > max(null_floor(tall.dtype), 1e-7) * values[0]
     values, vectors = values[kept], vectors[:, kept]
-    u = tall @ (vectors / values).to(tall.dtype)
+    u = product(tall, (vectors / values).to(tall.dtype))
     return _Factors(u, values.to(tall.dtype), vectors.to(tall.dtype), "gram")
 
 
