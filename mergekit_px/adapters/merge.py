@@ -99,7 +99,8 @@ def merge_adapters(
 
     Raises:
         UsageError: weights for another number of adapters.
-        AdapterError: an adapter that cannot be merged, with the reason; adapters that share no module.
+        AdapterError: an adapter that cannot be merged, with the reason; adapters that share no module by name, and
+            no base says that they are meant.
         TensorMismatchError: a module whose shapes differ between adapters.
     """
     options = options or MergeOptions()
@@ -107,11 +108,11 @@ def merge_adapters(
     sources = [open_updates(adapter, base, binding or BindOptions()) for adapter in adapters]
     try:
         names = list(dict.fromkeys(name for source in sources for name in source.names))
-        if len(sources) > 1 and not any(all(name in source.names for source in sources[:2]) for name in names):
+        if base is None and len(sources) > 1 and not any(_is_shared(name, sources) for name in names):
             raise AdapterError(
                 "the adapters share no module",
-                where=", ".join(adapter.label for adapter in adapters[:2]),
-                hint="give the base model with --base, to match their names through it",
+                where=", ".join(adapter.label for adapter in adapters),
+                hint="give the base model with --base, which says whether their names mean the same",
             )
         cuts = _model_cuts(sources, names, options) if _needs_cuts(options) and options.trims_model else None
         merged = _each(lambda name: _merge_module(name, sources, weights, cuts, options), names, options)
@@ -127,6 +128,10 @@ def merge_adapters(
         task if isinstance(task, str) else None,
         any(adapter.config.flag("fan_in_fan_out") for adapter in adapters),
     )
+
+
+def _is_shared(name: str, sources: Sequence[UpdateSource]) -> bool:
+    return sum(name in source.names for source in sources) > 1
 
 
 def _each(

@@ -122,6 +122,21 @@ def test_robust_merge_too(run, models) -> None:
     assert Path("both", name).read_bytes() == Path("wanted", name).read_bytes()
 
 
+def test_adapters_of_different_modules_are_merged_on_their_base(run, models) -> None:
+    changes = []
+    for number, module in enumerate(SHAPES):
+        changes.append(write_adapter(f"half{number}", number, 2))
+        file = Path(f"half{number}/adapter_model.safetensors")
+        save_file({name: tensor for name, tensor in load_file(file).items() if module in name}, file)
+    words = ("adapter", "merge", "half0", "half1", "--method", "linear", "--weights", 1, 0.5, "-o", "both")
+    refused = run(*words)
+    assert refused.code == 3 and "share no module" in refused.stderr and "--base" in refused.stderr
+    assert run(*words, "--base", "base").code == 0
+    first, second = updates("both").values()
+    torch.testing.assert_close(first, changes[0][next(iter(SHAPES))], rtol=0, atol=2e-5)
+    torch.testing.assert_close(second, 0.5 * changes[1][list(SHAPES)[1]], rtol=0, atol=2e-5)
+
+
 def test_the_number_of_threads_changes_no_byte(run, loras) -> None:
     threads, found = torch.get_num_threads(), []
     try:
