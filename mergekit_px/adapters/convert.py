@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from mergekit_px.adapters.adapter import Adapter
+from mergekit_px.adapters.lora import PLAIN_BY_PEFT, residual_start
 from mergekit_px.adapters.lora_modules import read_lora_modules
 from mergekit_px.adapters.save import save_diffusers, save_kohya, save_peft
 from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import AdapterError
 
 Format = Literal["peft", "kohya", "diffusers"]
@@ -34,6 +36,12 @@ def convert(
 
     Raises AdapterError for what the other format cannot hold; OutputError, WriteError.
     """
+    start = residual_start(adapter.config) if adapter.kind == "LORA" else None
+    if start is not None:
+        raise adapter.config.error(
+            f"cannot be converted: it was started with {shown(start)}, and its factors are relative to a residual base",
+            hint=PLAIN_BY_PEFT,
+        )
     modules = read_lora_modules(adapter, base)
     if to == "kohya":
         save_kohya(path, modules, component=component, overwrite=overwrite)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mergekit_px.adapters.adapter import Adapter
+from mergekit_px.adapters.binder import BindOptions
 from mergekit_px.adapters.lora_modules import LoraModule, LoraSource
 from mergekit_px.errors import AdapterError
 
@@ -48,33 +49,39 @@ class AdapterSummary:
     refusal: str | None
 
 
-def describe_adapter(adapter: Adapter, *, norms: bool = True) -> AdapterSummary:
-    """Summarise an adapter; with ``norms`` its factors are read, one module at a time, else headers only."""
+def describe_adapter(adapter: Adapter, options: BindOptions | None = None, *, norms: bool = True) -> AdapterSummary:
+    """Summarise an adapter; with ``norms`` its factors are read, one module at a time, else headers only.
+
+    Args:
+        options: choices that its files leave open.
+    """
+    options = options or BindOptions()
     return AdapterSummary(
         label=adapter.label,
         kind=adapter.kind,
         base_model_name=adapter.base_model_name,
         parameters=sum(tensor.elements for tensor in adapter.checkpoint.tensors.values()),
-        modules=tuple(_summaries(adapter, norms)),
+        modules=tuple(_summaries(adapter, options, norms)),
         whole=tuple(adapter.keys.whole),
         tokens={path: rows.shape[0] for path, rows in adapter.keys.tokens.items() if rows.shape},
-        refusal=_refusal(adapter),
+        refusal=_refusal(adapter, options),
     )
 
 
-def _summaries(adapter: Adapter, norms: bool) -> list[ModuleSummary]:
+def _summaries(adapter: Adapter, options: BindOptions, norms: bool) -> list[ModuleSummary]:
+    modules, _ = adapter.of_component(options.component)
     plain = [
         ModuleSummary(module.name, {role: tensor.shape for role, tensor in module.tensors.items()})
-        for module in adapter.keys.modules.values()
+        for module in modules.values()
     ]
     try:
-        source = LoraSource(adapter) if norms else None
+        source = LoraSource(adapter, options=options) if norms else None
     except AdapterError:
         return plain
     if source is None:
         return plain
     try:
-        return [_measured(summary, source.load(key)) for summary, key in zip(plain, adapter.keys.modules, strict=True)]
+        return [_measured(summary, source.load(key)) for summary, key in zip(plain, modules, strict=True)]
     except AdapterError:
         return plain
     finally:
@@ -90,11 +97,9 @@ def _measured(summary: ModuleSummary, module: LoraModule) -> ModuleSummary:
     return ModuleSummary(summary.name, summary.shapes, module.rank, module.scale, norm)
 
 
-def _refusal(adapter: Adapter) -> str | None:
-    from mergekit_px.adapters.binder import BindOptions
-
+def _refusal(adapter: Adapter, options: BindOptions) -> str | None:
     try:
-        adapter.family.check(adapter.config, BindOptions())
+        adapter.family.check(adapter.config, options)
     except AdapterError as error:
         return str(error)
     return None

@@ -35,6 +35,8 @@ _REFUSED_FIELDS = {
     "enable_lora": "the adapter is of the old grouped kind (enable_lora), which this program does not read",
 }
 
+PLAIN_BY_PEFT = "let PEFT make a plain adapter of it (path_initial_model_for_weight_conversion)"
+
 _KNOWN_SWITCHES = {"use_rslora", "use_dora", "velora_config", "loftq_config", "eva_config", "corda_config"} | {
     "lora_ga_config",
     "megatron_config",
@@ -48,13 +50,12 @@ def check(config: AdapterConfig, options: BindOptions) -> None:
     for name, reason in _REFUSED_FIELDS.items():
         if config.values.get(name):
             raise config.error(f"cannot be merged: {reason}")
-    start = str(config.values.get("init_lora_weights")).lower()
-    if start not in _PLAIN_STARTS and not options.residual_base:
+    start = residual_start(config)
+    if start is not None and not options.residual_base:
         raise config.error(
             f"cannot be merged into the original base: it was started with {shown(start)}, which changed the base's"
             " weights, and its factors are relative to the residual",
-            hint="give the residual base, with --residual-base (residual_base: true in a recipe), or let PEFT convert"
-            " the adapter (path_initial_model_for_weight_conversion)",
+            hint=f"give the residual base, with --residual-base (residual_base: true in a recipe), or {PLAIN_BY_PEFT}",
         )
     unknown = [
         name
@@ -64,6 +65,12 @@ def check(config: AdapterConfig, options: BindOptions) -> None:
     ]
     if unknown:
         raise config.error(f"cannot be merged: '{shown(unknown[0])}' is set, which this program does not know")
+
+
+def residual_start(config: AdapterConfig) -> str | None:
+    """How an adapter was started, if that changed the base: its factors are then relative to the residual."""
+    start = str(config.values.get("init_lora_weights")).lower()
+    return None if start in _PLAIN_STARTS else start
 
 
 def alpha_of(config: AdapterConfig, path: str, rank: int) -> float:

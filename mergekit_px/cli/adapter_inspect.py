@@ -48,7 +48,7 @@ def inspect(
 
     output = output_for(json=json)
     opened = find_adapter(adapter, allow_pickle=allow_pickle)
-    summary = describe_adapter(opened, norms=not no_norms)
+    summary = describe_adapter(opened, binding.bind_options(), norms=not no_norms)
     changed = None
     if base is not None:
         model = find_model(base, output, allow_pickle=allow_pickle)

@@ -193,6 +193,15 @@ def test_convert_there_and_back_is_the_identity(run, loras) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_every_format_is_applied_alike(run, loras) -> None:
+    assert run("adapter", "apply", "base", "one", "-o", "wanted").code == 0
+    for to in ("kohya", "diffusers"):
+        assert run("adapter", "convert", "one", "--to", to, "-o", f"{to}.safetensors").code == 0
+        done = run("adapter", "apply", "base", f"{to}.safetensors", "-o", to)
+        assert done.code == 0, done.stderr
+        assert Path(to, "model.safetensors").read_bytes() == Path("wanted/model.safetensors").read_bytes()
+
+
 def test_inspect_says_what_is_there(run, loras) -> None:
     document = run("adapter", "inspect", "two", "--base", "base", "--json").document()
     assert (document["kind"], document["targets"], document["ranks"]) == ("LORA", {"up_proj": 2}, {"3": 2})

@@ -164,6 +164,10 @@ def test_a_residual_base_is_declared(run, models) -> None:
         assert run("adapter", *command, "--residual-base").code == 0
     expected = models.weights["base"][f"{UP}.weight"] + 2 * draw(2, 12, 2) @ draw(1, 2, 8)
     torch.testing.assert_close(result()[f"{UP}.weight"], expected)
+    assert run("adapter", "inspect", "pissa", "--json").document()["refusal"]
+    assert run("adapter", "inspect", "pissa", "--residual-base", "--json").document()["refusal"] is None
+    refused = run("adapter", "convert", "pissa", "--to", "kohya", "-o", "pissa.safetensors")
+    assert refused.code == 3 and "--residual-base" not in refused.stderr and "let PEFT" in refused.stderr
     refused = run("ties", "--base", "base", "--sources", "pissa", "-o", "ties")
     assert refused.code == 3 and "residual_base" in refused.stderr
     allowed = run(
