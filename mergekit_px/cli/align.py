@@ -26,7 +26,9 @@ DataFile = Annotated[
 ]
 Maps = Annotated[
     str | None,
-    typer.Option("--maps", metavar="FILE", help="Matrices or permutations of a former run; nothing is learned."),
+    typer.Option(
+        "--maps", metavar="FILE", help="What a former run transported with, or its folder; nothing is learned."
+    ),
 ]
 SourceBase = Annotated[
     str | None, typer.Option("--source-base", metavar="MODEL", help="The model that the fine-tune began with.")
@@ -188,7 +190,7 @@ def align(
       pxmerge align --source-base ./a --source-model ./a-ft --target-base ./b --data few.npz -o aligned
       pxmerge align --task-vector ./tau --target-base ./b --data few.npz --route gradfix
       pxmerge align --source-base ./a --source-model ./a-ft --target-base ./b --route permutation
-      pxmerge align --task-vector ./tau2 --target-base ./b --maps ./aligned
+      pxmerge align --task-vector ./tau2 --target-base ./b --maps ./aligned -o other
     """
     from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
     from mergekit_px.learn.align.settings import DEFAULT_SCALES, PERMUTED

@@ -416,6 +416,16 @@ def test_matrices_are_used_again_without_data(world: Path, tmp_path: Path, chang
         align_task_vector(replace(again, output=tmp_path / "no", maps=None))
 
 
+def test_signs_are_used_again_without_data(world: Path, tmp_path: Path) -> None:
+    align_task_vector(options(world, tmp_path / "out", route="gradfix", steps=0))
+    signs = load_file(tmp_path / "out" / "signs.safetensors")
+    assert {one.dtype for one in signs.values()} == {torch.int8} and signs.keys() == delta(world).keys()
+    align_task_vector(options(world, tmp_path / "again", data=None, maps=str(tmp_path / "out"), model=None))
+    one, two = (load_file(tmp_path / name / "task_vector" / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(bool((tensor.sign() * signs[name] >= 0).all()) for name, tensor in two.items())
+
+
 def test_maps_between_widths_are_used_again_without_data(world: Path, tmp_path: Path) -> None:
     wide = str(world / "wide" / "base")
     codes = {"model": f"{world / 'net.py'}:wide", "source_code": f"{world / 'net.py'}:small"}

@@ -19,6 +19,7 @@ from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.objective import predict
 
 MAPS_FILE = "maps.safetensors"
+SIGNS_FILE = "signs.safetensors"
 
 _OUTPUTS = re.compile(r"(?P<layer>.+)\[(?P<start>\d+):(?P<stop>\d+)\]\.outputs")
 

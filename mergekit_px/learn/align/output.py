@@ -57,7 +57,7 @@ def write_result(
         )
         vector[name] = change
         model[name] = (tensor.to(change.dtype) + change).to(tensor.dtype)
-        if not bool(torch.isfinite(model[name]).all()):
+        if not bool(torch.isfinite(model[name].float()).all()):  # also beyond the stored dtype
             raise NonFiniteError(f"{shown(name)} became NaN or infinite")
     _write_checkpoint(model, output / MODEL, {"format": "pt", **base.metadata}, plan_hash, _side_files(base))
     _write_checkpoint(vector, output / TASK_VECTOR, metadata, plan_hash, {})

@@ -1,4 +1,4 @@
-"""Matrices or permutations of a former run, applied to another task vector; nothing is learned."""
+"""Matrices, signs or permutations of a former run, applied to another task vector; nothing is learned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import InputError, InputNotFoundError, PlanError
-from mergekit_px.learn.align.direct import MAPS_FILE, theseus
+from mergekit_px.learn.align.direct import MAPS_FILE, SIGNS_FILE, gradfix, theseus
 from mergekit_px.learn.align.fixed import Artefact, FixedMap, Transport
 from mergekit_px.learn.align.permutations import Permutations
 from mergekit_px.learn.align.rebasin import PERMUTATIONS_FILE
@@ -23,7 +23,7 @@ from mergekit_px.learn.models import read_tensors
 SOURCE_KEY = "pxmerge.source_fingerprint"
 TARGET_KEY = "pxmerge.target_fingerprint"
 
-_FILES = (ROTATIONS_FILE, MAPS_FILE, PERMUTATIONS_FILE)
+_FILES = (ROTATIONS_FILE, MAPS_FILE, SIGNS_FILE, PERMUTATIONS_FILE)
 _MATRIX = re.compile(r"(?P<tensor>.+)\[(?P<start>\d+):(?P<stop>\d+)\]\.(?P<side>both|out|in)")
 _ORDER = re.compile(r"(?P<tensor>.+)\.axis(?P<axis>\d+)")
 
@@ -32,7 +32,7 @@ def load_map(path: str, metadata: Mapping[str, str]) -> FixedMap:
     """What a former run wrote, as a transport.
 
     Args:
-        path: ``rotations.safetensors``, ``maps.safetensors`` or ``permutations.safetensors``, or its folder.
+        path: ``rotations.safetensors`` or another of the files of that kind, or its folder.
         metadata: fingerprints of source (where it is known) and target of this run.
 
     Raises:
@@ -50,9 +50,9 @@ def load_map(path: str, metadata: Mapping[str, str]) -> FixedMap:
     sides = [{name.removesuffix(end) for name in arrays if name.endswith(end)} for end in (".inputs", ".outputs")]
     if arrays and sides[0] == sides[1] and len(arrays) == len(sides[0]) + len(sides[1]):
         return FixedMap(partial(theseus, maps=arrays), artefact, {"reused": path}, across_shapes=True)
-    transport = _permuting(arrays, path) or _rotating(arrays, path)
+    transport = _permuting(arrays, path) or _rotating(arrays, path) or _masking(arrays, path)
     if transport is None:
-        raise InputError("it holds neither matrices nor permutations of `pxmerge align`", where=path)
+        raise InputError("it is no file that `pxmerge align` transports with", where=path)
     return FixedMap(transport, artefact, {"reused": path})
 
 
@@ -87,6 +87,19 @@ def _permuting(arrays: Mapping[str, Tensor], where: str) -> Transport | None:
             if name in deltas and (deltas[name].ndim <= axis or deltas[name].shape[axis] != len(order)):
                 raise PlanError(f"{shown(name)} is {list(deltas[name].shape)}, which it does not fit", where=where)
         return permutations.transport(deltas)
+
+    return transport
+
+
+def _masking(arrays: Mapping[str, Tensor], where: str) -> Transport | None:
+    if not arrays or any(signs.dtype != torch.int8 for signs in arrays.values()):
+        return None
+
+    def transport(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, signs in arrays.items():
+            if name in deltas and deltas[name].shape != signs.shape:
+                raise PlanError(f"{shown(name)} is {list(deltas[name].shape)}, which it does not fit", where=where)
+        return gradfix(deltas, {name: signs.to(deltas[name]) for name, signs in arrays.items() if name in deltas})
 
     return transport
 

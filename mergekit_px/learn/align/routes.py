@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mergekit_px.errors import DivergedError, RunError
-from mergekit_px.learn.align.direct import gradfix, gradient_signs
 from mergekit_px.learn.align.fit import Fit
 from mergekit_px.learn.align.fixed import Artefact, FixedMap, Transport
 from mergekit_px.learn.align.forward import ChangedModel
@@ -100,10 +99,6 @@ class Trial:
         if self.fixed is not None:
             shapes = {site: tuple(one.base.shape) for site, one in self.model.sites.items()}
             return self.fixed.moved(deltas, fitting, shapes), None, None
-        if self.settings.route == "gradfix":
-            names = [one for one in fitting if self.model.sites[one].is_parameter]
-            signs = gradient_signs(self.model, self.batches("train"), names, majority=self.settings.majority)
-            return gradfix(fitting, signs), None, None
         return self._rotated(name, fitting, keep)
 
     def _controls(self) -> list[tuple[str, Transport]]:

@@ -3,6 +3,8 @@
 <output>/task_vector/                the transported task vector, for the target base
 <output>/model/                      target base plus task vector
 <output>/rotations.safetensors       the matrices, where some were learned
+<output>/maps.safetensors            the maps between activations
+<output>/signs.safetensors           the signs of gradients
 <output>/permutations.safetensors    the permutations, where some were found
 <output>/report.json                 settings, hashes, traces, scores of the result and of its controls on test data
 <output>/.align/                     states of an unfinished run
@@ -23,7 +25,16 @@ from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.errors import InputError, UsageError
-from mergekit_px.learn.align.direct import MAPS_FILE, Crossed, activation_maps, crossed_activations, theseus
+from mergekit_px.learn.align.direct import (
+    MAPS_FILE,
+    SIGNS_FILE,
+    Crossed,
+    activation_maps,
+    crossed_activations,
+    gradfix,
+    gradient_signs,
+    theseus,
+)
 from mergekit_px.learn.align.fixed import Artefact, FixedMap
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.inputs import (
@@ -65,7 +76,7 @@ class AlignOptions:
         source_model: the fine-tune of the source base; or else:
         task_vector: a file of differences.
         test_data: examples for the scores of the report; None for a share of ``data``.
-        maps: matrices or permutations of a former run, or its folder, which are applied instead of new ones.
+        maps: what a former run transported with, or its folder; applied instead of anything new.
         model: ``file.py:function`` of the target; None for the class that its config names.
         source_code: the same of the source, where it differs.
     """
@@ -172,6 +183,12 @@ def _with_data(
         crossed = _crossed(options, checkpoints["source base"], model, parts["train"], device)
         maps = activation_maps(crossed)
         fixed = FixedMap(partial(theseus, maps=maps), Artefact(MAPS_FILE, maps, metadata), across_shapes=True)
+    elif settings.route == "gradfix":
+        names = [name for name in fitting if changed.sites[name].is_parameter]
+        train = (to_device(batch, device, dtype) for batch in parts["train"].batches(settings.batch))
+        signs = gradient_signs(changed, train, names, majority=settings.majority)
+        kept = {name: one.to("cpu", torch.int8) for name, one in signs.items()}
+        fixed = FixedMap(partial(gradfix, signs=signs), Artefact(SIGNS_FILE, kept, metadata))
     elif settings.route == "orthogonal":
         pieces = find_pieces(model, sites, settings.sites, square=settings.sided == "one")
     if fixed is None or not fixed.across_shapes:
