@@ -16,22 +16,22 @@ from benchmarks.quality.lab import Lab
 
 
 def measure(name: str, seed: int) -> tuple[Scores, float]:
-    """The scores of an experiment at one seed, and the seconds it took on one thread."""
+    """The scores of an experiment at one seed, and the processor seconds they took."""
     import torch
 
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         scores = find_experiments()[name].measure(Lab(seed, Path(folder)))
-    return scores, time.perf_counter() - started
+    return scores, time.process_time() - started
 
 
 def report(experiment: Experiment, rows: Sequence[Scores], seconds: float) -> bool:
     """Print the scores of an experiment and whether its claims hold in the mean."""
     means = {title: sum(row[title] for row in rows) / len(rows) for title in rows[0]}
-    print(f"\n{experiment.name}, {len(rows)} seeds, {seconds:.0f} s")
+    print(f"\n{experiment.name}, {len(rows)} seeds, {seconds:.0f} s of processor time")
     for title, mean in means.items():
-        print(f"  {title:32} {mean:7.2f}   " + " ".join(f"{row[title]:7.2f}" for row in rows))
+        print(f"  {title:36} {mean:7.2f}   " + " ".join(f"{row[title]:7.2f}" for row in rows))
     holds = {text: bool(claim(means)) for text, claim in experiment.claims}
     for text, claim in experiment.claims:
         each = sum(bool(claim(row)) for row in rows)
