@@ -108,6 +108,8 @@ def _publish(push: Push, result: RunResult, output: Output) -> str:
 
 
 def _report(result: RunResult, plan: Plan, address: str | None, output: Output) -> None:
+    for warning in result.warnings:
+        output.warning(warning)
     moved = f"{show_bytes(result.bytes_read)} read, {show_bytes(result.bytes_written)} written"
     output.note(f"{len(plan.items)} tensors in {show_seconds(result.seconds)}: {moved}")
     if result.achieved is not None and result.bound_seconds is not None:
@@ -131,5 +133,6 @@ def _report(result: RunResult, plan: Plan, address: str | None, output: Output) 
             "peak_memory": result.peak_memory,
             "pushed": address,
             "notes": list(result.notes),
+            "warnings": list(result.warnings),
         }
     )

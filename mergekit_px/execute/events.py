@@ -31,6 +31,8 @@ class RunResult:
         seconds: from the first read to the last rename.
         bound_seconds: the least time that this machine needs for the bytes moved; None where it was not measured.
         peak_memory: of the process, in bytes.
+        notes: what the plan has to say.
+        warnings: what the methods warned about, one line for each kind however many tensors it befell.
     """
 
     output: Path
@@ -41,6 +43,7 @@ class RunResult:
     bound_seconds: float | None
     peak_memory: int
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def achieved(self) -> float | None:

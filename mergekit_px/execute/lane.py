@@ -37,12 +37,12 @@ class Lane:
     and computing overlap between workers, and no buffer is written while a copy still reads it.
     """
 
-    def __init__(self, device: torch.device, threads: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.threads = threads
         self._buffers: dict[str, torch.Tensor] = {}
         make_stream: Any = torch.cuda.Stream
         self._stream: torch.cuda.Stream | None = make_stream(device) if device.type == "cuda" else None
+        # Decompositions give other bits with other numbers of threads, and the setting reaches beyond this thread.
         torch.set_num_threads(1)
 
     def host_bytes(self, role: str, count: int) -> torch.Tensor:
@@ -66,15 +66,6 @@ class Lane:
         else:
             with torch.cuda.stream(self._stream):
                 yield
-
-    @contextlib.contextmanager
-    def wide(self) -> Iterator[None]:
-        """All cores for one job."""
-        torch.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(1)
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """The bytes on the device; on the CPU the buffer itself."""

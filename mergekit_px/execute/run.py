@@ -25,7 +25,7 @@ from mergekit_px.execute.items import Execution, Sink
 from mergekit_px.execute.lane import Lane, pick_device
 from mergekit_px.execute.provenance import CARD_FILE, LOCK_FILE, RECIPE_FILE, InputHashes, card, lock_file
 from mergekit_px.execute.scheduler import Routine, Scheduler
-from mergekit_px.plan.budget import available_cores
+from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Apply, Plan, WorkItem
@@ -58,7 +58,8 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
         writer = stack.enter_context(CheckpointWriter(plan.output, plan.layout, plan.hash, mode=plan.options.mode))
         hashes = InputHashes(plan.inputs, local=plan.options.hash_inputs)
         stack.callback(hashes.stop)
-        execute(plan, readers, writer, reporter.advance)
+        with gathered_warnings() as warnings:
+            execute(plan, readers, writer, reporter.advance)
         reporter.phase("publishing")
         published = writer.publish(_side_files(plan, hashes))
     seconds = time.perf_counter() - started
@@ -73,6 +74,7 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
         bound_seconds=bound,
         peak_memory=peak_memory(),
         notes=plan.notes,
+        warnings=warnings.lines(),
     )
 
 
@@ -89,11 +91,17 @@ def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance
         allow_nonfinite=plan.options.allow_nonfinite,
         advance=advance,
     )
-    # Not the number of workers: decompositions give other bits with other numbers of threads.
-    make_lane = partial(Lane, device, available_cores())
+    scheduler = partial(Scheduler, partial(Lane, device), plan.budget.workers, _memory_of_whole_tensors(plan))
     for group in shared_groups(plan.items):
-        Scheduler(make_lane, plan.budget.workers).run(iter([execution.shared_statistics(group)]))
-    Scheduler(make_lane, plan.budget.workers).run(_routines(execution, plan.items))
+        scheduler().run(iter([execution.shared_statistics(group)]))
+    scheduler().run(_routines(execution, plan.items))
+
+
+def _memory_of_whole_tensors(plan: Plan) -> int:
+    """What tensors that are needed whole may occupy together: the need of the largest, or what the user grants."""
+    budget = plan.budget
+    granted = plan.options.memory - (budget.total - budget.largest) if plan.options.memory is not None else 0
+    return max(budget.largest, granted)
 
 
 def plan_checkpoints(plan: Plan) -> dict[str, Checkpoint]:

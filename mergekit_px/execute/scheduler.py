@@ -18,10 +18,10 @@ W = TypeVar("W")
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[W]):
-    """One piece of work. A ``wide`` job uses all cores by itself, and only one of them runs at a time."""
+    """One piece of work; ``memory`` is what it occupies beyond its worker's buffers, in bytes."""
 
     run: Callable[[W], Any]
-    wide: bool = False
+    memory: int = 0
 
 
 Routine = Generator[Sequence[Job[W]], list[Any], None]
@@ -42,15 +42,17 @@ class Scheduler(Generic[W]):
     Args:
         make_worker: called in each thread; its result is handed to every job that the thread runs.
         workers: number of threads.
+        memory: jobs that need memory run side by side as far as they fit in it together; one runs in any case.
     """
 
-    def __init__(self, make_worker: Callable[[], W], workers: int) -> None:
+    def __init__(self, make_worker: Callable[[], W], workers: int, memory: int = 0) -> None:
         self._make_worker = make_worker
         self._workers = workers
         self._state = threading.Condition()
-        self._narrow: deque[tuple[_Batch[W], int, Job[W]]] = deque()
-        self._wide: deque[tuple[_Batch[W], int, Job[W]]] = deque()
-        self._wide_running = False
+        self._memory = memory
+        self._held = 0
+        self._small: deque[tuple[_Batch[W], int, Job[W]]] = deque()
+        self._large: deque[tuple[_Batch[W], int, Job[W]]] = deque()
         self._running = 0
         self._routines: Iterator[Routine[W]] = iter(())
         self._exhausted = False
@@ -103,18 +105,18 @@ class Scheduler(Generic[W]):
     def _next(self) -> tuple[_Batch[W], int, Job[W]] | None:
         with self._state:
             while not self._stopped:
-                if self._wide and not self._wide_running:
-                    self._wide_running = True
+                if self._large and (self._held == 0 or self._held + self._large[0][2].memory <= self._memory):
+                    self._held += self._large[0][2].memory
                     self._running += 1
-                    return self._wide.popleft()
-                if self._narrow:
+                    return self._large.popleft()
+                if self._small:
                     self._running += 1
-                    return self._narrow.popleft()
-                # While a wide job runs, only a bounded number of others may wait behind it.
-                if not self._exhausted and len(self._wide) < self._workers:
+                    return self._small.popleft()
+                # Only a bounded number of large jobs may wait for memory.
+                if not self._exhausted and len(self._large) < self._workers:
                     self._start_routine()
                     continue
-                if self._running == 0 and not self._wide:
+                if self._running == 0 and not self._large:
                     self._state.notify_all()
                     return None
                 self._state.wait()
@@ -141,14 +143,13 @@ class Scheduler(Generic[W]):
             results = []
         batch = _Batch(routine, len(jobs))
         for place, job in enumerate(jobs):
-            (self._wide if job.wide else self._narrow).append((batch, place, job))
+            (self._large if job.memory else self._small).append((batch, place, job))
         self._state.notify_all()
 
     def _finish(self, batch: _Batch[W], place: int, job: Job[W], result: Any) -> None:
         with self._state:
             self._running -= 1
-            if job.wide:
-                self._wide_running = False
+            self._held -= job.memory
             batch.results[place] = result
             batch.missing -= 1
             if batch.missing == 0:

@@ -79,7 +79,10 @@ def _right_vectors(tall: Tensor) -> Tensor:
     """(n, n) orthonormal; in no particular order."""
     n = tall.shape[1]
     if n <= _FEW:
-        return torch.linalg.eigh(gram(tall))[1].to(tall.dtype)
+        exact: Tensor = torch.linalg.eigh(gram(tall))[1]
+        return exact.to(tall.dtype)
+    values: Tensor
+    vectors: Tensor
     values, vectors = torch.linalg.eigh(unit_gram(tall))
     small = int((values < _SMALL**2 * values[-1]).sum())
     if small > 1:

@@ -2,7 +2,8 @@
 
 =================  ==========================================================================================
 ``svd``            from a dense decomposition; exact
-``gram``           from float32 eigenvectors of the Gram matrix, straightened; as exact as a float32 decomposition
+``gram``           from float32 eigenvectors of the Gram matrix, straightened, as exact as ``svd`` in float32;
+                   ``svd`` where the matrix is so ill-conditioned that this does not converge
 ``gram64``         ``X (X'X)^(-1/2)`` with the Gram matrix and its eigenvectors in float64; exact for float32
 ``newton_schulz``  matrix products only, for accelerators; falls back to ``gram64`` where it does not converge
 ``auto``           ``newton_schulz`` on CUDA without a floor, else ``gram`` for float32 and ``svd`` for float64
@@ -134,7 +135,7 @@ def _find(tall: Tensor, energy: float, route: str, floor: float, relative: float
         return _by_svd(tall, floor, relative, label)
     try:
         if route == "gram":
-            return _by_components(tall, floor, relative)
+            return _by_components(tall, floor, relative, label)
         if route == "gram64":
             return _by_gram(tall, floor, relative)
         return _by_products(tall, energy, floor, relative)
@@ -151,12 +152,11 @@ def _by_svd(tall: Tensor, floor: float, relative: float, label: str) -> _Found:
     return _Found(u @ v.T, rank, float(parts.s[:rank].double().sum()), "svd", 0, parts.s[:rank], parts.fallbacks)
 
 
-def _by_components(tall: Tensor, floor: float, relative: float) -> _Found:
+def _by_components(tall: Tensor, floor: float, relative: float, label: str) -> _Found:
     parts = gram_components(tall, floor, relative)
     if not parts.converged:
-        found = _by_gram(tall, floor, relative)
-        note = f"left vectors overlap by {parts.overlap:.1g}; served by gram64"
-        return _Found(found.factor, found.rank, found.nuclear_norm, found.mode, 0, found.values, (note,))
+        del parts
+        return _by_svd(tall, floor, relative, label)
     factor = product(parts.u, parts.v.T)
     return _Found(factor, len(parts.s), float(parts.s.sum()), "gram", 0, parts.s)
 

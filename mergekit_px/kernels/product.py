@@ -42,7 +42,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def fast_gram(matrix: Tensor, scale: float = 1.0) -> Tensor:
-    """``X'X`` with ``X = scale * matrix``, (m, n), in its own dtype, exactly symmetric; half is multiplied out."""
+    """``X'X`` with ``X = scale * matrix``, (m, n), in its own dtype; about half is multiplied out."""
     n = matrix.shape[1]
     total = matrix.new_zeros((n, n))
     for rows in matrix.split(_ROWS):

@@ -167,6 +167,11 @@ def cut_into_matrices(
     return [viewer(number, start, stop) for number in stack for start, stop in bounds]
 
 
+def is_cut_by_element(shape: Sequence[int], name: str, params: Params) -> bool:
+    """Whether a spectral method treats this tensor element by element, so that it need not be held whole."""
+    return isinstance(params, SpectralParams) and cut_into_matrices(shape, name, params) is None
+
+
 def _bounds(rows: int, split: int | str, name: str) -> Iterator[tuple[int, int]]:
     if isinstance(split, int):
         if rows % split:

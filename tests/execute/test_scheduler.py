@@ -9,8 +9,8 @@ import pytest
 from mergekit_px.execute.scheduler import Job, Routine, Scheduler
 
 
-def run(routines: Iterator[Routine[None]], workers: int = 3) -> None:
-    Scheduler(lambda: None, workers).run(routines)
+def run(routines: Iterator[Routine[None]], workers: int = 3, memory: int = 0) -> None:
+    Scheduler(lambda: None, workers, memory).run(routines)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -29,43 +29,48 @@ def test_a_routine_gets_its_results_in_order_and_goes_on(workers: int) -> None:
     assert sorted(seen) == [[n * 10 + m for m in range(4)] for n in range(20)]
 
 
-def test_only_one_wide_job_runs_at_a_time() -> None:
+@pytest.mark.parametrize(("memory", "expected"), [(0, 1), (25, 2), (100, 4)])
+def test_large_jobs_run_together_as_far_as_they_fit(memory: int, expected: int) -> None:
     running = 0
     most = 0
     lock = threading.Lock()
+    full = threading.Event()
 
-    def wide(_: None) -> None:
+    def large(_: None) -> None:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
+            if running == expected:
+                full.set()
+        assert full.wait(5)
         time.sleep(0.005)
         with lock:
             running -= 1
 
     def routine() -> Routine[None]:
-        yield [Job(wide, wide=True)]
+        yield [Job(large, memory=10)]
 
-    run(routine() for _ in range(10))
-    assert most == 1
+    run((routine() for _ in range(10)), workers=4, memory=memory)
+    assert most == expected
 
 
-def test_narrow_jobs_go_on_beside_a_wide_one() -> None:
+def test_small_jobs_go_on_beside_a_large_one() -> None:
     started = threading.Event()
     released = threading.Event()
 
-    def wide(_: None) -> None:
+    def large(_: None) -> None:
         started.set()
         assert released.wait(5)
 
-    def narrow(_: None) -> None:
+    def small(_: None) -> None:
         assert started.wait(5)
         released.set()
 
     def routine(job: Job[None]) -> Routine[None]:
         yield [job]
 
-    run(iter([routine(Job(wide, wide=True)), routine(Job(narrow))]), workers=2)
+    run(iter([routine(Job(large, memory=1)), routine(Job(large, memory=1)), routine(Job(small))]), workers=2)
 
 
 def test_the_first_error_stops_the_run_and_is_raised() -> None:

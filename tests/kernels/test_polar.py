@@ -125,3 +125,39 @@ def test_input_is_not_changed() -> None:
         before = matrix.clone()
         polar_factor(matrix, mode=mode).factor.mul_(0)  # type: ignore[arg-type]
         assert torch.equal(matrix, before)
+
+
+def graded(m: int, n: int, decades: float) -> torch.Tensor:
+    left, right = (torch.linalg.qr(noise(rows, n, seed).double())[0] for seed, rows in enumerate((m, n)))
+    return ((left * torch.logspace(0, -decades, n, dtype=torch.float64)) @ right.T).float()
+
+
+@pytest.mark.parametrize("matrix", [noise(500, 500), noise(1300, 450), graded(600, 400, 3), graded(500, 420, 4)])
+def test_float32_eigenvectors_give_the_factor_of_a_float32_decomposition(matrix: torch.Tensor) -> None:
+    polar = polar_factor(matrix, mode="gram")
+    exact = reference(matrix)
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    dense = np.linalg.norm((u @ vh).numpy() - exact)
+    # Directions whose singular value is near the rounding of the matrix are as uncertain in either.
+    assert np.linalg.norm(polar.factor.numpy() - exact) < max(5 * dense, 2e-5 * np.linalg.norm(exact))
+    assert polar.mode in ("gram", "svd") and polar.notes == ()
+    assert polar.error < 1e-5
+    values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    assert polar.nuclear_norm == pytest.approx(values.sum(), rel=1e-5)
+
+
+def test_float32_eigenvectors_respect_floors() -> None:
+    matrix = graded(500, 400, 3)
+    values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    floor = float(values[149] + values[150]) / 2
+    polar = polar_factor(matrix, mode="gram", floor=floor)
+    assert polar.rank == 150
+    np.testing.assert_allclose(polar.factor.numpy(), reference(matrix, floor), atol=1e-4)
+
+
+def test_float32_eigenvectors_of_a_rank_deficient_matrix() -> None:
+    half = noise(900, 220)
+    matrix = torch.cat([half, half], dim=1)
+    polar = polar_factor(matrix, mode="gram")
+    assert polar.rank == 220
+    np.testing.assert_allclose(polar.factor.numpy(), reference(matrix, 1e-3), atol=1e-5)
