@@ -13,7 +13,9 @@ Makes a BERT classifier of about 120 MB in float32 and clients beside it.
 lets autograd do the rest, with the same batches, settings and start; the learned coefficients are compared.
 
 A step's seconds are those of a process with many steps less those of one with few, divided by the steps between; of
-several repeats the fastest counts. One thread, or as many as ``OMP_NUM_THREADS`` says. Peak memory is that of a whole process as the system accounts it.
+several repeats the fastest counts. Processor time is given beside the time by the clock, since it changes less where
+other processes run. One thread, or as many as ``OMP_NUM_THREADS`` says. Peak memory is that of a whole process as the
+system accounts it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LENGTH, CLASSES, EXAMPLES, BATCH = 16, 4, 40, 8
-RATE, DECAY = 0.1, 0.1
+RATE, DECAY = 0.01, 0.1
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
 
@@ -74,13 +76,32 @@ def make(work: Path, shape: Shape, clients: int) -> None:
         save_file(tuned, work / f"client{number}" / "model.safetensors", {"format": "pt"})
         shutil.copy(work / "base" / "config.json", work / f"client{number}" / "config.json")
     random = numpy.random.default_rng(0)
-    words = random.integers(0, shape.words, (BATCH, LENGTH))  # few and repeated: validation follows training
-    rows = numpy.arange(EXAMPLES) % BATCH
-    numpy.savez(work / "data.npz", input_ids=words[rows], labels=rows % CLASSES)
+    words = random.integers(0, shape.words, (2, LENGTH))  # two, repeated: what fits the training fits the validation
+    labels = numpy.arange(EXAMPLES) % 2
+    numpy.savez(work / "data.npz", input_ids=words[labels], labels=labels)
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident bytes of a process."""
+@dataclass(frozen=True)
+class Cost:
+    """Of a process: seconds by the clock, seconds of processor time, peak resident bytes."""
+
+    seconds: float
+    processor: float
+    peak: float
+
+
+def cheapest(costs: list[Cost]) -> Cost:
+    """The least times and the largest peak."""
+    return Cost(min(one.seconds for one in costs), min(one.processor for one in costs), max(one.peak for one in costs))
+
+
+def a_step(short: Cost, long: Cost, steps: int) -> str:
+    """Two cells of a table: what one of the steps between two processes takes."""
+    clock, processor = ((getattr(long, what) - getattr(short, what)) / steps for what in ("seconds", "processor"))
+    return f"{clock:.2f} | {processor:.2f}"
+
+
+def measured(command: list[str]) -> Cost:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": THREADS}
     start = time.perf_counter()
     with tempfile.TemporaryFile() as stderr:
@@ -91,7 +112,8 @@ def measured(command: list[str]) -> tuple[float, float]:
         if process.returncode:
             stderr.seek(0)
             sys.exit(f"{command}: {stderr.read().decode()}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, peak)
 
 
 def ours(work: Path, clients: int, steps: int, *, stream: bool) -> list[str]:
@@ -143,23 +165,23 @@ def plain(work: Path, clients: int, steps: int) -> None:
 
 
 def coefficients(work: Path, options: argparse.Namespace) -> None:
-    print("\n| clients | loop | s a step | s in all | peak MB | mean loss | largest difference of a coefficient |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("\n| clients | loop | s a step | processor s a step | s in all | peak MB | mean loss | coefficients off by |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for clients in options.clients or [2, 8]:
         loops = {"plain, all resident": [sys.executable, __file__, "plain", "--work", str(work)]}
-        short, long = {}, {}
+        short: dict[str, Cost] = {}
+        long: dict[str, Cost] = {}
         for name in (*loops, "pxmerge", "pxmerge --stream"):
             for steps, kept in ((1, short), (1 + options.steps, long)):
                 if name in loops:
                     command = [*loops[name], "--clients", str(clients), "--steps", str(steps)]
                 else:
                     command = ours(work, clients, steps, stream="stream" in name)
-                found = [measured(command) for _ in range(options.repeats)]
-                kept[name] = min(seconds for seconds, _ in found), max(peak for _, peak in found)
-            step = (long[name][0] - short[name][0]) / options.steps
+                kept[name] = cheapest([measured(command) for _ in range(options.repeats)])
+            step = a_step(short[name], long[name], options.steps)
             loss, difference = compared(work, name)
-            print(f"| {clients} | {name} | {step:.2f} | {long[name][0]:.1f} | {long[name][1] / 1e6:.0f} | {loss:.6f} |"
-                  f" {difference} |", flush=True)  # fmt: skip
+            whole = f"{long[name].seconds:.1f} | {long[name].peak / 1e6:.0f}"
+            print(f"| {clients} | {name} | {step} | {whole} | {loss:.6f} | {difference} |", flush=True)
 
 
 def compared(work: Path, name: str) -> tuple[float, str]:
@@ -181,35 +203,40 @@ def stream(work: Path, options: argparse.Namespace) -> None:
     peaks = []
     counts = options.clients or [2, 16]
     for clients in counts:
-        seconds, peak = measured(ours(work, clients, 3, stream=True))
-        peaks.append(peak)
-        print(f"| {clients} | pxmerge --stream | {peak / 1e6:.0f} | {seconds:.1f} |", flush=True)
+        cost = measured(ours(work, clients, 3, stream=True))
+        peaks.append(cost.peak)
+        print(f"| {clients} | pxmerge --stream | {cost.peak / 1e6:.0f} | {cost.seconds:.1f} |", flush=True)
     print(f"\n{counts[-1]} clients: {peaks[-1] / peaks[0]:.2f} times the memory of {counts[0]}")
 
 
 def tune(work: Path, options: argparse.Namespace) -> None:
-    print("\n| models merged | s a step | s in all | peak MB | values trained |\n| --- | --- | --- | --- | --- |")
+    print("\n| models merged | s a step | processor s a step | s in all | peak MB | values trained |")
+    print("| --- | --- | --- | --- | --- | --- |")
     counts = options.sources or [2, 16]
     shape = ["--overwrite", "-q", "--device", "cpu"]
     for count in counts:
         sources = [str(work / f"client{number}") for number in range(count)]
         line = [sys.executable, "-m", "mergekit_px", "svd", "--base", str(work / "base"), "--sources", *sources]
         measured([*line, "--top-k", "32", "--as", "components", "-o", str(work / f"pool{count}"), *shape])
-    times: dict[int, dict[int, list[float]]] = {count: {1: [], 1 + options.steps: []} for count in counts}
-    peaks = dict.fromkeys(counts, 0.0)
+    costs: dict[int, dict[int, list[Cost]]] = {count: {1: [], 1 + options.steps: []} for count in counts}
     for _ in range(max(options.repeats, 3)):
         for count in counts:
-            for epochs, kept in times[count].items():
-                line = [sys.executable, "-m", "mergekit_px", "tune", str(work / f"pool{count}"), "--base"]
-                line += [str(work / "base"), "--data", str(work / "data.npz"), "-o", str(work / "tuned"), *shape]
-                seconds, peak = measured([*line, "--top", "32", "--batch", "24", "--epochs", str(epochs)])
-                kept.append(seconds)
-                peaks[count] = max(peaks[count], peak)
+            for epochs, kept in costs[count].items():
+                line = [sys.executable, "-m", "mergekit_px", "tune", str(work / f"pool{count}"), *shape]
+                line += [
+                    "--base",
+                    str(work / "base"),
+                    "--data",
+                    str(work / "data.npz"),
+                    "-o",
+                    str(work / f"tuned{count}"),
+                ]
+                kept.append(measured([*line, "--top", "32", "--batch", "24", "--epochs", str(epochs)]))
     for count in counts:
-        short, long = (min(kept) for kept in times[count].values())
-        trained = json.loads((work / "tuned" / "report.json").read_text())["trained_values"]
-        print(f"| {count} | {(long - short) / options.steps:.3f} | {long:.1f} | {peaks[count] / 1e6:.0f} | {trained} |",
-              flush=True)  # fmt: skip
+        short, long = (cheapest(kept) for kept in costs[count].values())
+        trained = json.loads((work / f"tuned{count}" / "report.json").read_text())["trained_values"]
+        step, whole = a_step(short, long, options.steps), f"{long.seconds:.1f} | {long.peak / 1e6:.0f}"
+        print(f"| {count} | {step} | {whole} | {trained} |", flush=True)
 
 
 TABLES = {"stream": stream, "tune": tune, "coefficients": coefficients}

@@ -16,8 +16,8 @@ Teacher = Literal["logits", "probabilities"]
 
 _DEFAULTS: Mapping[Objective, Mapping[str, Any]] = {
     "distill": {"learning_rate": 1e-2, "weight_decay": 0.0, "steps": 300, "initial": None},
-    # aTLAS takes 1e-1. With some hundreds of labels that over-fits within a few steps.
-    "cross-entropy": {"learning_rate": 1e-2, "weight_decay": 0.1, "steps": 300, "initial": 0.0},
+    # aTLAS takes 1e-1 and begins with 0. With some hundreds of labels that over-fits within a few steps.
+    "cross-entropy": {"learning_rate": 1e-2, "weight_decay": 0.1, "steps": 300, "initial": None},
     "entropy": {"learning_rate": 1e-3, "weight_decay": 0.0, "steps": 500, "initial": 0.3, "bounds": (0.0, 1.0)},
     "negation": {"learning_rate": 5e-3, "weight_decay": 0.1, "steps": 300, "initial": 0.0},
 }
