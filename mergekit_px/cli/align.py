@@ -284,8 +284,6 @@ def _about(permutations: Mapping[str, Any], sink: Output) -> None:
         f"{permutations['moved']:.0%} of all places have another unit than before; cosine of the weights"
         f" {likeness['before']:.3f}, then {likeness['after']:.3f}; rounds: {permutations['rounds']}"
     )
-    if likeness["after"] < likeness["before"]:
-        sink.warning("the weights are less alike than before, since heads were matched by spectra; try --match product")
     if not permutations["stable"]:
         sink.warning("the matching had not settled when it was stopped; give it more --rounds")
     for block, reason in permutations["left_alone"].items():

@@ -117,7 +117,12 @@ def match_by_spectrum(attention: Attention, target: Heads, source: Heads) -> Hea
 
 
 def head_order(
-    attention: Attention, target: Heads, source: Heads, now: HeadOrder, inside: Inside, *, keep_heads: bool
+    attention: Attention,
+    target: Heads,
+    source: Heads,
+    now: HeadOrder,
+    inside: Inside,
+    candidates: Sequence[HeadOrder] | None,
 ) -> HeadOrder | None:
     """A better order of heads and channels by inner products; None where there is none.
 
@@ -126,26 +131,14 @@ def head_order(
         inside: ``joint``: one order of channels for query, key and value, as published; ``separate``: one for query
             and key and another for value, which attention allows as well. Where queries and keys have to stay,
             and where value heads have another size, the latter.
-        keep_heads: find only the order of the channels.
+        candidates: the orders of heads that are tried beside that of now; None for the best of all.
     """
     scores = _Scores(attention, target, source, joint=inside == "joint")
-    groups = range(attention.groups)
-    current = sum(scores.of(i, int(now.groups[i]), now.queries[i], now.inside[i], now.values[i]) for i in groups)
-    if keep_heads:
-        order = now.groups
-        pairs = [scores.best_channels(i, int(order[i]), now.queries[i]) for i in groups]
-        chosen = [(now.queries[i], *pairs[i]) for i in groups]
-    else:
-        found = [[scores.best(i, j) for j in groups] for i in groups]
-        values = torch.tensor([[scores.of(i, j, *found[i][j]) for j in groups] for i in groups], dtype=torch.float64)
-        order = best_assignment(values)
-        order = order if is_better(values, order, now.groups) else now.groups
-        chosen = [found[i][int(order[i])] for i in groups]
-    reached = sum(scores.of(i, int(order[i]), *chosen[i]) for i in groups)
-    if reached - current <= TIE * scores.scale:
-        return None
-    queries, channels, values_order = (torch.stack([one[kind] for one in chosen]) for kind in range(3))
-    return HeadOrder(order, queries, channels, values_order)
+    tried = [scores.with_best_heads(now)] if candidates is None else [now, *candidates]
+    found = [one if candidates is None else scores.with_best_channels(one) for one in tried]
+    reached = [scores.total(one) for one in found]
+    best = max(range(len(found)), key=reached.__getitem__)  # the first of equals
+    return found[best] if reached[best] - scores.total(now) > TIE * scores.scale else None
 
 
 class _Scores:
@@ -158,6 +151,29 @@ class _Scores:
         self._pairs: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         norms = [one.norm() * other.norm() for one, other in zip(_all(target), _all(source), strict=True)]
         self.scale = float(sum(norms))
+
+    def total(self, order: HeadOrder) -> float:
+        """The inner product of all heads in an order."""
+        rows = zip(order.groups.tolist(), order.queries, order.inside, order.values, strict=True)
+        return sum(self.of(i, *row) for i, row in enumerate(rows))
+
+    def with_best_channels(self, order: HeadOrder) -> HeadOrder:
+        """The same heads with the best order of their channels."""
+        pairs = zip(order.groups.tolist(), order.queries, strict=True)
+        channels = [self.best_channels(i, j, queries) for i, (j, queries) in enumerate(pairs)]
+        inside, values = (torch.stack([one[kind] for one in channels]) for kind in range(2))
+        return HeadOrder(order.groups, order.queries, inside, values)
+
+    def with_best_heads(self, now: HeadOrder) -> HeadOrder:
+        """The best order of heads and channels; that of now where no other order of groups is better."""
+        groups = range(self._attention.groups)
+        found = [[self.best(i, j) for j in groups] for i in groups]
+        values = torch.tensor([[self.of(i, j, *found[i][j]) for j in groups] for i in groups], dtype=torch.float64)
+        order = best_assignment(values)
+        order = order if is_better(values, order, now.groups) else now.groups
+        chosen = [found[i][j] for i, j in enumerate(order.tolist())]
+        queries, inside, channels = (torch.stack([one[kind] for one in chosen]) for kind in range(3))
+        return HeadOrder(order, queries, inside, channels)
 
     def of(self, i: int, j: int, queries: Tensor, inside: Tensor, values: Tensor) -> float:
         """The inner product of target group i and source group j in an order."""

@@ -8,7 +8,8 @@ same inner product as everything else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +24,8 @@ from mergekit_px.learn.data import derived_seed
 
 Tensors = Mapping[str, Tensor]
 HeadMatching = Literal["spectrum", "product"]
+
+_WORTH_A_LINE = 2.0  # seconds
 
 
 @dataclass
@@ -42,7 +45,15 @@ class Matching:
 
 
 def match(
-    layout: Layout, source: Tensors, target: Tensors, *, by: HeadMatching, inside: Inside, rounds: int, seed: int
+    layout: Layout,
+    source: Tensors,
+    target: Tensors,
+    *,
+    by: HeadMatching,
+    inside: Inside,
+    rounds: int,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Matching:
     """The permutations of ``source`` that fit ``target`` best.
 
@@ -55,25 +66,29 @@ def match(
         by: how heads find one another.
         inside: how their channels do.
         rounds: at most as many rounds, each through all units in an order drawn from the seed.
+        say: gets a line after each round that takes some seconds.
     """
-    first = _descended(_Descent(layout, source, target, inside), by, rounds, seed)
+    first = _descended(_Descent(layout, source, target, inside), by, rounds, seed, say)
     anchored = _Descent(layout, source, target, inside)
     if not anchored.anchor():
         return first
-    second = _descended(anchored, by, rounds, seed)
+    second = _descended(anchored, by, rounds, seed, say)
     return second if second.similarity[1] > first.similarity[1] else first
 
 
-def _descended(descent: _Descent, by: HeadMatching, rounds: int, seed: int) -> Matching:
+def _descended(descent: _Descent, by: HeadMatching, rounds: int, seed: int, say: Callable[[str], None]) -> Matching:
     """Rounds through all units until none of them changes."""
     if by == "spectrum":
         descent.match_spectra()
     items, done, changed = descent.items(), 0, True
     while changed and done < rounds:
+        started = time.monotonic()
         generator = torch.Generator().manual_seed(derived_seed(seed, "rebasin", done))
         order = torch.randperm(len(items), generator=generator).tolist()
-        changed = any([descent.improve(items[number], by) for number in order])
-        done += 1
+        better = sum([descent.improve(items[number]) for number in order])
+        changed, done = better > 0, done + 1
+        if time.monotonic() - started > _WORTH_A_LINE:
+            say(f"round {done}: {better} of {len(items)} layers changed")
     return Matching(descent.permutations(), done, not changed, (descent.before, descent.similarity()))
 
 
@@ -102,6 +117,9 @@ class _Descent:
         self._units = identity_units(layout)
         self._orders: dict[str, HeadOrder] = {one.name: HeadOrder.identity(one) for one in layout.attention}
         self._now = self.permutations()
+        self._changes = {RESIDUAL: 0, "blocks": 0}  # blocks depend on the stream alone, and it on all of them
+        self._candidates: dict[str, list[HeadOrder]] = {}
+        self._seen: dict[tuple[type, str], int] = {}
         self.before = self.similarity()
 
     def permutations(self) -> Permutations:
@@ -129,22 +147,33 @@ class _Descent:
         return self._assign(RESIDUAL, single)
 
     def match_spectra(self) -> None:
-        """Match the heads by their spectra."""
+        """Find which heads are alike by their spectra, which no order of channels changes."""
         for attention in self._layout.attention:
-            self._set_heads(attention, match_by_spectrum(attention, *self._heads(attention, weights=True)))
+            alike = match_by_spectrum(attention, *self._heads(attention, weights=True))
+            self._candidates[attention.name] = [HeadOrder.identity(attention), alike]
 
-    def improve(self, item: Hidden | Attention | None, by: HeadMatching) -> bool:
+    def improve(self, item: Hidden | Attention | None) -> bool:
         """Find the best order of some units (None: of the residual stream) with all others fixed.
 
         Returns whether it is another than before, and better.
         """
+        name = RESIDUAL if item is None else item.name
+        others = self._changes["blocks" if item is None else RESIDUAL]
+        if self._seen.get((type(item), name)) == others:
+            return False  # nothing that it depends on is another than when it was improved last
+        self._seen[type(item), name] = others
+        changed = self._improve(item)
+        self._changes[RESIDUAL if item is None else "blocks"] += changed
+        return changed
+
+    def _improve(self, item: Hidden | Attention | None) -> bool:
         if item is None:
             return self._assign(RESIDUAL, self._layout.residual)
         if isinstance(item, Hidden):
             return self._assign(item.key, item.parts)
         target, source = self._heads(item)
         now = self._orders[item.name]
-        found = head_order(item, target, source, now, self._inside, keep_heads=by == "spectrum")
+        found = head_order(item, target, source, now, self._inside, self._candidates.get(item.name))
         if found is None:
             return False
         self._set_heads(item, found)

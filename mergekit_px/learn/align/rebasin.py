@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,11 @@ class Rebasin:
 
 
 def find_rebasin(
-    source: Checkpoint, target: Checkpoint, settings: AlignSettings, metadata: Mapping[str, str]
+    source: Checkpoint,
+    target: Checkpoint,
+    settings: AlignSettings,
+    metadata: Mapping[str, str],
+    say: Callable[[str], None] = lambda line: None,
 ) -> Rebasin:
     """Match the source base to the target base.
 
@@ -45,6 +49,7 @@ def find_rebasin(
 
     Args:
         metadata: for the header of the file.
+        say: gets a line now and then.
 
     Raises:
         UsageError: no number of heads, a role that there is not, or scipy is not installed.
@@ -69,6 +74,7 @@ def find_rebasin(
         inside=settings.inside,
         rounds=settings.rounds,
         seed=settings.seed,
+        say=say,
     )
     chance = random_permutations(layout, ours, settings.inside, settings.seed)
     report = {

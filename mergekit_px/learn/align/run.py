@@ -257,7 +257,7 @@ def _found_map(
     if options.maps is not None:
         return load_map(options.maps, metadata)
     say("matching the bases")
-    found = find_rebasin(checkpoints["source base"], checkpoints["target base"], options.settings, metadata)
+    found = find_rebasin(checkpoints["source base"], checkpoints["target base"], options.settings, metadata, say)
     if model is None or batch is None:
         return found.map
     change = function_change(found.permutations, model, batch)
