@@ -31,7 +31,7 @@ _ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """``u @ diag(s) @ v.T``, all n components or those above a floor, the largest first."""
+    """``u @ diag(s) @ v.T``, all n components or those above a floor, in no particular order."""
 
     u: Tensor
     s: Tensor
@@ -62,10 +62,9 @@ def gram_components(tall: Tensor, floor: float = 0.0, relative: float = 0.0) -> 
     v = _right_vectors(tall)
     u = product(tall, v).contiguous()
     s = _column_norms(u)
-    s, order = s.sort(descending=True, stable=True)
-    kept = s > max(floor, relative * float(s[0]))
-    s, order = s[kept], order[kept]
-    u, v = u[:, order], v[:, order]
+    kept = s > max(floor, relative * float(s.max()))
+    if not bool(kept.all()):
+        u, s, v = u[:, kept], s[kept], v[:, kept]
     u.div_(s.to(u.dtype))
     overlap = 0.0
     for _ in range(_ROUNDS):

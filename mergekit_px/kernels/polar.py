@@ -158,7 +158,8 @@ def _by_components(tall: Tensor, floor: float, relative: float, label: str) -> _
         del parts
         return _by_svd(tall, floor, relative, label)
     factor = product(parts.u, parts.v.T)
-    return _Found(factor, len(parts.s), float(parts.s.sum()), "gram", 0, parts.s)
+    values = parts.s.sort(descending=True).values
+    return _Found(factor, len(values), float(values.sum()), "gram", 0, values)
 
 
 def _by_gram(tall: Tensor, floor: float, relative: float) -> _Found:
