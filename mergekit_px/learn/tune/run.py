@@ -217,7 +217,9 @@ def _prepare(output: Path, mode: str) -> None:
             raise OutputError(
                 "the folder holds an unfinished run" if unfinished else "the output folder is not empty",
                 where=str(output),
-                hint="go on with --resume or start again with --overwrite" if unfinished else "choose another with -o, or replace it with --overwrite",
+                hint="go on with --resume or start again with --overwrite"
+                if unfinished
+                else "choose another with -o, or replace it with --overwrite",
             )
         for name in (ARTEFACT, REPORT, _STATE):
             (output / name).unlink(missing_ok=True)
