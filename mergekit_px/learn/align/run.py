@@ -201,10 +201,8 @@ def _with_data(
     trial = Trial(changed, settings, parts, pieces, fixed, metadata, device, work, plan, say, tell)
 
     def keep(moved: Deltas, artefact: Artefact | None) -> None:
-        changes = {
-            name: settings.scale * moved[site.name] for site in sites if site.name in moved for name in site.names
-        }
-        write_result(options.output, base, changes, artefact, plan)
+        changes = {name: moved[site.name] for site in sites if site.name in moved for name in site.names}
+        write_result(options.output, base, changes, settings.scale, artefact, plan)
 
     outcome = trial.run(deltas, fitting, keep)
     moved = outcome.pop("transported")
@@ -233,8 +231,7 @@ def _without_data(
     if not fixed.across_shapes:
         _require_fitting(fitting)
     moved = fixed.moved(deltas, fitting, shapes)
-    scaled = {name: options.settings.scale * change for name, change in moved.items()}
-    write_result(options.output, base, scaled, fixed.artefact, plan)
+    write_result(options.output, base, moved, options.settings.scale, fixed.artefact, plan)
     return {
         "left_out": sorted(deltas.keys() - moved.keys()),
         "norm": {"before": norm(deltas), "after": norm(moved)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 
 import torch
@@ -33,8 +33,11 @@ def read_deltas(checkpoints: Mapping[str, Checkpoint], device: torch.device, dty
         assert base is not None
         tuned = checkpoints["source model"]
         check_sources(base, [tuned])
-        after, before = _tensors(tuned, device, dtype), _tensors(base, device, dtype)
-        return {name: tensor - before[name] for name, tensor in after.items()}
+        with closing(open_reader(base)) as reader:
+            return {
+                name: tensor - read_tensor(reader, base.tensors[name]).to(device, dtype)
+                for name, tensor in _tensors(tuned, device, dtype)
+            }
     if not is_task_vector(vector):
         raise UsageError("it holds weights, not differences", where=vector.label, hint="give it as --source-model")
     recorded = base_fingerprint(vector)
@@ -43,13 +46,12 @@ def read_deltas(checkpoints: Mapping[str, Checkpoint], device: torch.device, dty
             if fingerprint(base, reader) != recorded:
                 what = f"the task vector was taken from another base than {base.label}"
                 raise PlanError(what, where=vector.label, hint="give the base that it was subtracted from")
-    return _tensors(vector, device, dtype)
+    return dict(_tensors(vector, device, dtype))
 
 
-def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors, one after another."""
     with closing(open_reader(checkpoint)) as reader:
-        return {
-            name: read_tensor(reader, stored).to(device, dtype)
-            for name, stored in checkpoint.tensors.items()
-            if stored.dtype.arithmetic
-        }
+        for name, stored in checkpoint.tensors.items():
+            if stored.dtype.arithmetic:
+                yield name, read_tensor(reader, stored).to(device, dtype)
