@@ -412,7 +412,7 @@ def test_matrices_are_used_again_without_data(world: Path, tmp_path: Path, chang
     assert set(scored["test"]) == set(CONTROLS)
     with pytest.raises(PlanError, match="made for another target base"):
         align_task_vector(replace(again, output=tmp_path / "no", target_base=str(world / "small" / "base")))
-    with pytest.raises(UsageError, match="learns from labelled examples"):
+    with pytest.raises(UsageError, match="needs labelled examples"):
         align_task_vector(replace(again, output=tmp_path / "no", maps=None))
 
 

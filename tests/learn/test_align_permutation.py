@@ -316,7 +316,7 @@ def bad(folder: Path, tmp_path: Path) -> Iterator[tuple[dict[str, Any], type[Pxm
     yield {"places": (("reader", "a..b"),)}, UsageError, "no pattern"
     yield {"places": (("writer", "lm_head"),)}, PlanError, r"nothing tells what lm_head\.weight \[30, 16\]"
     yield {"source_base": None}, UsageError, "source base is needed"
-    yield {"route": "orthogonal"}, UsageError, "learns from labelled examples"
+    yield {"route": "orthogonal"}, UsageError, "needs labelled examples"
     yield {"test_data": "x.npz"}, UsageError, "test data goes with --data"
 
 

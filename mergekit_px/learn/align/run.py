@@ -265,7 +265,7 @@ def _require_data(options: AlignOptions) -> None:
     needless = options.settings.route == "permutation" or options.maps is not None
     if options.data is None and not needless:
         raise UsageError(
-            f"the route {options.settings.route} learns from labelled examples",
+            f"the route {options.settings.route} needs labelled examples",
             hint="give them with --data; --route permutation needs none",
         )
     if options.data is None and options.test_data is not None:
