@@ -8,13 +8,11 @@ from collections.abc import Sequence
 import typer
 
 from mergekit_px.cli._commands import spoken_name
+from mergekit_px.cli._extras import extra_of
 from mergekit_px.errors import PxmergeError
 
 PROGRAM = "pxmerge"
 INTERRUPTED = 130
-
-_EXTRAS = {"transformers": "models", "sklearn": "demo", "matplotlib": "plot"}
-"""The extra that brings each optional package."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,8 +42,10 @@ def explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, Interrupted):
         resumed = [*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"]
         return INTERRUPTED, f"interrupted; to go on: {shlex.join([PROGRAM, *(error.command or resumed)])}"
-    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in _EXTRAS:
-        return 2, f"error: this needs the package {package}; pip install '{PROGRAM}[{_EXTRAS[package]}]'"
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if (extra := extra_of(package)) is not None:
+            return 2, f"error: this needs the package {package}; pip install '{PROGRAM}[{extra}]'"
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from mergekit_px._version import __version__
+from mergekit_px.cli._extras import EXTRAS
 from mergekit_px.cli._options import Json
 from mergekit_px.cli._output import Output, output_for
 from mergekit_px.cli._units import show_bytes, show_rate
@@ -21,7 +22,6 @@ from mergekit_px.cli._units import show_bytes, show_rate
 Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Measure the disk of this folder.")]
 
 _PACKAGES = ("torch", "numpy", "safetensors", "huggingface_hub", "pydantic", "typer", "rich")
-_EXTRAS = {"models": ("transformers",), "demo": ("transformers", "sklearn", "matplotlib"), "plot": ("matplotlib",)}
 _HUB_VARIABLES = (
     "HF_HOME",
     "HF_HUB_CACHE",
@@ -50,7 +50,7 @@ def doctor(output: Folder = Path(), json: Json = False) -> int:
         "devices": _devices(),
         "bandwidth": _bandwidth(output),
         "hub": _hub(),
-        "extras": {name: all(map(_is_installed, modules)) for name, modules in _EXTRAS.items()},
+        "extras": {name: all(map(_is_installed, modules)) for name, modules in EXTRAS.items()},
     }
     sink.document(document)
     _show(document, sink)

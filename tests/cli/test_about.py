@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from mergekit_px.cli._extras import EXTRAS
 from mergekit_px.methods import load_methods
 
 
@@ -72,6 +74,11 @@ def test_demo_runs_through_this_command_line(run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(mergekit_px.demo, "run_demo", fake)
     outcome = run("demo", "-o", tmp_path, "--seed", 7)
     assert (outcome.code, outcome.stdout) == (0, f"{tmp_path} 7\n")
+
+
+def test_the_extras_are_those_that_can_be_installed() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert EXTRAS.keys() == project["optional-dependencies"].keys() - {"test", "dev"}
 
 
 def test_a_missing_extra_is_named(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ def require_solver() -> None:
 
     if importlib.util.find_spec("scipy") is None:
         raise UsageError(
-            "permutations are found with scipy, which is not installed", hint='run: pip install "scipy>=1.11"'
+            "permutations are found with scipy, which is not installed", hint='run: pip install "pxmerge[align]"'
         )
 
 

@@ -1,0 +1,17 @@
+"""The optional packages, by the extra of pyproject.toml that brings them."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "models": ("transformers",),
+    "align": ("scipy",),
+    "search": ("cma",),
+    "plot": ("matplotlib",),
+    "demo": ("transformers", "sklearn", "scipy", "matplotlib"),
+}
+"""Extra -> the modules that it brings; the narrower extras come first."""
+
+
+def extra_of(module: str) -> str | None:
+    """The extra to install for a module that is missing; None for one that no extra brings."""
+    return next((extra for extra, modules in EXTRAS.items() if module in modules), None)
