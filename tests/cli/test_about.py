@@ -47,7 +47,7 @@ def test_doctor_measures_and_keeps_the_token_secret(run, monkeypatch: pytest.Mon
     document = run("doctor", "-o", tmp_path, "--json").document()
     assert document["bandwidth"] == {"memory": 2e10, "read": 3e9, "write": 1e9}
     assert document["hub"]["token"] is True
-    assert document["extras"].keys() == {"models", "demo", "plot"}
+    assert document["extras"].keys() == EXTRAS.keys()
     for secret in ("secret", "password"):
         assert secret not in outcome.stdout + outcome.stderr + str(document)
 
