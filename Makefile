@@ -37,7 +37,7 @@ docs: .venv/.dev  ## rewrite the generated pages
 docs-check: .venv/.dev  ## fail where a generated page differs from the declarations
 	$(BIN)/python -m mergekit_px.docs --check
 
-quality: .venv/.dev  ## what learning gains on real data, three seeds with all controls; some minutes
+quality: .venv/.dev  ## what merging and learning gain on real data, three seeds with all controls; some minutes
 	$(BIN)/python -m benchmarks.quality --jobs 2
 
 bench: .venv/.dev  ## speed and memory next to mergekit; takes a while, 8 GB of disk, and pip for the peer
