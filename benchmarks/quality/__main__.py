@@ -1,60 +1,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import benchmarks.quality
-from benchmarks.quality.experiment import Experiment, Scores, find_experiments
-from benchmarks.quality.lab import Lab
-
-
-def measure(name: str, seed: int) -> tuple[Scores, float]:
-    """The scores of an experiment at one seed, and the processor seconds they took."""
-    import torch
-
-    torch.set_num_threads(1)
-    started = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        scores = find_experiments()[name].measure(Lab(seed, Path(folder)))
-    return scores, time.process_time() - started
-
-
-def report(experiment: Experiment, rows: Sequence[Scores], seconds: float) -> bool:
-    """Print the scores of an experiment and whether its claims hold in the mean."""
-    means = {title: sum(row[title] for row in rows) / len(rows) for title in rows[0]}
-    print(f"\n{experiment.name}, {len(rows)} seeds, {seconds:.0f} s of processor time")
-    for title, mean in means.items():
-        print(f"  {title:36} {mean:7.2f}   " + " ".join(f"{row[title]:7.2f}" for row in rows))
-    holds = {text: bool(claim(means)) for text, claim in experiment.claims}
-    for text, claim in experiment.claims:
-        each = sum(bool(claim(row)) for row in rows)
-        print(f"  {'holds' if holds[text] else 'FAILS'}: {text} (in {each} of {len(rows)} seeds)")
-    print(json.dumps({"experiment": experiment.name, "mean": means, "seeds": rows, "holds": holds}), flush=True)
-    return all(holds.values())
-
-
-def run(experiments: Mapping[str, Experiment], seeds: int, jobs: int) -> bool:
-    """Measure and report; with one job in this process, where an error shows itself best."""
-    if jobs == 1:
-        held = []
-        for name, experiment in experiments.items():
-            found = [measure(name, seed) for seed in range(seeds)]
-            held.append(report(experiment, [row for row, _ in found], sum(seconds for _, seconds in found)))
-        return all(held)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {name: [pool.submit(measure, name, seed) for seed in range(seeds)] for name in experiments}
-        held = []
-        for name, experiment in experiments.items():
-            found = [one.result() for one in futures[name]]
-            held.append(report(experiment, [row for row, _ in found], sum(seconds for _, seconds in found)))
-    return all(held)
+from benchmarks.quality.experiment import find_experiments
+from benchmarks.quality.runner import run
 
 
 def main() -> int:
