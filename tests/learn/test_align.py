@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergekit_px.cli import main
-from mergekit_px.errors import OutputError, PlanError, RunError, TensorMismatchError, UsageError
+from mergekit_px.errors import DivergedError, OutputError, PlanError, TensorMismatchError, UsageError
 from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
 from mergekit_px.learn.align.direct import activation_maps, gradfix, gradient_signs, procrustes, theseus
 from mergekit_px.learn.align.fixed import FixedMap
@@ -371,7 +371,7 @@ def test_resumed_is_uninterrupted(world: Path, tmp_path: Path, stop: int) -> Non
 
 
 def test_a_loss_that_is_not_finite_keeps_the_best_before(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="the best before, is kept"):
+    with pytest.raises(DivergedError, match="the best before, is kept"):
         align_task_vector(options(world, tmp_path / "out", learning_rate=1e30, steps=30))
     vector = load_file(tmp_path / "out" / "task_vector" / "model.safetensors")
     torch.testing.assert_close(vector["mlp.weight"], delta(world, torch.float32)["mlp.weight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -139,8 +140,10 @@ def refused(world: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_the_world_is_good(learner: str, world: Path) -> None:
-    assert main(words_of(learner)) == 0
+def test_the_world_is_good(learner: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words_of(learner, "--json")) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) and captured.err == ""
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -237,16 +240,44 @@ def test_a_task_vector_of_another_base(world: Path, refused: Refused) -> None:
 
 @pytest.mark.parametrize(
     ("learner", "words"),
-    [("ofasd", ["--learning-rate", "1e37", "--steps", "9"]), ("tune", ["--rate", "3e37", "--epochs", "9"])],
+    [
+        ("ofasd", ["--learning-rate", "1e37", "--steps", "9"]),
+        ("ofasd", ["--learning-rate", "1e300"]),
+        ("tune", ["--rate", "3e37", "--epochs", "9"]),
+        ("tune", ["--rate", "1e38"]),
+        ("align", ["--learning-rate", "1e30", "--steps", "9"]),
+        ("align", ["--learning-rate", "1e38"]),
+        ("align", ["--learning-rate", "1e38", "--param", "polar"]),
+        ("align", ["--tune-rate", "1e30"]),
+        ("align", ["--tune-rate", "1e38"]),
+    ],
 )
-def test_a_loss_that_is_no_number_keeps_the_last_good_artefact(
-    learner: str, words: list[str], refused: Refused
-) -> None:
+def test_a_rate_far_too_large_keeps_the_last_good_artefact(learner: str, words: list[str], refused: Refused) -> None:
     error = refused(5, words_of(learner, *words), keeps=True)
-    assert "the loss is" in error or "the gradient is" in error
-    assert "kept" in error and "--overwrite" in error
-    artefact = {"ofasd": "out/coefficients.safetensors", "tune": "out/components.safetensors"}[learner]
+    assert error.startswith("error: out: ") and "kept" in error and "lower" in error and "--overwrite" in error
+    artefact = {
+        "ofasd": "out/coefficients.safetensors",
+        "tune": "out/components.safetensors",
+        "align": "out/task_vector/model.safetensors",
+    }[learner]
     assert all(bool(tensor.isfinite().all()) for tensor in load_file(artefact).values())
+
+
+def test_a_control_that_diverges_leaves_what_was_asked_for(refused: Refused) -> None:
+    error = refused(5, words_of("align", "--tune-rate", "1e38"), keeps=True)
+    assert "of a few-shot fine-tune; the transported task vector is kept, without scores" in error
+    whole = words_of("align", "-o", "whole")
+    assert main(whole) == 0
+    for name in ("task_vector/model.safetensors", "rotations.safetensors"):
+        assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("learner", "flag"), [("ofasd", "--learning-rate"), ("align", "--learning-rate"), ("align", "--tune-rate")]
+)
+def test_a_rate_is_a_finite_number(learner: str, flag: str, refused: Refused) -> None:
+    for word in ("inf", "nan", "0"):
+        assert "must be a finite number above 0" in refused(2, words_of(learner, flag, word))
 
 
 def test_statistics_that_are_no_numbers(refused: Refused) -> None:

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from mergekit_px.cli import main
-from mergekit_px.errors import InputError, OutputError, RunError, UsageError
+from mergekit_px.errors import DivergedError, InputError, OutputError, UsageError
 from mergekit_px.learn.data import split_rows
 from mergekit_px.learn.models import find_checkpoint, load_model
 from mergekit_px.learn.ofasd import OfasdOptions, Settings, learn_coefficients
+from mergekit_px.learn.ofasd.learner import Course, Learner
 from mergekit_px.methods.anisotropic_table import read_table
 from mergekit_px.testing.checkpoints import write_checkpoint
 
@@ -281,10 +282,26 @@ def test_negation_unlearns_and_keeps_the_control(world: Path, tmp_path: Path) ->
 
 def test_a_loss_that_is_not_finite_keeps_the_best_before(world: Path, tmp_path: Path) -> None:
     wild = options(world, tmp_path / "out", learning_rate=1e36, clip=None, steps=100, compare=False)
-    with pytest.raises(RunError, match="the best before, are kept"):
+    with pytest.raises(DivergedError, match="the best before, are kept"):
         learn_coefficients(wild)
     assert np.isfinite(read_table(tmp_path / "out").values).all()
     applied(tmp_path / "out", tmp_path)
+
+
+def test_a_control_that_diverges_leaves_the_coefficients(world: Path, tmp_path: Path, monkeypatch) -> None:
+    learn_coefficients(options(world, tmp_path / "whole", steps=20))
+    run = Learner.run
+
+    def broken(self: Learner, state: Path, *given: Any) -> Course:
+        if state.stem == "isotropic":
+            raise DivergedError("the loss is nan at step 3")
+        return run(self, state, *given)
+
+    monkeypatch.setattr(Learner, "run", broken)
+    with pytest.raises(DivergedError, match="at step 3 of the isotropic coefficients; .* the best before, are kept"):
+        learn_coefficients(options(world, tmp_path / "out", steps=20))
+    for name in ("coefficients.safetensors", "recipe.yaml"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_bad_data_is_refused(world: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mergekit_px.errors import DivergedError
 from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.data import LABELS, Batch, Examples, shuffled, to_device
+from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.state import load_state, save_state, under
 
 Trace = list[tuple[int, float | None, float]]
@@ -61,7 +62,7 @@ class Fit:
         """Train on ``train`` and leave ``free`` as it was best on ``validation``; goes on from a saved state.
 
         Raises:
-            DivergedError: a loss that is not finite; ``free`` is as it was best before.
+            DivergedError: a loss or a step that is not finite; ``free`` is as it was best before.
         """
         settings = self._settings
         dtype = next((one.dtype for one in self._free.values()), torch.float32)
@@ -73,7 +74,11 @@ class Fit:
         while self.step < settings.steps:
             losses = []
             for _ in range(min(settings.evaluate_every, settings.steps - self.step)):
-                losses.append(self._learn(to_device(stream.next(), device, dtype)))
+                try:
+                    losses.append(self._learn(to_device(stream.next(), device, dtype)))
+                except DivergedError:
+                    self._take_best()
+                    raise
                 tell(self.step, losses[-1])
             self._look(math.fsum(losses) / len(losses), parts, device, dtype)
             self._save(state, plan_hash, stream.place)
@@ -83,15 +88,16 @@ class Fit:
         loss = self._loss(batch)
         value = float(loss.detach())
         if not math.isfinite(value):
-            self._take_best()
             raise DivergedError(f"the loss is {value} at step {self.step}")
         gradients = torch.autograd.grad(loss, list(self._free.values()), allow_unused=True)
         for free, gradient in zip(self._free.values(), gradients, strict=True):
             free.grad = gradient
-        torch.nn.utils.clip_grad_norm_(list(self._free.values()), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(list(self._free.values()), 1.0)
+        if not bool(norm.isfinite()):
+            raise DivergedError(f"the gradient is not finite at step {self.step}")
         fall = 0.5 * (1 + math.cos(math.pi * self.step / self._settings.steps))
         self._optimizer.param_groups[0]["lr"] = self._rate * fall
-        self._optimizer.step()
+        take_step(self._optimizer, f"at step {self.step}")
         self._after_step()
         self.step += 1
         return value

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_px.errors import DivergedError, RunError
+from mergekit_px.errors import DivergedError
 from mergekit_px.learn.align.fit import Fit
 from mergekit_px.learn.align.fixed import Artefact, FixedMap, Transport
 from mergekit_px.learn.align.forward import ChangedModel
@@ -132,12 +132,14 @@ class Trial:
         )
         self.say(f"learning {len(rotations.free)} matrices ({name})")
         try:
-            fit.run(self.parts, self.device, self.work / f"{name}.safetensors", self.plan_hash, self.tell)
+            self._run(fit, name)
         except DivergedError as error:
-            if keep is not None:
-                keep(moved(), self._artefact(rotations))
-            raise RunError(
+            if keep is None:
+                raise self._stopped(error, f"the control '{name}'", "learning rate") from error
+            keep(moved(), self._artefact(rotations))
+            raise DivergedError(
                 f"{error.what}; the result of step {fit.best_step}, the best before, is kept",
+                where=str(self.work.parent),
                 hint="lower the learning rate and start over with --overwrite",
             ) from error
         if settings.project:
@@ -157,9 +159,22 @@ class Trial:
             return self.model.loss({**fixed, **free}, batch)
 
         self.say(f"few-shot fine-tune ({name})")
-        fit = Fit(free, loss, loss, self.settings, rate=self.settings.tune_rate)
-        fit.run(self.parts, self.device, self.work / f"{name}.safetensors", self.plan_hash, self.tell)
+        try:
+            self._run(Fit(free, loss, loss, self.settings, rate=self.settings.tune_rate), name)
+        except DivergedError as error:
+            raise self._stopped(error, "a few-shot fine-tune", "rate of the fine-tunes") from error
         return {**fixed, **{other: one.detach() for other, one in free.items()}}
+
+    def _run(self, fit: Fit, name: str) -> None:
+        fit.run(self.parts, self.device, self.work / f"{name}.safetensors", self.plan_hash, self.tell)
+
+    def _stopped(self, error: DivergedError, control: str, rate: str) -> DivergedError:
+        """The error for a control that diverged when the result itself was written."""
+        return DivergedError(
+            f"{error.what} of {control}; the transported task vector is kept, without scores",
+            where=str(self.work.parent),
+            hint=f"lower the {rate} and start over with --overwrite",
+        )
 
     def _spectrum_distance(self, before: Deltas, after: Deltas) -> float:
         """The largest relative change of the singular values of a piece."""

@@ -119,7 +119,7 @@ def align_task_vector(
 
     Raises:
         UsageError, InputError, PlanError: what is asked cannot be done.
-        RunError: a loss was not finite; the result of the best step before it is written.
+        DivergedError: a loss was not finite; the result of the best step before it is written.
         KeyboardInterrupt: passed on; mode ``resume`` goes on from the last look at the validation data.
     """
     from mergekit_px.execute.lane import pick_device

@@ -78,8 +78,8 @@ class AlignSettings:
     def check(self) -> None:
         """Raise ``UsageError`` for numbers that cannot be meant."""
         for name, value in (("learning rate", self.learning_rate), ("rate of the fine-tunes", self.tune_rate)):
-            if not value > 0:
-                raise UsageError(f"the {name} must be above 0, not {value:g}")
+            if not 0 < value < math.inf:
+                raise UsageError(f"the {name} must be a finite number above 0, not {value:g}")
         if self.project and self.parametrisation != "soft":
             raise UsageError(f"{self.parametrisation} matrices are orthogonal already", hint="project goes with soft")
         for scale in (self.scale, *self.scales):

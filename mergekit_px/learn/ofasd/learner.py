@@ -18,6 +18,7 @@ from mergekit_px.learn.ofasd.batch_norm import batch_norms, batch_statistics, re
 from mergekit_px.learn.ofasd.blend import Blend
 from mergekit_px.learn.ofasd.objective import TEACHER, cross_entropy, distillation, entropy, penalty, predict
 from mergekit_px.learn.ofasd.settings import Settings
+from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.state import load_state, save_state
 
 Tell = Callable[[int, float], None]
@@ -167,17 +168,22 @@ class Learner:
         return (self._moved(batch) for batch in self._parts[part].batches(self.settings.batch))
 
     def _apply(self, gradient: Tensor) -> None:
-        """A step of AdamW on a cosine schedule (constant for the entropy), within the bounds."""
+        """A step of AdamW on a cosine schedule (constant for the entropy), within the bounds.
+
+        Raises ``DivergedError`` where a coefficient leaves the range of the model's dtype.
+        """
         settings, course = self.settings, self.course
         assert settings.learning_rate is not None and settings.steps is not None
         fall = 1.0 if settings.objective == "entropy" else 0.5 * (1 + math.cos(math.pi * course.step / settings.steps))
         self._optimizer.param_groups[0]["lr"] = settings.learning_rate * fall
         self._values.grad = gradient
-        self._optimizer.step()
+        take_step(self._optimizer, f"at step {course.step}")
         with torch.no_grad():
             if settings.bounds is not None:
                 self._values.clamp_(*settings.bounds)
             course.values = torch.where(self._learned, self._values.detach(), self._initial)
+        if not bool(course.values.to(self._dtype).isfinite().all()):
+            raise DivergedError(f"a coefficient is not finite after step {course.step}")
 
     def _look(self, loss: float | None) -> None:
         """Score the coefficients on the validation data and keep them if they are the best."""

@@ -24,7 +24,7 @@ from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.errors import DivergedError, RunError, UsageError
+from mergekit_px.errors import DivergedError, UsageError
 from mergekit_px.learn.data import Examples, split_rows
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, parameters_of
@@ -95,7 +95,7 @@ def learn_coefficients(
 
     Raises:
         UsageError, InputError, PlanError: what is asked cannot be done.
-        RunError: a loss was not finite; the best coefficients before it are written.
+        DivergedError: a loss was not finite; the best coefficients before it are written.
         KeyboardInterrupt: passed on; mode ``resume`` goes on from the last look at the validation data.
     """
     from mergekit_px.execute.lane import pick_device
@@ -163,7 +163,7 @@ class _Run:
     def report(self, teacher: Ensemble | None, test: Tensor, *, labelled: bool) -> dict[str, Any]:
         """Learn, write the result, and score it beside its controls."""
         learner = self._learner(self.blend)
-        course = self._learned(learner, "anisotropic")
+        course = self._learned(learner, "anisotropic", learner)
         bench = Bench(learner, labelled=labelled, has_control="control" in self.parts)
         count = len(self.shares)
         equal = torch.full_like(course.values, 1 / count)
@@ -171,7 +171,7 @@ class _Run:
         if self.options.counts is not None:
             scores["weighted average"] = bench.score(torch.tensor(self.shares).double()[:, None].expand_as(equal))
         if self.options.compare and self.settings.granularity != "model":
-            scores["isotropic"] = self._isotropic(bench)
+            scores["isotropic"] = self._isotropic(bench, learner)
         scores["learned"] = bench.score(course.best)
         write_result(self.options, self.model, learner, course)  # the model is settled at the best coefficients
         of_teacher = None
@@ -204,23 +204,25 @@ class _Run:
             initial[:, torch.tensor(blend.blocks.learned)] = self.settings.initial
         return Learner(blend, self.model.module, self.parts, initial, self.settings, self.device)
 
-    def _isotropic(self, bench: Bench) -> dict[str, float]:
+    def _isotropic(self, bench: Bench, asked_for: Learner) -> dict[str, float]:
         parameters, buffers = parameters_of(self.blend.sites)
         settings = replace(self.settings, granularity="model", groups=(), random_groups=1)
         learner = self._learner(self.blend.with_blocks(make_blocks(parameters, buffers, settings)))
-        course = self._learned(learner, "isotropic")
+        course = self._learned(learner, "isotropic", asked_for)
         return bench.of(learner).score(course.best)
 
-    def _learned(self, learner: Learner, name: str) -> Course:
+    def _learned(self, learner: Learner, name: str, asked_for: Learner) -> Course:
+        """What came of a learner; where it diverges, the best that was asked for so far is written."""
         self.say(f"learning {int(sum(learner.blend.blocks.learned)) * len(self.shares)} {name} coefficients")
         try:
             return learner.run(self.work / f"{name}.safetensors", self.plan_hash, self.tell)
         except DivergedError as error:
-            if name == "anisotropic":
-                learner.settle(learner.course.best)
-                write_result(self.options, self.model, learner, learner.course)
-            raise RunError(
-                f"{error.what}; the coefficients of step {learner.course.best_step}, the best before, are kept",
+            asked_for.settle(asked_for.course.best)
+            write_result(self.options, self.model, asked_for, asked_for.course)
+            where = "" if learner is asked_for else f" of the {name} coefficients"
+            kept = f"the coefficients of step {asked_for.course.best_step}, the best before, are kept"
+            raise DivergedError(
+                f"{error.what}{where}; {kept}",
                 where=str(self.options.output),
                 hint="lower the learning rate and start over with --overwrite",
             ) from error

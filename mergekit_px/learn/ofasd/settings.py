@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -102,5 +103,5 @@ class Settings:
             raise UsageError(f"the lower bound {self.bounds[0]:g} is not below the upper one {self.bounds[1]:g}")
         positive = {"temperature": self.temperature, "learning rate": self.learning_rate or 0.0}
         for name, value in positive.items():
-            if not value > 0:
-                raise UsageError(f"the {name} must be above 0, not {value:g}")
+            if not 0 < value < math.inf:
+                raise UsageError(f"the {name} must be a finite number above 0, not {value:g}")

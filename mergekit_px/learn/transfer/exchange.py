@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_px.learn.data import derived_seed
+from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.transfer.adapter import AdapterStack, Shape, both_ways
 from mergekit_px.learn.transfer.factors import Factors
 from mergekit_px.learn.transfer.plan import Adapter
@@ -123,7 +124,7 @@ class Exchange:
             lr *= 0.5 * (1 + math.cos(math.pi * (self.done - 1) / max(1, self._planned)))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        take_step(self.optimizer, f"for the adapters at transfer {self.done}")
         self.optimizer.zero_grad()
 
 

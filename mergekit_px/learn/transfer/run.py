@@ -26,7 +26,7 @@ from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.lock import DirectoryLock
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.errors import DivergedError, InputError, OutputError, RunError, UsageError, WriteError
+from mergekit_px.errors import DivergedError, InputError, OutputError, UsageError, WriteError
 from mergekit_px.learn.data import Examples
 from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.output import write_model
@@ -80,7 +80,7 @@ def run_transfers(
     Raises:
         UsageError, InputError, PlanError: what is asked cannot be done.
         OutputError: the output folder is not free, or its unfinished run is another.
-        RunError: a run diverged; its last good state is kept as a checkpoint.
+        DivergedError: a run diverged; its last good state is kept as a checkpoint.
         KeyboardInterrupt: passed on; mode ``resume`` goes on from the last saved state.
     """
     from mergekit_px.execute.lane import pick_device
@@ -162,13 +162,13 @@ def _run_arm(
     return result
 
 
-def _diverged(error: DivergedError, arm: Arm, state: Path, output: Path) -> RunError:
+def _diverged(error: DivergedError, arm: Arm, state: Path, output: Path) -> DivergedError:
     """Keep the models of the last good state, or of the start, as checkpoints, and say so."""
     if state.exists():
         arm.restore(state)
     for role, side in arm.sides.items():
         write_model(side.model, output / LAST_GOOD / role, arm.trial.plan_hash)
-    return RunError(
+    return DivergedError(
         f"{error.what} of the run '{arm.kind}'; the models of step {arm.step} are kept",
         where=str(output / LAST_GOOD),
         hint="lower the learning rates or stop_at, and start over with --overwrite",

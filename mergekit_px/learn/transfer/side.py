@@ -26,6 +26,7 @@ from mergekit_px.learn.data import (
 )
 from mergekit_px.learn.models import LearningModel, user_function
 from mergekit_px.learn.objective import Loss, Metric, check_fit, loss_function, metric_function
+from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.transfer.exchange import all_finite
 from mergekit_px.learn.transfer.factors import Factors
 from mergekit_px.learn.transfer.plan import Data, Model
@@ -222,7 +223,7 @@ class Side:
             nn.utils.clip_grad_norm_(self._parameters, self._settings.optimizer.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(step)
-        self.optimizer.step()
+        take_step(self.optimizer, f"for '{self.name}' at step {step}")
         for factors in self.factors.values():
             factors.write()
         self.last_loss = float(loss.detach())

@@ -17,7 +17,7 @@ from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
-from mergekit_px.errors import InputError, OutputError, RunError
+from mergekit_px.errors import DivergedError, InputError, OutputError
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.artefact import write_report, write_tensors
 from mergekit_px.learn.data import LABELS, Examples, load_examples, require_classes, split_rows, to_device
@@ -78,7 +78,7 @@ def run_tune(
     Raises:
         UsageError, InputError, PlanError: options, files or a model that do not fit.
         OutputError: the folder is not empty, or there is nothing to resume.
-        RunError: the loss was not finite; what was best until then has been written.
+        DivergedError: the loss was not finite; what was best until then has been written.
     """
     components = read_components(components_path)
     checkpoint = find_checkpoint(base, allow_pickle=options.allow_pickle)
@@ -142,7 +142,7 @@ def run_tune(
 def _conclude(progress: Progress, state: Path, output: Path, note: Callable[[str], None]) -> None:
     state.unlink(missing_ok=True)
     if progress.stopped is not None:
-        raise RunError(
+        raise DivergedError(
             f"{progress.stopped}; what was best on validation until then (step {progress.best_step}) is kept",
             where=str(output),
             hint="start over with a lower --rate and --overwrite",

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mergekit_px.errors import DivergedError
 from mergekit_px.learn.data import LABELS, Examples, shuffled, to_device
 from mergekit_px.learn.objective import loss_function, metric_function
+from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.precision import Precision, passes
 from mergekit_px.learn.state import load_state, save_state
 from mergekit_px.learn.tune.substitution import TunedValues
@@ -128,11 +130,11 @@ class Training:
             self._save()
         losses: list[float] = []
         while self.progress.step < self.steps and self.progress.stopped is None:
-            loss = self._step()
-            if not math.isfinite(loss):
-                self.progress.stopped = f"the loss is {loss} at step {self.progress.step + 1}"
+            try:
+                losses.append(self._step())
+            except DivergedError as error:
+                self.progress.stopped = error.what
                 break
-            losses.append(loss)
             self.progress.step += 1
             if self.progress.step % self._epoch == 0:
                 mean = math.fsum(losses) / len(losses)
@@ -145,6 +147,8 @@ class Training:
         return self.progress
 
     def _step(self) -> float:
+        """One step on the next batch; returns the loss. Raises ``DivergedError``."""
+        place = f"at step {self.progress.step + 1}"
         batch = to_device(self._batches.next(), self._device, torch.float32)
         for group in self._optimizer.param_groups:
             group["lr"] = self._schedule.rate * 0.5 * (1 + math.cos(math.pi * self.progress.step / self.steps))
@@ -153,12 +157,13 @@ class Training:
         with passes(self._device, self._schedule.precision):
             loss = self._loss(substituted, batch)
         value = float(loss.detach())
-        if math.isfinite(value):
-            loss.backward()
-            norm = float(nn.utils.clip_grad_norm_([self._values.values], self._schedule.clip))
-            if not math.isfinite(norm):
-                return norm
-            self._optimizer.step()
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss is {value} {place}")
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_([self._values.values], self._schedule.clip))
+        if not math.isfinite(norm):
+            raise DivergedError(f"the gradient is not finite {place}")
+        take_step(self._optimizer, place)
         return value
 
     def _look(self, loss: float) -> None:

@@ -120,6 +120,19 @@ def test_a_metric_that_is_no_number_stops_the_run(place) -> None:
     assert "the nets.py:nothing of 'kernels' on validation data is nan" in place.fails(code=5)
 
 
-def test_a_rate_far_too_high_diverges(place) -> None:
-    place.plan["models"]["kernels"]["optimizer"] = {"name": "sgd", "lr": 1e30}
-    assert "is not finite" in place.fails(code=5)
+@pytest.mark.parametrize(("name", "rate", "message"), [
+    ("sgd", 1e30, "is not finite"),
+    ("sgd", 1e39, "a step by the learning rate 1e+39 overflows for 'kernels' at step 0"),
+    ("adamw", 1e38, "a step by the learning rate 1e+38 overflows for 'kernels' at step 0"),
+])  # fmt: skip
+def test_a_rate_far_too_high_diverges(place, name: str, rate: float, message: str) -> None:
+    place.plan["models"]["kernels"]["optimizer"] = {"name": name, "lr": rate}
+    line = place.fails(code=5)
+    assert message in line and "are kept" in line
+    kept = place.tensors("out/transfer/last-good/target")
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
+
+
+def test_a_rate_far_too_high_for_the_adapters_diverges(place) -> None:
+    place.transfer["adapter"] = {**place.transfer.get("adapter", {}), "lr": 1e38}
+    assert "overflows for the adapters at transfer 1" in place.fails(code=5)
