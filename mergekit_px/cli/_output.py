@@ -44,8 +44,10 @@ class Output:
     only the result itself.
     """
 
-    def __init__(self, mode: Mode = "human") -> None:
+    def __init__(self, mode: Mode = "human", *, notes: bool = True) -> None:
         self.mode = mode
+        self.has_notes = notes and mode != "quiet"
+        """Whether anything but data and errors is said: notes, warnings, progress."""
 
     @property
     def is_human(self) -> bool:
@@ -109,12 +111,12 @@ class Output:
 
     def note(self, text: str) -> None:
         """Something worth knowing, on stderr."""
-        if self.mode != "quiet":
+        if self.has_notes:
             write_error_line(text)
 
     def warning(self, text: str) -> None:
         """Something that may not be meant, on stderr."""
-        if self.mode != "quiet":
+        if self.has_notes:
             write_error_line(f"warning: {text}")
 
     def _console(self) -> Console:
@@ -161,9 +163,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequ
 
 def output_for(*, json: bool = False, quiet: bool = False) -> Output:
     """The sink for the flags ``--json`` and ``--quiet``; with both, the document is all that is printed."""
-    if json:
-        return Output("json")
-    return Output("quiet" if quiet else "human")
+    return Output("json" if json else "quiet" if quiet else "human", notes=not quiet)
 
 
 def write_error_line(text: str) -> None:

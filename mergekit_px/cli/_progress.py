@@ -25,7 +25,7 @@ _NARROW = 72
 @contextmanager
 def progress_on(output: Output) -> Iterator[Advance]:
     """A function to report progress with, while the block runs."""
-    if output.mode == "quiet":
+    if not output.has_notes:
         yield lambda phase, done, total: None
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         with _live() as advance:

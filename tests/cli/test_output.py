@@ -50,6 +50,12 @@ def test_quiet_leaves_the_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert (captured.out, captured.err) == ("result\n", "")
 
 
+def test_quiet_programs_get_the_document_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    say_everything(output_for(json=True, quiet=True))
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"result": 1} and captured.err == ""
+
+
 def test_a_pipe_keeps_each_row_on_its_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS")
     Output().table([Column("name")], [("x" * 500,)])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mergekit_px.cli._output import Output
+from mergekit_px.cli._output import Output, output_for
 from mergekit_px.cli._progress import _Lines, progress_on
 
 
@@ -42,10 +42,11 @@ def test_short_work_off_a_terminal_says_nothing(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == ""
 
 
-def test_quiet_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("json", [False, True])
+def test_quiet_draws_nothing(monkeypatch: pytest.MonkeyPatch, json: bool) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with progress_on(Output("quiet")) as advance:
+    with progress_on(output_for(json=json, quiet=True)) as advance:
         advance("merging", 1, 2)
     assert terminal.getvalue() == ""
 
