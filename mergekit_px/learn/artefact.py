@@ -34,10 +34,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         sync(file.fileno())
 
 
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON document over the one before it, in one rename. Raises ``WriteError``."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text over the one before it, in one rename. Raises ``WriteError``."""
     with _replaced(path) as part, part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(report, indent=2) + "\n")
+        file.write(text)
         file.flush()
         sync(file.fileno())
 

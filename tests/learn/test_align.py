@@ -370,6 +370,41 @@ def test_resumed_is_uninterrupted(world: Path, tmp_path: Path, stop: int) -> Non
         assert (tmp_path / "halved" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_bfloat16_is_for_passes_alone_and_resumes(world: Path, tmp_path: Path) -> None:
+    whole = align_task_vector(options(world, tmp_path / "whole", precision="bfloat16")).report
+    single = align_task_vector(options(world, tmp_path / "single")).report
+    assert whole["settings"]["precision"] == "bfloat16" and single["settings"]["precision"] == "float32"
+    half, full = (load_file(tmp_path / name / "rotations.safetensors") for name in ("whole", "single"))
+    assert {one.dtype for one in half.values()} == {torch.float32}
+    assert any(not torch.equal(half[name], one) for name, one in full.items())
+    for name, one in full.items():
+        torch.testing.assert_close(half[name], one, rtol=0, atol=0.1)
+    assert 0 < abs(whole["trace"][0][2] / single["trace"][0][2] - 1) < 0.02
+
+    def interrupt(step: int, loss: float) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+
+    halved = options(world, tmp_path / "halved", precision="bfloat16")
+    with pytest.raises(KeyboardInterrupt):
+        align_task_vector(halved, tell=interrupt)
+    with pytest.raises(OutputError, match="another plan"):
+        align_task_vector(options(world, tmp_path / "halved", mode="resume"))
+    align_task_vector(replace(halved, mode="resume"))
+    names = [tmp_path / folder / "rotations.safetensors" for folder in ("whole", "halved")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+@pytest.mark.parametrize("route", ["theseus", "gradfix"])
+def test_bfloat16_reaches_the_routes_that_train_nothing(world: Path, tmp_path: Path, route: str) -> None:
+    changes: dict[str, Any] = {"route": route, "steps": 0}
+    for name in ("bfloat16", "float32"):
+        align_task_vector(options(world, tmp_path / name, precision=name, **changes))
+    half, full = (load_file(tmp_path / name / "task_vector" / "model.safetensors") for name in ("bfloat16", "float32"))
+    assert {one.dtype for one in half.values()} == {torch.float32}
+    assert any(not torch.equal(half[name], one) for name, one in full.items())
+
+
 def test_a_loss_that_is_not_finite_keeps_the_best_before(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="the best before, is kept"):
         align_task_vector(options(world, tmp_path / "out", learning_rate=1e30, steps=30))

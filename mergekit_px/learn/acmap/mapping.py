@@ -25,7 +25,7 @@ from mergekit_px.learn.acmap.export import write_prototypes
 from mergekit_px.learn.acmap.pending import Pending, discard
 from mergekit_px.learn.acmap.prototypes import Prototypes
 from mergekit_px.learn.acmap.sources import FeatureSource, Sources, Tell, class_means, labels_of, require_comparable
-from mergekit_px.learn.artefact import write_report
+from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import LABELS
 
 
@@ -101,7 +101,7 @@ def map_task(options: MapOptions, tell: Tell = lambda what, done, total: None) -
         report["drift"] = _drift(options, sources, stored, table, tell) if options.oracle else None
     if options.output is not None:
         write_prototypes(table, options.output)
-        write_report(options.output.with_suffix(".json"), report)
+        write_json(options.output.with_suffix(".json"), report)
     return {**report, "was_mapped_already": is_known}
 
 

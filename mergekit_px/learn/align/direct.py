@@ -17,6 +17,7 @@ from mergekit_px.learn.align.pieces import pieces_of
 from mergekit_px.learn.data import Batch
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.objective import predict
+from mergekit_px.learn.precision import Precision
 
 MAPS_FILE = "maps.safetensors"
 SIGNS_FILE = "signs.safetensors"
@@ -36,16 +37,18 @@ def procrustes(product: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def crossed_activations(source: LearningModel, target: LearningModel, batches: Iterable[Batch]) -> Crossed:
+def crossed_activations(
+    source: LearningModel, target: LearningModel, batches: Iterable[Batch], precision: Precision = "float32"
+) -> Crossed:
     """Run both models on the same batches and multiply what their linear layers of equal names see."""
     found: Crossed = {}
     pairs = {name: (source.module.get_submodule(own), target.module.get_submodule(other))
              for name, own, other in _shared_layers(source, target)}  # fmt: skip
     for batch in batches:
         with _recorded({name: own for name, (own, _) in pairs.items()}) as of_source:
-            predict(source.module, batch)
+            predict(source.module, batch, precision)
         with _recorded({name: other for name, (_, other) in pairs.items()}) as of_target:
-            predict(target.module, batch)
+            predict(target.module, batch, precision)
         for name in of_source.keys() & of_target.keys():
             products = [a.T @ b for a, b in zip(of_source[name], of_target[name], strict=True)]
             before = found.get(name)

@@ -13,6 +13,7 @@ from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.objective import logits_of
 from mergekit_px.learn.ofasd.blend import Site
 from mergekit_px.learn.ofasd.objective import cross_entropy
+from mergekit_px.learn.precision import Precision, passes
 
 
 class ChangedModel:
@@ -21,19 +22,22 @@ class ChangedModel:
     Args:
         model: in evaluation mode, on the device.
         sites: its arrays.
+        precision: of forward passes.
     """
 
-    def __init__(self, model: LearningModel, sites: Sequence[Site]) -> None:
+    def __init__(self, model: LearningModel, sites: Sequence[Site], precision: Precision = "float32") -> None:
         self.module: nn.Module = model.module
         self.sites = {site.name: site for site in sites}
         self._inner = {site.name: model.names[site.name] for site in sites}
+        self._precision = precision
         self._passed = forward_names(model.module)[1]
 
     def logits(self, changes: Mapping[str, Tensor], batch: Batch, scale: float = 1.0) -> Tensor:
         """Logits with ``scale * changes`` added to the tensors that they name; differentiable in the changes."""
         changed = {self._inner[name]: self.sites[name].base + scale * change for name, change in changes.items()}
         inputs = {name: array for name, array in batch.items() if name != LABELS or name in self._passed}
-        return logits_of(functional_call(self.module, changed, kwargs=inputs))
+        with passes(next(iter(inputs.values())).device, self._precision):
+            return logits_of(functional_call(self.module, changed, kwargs=inputs))
 
     def loss(self, changes: Mapping[str, Tensor], batch: Batch, scale: float = 1.0) -> Tensor:
         """Cross-entropy with the changes."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.align.direct import (
     MAPS_FILE,
@@ -51,10 +52,11 @@ from mergekit_px.learn.align.reuse import load_map
 from mergekit_px.learn.align.routes import CONTROLS, Deltas, Trial, norm
 from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.align.source import read_deltas
+from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import Batch, Examples, load_examples, split_rows, to_device
+from mergekit_px.learn.folder import working_folder
 from mergekit_px.learn.models import LearningModel, load_model
 from mergekit_px.learn.ofasd.blend import Site, find_sites
-from mergekit_px.learn.ofasd.folder import Mode, working_folder, write_json
 from mergekit_px.learn.ofasd.proxy import check_data
 
 UNFINISHED = ".align"
@@ -133,7 +135,7 @@ def align_task_vector(
     prints = fingerprints(checkpoints)
     plan = plan_hash(options, prints, device)
     metadata = artefact_metadata(checkpoints, prints)
-    with working_folder(options.output, UNFINISHED, options.mode, plan) as work:
+    with working_folder(options.output, UNFINISHED, options.mode, {"plan_hash": plan}) as work:
         if parts:
             report = _with_data(options, checkpoints, parts, metadata, device, work, plan, say, tell)
         else:
@@ -175,10 +177,11 @@ def _with_data(
     fitting = {name: one for name, one in deltas.items() if shapes.get(name) == tuple(one.shape)}
     pieces: list[Piece] = []
     fixed: FixedMap | None = None
-    changed = ChangedModel(model, sites)
+    changed = ChangedModel(model, sites, settings.precision)
     if options.maps is not None or settings.route == "permutation":
         first = to_device(next(parts["validation"].batches(settings.batch)), device, dtype)
-        fixed = _found_map(options, checkpoints, metadata, say, changed, first)
+        exact = ChangedModel(model, sites)  # rounding would hide what permutations change
+        fixed = _found_map(options, checkpoints, metadata, say, exact, first)
     elif settings.route == "theseus":
         crossed = _crossed(options, checkpoints["source base"], model, parts["train"], device)
         maps = activation_maps(crossed)
@@ -308,7 +311,7 @@ def _crossed(
         return [to_device(batch, device, sites[0].base.dtype) for batch in train.batches(options.settings.batch)]
 
     check_data(source.module, train, labelled=True, device=device, dtype=sites[0].base.dtype)
-    return crossed_activations(source, target, batches())
+    return crossed_activations(source, target, batches(), options.settings.precision)
 
 
 def _scales(trial: Trial, naive: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> list[dict[str, float]]:

@@ -9,6 +9,7 @@ from typing import Literal
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.align.head_counts import Positions
 from mergekit_px.learn.align.roles import Place, check_places
+from mergekit_px.learn.precision import Precision
 
 Route = Literal["orthogonal", "theseus", "gradfix", "permutation"]
 DEFAULT_SCALES = tuple(step / 4 for step in range(9))
@@ -36,6 +37,7 @@ class AlignSettings:
         majority: for ``gradfix``: signs by a vote of the examples instead of the mean gradient.
         learning_rate: of the rotations.
         tune_rate: of the few-shot fine-tunes that the result is compared with.
+        precision: of forward and backward passes; matrices, maps and weights keep their dtype.
         permute: which units change places, any of `PERMUTED`.
         match: ``spectrum``: heads by the singular values of their projections (TransFusion); ``product``: by inner
             products, as everything else (Git Re-Basin).
@@ -60,6 +62,7 @@ class AlignSettings:
     learning_rate: float = 3e-3
     tune_rate: float = 5e-4
     weight_decay: float = 0.0
+    precision: Precision = "float32"
     steps: int = 150
     batch: int = 64
     evaluate_every: int = 10

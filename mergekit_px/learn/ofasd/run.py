@@ -21,16 +21,18 @@ import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.errors import DivergedError, UsageError
+from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import Examples, split_rows
+from mergekit_px.learn.folder import working_folder
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, parameters_of
 from mergekit_px.learn.ofasd.blocks import make_blocks
 from mergekit_px.learn.ofasd.ensemble import Ensemble, ensemble
-from mergekit_px.learn.ofasd.folder import Mode, working_folder, write_json
 from mergekit_px.learn.ofasd.learner import Course, Learner, Tell
 from mergekit_px.learn.ofasd.objective import TEACHER
 from mergekit_px.learn.ofasd.output import write_result
@@ -110,7 +112,7 @@ def learn_coefficients(
     sources = [find_checkpoint(one, allow_pickle=options.allow_pickle) for one in options.sources]
     check_sources(base, sources)
     plan_hash = _plan_hash(options, settings, base, sources, device)
-    with working_folder(options.output, UNFINISHED, options.mode, plan_hash) as work:
+    with working_folder(options.output, UNFINISHED, options.mode, {"plan_hash": plan_hash}) as work:
         model = load_model(base, options.model, allow_code=options.allow_code)
         module = model.module.to(device).eval()
         sites = find_sites(model)

@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from mergekit_px._version import __version__
+from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.errors import NonFiniteError, OutputError, RecipeError, RunError, UsageError
 from mergekit_px.execute.run import run_plan
-from mergekit_px.learn.artefact import write_report
+from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import Examples, load_examples, split_rows
 from mergekit_px.learn.search.reuse import unchanged, with_kept
 from mergekit_px.learn.search.score import Score, command_score, data_score
@@ -74,7 +75,7 @@ class SearchOptions:
     device: str = "auto"
     memory: int | None = None
     threads: int | None = None
-    mode: Literal["new", "resume", "overwrite"] = "new"
+    mode: Mode = "new"
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def run_search(
         },
         "versions": {"pxmerge": __version__, "torch": torch.__version__},
     }
-    write_report(output / REPORT, report)
+    write_json(output / REPORT, report)
     return report
 
 

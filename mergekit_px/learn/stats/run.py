@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_px._version import __version__
+from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import KIND_KEY
 from mergekit_px.errors import InputError, OutputError
 from mergekit_px.execute.lane import pick_device
-from mergekit_px.learn.artefact import write_report, write_tensors
+from mergekit_px.learn.artefact import write_json, write_tensors
 from mergekit_px.learn.data import LABELS, Examples, derived_seed, load_examples, require_classes, to_device
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.objective import check_fit
@@ -34,7 +35,6 @@ from mergekit_px.methods.fisher import FISHER
 from mergekit_px.methods.regmean import GRAM
 
 Kind = Literal["fisher", "gram"]
-Mode = Literal["new", "resume", "overwrite"]
 
 STATISTICS_KIND = "statistics"
 FINGERPRINT_KEY = "pxmerge.model_fingerprint"
@@ -122,7 +122,7 @@ def measure(
         "without": sorted(set(checkpoint.tensors) - set(model.names)),
     }
     write_tensors(output, tensors, {KIND_KEY: STATISTICS_KIND, FINGERPRINT_KEY: model_fingerprint})
-    write_report(output.with_suffix(".json"), report)
+    write_json(output.with_suffix(".json"), report)
     state.unlink(missing_ok=True)
     return report
 

@@ -17,20 +17,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
-from mergekit_px.checkpoint.lock import DirectoryLock
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.errors import DivergedError, InputError, OutputError, UsageError, WriteError
+from mergekit_px.errors import DivergedError, InputError, UsageError
+from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.data import Examples
+from mergekit_px.learn.folder import working_folder
 from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.output import write_model
-from mergekit_px.learn.state import other_plan
 from mergekit_px.learn.transfer.arm import Arm, ArmResult, Entrant, Kind, Trial
 from mergekit_px.learn.transfer.load import LoadedTransferPlan
 from mergekit_px.learn.transfer.plan import Model, Transfer
@@ -56,7 +57,7 @@ class TransferOptions:
     seeds: int | None = None
     device: str = "auto"
     threads: int | None = None
-    mode: Literal["new", "resume", "overwrite"] = "new"
+    mode: Mode = "new"
     allow_code: bool = False
     allow_pickle: bool = False
 
@@ -92,14 +93,17 @@ def run_transfers(
     seeds = [first + number for number in range(plan.seeds if options.seeds is None else options.seeds)]
     checkpoints = _checkpoints(loaded, options)
     trials = _trials(loaded, checkpoints, device, options)
-    with _threads(options.threads), _working_folder(output, options.mode, trials, seeds) as work:
+    identity = {"seeds": seeds, "transfers": {trial.name: trial.plan_hash for trial in trials}}
+    with _threads(options.threads), working_folder(output, UNFINISHED, options.mode, identity) as work:
+        for name in (*REPORT_FILES, PLAN_FILE):  # of an earlier run
+            (output / name).unlink(missing_ok=True)
         results = {trial.name: _run_trial(trial, seeds, output, work, say) for trial in trials}
         report = {
             "seeds": seeds,
             "device": str(device),
             "inputs": _inputs(loaded, checkpoints),
         }
-        _write_text(output / PLAN_FILE, loaded.text)
+        write_text(output / PLAN_FILE, loaded.text)
         document = write_report(output, report, [Results(trial, results[trial.name]) for trial in trials])
         shutil.rmtree(work, ignore_errors=True)
     return TransferOutcome(output, document)
@@ -157,7 +161,7 @@ def _run_arm(
     if is_kept:
         for role, side in arm.sides.items():
             write_model(side.model, output / role, trial.plan_hash)
-    _write_text(finished, json.dumps(result.document()))
+    write_text(finished, json.dumps(result.document()))
     state.unlink(missing_ok=True)
     return result
 
@@ -273,75 +277,6 @@ def _inputs(loaded: LoadedTransferPlan, checkpoints: Mapping[str, Checkpoint | N
             weights = {file: file_sha256(checkpoint.directory / file) for file in checkpoint.files}
         found[name] = {"weights": model.weights, "weight_files": weights, "other_files": _file_hashes(model)}
     return found
-
-
-@contextmanager
-def _working_folder(
-    output: Path, mode: Literal["new", "resume", "overwrite"], trials: list[Trial], seeds: list[int]
-) -> Iterator[Path]:
-    """The folder of unfinished runs, locked, and of this plan."""
-    work = output / UNFINISHED
-    identity = json.dumps({"seeds": seeds, "transfers": {trial.name: trial.plan_hash for trial in trials}})
-    try:
-        _require_usable(output, work, mode, identity)
-        work.mkdir(parents=True, exist_ok=True)
-        lock = DirectoryLock.take(work / "lock", str(output))
-    except OSError as error:
-        what = f"the output folder cannot be used: {error.strerror or error}"
-        raise OutputError(what, where=str(output), hint="choose another with -o") from error
-    try:
-        if mode == "overwrite":
-            _remove_earlier(output, work)
-        _write_text(work / "run.json", identity)
-        yield work
-    finally:
-        if not any(work.glob("*/*")):  # nothing to resume
-            shutil.rmtree(work, ignore_errors=True)
-        lock.release(remove=not work.exists())
-        if output.exists() and not any(output.iterdir()):
-            output.rmdir()
-
-
-def _require_usable(output: Path, work: Path, mode: str, identity: str) -> None:
-    if output.exists() and not output.is_dir():
-        raise OutputError("the output is a file, not a folder", where=str(output), hint="choose another with -o")
-    record = work / "run.json"
-    if mode == "overwrite" or not output.exists():
-        return
-    if not record.exists() and all(one == work for one in output.iterdir()):
-        return  # empty, or a run was ended before it began
-    if mode == "new":
-        what = "an unfinished run is there" if record.exists() else "the output folder is not empty"
-        hint = "continue it with --resume or start over with --overwrite" if record.exists() else (
-            "choose another or allow it with --overwrite"
-        )  # fmt: skip
-        raise OutputError(what, where=str(output), hint=hint)
-    if not record.exists():
-        raise OutputError(
-            "there is no unfinished run to resume, and the folder is not empty",
-            where=str(output),
-            hint="it may be complete already; --overwrite starts over",
-        )
-    if record.read_text(encoding="utf-8") != identity:
-        raise other_plan(output)
-
-
-def _remove_earlier(output: Path, work: Path) -> None:
-    for entry in work.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-    for name in (*REPORT_FILES, PLAN_FILE):
-        (output / name).unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise WriteError(f"the disk refused: {error.strerror or error}", where=str(path)) from error
 
 
 @contextmanager

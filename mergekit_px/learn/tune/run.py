@@ -8,18 +8,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from mergekit_px._version import __version__
+from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
 from mergekit_px.errors import DivergedError, InputError, OutputError
 from mergekit_px.execute.lane import pick_device
-from mergekit_px.learn.artefact import write_report, write_tensors
+from mergekit_px.learn.artefact import write_json, write_tensors
 from mergekit_px.learn.data import LABELS, Examples, load_examples, require_classes, split_rows, to_device
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.objective import check_fit
@@ -54,7 +55,7 @@ class TuneOptions:
     test: float | str = 0.2
     schedule: Schedule = field(default_factory=Schedule)
     device: str = "auto"
-    mode: Literal["new", "resume", "overwrite"] = "new"
+    mode: Mode = "new"
     factory: str | None = None
     allow_code: bool = False
     allow_pickle: bool = False
@@ -236,4 +237,4 @@ def _publish(
 ) -> None:
     write_tensors(output / ARTEFACT, artefact, {KIND_KEY: COMPONENTS_KIND, BASE_KEY: base_print})
     write_model(model, output / MODEL, identity)
-    write_report(output / REPORT, report)
+    write_json(output / REPORT, report)

@@ -7,68 +7,65 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.checkpoint.lock import DirectoryLock
-from mergekit_px.errors import OutputError, WriteError
+from mergekit_px.errors import OutputError
+from mergekit_px.learn.artefact import write_json
+from mergekit_px.learn.state import other_plan
 
-Mode = Literal["new", "resume", "overwrite"]
+_RECORD = "run.json"
+_LOCK = "lock"
 
 
 @contextmanager
-def working_folder(output: Path, name: str, mode: Mode, plan_hash: str) -> Iterator[Path]:
-    """A locked folder ``name`` in the output for the states of an unfinished run; it goes when it is empty.
+def working_folder(output: Path, name: str, mode: Mode, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """A locked folder ``name`` in the output for what an unfinished run keeps; it goes when nothing is left in it.
+
+    Args:
+        identity: plain data that names the plan.
 
     Raises:
         OutputError: the output is not free, or holds an unfinished run of another plan.
         OutputLockedError: another process works there.
     """
     work = output / name
-    record = work / "run.json"
     try:
-        _require_usable(output, record, mode, plan_hash)
+        _require_usable(output, work, mode, identity)
         work.mkdir(parents=True, exist_ok=True)
-        lock = DirectoryLock.take(work / "lock", str(output))
+        lock = DirectoryLock.take(work / _LOCK, str(output))
     except OSError as error:
         what = f"the output folder cannot be used: {error.strerror or error}"
         raise OutputError(what, where=str(output), hint="choose another with -o") from error
     try:
         if mode == "overwrite":
-            for state in work.glob("*.safetensors"):
-                state.unlink()
-        write_json(record, {"plan_hash": plan_hash})
+            for file in _kept(work):
+                file.unlink()
+        write_json(work / _RECORD, identity)
         yield work
     finally:
-        if not any(work.glob("*.safetensors")):  # nothing to resume
+        if not _kept(work):  # nothing to resume
             shutil.rmtree(work, ignore_errors=True)
         lock.release(remove=not work.exists())
         if output.exists() and not any(output.iterdir()):
             output.rmdir()
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Replace a file by a document. Raises ``WriteError``."""
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+def _kept(work: Path) -> list[Path]:
+    """What a run could go on from."""
+    own = (work / _RECORD, work / _LOCK)
+    return [one for one in work.rglob("*") if one.is_file() and one not in own and one.suffix != ".part"]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by a text. Raises ``WriteError``."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise WriteError(f"the disk refused: {error.strerror or error}", where=str(path)) from error
-
-
-def _require_usable(output: Path, record: Path, mode: Mode, plan_hash: str) -> None:
+def _require_usable(output: Path, work: Path, mode: Mode, identity: Mapping[str, Any]) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError("the output is a file, not a folder", where=str(output), hint="choose another with -o")
+    record = work / _RECORD
     unfinished = record.exists()
     if mode == "overwrite" or not output.exists():
         return
-    if not unfinished and all(one == record.parent for one in output.iterdir()):
+    if not unfinished and all(one == work for one in output.iterdir()):
         return  # empty, or a run was ended before it began
     if mode == "new":
         if unfinished:
@@ -82,9 +79,9 @@ def _require_usable(output: Path, record: Path, mode: Mode, plan_hash: str) -> N
             where=str(output),
             hint="it may be complete already; --overwrite starts over",
         )
-    if json.loads(record.read_text(encoding="utf-8")).get("plan_hash") != plan_hash:
-        raise OutputError(
-            "the unfinished run there is another: inputs or options changed since",
-            where=str(output),
-            hint="go back to them, or start over with --overwrite",
-        )
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if found != identity:
+        raise other_plan(output)
