@@ -1,14 +1,48 @@
-"""Progress of what learns or measures: a line every few seconds, nothing with ``--quiet``."""
+"""What commands that learn or measure share: options, how an interruption ends, and progress."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Literal
 
+import typer
+
+from mergekit_px.cli._errors import Interrupted
 from mergekit_px.cli._output import Output
 
 INTERVAL = 5.0
 """Seconds between two lines."""
+
+LabelledData = Annotated[
+    str, typer.Option("--data", metavar="FILE", help="A .npz or .safetensors file: arrays of the forward, and labels.")
+]
+Factory = Annotated[
+    str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
+]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the function of --model.")]
+StepSize = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples in a step.")]
+PassSize = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples of one forward pass.")]
+Every = Annotated[int, typer.Option("--evaluate-every", metavar="N", min=1, help="Steps between two validations.")]
+ValidationShare = Annotated[float, typer.Option("--validation", metavar="X", min=0, max=1, help="Share that selects.")]
+TestShare = Annotated[float, typer.Option("--test", metavar="X", min=0, max=1, help="Share that the report is about.")]
+Precision = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option("--precision", help="Of forward and backward passes; nothing else is rounded."),
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the output folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Inside, Ctrl-C ends in the words that go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
 
 
 def told(output: Output, clock: Callable[[], float] = time.monotonic) -> Callable[[str, int, int], None]:

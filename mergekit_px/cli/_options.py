@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from mergekit_px.cli._arguments import Several
 from mergekit_px.errors import UsageError
 
 if TYPE_CHECKING:
+    from mergekit_px.checkpoint.destination import Mode
     from mergekit_px.plan.options import PlanOptions
 
 RUN_PANEL = "Run"
@@ -103,13 +104,9 @@ class RunOptions:
     quiet: Quiet = False
 
     @property
-    def mode(self) -> Literal["new", "resume", "overwrite"]:
+    def mode(self) -> Mode:
         """Raises ``UsageError`` where both --resume and --overwrite are given."""
-        if self.resume and self.overwrite:
-            raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
-        if self.resume:
-            return "resume"
-        return "overwrite" if self.overwrite else "new"
+        return run_mode(resume=self.resume, overwrite=self.overwrite)
 
     def overrides(self) -> list[str]:
         """What these options change in the recipe, so that the recipe kept with the result says it too.
@@ -143,6 +140,15 @@ class RunOptions:
             allow_base_mismatch=self.allow_base_mismatch,
             hash_inputs=not self.no_hash_inputs,
         )
+
+
+def run_mode(*, resume: bool, overwrite: bool) -> Mode:
+    """What becomes of what is in the output. Raises ``UsageError`` where both flags are given."""
+    if resume and overwrite:
+        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
+    if resume:
+        return "resume"
+    return "overwrite" if overwrite else "new"
 
 
 def flatten(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._errors import Interrupted
-from mergekit_px.cli._learning import told
+from mergekit_px.cli._learning import resumable, told
 from mergekit_px.cli._options import Json, Quiet
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli.acmap_options import FeatureOptions, StateFile
@@ -86,10 +85,8 @@ def map_(
         resume=resume,
         output=output,
     )
-    try:
+    with resumable():
         report = map_task(options, told(sink))
-    except KeyboardInterrupt as error:
-        raise Interrupted from error
     _show(report, sink)
     sink.document({"output": None if output is None else str(output), **report})
     sink.text(str(output or state))

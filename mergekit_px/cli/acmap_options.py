@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mergekit_px.cli._learning import AllowCode, Device, Factory, PassSize
 from mergekit_px.cli._options import AllowPickle
 from mergekit_px.errors import UsageError
 
@@ -32,10 +33,8 @@ class FeatureOptions:
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="With --data: the frozen model without adapters.")
     ] = None
-    factory: Annotated[
-        str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
-    ] = None
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="Run the function of --model.")] = False
+    factory: Factory = None
+    allow_code: AllowCode = False
     feature: Annotated[
         str | None,
         typer.Option(
@@ -48,8 +47,8 @@ class FeatureOptions:
     pool: Annotated[
         Literal["first", "mean", "last"], typer.Option("--pool", help="Of features for each token: which.")
     ] = "first"
-    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples of one forward pass.")] = 64
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")] = "auto"
+    batch: PassSize = 64
+    device: Device = "auto"
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Use another model than earlier tasks were mapped with.")
     ] = False

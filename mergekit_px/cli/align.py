@@ -9,8 +9,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._errors import Interrupted
-from mergekit_px.cli._options import AllowPickle, Json, Quiet
+from mergekit_px.cli._learning import (
+    Device,
+    Every,
+    Overwrite,
+    Precision,
+    Resume,
+    StepSize,
+    TestShare,
+    ValidationShare,
+    resumable,
+)
+from mergekit_px.cli._options import AllowPickle, Json, Quiet, run_mode
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli._units import show_seconds
 from mergekit_px.errors import UsageError
@@ -121,14 +131,7 @@ Rate = Annotated[float, typer.Option("--learning-rate", metavar="X", help="Of th
 TuneRate = Annotated[float, typer.Option("--tune-rate", metavar="X", help="Of the fine-tunes beside it; > 0.")]
 Decay = Annotated[float, typer.Option("--weight-decay", metavar="X", min=0, help="Of AdamW.")]
 Steps = Annotated[int, typer.Option("--steps", metavar="N", min=0, help="Of training, each time.")]
-BatchSize = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples in a step.")]
-Every = Annotated[int, typer.Option("--evaluate-every", metavar="N", min=1, help="Steps between two validations.")]
-Validation = Annotated[float, typer.Option("--validation", metavar="X", min=0, max=1, help="Share that selects.")]
-Test = Annotated[float, typer.Option("--test", metavar="X", min=0, max=1, help="Share that the report is about.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the split, the order and the sham.")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the output folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the Python functions of --model and --source-code.")]
 
 
@@ -164,11 +167,12 @@ def align(
     learning_rate: Rate = 3e-3,
     tune_rate: TuneRate = 5e-4,
     weight_decay: Decay = 0.0,
+    precision: Precision = "float32",
     steps: Steps = 150,
-    batch: BatchSize = 64,
+    batch: StepSize = 64,
     evaluate_every: Every = 10,
-    validation: Validation = 0.2,
-    test: Test = 0.3,
+    validation: ValidationShare = 0.2,
+    test: TestShare = 0.3,
     seed: Seed = 0,
     device: Device = "auto",
     resume: Resume = False,
@@ -196,8 +200,6 @@ def align(
     from mergekit_px.learn.align.settings import DEFAULT_SCALES, PERMUTED
 
     sink = output_for(json=json, quiet=quiet)
-    if resume and overwrite:
-        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
     settings = AlignSettings(
         route=route,
         parametrisation=param,
@@ -212,6 +214,7 @@ def align(
         learning_rate=learning_rate,
         tune_rate=tune_rate,
         weight_decay=weight_decay,
+        precision=precision,
         steps=steps,
         batch=batch,
         evaluate_every=evaluate_every,
@@ -240,14 +243,12 @@ def align(
         source_code=source_code,
         settings=settings,
         device=device,
-        mode="resume" if resume else "overwrite" if overwrite else "new",
+        mode=run_mode(resume=resume, overwrite=overwrite),
         allow_code=allow_code,
         allow_pickle=allow_pickle,
     )
-    try:
+    with resumable():
         aligned = align_task_vector(options, sink.note)
-    except KeyboardInterrupt as error:
-        raise Interrupted from error
     _report(aligned.report, sink)
     sink.text(str(aligned.output))
     return 0

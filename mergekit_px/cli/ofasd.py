@@ -10,8 +10,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._errors import Interrupted
-from mergekit_px.cli._options import AllowPickle, Json, Quiet
+from mergekit_px.cli._learning import (
+    AllowCode,
+    Device,
+    Every,
+    Overwrite,
+    Precision,
+    Resume,
+    StepSize,
+    TestShare,
+    ValidationShare,
+    resumable,
+)
+from mergekit_px.cli._options import AllowPickle, Json, Quiet, run_mode
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli._units import show_seconds
 from mergekit_px.errors import UsageError
@@ -91,8 +102,6 @@ Decay = Annotated[
 Steps = Annotated[
     int | None, typer.Option("--steps", metavar="N", min=0, help="Most steps.  [default: 300; entropy: 500]")
 ]
-BatchSize = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples in a step.")]
-Every = Annotated[int, typer.Option("--evaluate-every", metavar="N", min=1, help="Steps between two validations.")]
 Patience = Annotated[
     int, typer.Option("--patience", metavar="N", min=1, help="Validations without gain until the end.")
 ]
@@ -100,21 +109,11 @@ Norms = Annotated[
     Literal["reestimate", "mean"],
     typer.Option("--batch-norm", help="Running statistics: estimated anew on the data, or the clients' mean."),
 ]
-Validation = Annotated[float, typer.Option("--validation", metavar="X", min=0, max=1, help="Share that selects.")]
-Test = Annotated[float, typer.Option("--test", metavar="X", min=0, max=1, help="Share that the report is about.")]
-Precision = Annotated[
-    Literal["float32", "bfloat16"],
-    typer.Option("--precision", help="Of forward and backward passes; weights and coefficients stay in float32."),
-]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the split, the order and random groups.")]
 Stream = Annotated[
     bool, typer.Option("--stream", help="Read task vectors from their files in every step; memory for one at a time.")
 ]
 Compare = Annotated[bool, typer.Option("--compare/--no-compare", help="Also learn one coefficient for each client.")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the output folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the Python function of --model.")]
 
 
 def ofasd(
@@ -139,13 +138,13 @@ def ofasd(
     learning_rate: Rate = None,
     weight_decay: Decay = None,
     steps: Steps = None,
-    batch: BatchSize = 128,
+    batch: StepSize = 128,
     evaluate_every: Every = 20,
     patience: Patience = 10,
     batch_norm: Norms = "reestimate",
     precision: Precision = "float32",
-    validation: Validation = 0.2,
-    test: Test = 0.2,
+    validation: ValidationShare = 0.2,
+    test: TestShare = 0.2,
     seed: Seed = 0,
     stream: Stream = False,
     compare: Compare = True,
@@ -173,8 +172,6 @@ def ofasd(
     from mergekit_px.learn.ofasd import OfasdOptions, Settings, learn_coefficients
 
     sink = output_for(json=json, quiet=quiet)
-    if resume and overwrite:
-        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
     settings = Settings(
         objective=objective,
         granularity=granularity,
@@ -211,14 +208,12 @@ def ofasd(
         stream=stream,
         compare=compare,
         device=device,
-        mode="resume" if resume else "overwrite" if overwrite else "new",
+        mode=run_mode(resume=resume, overwrite=overwrite),
         allow_code=allow_code,
         allow_pickle=allow_pickle,
     )
-    try:
+    with resumable():
         learned = learn_coefficients(options, sink.note, _Teller(sink).tell)
-    except KeyboardInterrupt as error:
-        raise Interrupted from error
     _report(learned.report, sink)
     sink.note(f"to apply them: pxmerge run {learned.output}/recipe.yaml")
     sink.text(str(learned.output))

@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._errors import Interrupted
-from mergekit_px.cli._options import AllowPickle, Json, Quiet, RecipeFile
+from mergekit_px.cli._learning import AllowCode, Device, Factory, Overwrite, PassSize, resumable
+from mergekit_px.cli._options import AllowPickle, Json, Quiet, RecipeFile, run_mode
 from mergekit_px.cli._output import Column, Output, output_for
-from mergekit_px.errors import UsageError
 
 Over = Annotated[
     list[str],
@@ -54,17 +53,10 @@ Assignments = Annotated[
     typer.Option("--set", metavar="KEY=VALUE...", help="Set keys of the recipe for all trials."),
     Several("--set", "assignments"),
 ]
-Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples of one forward pass.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Draws the test data, and CMA-ES's steps.")]
-Factory = Annotated[
-    str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
-]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the function of --model.")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
 Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Peak memory of a merge, as 4GB.")]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="Number of workers of a merge.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the search in the output folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
 
 
 def search(
@@ -81,7 +73,7 @@ def search(
     tolerance: Tolerance = 0.02,
     output: Folder = Path("searched"),
     assignments: Assignments = None,
-    batch: Batch = 256,
+    batch: PassSize = 256,
     seed: Seed = 0,
     factory: Factory = None,
     allow_code: AllowCode = False,
@@ -113,8 +105,6 @@ def search(
     from mergekit_px.learn.search.strategies import StrategyOptions
     from mergekit_px.learn.search.trials import Trial
 
-    if resume and overwrite:
-        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
     variables = tuple(map(parse_variable, over))
     options = SearchOptions(
         variables=variables,
@@ -135,7 +125,7 @@ def search(
         device=device,
         memory=None if memory is None else parse_size(memory),
         threads=threads,
-        mode="resume" if resume else "overwrite" if overwrite else "new",
+        mode=run_mode(resume=resume, overwrite=overwrite),
     )
     sink = output_for(json=json, quiet=quiet)
 
@@ -146,10 +136,8 @@ def search(
         found = "not finite" if trial.score is None else f"{trial.score:.6g}"
         sink.note(f"{values or 'as written'}: {found}{' (from the log)' if known else ''}")
 
-    try:
+    with resumable():
         report = run_search(recipe, output, options, tell)
-    except KeyboardInterrupt as error:
-        raise Interrupted from error
     _show(report, sink)
     sink.document({"output": str(output), **report})
     sink.text(str(output))

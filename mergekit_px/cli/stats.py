@@ -8,16 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._errors import Interrupted
-from mergekit_px.cli._learning import told
-from mergekit_px.cli._options import AllowPickle, Json, Quiet
+from mergekit_px.cli._learning import AllowCode, Device, Factory, LabelledData, PassSize, Precision, resumable, told
+from mergekit_px.cli._options import AllowPickle, Json, Quiet, run_mode
 from mergekit_px.cli._output import output_for
 from mergekit_px.errors import UsageError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a model of the Hub.")]
-Data = Annotated[
-    str, typer.Option("--data", metavar="FILE", help="A .npz or .safetensors file: arrays of the forward, and labels.")
-]
 File = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.")]
 Kinds = Annotated[
     list[str] | None,
@@ -31,29 +27,19 @@ Labels = Annotated[
 Count = Annotated[
     int | None, typer.Option("--examples", metavar="N", min=2, help="Use so many examples.  [default: all]")
 ]
-Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples of one forward pass.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Draws examples and labels.")]
-Factory = Annotated[
-    str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
-]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the function of --model.")]
-Precision = Annotated[
-    Literal["float32", "bfloat16"],
-    typer.Option("--precision", help="Of forward and backward passes; sums stay in float32 and float64."),
-]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run that was to write the file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file.")]
 
 
 def stats(
     model: Model,
-    data: Data,
+    data: LabelledData,
     output: File,
     what: Kinds = None,
     labels: Labels = "expected",
     examples: Count = None,
-    batch: Batch = 64,
+    batch: PassSize = 64,
     seed: Seed = 0,
     factory: Factory = None,
     allow_code: AllowCode = False,
@@ -76,8 +62,7 @@ def stats(
       pxmerge stats ./math --data math.npz -o math-statistics.safetensors --what fisher --labels sampled
       pxmerge fisher --sources ./math ./code math-statistics.safetensors code-statistics.safetensors
     """
-    if resume and overwrite:
-        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
+    mode = run_mode(resume=resume, overwrite=overwrite)
     kinds = tuple(dict.fromkeys(what or ("fisher", "gram")))
     if unknown := [kind for kind in kinds if kind not in ("fisher", "gram")]:
         raise UsageError(f"there are no statistics '{unknown[0]}'", where="--what", hint="give fisher, gram or both")
@@ -92,15 +77,13 @@ def stats(
         seed=seed,
         precision=precision,
         device=device,
-        mode="resume" if resume else "overwrite" if overwrite else "new",
+        mode=mode,
         factory=factory,
         allow_code=allow_code,
         allow_pickle=allow_pickle,
     )
-    try:
+    with resumable():
         report = measure(model, data, output, options, told(sink))
-    except KeyboardInterrupt as error:
-        raise Interrupted from error
     if report["without"]:
         sink.warning(f"{len(report['without'])} tensors have no statistics: the model keeps them in another form")
     sink.document({"output": str(output), **report})

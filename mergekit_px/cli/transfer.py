@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._errors import Interrupted
-from mergekit_px.cli._options import AllowPickle, Json, Quiet
+from mergekit_px.cli._learning import Device, Overwrite, Resume, resumable
+from mergekit_px.cli._options import AllowPickle, Json, Quiet, run_mode
 from mergekit_px.cli._output import Column, Output, output_for
-from mergekit_px.errors import UsageError
 
 if TYPE_CHECKING:
     from mergekit_px.learn.transfer.load import LoadedTransferPlan
@@ -32,13 +31,10 @@ Seeds = Annotated[
 ]
 Suggest = Annotated[bool, typer.Option("--suggest", help="List the tensors that can be paired, and stop.")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the Python functions that the plan names.")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", min=1, help="Threads of one operation; 1 gives the same bytes every time."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the output folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
 
 
 def transfer(
@@ -88,14 +84,12 @@ def transfer(
         seeds=seeds,
         device=device,
         threads=threads,
-        mode=_mode(resume, overwrite),
+        mode=run_mode(resume=resume, overwrite=overwrite),
         allow_code=allow_code,
         allow_pickle=allow_pickle,
     )
-    try:
+    with resumable():
         outcome = run_transfers(loaded, options, sink.note)
-    except KeyboardInterrupt as error:
-        raise Interrupted from error
     from mergekit_px.learn.transfer.report import explanation, table_rows
 
     titles, *rows = table_rows(outcome.report)
@@ -104,14 +98,6 @@ def transfer(
     sink.note(explanation(outcome.report))
     sink.text(str(outcome.output))
     return 0
-
-
-def _mode(resume: bool, overwrite: bool) -> Literal["new", "resume", "overwrite"]:
-    if resume and overwrite:
-        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
-    if resume:
-        return "resume"
-    return "overwrite" if overwrite else "new"
 
 
 def _suggest(loaded: LoadedTransferPlan, sink: Output, *, allow_code: bool, allow_pickle: bool) -> None:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._errors import Interrupted
-from mergekit_px.cli._options import AllowPickle, Json, Quiet
+from mergekit_px.cli._learning import (
+    AllowCode,
+    Device,
+    Factory,
+    LabelledData,
+    Overwrite,
+    Precision,
+    Resume,
+    StepSize,
+    resumable,
+)
+from mergekit_px.cli._options import AllowPickle, Json, Quiet, run_mode
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.errors import UsageError
 
 ComponentsFile = Annotated[str, typer.Argument(metavar="COMPONENTS", help="A .safetensors file of components.")]
 Base = Annotated[str, typer.Option("--base", metavar="MODEL", help="The model that the update was taken from.")]
-Data = Annotated[
-    str, typer.Option("--data", metavar="FILE", help="A .npz or .safetensors file: arrays of the forward, and labels.")
-]
 Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where model, artefact and report go.")]
 Top = Annotated[
     int | None,
@@ -36,31 +43,19 @@ Test = Annotated[
     str, typer.Option("--test", metavar="SHARE|FILE", help="What is reported and never chosen on; 0 for none.")
 ]
 Epochs = Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="Passes over the training data.")]
-Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples of one step.")]
 Rate = Annotated[float, typer.Option("--rate", metavar="X", min=0.0, help="Learning rate at the start of the cosine.")]
 Decay = Annotated[float, typer.Option("--decay", metavar="X", min=0.0, help="Weight decay, towards the base.")]
 Clip = Annotated[float, typer.Option("--clip", metavar="X", min=0.0, help="Largest norm of a gradient.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Draws the parts of the data and their order.")]
-Precision = Annotated[
-    Literal["float32", "bfloat16"],
-    typer.Option("--precision", help="Of forward and backward passes; values and weights stay in float32."),
-]
-Factory = Annotated[
-    str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
-]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the function of --model.")]
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Use a base that the update was not taken from.")
 ]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the output folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
 
 
 def tune(
     components: ComponentsFile,
     base: Base,
-    data: Data,
+    data: LabelledData,
     output: Folder = Path("tuned"),
     top: Top = None,
     core: Core = False,
@@ -68,7 +63,7 @@ def tune(
     validation: HeldOut = "0.2",
     test: Test = "0.2",
     epochs: Epochs = 10,
-    batch: Batch = 128,
+    batch: StepSize = 128,
     rate: Rate = 0.1,
     decay: Decay = 0.1,
     clip: Clip = 1.0,
@@ -96,9 +91,7 @@ def tune(
       pxmerge tune components.safetensors --base ./base --data target.npz --top 32 --core --overwrite
       pxmerge tune components.safetensors --base ./base --data target.npz -o ./tuned --resume
     """
-    if resume and overwrite:
-        raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
-    mode: Literal["new", "resume", "overwrite"] = "resume" if resume else "overwrite" if overwrite else "new"
+    mode = run_mode(resume=resume, overwrite=overwrite)
     held_out = {"--validation": validation, "--test": test}
     shares = {flag: held_out_share(text, flag) for flag, text in held_out.items()}
     from mergekit_px.learn.tune.run import TuneOptions, run_tune
@@ -119,7 +112,7 @@ def tune(
         allow_pickle=allow_pickle,
         allow_base_mismatch=allow_base_mismatch,
     )
-    try:
+    with resumable():
         report = run_tune(
             components,
             base,
@@ -129,8 +122,6 @@ def tune(
             lambda step, steps, loss: sink.note(f"step {step} of {steps}: loss {loss:.4g}"),
             sink.note,
         )
-    except KeyboardInterrupt as error:
-        raise Interrupted from error
     _show(report, sink)
     sink.document({"output": str(output), **report})
     sink.text(str(output))
