@@ -1,8 +1,8 @@
 """Keeps freed memory in the process while a run goes on.
 
 Each block needs a few temporaries of a mebibyte. By default glibc gives such memory back to the system when it is
-freed, and the page faults of getting it again cost four times what the arithmetic does. Elsewhere than on glibc
-nothing is changed.
+freed, and the page faults of getting it again cost four times what the arithmetic does. Larger pieces, of matrices that
+are held whole, go back, since they would lie scattered in the heap. Elsewhere than on glibc nothing is changed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
-_LARGEST_REUSED = 32 << 20
+_LARGEST_REUSED = 5 << 20
 _KEPT = 512 << 20
 
 

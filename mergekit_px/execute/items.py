@@ -170,6 +170,7 @@ class Execution:
         self.advance(item.name, (stop - start) * width)
 
     def _write_whole(self, item: WorkItem, lane: Lane) -> None:
+        lane.release()
         with lane.computing():
             block = WholeTensor(
                 item.name,
@@ -267,7 +268,9 @@ class Execution:
 
     def _load_whole(self, item: WorkItem, lane: Lane, read: Read) -> torch.Tensor:
         width = read.dtype.bits // 8
-        host = lane.host_bytes("whole", math.prod(read.shape) * width)
+        nbytes = math.prod(read.shape) * width
+        # Where nothing is copied to a device, the bytes as stored are not kept until the next tensor.
+        host = torch.empty(nbytes, dtype=torch.uint8) if lane.device.type == "cpu" else lane.host_bytes("whole", nbytes)
         self.readers[read.input].read_into(read.tensor, 0, as_bytes(host))
         value = lane.to_device(host).view(read.dtype.torch).to(accumulation_dtype(item), copy=True)
         lane.finish()

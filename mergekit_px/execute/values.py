@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +80,7 @@ class Block:
         """What the node's method sees: sources, or their differences to the base."""
         base = None if node.base is None else self.value(node.base)
         tensors = [self._source(node, source, base) for source in node.sources]
-        return self._operands(node, tensors, base, tensors[0], statistics)
+        return self._operands(node, tensors, base, statistics)
 
     def _source(self, node: Apply, source: Node, base: torch.Tensor | None) -> torch.Tensor:
         value = self.value(source)
@@ -89,11 +91,11 @@ class Block:
         node: Apply,
         tensors: Sequence[torch.Tensor],
         base: torch.Tensor | None,
-        like: torch.Tensor,
         statistics: Any,
     ) -> Operands:
         random = None
         if node.method.random:
+            like = tensors[0] if base is None else base
             stream = RandomStream(self._seed, f"{node.step}/{self._name}", self._start, like.numel(), like.device)
             random = _ShapedRandom(stream, like.shape, node.source_indices)
         return Operands(
@@ -139,20 +141,33 @@ class WholeTensor(Block):
     """A tensor held whole, for methods that cannot be cut; sources are made one at a time, when asked for."""
 
     def operands(self, node: Apply, statistics: Any = None) -> Operands:
-        base = None if node.base is None else self.value(node.base)
-        like = base if base is not None else self.value(node.sources[0])
-        return self._operands(node, _Lazy(self, node, base), base, like, statistics)
+        load_base = self._loader(node.base)
+        base = load_base() if load_base is not None and "base" in node.method.arguments else None
+        operands = self._operands(node, _Lazy(self, node, load_base), base, statistics)
+        return replace(operands, load_base=load_base)
 
     def value(self, node: Node) -> torch.Tensor:
         """Nothing is kept: what is asked for twice is made twice, which costs time and no memory."""
         return self._made(node)
 
+    def _loader(self, base: Node | None) -> Callable[[], torch.Tensor] | None:
+        """A base that is read is not held, one that is computed is computed once."""
+        if base is None or isinstance(base, Read):
+            return None if base is None else partial(self.value, base)
+        made = self.value(base)
+        return lambda: made
+
+    def _apply(self, node: Apply) -> torch.Tensor:
+        operands = self.operands(node, self._statistics.get(id(node)))
+        merged = node.method(operands)
+        return merged if operands.load_base is None else merged + operands.load_base()
+
 
 class _Lazy(Sequence[torch.Tensor]):
-    def __init__(self, block: WholeTensor, node: Apply, base: torch.Tensor | None) -> None:
+    def __init__(self, block: WholeTensor, node: Apply, load_base: Callable[[], torch.Tensor] | None) -> None:
         self._block = block
         self._node = node
-        self._base = base
+        self._load_base = load_base
 
     def __len__(self) -> int:
         return len(self._node.sources)
@@ -160,7 +175,11 @@ class _Lazy(Sequence[torch.Tensor]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        return self._block._source(self._node, self._node.sources[index], self._base)
+        source = self._node.sources[index]
+        value = self._block.value(source)
+        if self._load_base is None or self._node.base is None or source.kind != self._node.base.kind:
+            return value
+        return value.sub_(self._load_base()) if isinstance(source, Read) else value - self._load_base()
 
 
 def check_finite(block: torch.Tensor, where: str, what: str) -> None:

@@ -60,7 +60,9 @@ def gram_components(tall: Tensor, floor: float = 0.0, relative: float = 0.0) -> 
         torch.linalg.LinAlgError: the eigensolver did not converge.
     """
     v = _right_vectors(tall)
-    u = product(tall, v).contiguous()
+    u = tall.new_empty((len(tall), v.shape[1]))
+    for rows, images in zip(tall.split(_ROWS), u.split(_ROWS), strict=True):
+        images.copy_(product(rows, v))
     s = _column_norms(u)
     kept = s > max(floor, relative * float(s.max()))
     if not bool(kept.all()):

@@ -34,6 +34,8 @@ PolarMode = Literal["auto", "svd", "gram", "gram64", "newton_schulz"]
 STACK_FLOOR = 1e-4
 """Relative floor for stacks of orthonormal bases: below it, two sources share a direction up to rounding."""
 
+_ROWS = 1024
+
 _MOST_STEPS = 40
 _ORTHOGONAL = 1e-5
 """Newton-Schulz has converged when ||Y'Y - I||_F is at most this times sqrt(rank)."""
@@ -82,6 +84,7 @@ def polar_factor(
     mode: PolarMode = "auto",
     floor: float = 0.0,
     relative_floor: float | None = None,
+    overwrite: bool = False,
     label: str = "",
 ) -> PolarFactor:
     """The polar factor of an (m, n) matrix, float32 or float64 (narrower dtypes are computed in float32).
@@ -91,6 +94,7 @@ def polar_factor(
         mode: route, see the module.
         floor: singular values up to this are left out.
         relative_floor: the same as a fraction of the largest; the rounding error of the dtype if left out.
+        overwrite: the factor takes the matrix's place in memory, unless no direction is above the floor.
         label: name of the tensor, for error messages.
 
     Raises:
@@ -115,11 +119,12 @@ def polar_factor(
     if tall.shape[1] < LARGE:
         tall = tall.double()
     found = _find(tall, energy, _route(tall, mode, floor), floor, relative, label)
-    factor = (found.factor.T if wide else found.factor).to(matrix.dtype).contiguous()
+    distance = _distance(found.factor)
+    factor = found.factor.T if wide else found.factor
+    factor = matrix.copy_(factor) if overwrite and found.rank else factor.to(matrix.dtype).contiguous()
     return PolarFactor(
-        factor, found.rank, found.nuclear_norm, found.mode, found.steps, _distance(found.factor), found.values,
-        found.notes,
-    )  # fmt: skip
+        factor, found.rank, found.nuclear_norm, found.mode, found.steps, distance, found.values, found.notes
+    )
 
 
 def _route(tall: Tensor, mode: PolarMode, floor: float) -> str:
@@ -157,9 +162,12 @@ def _by_components(tall: Tensor, floor: float, relative: float, label: str) -> _
     if not parts.converged:
         del parts
         return _by_svd(tall, floor, relative, label)
-    factor = product(parts.u, parts.v.T)
     values = parts.s.sort(descending=True).values
-    return _Found(factor, len(values), float(values.sum()), "gram", 0, values)
+    if parts.v.shape[0] != parts.v.shape[1]:
+        return _Found(product(parts.u, parts.v.T), len(values), float(values.sum()), "gram", 0, values)
+    for rows in parts.u.split(_ROWS):  # in place, as one more matrix would be the largest share of the memory
+        rows.copy_(product(rows, parts.v.T))
+    return _Found(parts.u, len(values), float(values.sum()), "gram", 0, values)
 
 
 def _by_gram(tall: Tensor, floor: float, relative: float) -> _Found:

@@ -190,6 +190,6 @@ def _stack_factor(parts: list[Tensor], label: str, notes: list[str]) -> tuple[Te
     """The polar factor of matrices side by side, and how many directions it lacks."""
     stack = torch.cat(parts, dim=1)
     parts.clear()
-    polar = polar_factor(stack, relative_floor=STACK_FLOOR, label=label)
+    polar = polar_factor(stack, relative_floor=STACK_FLOOR, overwrite=True, label=label)
     notes += polar.notes
     return polar.factor, min(stack.shape) - polar.rank

@@ -13,6 +13,9 @@ from mergekit_px.kernels.orthonormal import squared_norm
 ROUNDING_UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
 """Largest relative error of rounding to a storage dtype."""
 
+_BLOCK = 1 << 18
+"""Elements that are looked at together: a copy of the whole would be one matrix more in memory."""
+
 _ROUNDING_SPREAD = 0.57
 """Standard deviation of the difference of two rounded weights, in units of std(weights) * rounding unit."""
 
@@ -22,13 +25,23 @@ def null_floor(dtype: torch.dtype) -> float:
     return 16 * torch.finfo(dtype).eps
 
 
-def storage_dtype(weights: Tensor) -> torch.dtype:
+def storage_dtype(weights: Tensor, change: Tensor | None = None) -> torch.dtype:
     """The narrowest of bfloat16, float16 and float32 that holds (99 % of) these values exactly.
 
     The values themselves tell how they were stored, also after a conversion to the accumulation dtype.
+
+    Args:
+        weights: of any shape.
+        change: added to the weights first.
     """
+    parts = weights.reshape(-1).split(_BLOCK)
+    changes = [0.0] * len(parts) if change is None else change.reshape(-1).split(_BLOCK)
     for dtype in (torch.bfloat16, torch.float16):
-        if weights.numel() and float((weights.to(dtype) == weights).double().mean()) >= 0.99:
+        exact = 0
+        for part, added in zip(parts, changes, strict=True):
+            values = part + added
+            exact += int((values.to(dtype) == values).sum())
+        if exact and exact >= 0.99 * weights.numel():
             return dtype
     return torch.float32
 
@@ -48,9 +61,15 @@ def rounding_noise_edge(base: Tensor, dtype: torch.dtype | None = None, weights:
         return 0.0
     unit = ROUNDING_UNIT[dtype or storage_dtype(base)]
     rows, columns = base.shape
-    spread = float(base.double().std(correction=0))
+    spread = _standard_deviation(base)
     factor = math.sqrt((sum(w * w for w in weights) + sum(weights) ** 2) / 2)
     return _ROUNDING_SPREAD * spread * unit * (math.sqrt(rows) + math.sqrt(columns)) * factor
+
+
+def _standard_deviation(values: Tensor) -> float:
+    parts = values.reshape(-1).split(_BLOCK)
+    mean = math.fsum(float(part.sum(dtype=torch.float64)) for part in parts) / values.numel()
+    return math.sqrt(math.fsum(float((part.double() - mean).square_().sum()) for part in parts) / values.numel())
 
 
 def noise_onset(values: Tensor, total_energy: float, shape: tuple[int, int]) -> int:

@@ -49,7 +49,7 @@ def _cart(case: Case, params: CartParams) -> MatrixMerge:
     centre = (yield from sum_of(case)).div_(case.count)
     merged = centre.clone()
     for _ in range(case.count):
-        distance = (yield) - centre
+        distance = (yield).pop() - centre
         parts = case.svd(distance, component_count(params.rank, case.rank))
         merged.addmm_(parts.u * parts.s, parts.v.T, alpha=params.scale)
         del distance, parts

@@ -79,6 +79,9 @@ class Operands:
     weights: Sequence[float]
     params: Any
     base: torch.Tensor | None = None
+    """Where tensors are held whole: only for methods that take it."""
+    load_base: Callable[[], torch.Tensor] | None = None
+    """Makes the base, for methods that need it for a moment and would rather not hold it; None without one."""
     statistics: Any = None
     random: RandomStream | None = None
     name: str = ""
@@ -161,6 +164,7 @@ class Method:
             "sources": operands.tensors,
             "deltas": operands.tensors,
             "base": operands.base,
+            "load_base": operands.load_base or _giving(operands.base),
             "weights": operands.weights,
             "params": operands.params,
             "statistics": operands.statistics,
@@ -180,7 +184,12 @@ class Method:
 
 REGISTRY: dict[str, Method] = {}
 
-_ARGUMENTS = {"sources", "deltas", "base", "weights", "params", "statistics", "random", "name", "shape"}
+
+def _giving(base: torch.Tensor | None) -> Callable[[], torch.Tensor] | None:
+    return None if base is None else lambda: base
+
+
+_ARGUMENTS = {"sources", "deltas", "base", "load_base", "weights", "params", "statistics", "random", "name", "shape"}
 
 
 def merge_method(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_px.methods.declare import merge_method
@@ -21,7 +21,7 @@ def iso_c(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
     params: IsoCParams,
-    base: torch.Tensor | None,
+    load_base: Callable[[], torch.Tensor] | None,
     name: str,
 ) -> torch.Tensor:
     """Sum the sources and give all directions of the sum the same strength.
@@ -40,7 +40,7 @@ def iso_c(
     def merge(case: Case) -> MatrixMerge:
         return _iso_c(case, params)
 
-    return merge_matrices(deltas, weights, params, merge, name=name, base=base)
+    return merge_matrices(deltas, weights, params, merge, name=name, load_base=load_base)
 
 
 def _iso_c(case: Case, params: IsoCParams) -> MatrixMerge:
@@ -48,10 +48,10 @@ def _iso_c(case: Case, params: IsoCParams) -> MatrixMerge:
 
     total = yield from sum_of(case)
     edge = case.sum_edge()
-    polar = polar_factor(total, floor=edge if params.noise_floor else 0.0, label=case.label)
+    polar = polar_factor(total, floor=edge if params.noise_floor else 0.0, overwrite=True, label=case.label)
     if polar.rank == 0 and bool(total.any()):
         case.notes.append("the sum does not exceed rounding noise; nothing was clipped")
-        polar = polar_factor(total, label=case.label)
+        polar = polar_factor(total, overwrite=True, label=case.label)
     elif not params.noise_floor and polar.values is not None and (below := int((polar.values <= edge).sum())):
         case.notes.append(f"{below} of {polar.rank} components lie below rounding noise ({edge:.2g}) and are amplified")
     case.notes += polar.notes

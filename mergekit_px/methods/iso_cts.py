@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -25,7 +25,7 @@ def iso_cts(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
     params: IsoCtsParams,
-    base: torch.Tensor | None,
+    load_base: Callable[[], torch.Tensor] | None,
     name: str,
 ) -> torch.Tensor:
     """Join leading directions of the sum with directions of each source, all of the same strength.
@@ -46,7 +46,7 @@ def iso_cts(
     def merge(case: Case) -> MatrixMerge:
         return _iso_cts(case, params)
 
-    return merge_matrices(deltas, weights, params, merge, name=name, base=base)
+    return merge_matrices(deltas, weights, params, merge, name=name, load_base=load_base)
 
 
 def specific_count(rank: int, sources: int, common: float) -> int:
@@ -69,7 +69,7 @@ def _iso_cts(case: Case, params: IsoCtsParams) -> MatrixMerge:
     common = parts.leading(case.above(parts.s, edge, "the sum"))
     us, values, vs = [common.u], [common.s], [common.v]
     for source in range(case.count):
-        delta = yield
+        delta = (yield).pop()
         rest = case.svd(delta - common.u @ (common.u.T @ delta), own)
         # Where the common subspace holds all of a source, the rest is rounding error of the subtraction.
         floor = null_floor(delta.dtype) * math.sqrt(squared_norm(delta))

@@ -120,7 +120,8 @@ class Case:
         return kept
 
 
-MatrixMerge = Generator[None, "torch.Tensor", "torch.Tensor"]
+MatrixMerge = Generator[None, "list[torch.Tensor]", "torch.Tensor"]
+"""Takes the sources' matrices, each alone in a list, which it empties: so nothing else holds what it has done with."""
 
 
 def component_count(value: int | str, rank: int) -> int:
@@ -194,7 +195,7 @@ def merge_matrices(
     merge: Callable[[Case], MatrixMerge],
     *,
     name: str,
-    base: torch.Tensor | None = None,
+    load_base: Callable[[], torch.Tensor] | None = None,
     scale: float | None = None,
     otherwise: Literal["mean", "first"] = "mean",
 ) -> torch.Tensor:
@@ -205,7 +206,7 @@ def merge_matrices(
         weights: factors of the deltas.
         merge: started for each matrix.
         name: of the tensor.
-        base: of the shape of the deltas; tells how large rounding noise is.
+        load_base: makes the base, of the shape of the deltas, which tells how large rounding noise is.
         scale: factor of the result; that of the parameters if left out.
 
     Raises:
@@ -229,23 +230,29 @@ def merge_matrices(
             total.add_(delta, alpha=weight)
             del delta
         return total.mul_(factor / len(weights))
-    shape, dtype = first.shape, _stored_as(first, base)
+    shape = first.shape
+    noises = [0.0] * len(views) if load_base is None else _noises(first, load_base(), views)
     merged = torch.empty_like(first, memory_format=torch.contiguous_format)
     del first
     cases = []
-    for number, view in enumerate(views):
+    for number, (view, noise) in enumerate(zip(views, noises, strict=True)):
         label = name if len(views) == 1 else f"{name}[{number}]"
         like = view(merged)
-        noise = _noise(view(base), dtype) if base is not None and dtype is not None else 0.0
         cases.append(Case(label, (like.shape[0], like.shape[1]), tuple(weights), noise))
     running = [(view, merge(case)) for case, view in zip(cases, views, strict=True)]
     for _, generator in running:
         next(generator)
     while running:
         for source, weight in enumerate(weights):
-            delta = _source(deltas, source, shape, name)
-            running = [one for one in running if not _advanced(*one, delta, weight, merged)]
-            del delta
+            held = [_source(deltas, source, shape, name)]
+            going = []
+            for number, (view, generator) in enumerate(running):
+                matrix = [view(held[0]) if weight == 1 else view(held[0]) * weight]
+                if number == len(running) - 1:
+                    held.clear()
+                if not _advanced(view, generator, matrix, merged):
+                    going.append((view, generator))
+            running = going
             if not running:
                 break
     for case in cases:
@@ -254,30 +261,22 @@ def merge_matrices(
     return merged.mul_(factor)
 
 
-def sum_of(case: Case) -> Generator[None, torch.Tensor, torch.Tensor]:
-    """One round: the sum of the sources' matrices, added up in float64, so that their order does not matter."""
-    import torch
-
-    first = yield
-    total = first.to(torch.float64, copy=True)
+def sum_of(case: Case) -> MatrixMerge:
+    """One round: the sum of the sources' matrices."""
+    total = (yield).pop().clone()
     for _ in range(case.count - 1):
-        total += yield
-    return total.to(first.dtype)
+        total += (yield).pop()
+    return total
 
 
-def _stored_as(first: torch.Tensor, base: torch.Tensor | None) -> torch.dtype | None:
-    """The dtype that explains the values of both the base and the first source."""
-    from mergekit_px.kernels.spectra import ROUNDING_UNIT, storage_dtype
+def _noises(
+    first: torch.Tensor, base: torch.Tensor, views: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+) -> list[float]:
+    """What rounding to the dtype that explains the values of both the base and the first source gives each matrix."""
+    from mergekit_px.kernels.spectra import ROUNDING_UNIT, rounding_noise_edge, storage_dtype
 
-    if base is None:
-        return None
-    return min((storage_dtype(base), storage_dtype(base + first)), key=ROUNDING_UNIT.__getitem__)
-
-
-def _noise(base: torch.Tensor, dtype: torch.dtype) -> float:
-    from mergekit_px.kernels.spectra import rounding_noise_edge
-
-    return rounding_noise_edge(base, dtype)
+    dtype = min((storage_dtype(base), storage_dtype(base, first)), key=ROUNDING_UNIT.__getitem__)
+    return [rounding_noise_edge(view(base), dtype) for view in views]
 
 
 def _source(deltas: Sequence[torch.Tensor], number: int, shape: Sequence[int], name: str) -> torch.Tensor:
@@ -290,13 +289,12 @@ def _source(deltas: Sequence[torch.Tensor], number: int, shape: Sequence[int], n
 def _advanced(
     view: Callable[[torch.Tensor], torch.Tensor],
     merge: MatrixMerge,
-    delta: torch.Tensor,
-    weight: float,
+    matrix: list[torch.Tensor],
     merged: torch.Tensor,
 ) -> bool:
     """Send the next source's matrix; whether that was the last one, and the result is stored."""
     try:
-        merge.send(view(delta) if weight == 1 else view(delta) * weight)
+        merge.send(matrix)
     except StopIteration as finished:
         view(merged).copy_(finished.value)
         return True

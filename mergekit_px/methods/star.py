@@ -43,7 +43,7 @@ def _star(case: Case, params: StarParams) -> MatrixMerge:
 
     merged: torch.Tensor | None = None
     for _ in range(case.count):
-        delta = yield
+        delta = (yield).pop()
         if merged is None:
             merged = torch.zeros_like(delta)
         parts = case.svd(delta)

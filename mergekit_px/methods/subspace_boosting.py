@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -24,7 +24,7 @@ def subspace_boosting(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
     params: SubspaceBoostingParams,
-    base: torch.Tensor | None,
+    load_base: Callable[[], torch.Tensor] | None,
     name: str,
 ) -> torch.Tensor:
     """Lift the weak directions of a sum, or of one merge, to the strength of a stronger one.
@@ -43,7 +43,7 @@ def subspace_boosting(
     def merge(case: Case) -> MatrixMerge:
         return _boost(case, params)
 
-    return merge_matrices(deltas, weights, params, merge, name=name, base=base)
+    return merge_matrices(deltas, weights, params, merge, name=name, load_base=load_base)
 
 
 def _boost(case: Case, params: SubspaceBoostingParams) -> MatrixMerge:

@@ -45,7 +45,7 @@ def _svc(case: Case, params: SvcParams) -> MatrixMerge:
     from mergekit_px.kernels.calibration import Calibration
 
     experts = case.count - 1
-    calibration = Calibration((yield), params.floor or 1 / experts, case.label)
+    calibration = Calibration((yield).pop(), params.floor or 1 / experts, case.label)
     for _ in range(experts):
-        calibration.add((yield))
+        calibration.add((yield).pop())
     return calibration.result()

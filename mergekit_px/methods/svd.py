@@ -52,12 +52,12 @@ def _svd(case: Case, params: SvdParams) -> MatrixMerge:
 
     pool = ComponentPool(component_count(params.top_k, case.rank), params.pool, case.label)
     for _ in range(case.count):
-        pool.add((yield))
+        pool.add((yield).pop())
     merged = (pool.orthogonalised() if params.orthogonalise else pool.sum()).dense()
     case.notes += pool.notes
     if params.calibrate == "none":
         return merged
     calibration = Calibration(merged, 1 / case.count, case.label)
     for _ in range(case.count):
-        calibration.add((yield))
+        calibration.add((yield).pop())
     return calibration.result()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_px.methods.declare import merge_method
@@ -22,7 +22,7 @@ def tsv_m(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
     params: TsvMParams,
-    base: torch.Tensor | None,
+    load_base: Callable[[], torch.Tensor] | None,
     name: str,
 ) -> torch.Tensor:
     """Merge the leading components of each source, made orthogonal to those of the others.
@@ -41,7 +41,7 @@ def tsv_m(
     def merge(case: Case) -> MatrixMerge:
         return _tsv_m(case, params)
 
-    return merge_matrices(deltas, weights, params, merge, name=name, base=base)
+    return merge_matrices(deltas, weights, params, merge, name=name, load_base=load_base)
 
 
 def _tsv_m(case: Case, params: TsvMParams) -> MatrixMerge:
@@ -52,7 +52,7 @@ def _tsv_m(case: Case, params: TsvMParams) -> MatrixMerge:
     rank = max(1, case.rank // case.count) if params.rank is None else component_count(params.rank, case.rank)
     us, values, vs = [], [], []
     for source in range(case.count):
-        parts = case.svd((yield), rank)
+        parts = case.svd((yield).pop(), rank)
         edge = case.edge(source) if params.noise_floor else 0.0
         parts = parts.leading(case.above(parts.s, edge, f"source {source + 1}"))
         us.append(parts.u)

@@ -52,7 +52,7 @@ def _wudi(case: Case, params: WudiParams) -> MatrixMerge:
 
     total: torch.Tensor | None = None
     for _ in range(case.count):
-        delta = yield
+        delta = (yield).pop()
         if total is None:
             total, target = torch.zeros_like(delta), torch.zeros_like(delta)
             metric = delta.new_zeros((delta.shape[1], delta.shape[1]))
