@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -71,6 +72,7 @@ for line in sys.stdin:
     if process == 0:
         child(json.loads(line))
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+os._exit(0)  # taking everything down again costs a second
 """
 
 NET = """
@@ -101,8 +103,9 @@ def launch() -> Iterator[Launch]:
 
     One process imports everything and is copied for each run, so that a run costs its own time alone.
     """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads cost more than such small matrices
     with subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as server:
         assert server.stdin is not None and server.stdout is not None
 
@@ -171,7 +174,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "align": ["align", *transported, *data, "-o", "out", *fit, *model],
             "tune": ["tune", str(root / "components.safetensors"), "--base", str(root / "base"), *data, "-o", "out",
                      "--epochs", "4", "--batch", "16", *model],
-            "search": ["search", str(root / "recipe.yaml"), "--over", "merge.sources.a=0:1:0.5", *data, "-o", "out",
+            "search": ["search", str(root / "recipe.yaml"), "--over", "merge.sources.a=0,1", *data, "-o", "out",
                        *model],
             "transfer": ["transfer", str(root / "plan.yaml"), "-o", "out", "--allow-code", "--threads", "1", "-q"],
             "stats": ["stats", str(root / "base"), *data, "-o", "out.safetensors", "--batch", "16", *model],
@@ -212,12 +215,19 @@ def written(folder: Path) -> dict[str, Any]:
     return found
 
 
-def moments(learner: str, counts: dict[str, int]) -> list[str]:
-    """In the midst of steps or passes, and before the first, the last, and another file gets its name."""
+def part_way(share: float, learner: str, counts: dict[str, int]) -> str:
+    """After so many of the steps or forward passes."""
     kind = "forward" if learner in ("search", "stats") else "step"
-    chosen = [f"{kind}:{round(share * counts[kind])}" for share in (0.3, 0.7, 1)]
-    chosen += [f"rename:{number}" for number in sorted({1, counts["rename"] // 2, counts["rename"]})]
-    return chosen
+    return f"{kind}:{round(share * counts[kind])}"
+
+
+def moments(learner: str, counts: dict[str, int]) -> list[str]:
+    """In the midst of steps or passes, at the last, and before the first, the last, and another file gets its name.
+
+    Later in the midst is where the other tests end a run.
+    """
+    renames = sorted({1, counts["rename"] // 2, counts["rename"]})
+    return [*(part_way(share, learner, counts) for share in (0.3, 1)), *(f"rename:{number}" for number in renames)]
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -235,7 +245,7 @@ def test_what_was_killed_goes_on_to_the_same_bytes(learner: str, world: World, l
 def test_a_resumed_run_may_be_killed_again(learner: str, world: World, launch: Launch, whole) -> None:
     expected, counts = whole(learner)
     words = world.commands[learner]
-    later = moments(learner, counts)[1]
+    later = part_way(0.7, learner, counts)
     folder = world.root / "twice" / learner
     assert launch(folder, words, later) == -signal.SIGKILL
     done = launch(folder, [*words, "--resume"], f"rename:{counts['rename'] // 4 + 2}")
@@ -250,7 +260,7 @@ def test_interrupted_says_how_to_go_on(learner: str, world: World, launch: Launc
     expected, counts = whole(learner)
     words = world.commands[learner]
     folder = world.root / "interrupted" / learner
-    assert launch(folder, words, moments(learner, counts)[1], signal.SIGINT) == 130
+    assert launch(folder, words, part_way(0.7, learner, counts), signal.SIGINT) == 130
     [line] = (folder / "stderr").read_text().splitlines()
     assert line.startswith(f"interrupted; to go on: pxmerge {learner} ") and line.endswith(" --resume")
     assert launch(folder, words) == 4
