@@ -173,6 +173,12 @@ def test_bfloat16_is_for_passes_alone_and_resumes(world: Path, tmp_path: Path) -
         learn_coefficients(halved, tell=interrupt)
     with pytest.raises(OutputError, match="changed since"):
         learn_coefficients(options(world, tmp_path / "halved", compare=False, mode="resume"))
+    record = tmp_path / "halved" / ".ofasd" / "run.json"
+    text = record.read_text()
+    record.write_text(text[:9])
+    with pytest.raises(OutputError, match="another plan"):
+        learn_coefficients(replace(halved, mode="resume"))
+    record.write_text(text)
     learn_coefficients(replace(halved, mode="resume"))
     assert read_table(tmp_path / "halved").digest == read_table(tmp_path / "whole").digest
 
