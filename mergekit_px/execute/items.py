@@ -17,8 +17,7 @@ from mergekit_px.execute.lane import Lane
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.values import Block, WholeTensor, check_finite
 from mergekit_px.methods.declare import Extent, Sweep
-from mergekit_px.methods.matrices import is_cut_by_element
-from mergekit_px.plan.budget import BLOCK, row_length, unit, whole_bytes
+from mergekit_px.plan.budget import BLOCK, needs_whole, row_length, unit, whole_bytes
 from mergekit_px.plan.model import Adapted, Apply, Node, Read, WorkItem
 
 _COPY_BYTES = 8 << 20
@@ -52,7 +51,7 @@ class Execution:
         """Everything that makes one output tensor."""
         if item.action == "copy":
             yield self._copy_jobs(item)
-        elif _needs_whole(item):
+        elif needs_whole(item):
             if not self._skip(item, 0, item.elements):
                 yield [Job(partial(self._write_whole, item), memory=whole_bytes(item))]
         elif item.elements <= self._length(item):
@@ -341,15 +340,6 @@ def as_bytes(buffer: torch.Tensor) -> memoryview:
 def _generator(node: Apply, elements: int) -> Any:
     assert node.method.statistics is not None
     return node.method.statistics(Extent(len(node.sources), elements, node.weights, node.params))
-
-
-def _needs_whole(item: WorkItem) -> bool:
-    """Whether an item cannot be cut. What a spectral method averages, embeddings above all, can be."""
-    if item.access != "tensor" or item.adapted:
-        return item.access == "tensor"
-    whole = [node for node in item.applied if node.method.access == "tensor"]
-    finer = all(node.method.access != "rows" for node in item.applied)
-    return not (finer and all(is_cut_by_element(item.shape, item.name, node.params) for node in whole))
 
 
 def _uses(node: Node, leaf: Read) -> bool:

@@ -98,10 +98,9 @@ def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance
 
 
 def _memory_of_whole_tensors(plan: Plan) -> int:
-    """What tensors that are needed whole may occupy together: the need of the largest, or what the user grants."""
-    budget = plan.budget
-    granted = plan.options.memory - (budget.total - budget.largest) if plan.options.memory is not None else 0
-    return max(budget.largest, granted)
+    """What tensors that are needed whole may occupy together: several of the largest, or all that the user grants."""
+    budget, granted = plan.budget, plan.options.memory
+    return budget.whole if granted is None else granted - (budget.total - budget.whole)
 
 
 def plan_checkpoints(plan: Plan) -> dict[str, Checkpoint]:

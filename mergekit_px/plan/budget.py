@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mergekit_px.errors import MemoryBudgetError
+from mergekit_px.methods.matrices import is_cut_by_element
 from mergekit_px.plan.model import Budget, WorkItem
 
 BLOCK = 1 << 18
@@ -58,6 +60,15 @@ def chunk_bytes(item: WorkItem, chunk: int) -> int:
     return int(factors + held * _stored_bytes(item) + min(piece, max(item.elements, 1)) * _scratch(item) * _width(item))
 
 
+def needs_whole(item: WorkItem) -> bool:
+    """Whether an item cannot be cut. What a spectral method averages, embeddings above all, can be."""
+    if item.access != "tensor" or item.adapted:
+        return item.access == "tensor"
+    whole = [node for node in item.applied if node.method.access == "tensor"]
+    finer = all(node.method.access != "rows" for node in item.applied)
+    return not (finer and all(is_cut_by_element(item.shape, item.name, node.params) for node in whole))
+
+
 def whole_bytes(item: WorkItem) -> int:
     """Memory of an item whose method needs the tensor whole: base, one source at a time, scratch, result."""
     scratch = [node.method.scratch for node in item.applied]
@@ -79,8 +90,8 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
         MemoryBudgetError: the budget cannot be met; names the tensor and the need.
     """
     workers = threads or available_cores()
-    whole = [item for item in items if item.access == "tensor" and item.action == "merge"]
-    cut = [item for item in items if not (item.access == "tensor" and item.action == "merge")]
+    whole = [item for item in items if item.action == "merge" and needs_whole(item)]
+    cut = [item for item in items if not (item.action == "merge" and needs_whole(item))]
     largest_item = max(whole, key=whole_bytes, default=None)
     largest = whole_bytes(largest_item) if largest_item is not None else 0
     chunk = DEFAULT_CHUNK
@@ -95,8 +106,11 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
             largest_tensor=largest_item.name if largest_item is not None else None,
             chunk=chunk,
         )
-        if memory is None or budget.total <= memory:
-            return budget
+        if memory is None:
+            return replace(budget, side_by_side=max(1, min(workers, len(whole))))
+        if budget.total <= memory:
+            room = (memory - budget.total) // largest if largest else 0
+            return replace(budget, side_by_side=max(1, min(workers, len(whole), 1 + room)))
         if chunk > BLOCK:
             chunk //= 2
         elif workers > 1:
