@@ -273,6 +273,8 @@ def main() -> None:
             command.add_argument("--layers", type=int, default=32)
             command.add_argument("--adapters", type=int, default=8)
     arguments = parser.parse_args()
+    if arguments.folder is not None:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="pxmerge-bench-", dir=arguments.folder))
     try:
         arguments.work(arguments, folder)
