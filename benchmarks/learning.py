@@ -257,6 +257,8 @@ def main() -> None:
     if options.table == "plain":
         plain(options.work, options.clients[0], options.steps)
         return
+    if options.work is not None:
+        Path(options.work).mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="pxmerge-learning-", dir=options.work))
     try:
         most = max([*(options.clients or [16]), *(options.sources or [16 if options.table in (None, "tune") else 2])])
