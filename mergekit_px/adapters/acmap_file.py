@@ -24,8 +24,9 @@ from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.dtypes import dtype_of
 from mergekit_px.checkpoint.header import build_header
 from mergekit_px.checkpoint.lock import DirectoryLock
-from mergekit_px.checkpoint.positional import sync
 from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.replacement import replacement
+from mergekit_px.checkpoint.tensor_file import tensor_bytes
 from mergekit_px.errors import MalformedCheckpointError, WriteError
 
 if TYPE_CHECKING:
@@ -83,31 +84,22 @@ def write_state(
         WriteError: the disk refuses.
         InputError: a tensor that is carried over cannot be read.
     """
-    import torch
-
     old = {} if kept is None else {name: one for name, one in kept.tensors.items() if name not in tensors}
     entries = [(name, dtype_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
     entries += [(name, stored.dtype, stored.shape) for name, stored in old.items()]
     start, header = build_header(entries, {_FORMAT: json.dumps(settings, sort_keys=True)})
-    part = path.with_name(path.name + ".part")
     reader = None if kept is None else open_reader(kept)
     try:
-        with part.open("wb") as file:
+        with replacement(path) as file:
             file.write(start)
             for name in header.entries:
                 if name in tensors:
-                    array: Any = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
-                    file.write(memoryview(array))
+                    file.write(tensor_bytes(tensors[name]))
                 elif reader is not None:
                     for piece in _pieces(old[name]):
                         buffer = bytearray(piece.stop - piece.start)
                         reader.read_into(old[name], piece.start, memoryview(buffer))
                         file.write(buffer)
-            file.flush()
-            sync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise WriteError(f"cannot be written: {error.strerror}", where=str(path)) from error
     finally:
         if reader is not None:
             reader.close()

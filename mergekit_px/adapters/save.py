@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.adapters.config import CONFIG_FILE
 from mergekit_px.adapters.lora_modules import LoraModule
-from mergekit_px.checkpoint.dtypes import dtype_of
-from mergekit_px.checkpoint.header import build_header
 from mergekit_px.checkpoint.json_text import shown
-from mergekit_px.checkpoint.positional import sync
+from mergekit_px.checkpoint.replacement import replacement
 from mergekit_px.checkpoint.selection import ADAPTER_FILE
-from mergekit_px.errors import AdapterError, OutputError, WriteError
+from mergekit_px.checkpoint.tensor_file import write_tensors
+from mergekit_px.errors import AdapterError, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +74,8 @@ def save_peft(
     except OSError as error:
         raise OutputError(f"cannot be made: {error.strerror}", where=str(folder)) from error
     _write(folder / ADAPTER_FILE, tensors, {"format": "pt"}, overwrite=True)
-    _publish(folder / CONFIG_FILE, [(json.dumps(config, indent=2, sort_keys=True) + "\n").encode()])
+    with replacement(folder / CONFIG_FILE) as file:
+        file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def peft_config(
@@ -218,28 +217,4 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[st
     """A safetensors file; equal contents give equal bytes."""
     if path.exists() and not overwrite:
         raise OutputError("there is such a file already", where=str(path), hint="give another, or --overwrite")
-    start, header = build_header(
-        [(name, dtype_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()], metadata
-    )
-    _publish(path, chain([start], (_bytes(tensors[name]) for name in header.entries)))
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
-def _publish(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write, force to disk, then give the name: a file of this name is always complete."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            sync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise WriteError(f"cannot be written: {error.strerror}", where=str(path)) from error
+    write_tensors(path, tensors, metadata)

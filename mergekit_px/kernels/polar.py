@@ -190,13 +190,13 @@ def _by_products(tall: Tensor, energy: float, floor: float, relative: float) -> 
     current = tall / min(math.sqrt(energy), _norm_bound(tall))
     low = 1e-3
     for step in range(1, _MOST_STEPS + 1):
-        product = current.T @ current
-        gap = float(torch.linalg.vector_norm(product - torch.eye(n, dtype=product.dtype, device=product.device)))
+        square = current.T @ current
+        gap = float(torch.linalg.vector_norm(square - torch.eye(n, dtype=square.dtype, device=square.device)))
         if gap <= _ORTHOGONAL * math.sqrt(n):
             nuclear = float((current.double() * tall.double()).sum())
             return _Found(current, n, nuclear, "newton_schulz", step - 1)
         scale = math.sqrt(3 / (1 + low + low * low)) if low < 0.99 else 1.0
-        current = 1.5 * scale * current - 0.5 * scale**3 * (current @ product)
+        current = 1.5 * scale * current - 0.5 * scale**3 * (current @ square)
         low = min(1.0, 0.5 * scale * low * (3 - scale**2 * low**2))
     found = _by_gram(tall, floor, relative)
     note = f"Newton-Schulz did not converge in {_MOST_STEPS} steps (rank {found.rank} of {n}); served by gram64"

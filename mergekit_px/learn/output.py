@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
+from torch import Tensor
 
+from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.destination import CONFIG_FILE
 from mergekit_px.checkpoint.dtypes import dtype_of
 from mergekit_px.checkpoint.layout import OutputTensor, plan_layout
 from mergekit_px.checkpoint.publish import SideFile
+from mergekit_px.checkpoint.tensor_file import tensor_bytes
 from mergekit_px.checkpoint.writer import CheckpointWriter
 from mergekit_px.learn.models import LearningModel
 
@@ -22,22 +24,33 @@ def write_model(model: LearningModel, folder: Path, plan_hash: str) -> None:
         NonFiniteError: a value is NaN or infinite.
         OutputError, DiskSpaceError, WriteError: the folder cannot be used, or the disk refuses.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in model.tensors().items()}
-    metadata = {"format": "pt", **(model.checkpoint.metadata if model.checkpoint is not None else {})}
-    layout = plan_layout(
-        [OutputTensor(name, dtype_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()],
-        metadata=metadata,
-    )
+    tensors = model.tensors()
+    planned = [OutputTensor(name, dtype_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    origin = model.checkpoint
+    metadata = {"format": "pt", **(origin.metadata if origin is not None else {})}
+    side_files = side_files_of(origin) if origin is not None else {}
+    write_checkpoint(folder, planned, tensors.__getitem__, metadata, plan_hash, side_files)
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Sequence[OutputTensor],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    plan_hash: str,
+    side_files: Mapping[str, SideFile],
+) -> None:
+    """Write tensors made one after another, each by its name; errors as `write_model`."""
+    layout = plan_layout(list(tensors), metadata=dict(metadata))
     with CheckpointWriter(folder, layout, plan_hash, mode="overwrite") as writer:
-        for name, tensor in tensors.items():
-            array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-            writer.write(name, 0, memoryview(array))
-        writer.publish(_side_files(model))
+        for one in tensors:
+            writer.write(one.name, 0, tensor_bytes(make(one.name)))
+        writer.publish(side_files)
 
 
-def _side_files(model: LearningModel) -> dict[str, SideFile]:
-    checkpoint = model.checkpoint
-    if checkpoint is None or checkpoint.directory is None:
+def side_files_of(checkpoint: Checkpoint) -> dict[str, SideFile]:
+    """What travels with the weights of a folder, the config among it."""
+    if checkpoint.directory is None:
         return {}
     files: dict[str, SideFile] = {name: checkpoint.directory / name for name in checkpoint.side_files}
     if checkpoint.config is not None:

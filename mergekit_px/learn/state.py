@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import InputError, OutputError
-from mergekit_px.learn.artefact import write_tensors
 from mergekit_px.learn.models import read_tensors
 
 FORMAT = "pxmerge_training_state"

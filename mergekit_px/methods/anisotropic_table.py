@@ -18,7 +18,8 @@ from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.errors import InputError, UsageError, WriteError
+from mergekit_px.checkpoint.replacement import replacement
+from mergekit_px.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ def write_table(table: CoefficientTable, path: Path) -> None:
         WriteError: the disk refuses.
     """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     header = {
         "version": _VERSION,
@@ -92,14 +93,9 @@ def write_table(table: CoefficientTable, path: Path) -> None:
         "tensors": dict(table.tensors),
         "seed": table.seed,
     }
-    part = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        values = torch.tensor(table.values, dtype=torch.float64).reshape(len(table.sources), len(table.blocks))
-        save_file({_TENSOR: values}, part, metadata={HEADER_KEY: json.dumps(header, ensure_ascii=False)})
-        part.replace(path)
-    except OSError as error:
-        raise WriteError(f"the disk refused: {error.strerror or error}", where=str(path)) from error
+    values = torch.tensor(table.values, dtype=torch.float64).reshape(len(table.sources), len(table.blocks))
+    with replacement(path) as file:
+        file.write(save({_TENSOR: values}, metadata={HEADER_KEY: json.dumps(header, ensure_ascii=False)}))
 
 
 def read_table(place: str | Path) -> CoefficientTable:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mergekit_px.adapters.acmap_stored import StoredState
-from mergekit_px.errors import InputError, UsageError, WriteError
+from mergekit_px.checkpoint.replacement import replacement
+from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.acmap.backbone import ModelOptions
 from mergekit_px.learn.acmap.prototypes import Prototypes
 from mergekit_px.learn.acmap.sources import FeatureSource, Sources, Tell, require_comparable
@@ -140,14 +141,8 @@ def write_predictions(found: Predictions, output: Path) -> None:
     arrays: dict[str, Tensor] = {"class": found.classes, "task": found.tasks, "cosine": found.cosines.float()}
     if found.labels is not None:
         arrays["labels"] = found.labels
-    part = output.with_name(output.name + ".part")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            numpy.savez(file, allow_pickle=False, **{name: tensor.numpy() for name, tensor in arrays.items()})
-        part.replace(output)
-    except OSError as error:
-        raise WriteError(f"cannot be written: {error.strerror or error}", where=str(output)) from error
+    with replacement(output) as file:
+        numpy.savez(file, allow_pickle=False, **{name: tensor.numpy() for name, tensor in arrays.items()})
 
 
 def _classified(

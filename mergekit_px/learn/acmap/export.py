@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from mergekit_px.adapters.acmap_stored import StoredState
+from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import OutputError
 from mergekit_px.learn.acmap.prototypes import Prototypes
-from mergekit_px.learn.artefact import write_tensors
 
 CLASSES_KEY = "pxmerge.classes"
 

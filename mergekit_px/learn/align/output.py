@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
-from mergekit_px.checkpoint.destination import CONFIG_FILE
 from mergekit_px.checkpoint.dtypes import DType, dtype_of
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.json_text import shown
-from mergekit_px.checkpoint.layout import OutputTensor, plan_layout
+from mergekit_px.checkpoint.layout import OutputTensor
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
-from mergekit_px.checkpoint.writer import CheckpointWriter
+from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import NonFiniteError
 from mergekit_px.learn.align.fixed import Artefact
-from mergekit_px.learn.artefact import write_tensors
 from mergekit_px.learn.models import read_tensor
+from mergekit_px.learn.output import side_files_of, write_checkpoint
 
 TASK_VECTOR = "task_vector"
 MODEL = "model"
@@ -76,37 +74,18 @@ def write_result(
         as_stored = {name: stored.dtype for name, stored in base.tensors.items()}
         as_changed = {name: dtype_of(dtype) if name in learned else one for name, one in as_stored.items()}
         kept = {"format": "pt", **base.metadata}
-        _write_checkpoint(base, as_stored, changed, output / MODEL, kept, plan_hash, _side_files(base))
-        _write_checkpoint(base, as_changed, difference, output / TASK_VECTOR, metadata, plan_hash, {})
+
+        def write(
+            folder: Path,
+            dtypes: Mapping[str, DType],
+            make: Callable[[StoredTensor], Tensor],
+            strings: Mapping[str, str],
+            side_files: Mapping[str, SideFile],
+        ) -> None:
+            planned = [OutputTensor(name, dtypes[name], stored.shape) for name, stored in base.tensors.items()]
+            write_checkpoint(folder, planned, lambda name: make(base.tensors[name]), strings, plan_hash, side_files)
+
+        write(output / MODEL, as_stored, changed, kept, side_files_of(base))
+        write(output / TASK_VECTOR, as_changed, difference, metadata, {})
     if artefact is not None:
         write_tensors(output / artefact.file, artefact.arrays, {"format": "pt", **artefact.metadata})
-
-
-def _write_checkpoint(
-    base: Checkpoint,
-    dtypes: Mapping[str, DType],
-    make: Callable[[StoredTensor], Tensor],
-    folder: Path,
-    metadata: Mapping[str, str],
-    plan_hash: str,
-    side_files: Mapping[str, SideFile],
-) -> None:
-    """Write a tensor for each of the base's, made one after another."""
-    layout = plan_layout(
-        [OutputTensor(name, dtypes[name], stored.shape) for name, stored in base.tensors.items()],
-        metadata=dict(metadata),
-    )
-    with CheckpointWriter(folder, layout, plan_hash, mode="overwrite") as writer:
-        for name, stored in base.tensors.items():
-            array: Any = make(stored).contiguous().reshape(-1).view(torch.uint8).numpy()
-            writer.write(name, 0, memoryview(array))
-        writer.publish(side_files)
-
-
-def _side_files(base: Checkpoint) -> dict[str, SideFile]:
-    if base.directory is None:
-        return {}
-    files: dict[str, SideFile] = {name: base.directory / name for name in base.side_files}
-    if base.config is not None:
-        files[CONFIG_FILE] = base.directory / CONFIG_FILE
-    return files

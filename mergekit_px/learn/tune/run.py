@@ -18,9 +18,10 @@ from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
+from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import DivergedError, InputError, OutputError
 from mergekit_px.execute.lane import pick_device
-from mergekit_px.learn.artefact import write_json, write_tensors
+from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import LABELS, Examples, load_examples, require_classes, split_rows, to_device
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.objective import check_fit

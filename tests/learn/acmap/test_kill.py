@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import mergekit_px.learn.acmap.mapping
-from mergekit_px.adapters import acmap_file
+from mergekit_px.checkpoint import replacement
 from mergekit_px.cli import main
 
 start, folder, words = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
@@ -40,7 +40,7 @@ def killed_at(point):
         return call
 
     Path.replace, Path.unlink = with_steps(Path.replace), with_steps(Path.unlink)
-    acmap_file.sync = with_steps(acmap_file.sync)
+    replacement.sync = with_steps(replacement.sync)
     os._exit(main(words))
 
 
