@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mergekit_px.checkpoint.dtypes import DType
 
@@ -35,14 +36,34 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
+class FileIdentity(NamedTuple):
+    """What the system records of a file. Every write moves ``ctime_ns``, and no program can set it back."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileIdentity:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+
+
 @dataclass(frozen=True)
 class CheckpointFile:
-    """One file of weights. ``header_sha256``: hex, over the JSON bytes of the header, padding included."""
+    """One file of weights.
+
+    Attributes:
+        header_sha256: hex, over the JSON bytes of the header, padding included.
+        identity: of the file whose header was read; None where it is not on this machine.
+    """
 
     name: str
     size: int
     metadata: Mapping[str, str]
     header_sha256: str
+    identity: FileIdentity | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

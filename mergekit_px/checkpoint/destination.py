@@ -2,6 +2,7 @@
 
 <folder>/.pxmerge/lock             held by the run that is writing
 <folder>/.pxmerge/journal.jsonl    there as long as a run is unfinished
+<folder>/.pxmerge/inputs.json      which files the unfinished run reads
 <folder>/.pxmerge/publishing       there once finished files are being put in place
 <folder>/.pxmerge/stage/           side files on their way
 <folder>/<shard>.part              shards that are not complete
@@ -24,6 +25,7 @@ STATE_FOLDER = ".pxmerge"
 JOURNAL_FILE = "journal.jsonl"
 LOCK_FILE = "lock"
 PUBLISHING_FILE = "publishing"
+INPUTS_FILE = "inputs.json"
 STAGE_FOLDER = "stage"
 PART_SUFFIX = ".part"
 

@@ -3,26 +3,65 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+from mergekit_px.checkpoint.contents import FileIdentity
+from mergekit_px.checkpoint.identity import changed
+from mergekit_px.checkpoint.remembered import Remembered
 from mergekit_px.errors import InputError, InputNotFoundError
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PIECE = 1 << 20
+_SETTLED = 2.0
+"""Seconds after which a write gets another time than the one before it, on every file system in use."""
 
 
-def file_sha256(path: Path, *, trust_cache: bool = True) -> str:
+class HashingStopped(Exception):
+    """The one who asked for a hash does not want it any more."""
+
+
+def file_sha256(
+    path: Path,
+    *,
+    remember: bool = True,
+    expected: FileIdentity | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> str:
     """Hex sha256 of the bytes of a file.
 
-    The Hub's cache names the blob of a large file by its sha256 and links to it. With ``trust_cache`` such a
-    name is taken at its word; without, the bytes are read. Raises ``InputNotFoundError``, ``InputError``.
+    Args:
+        remember: take the hash that was computed when the file had the same place, size, times and inode.
+        expected: which file it must be.
+        stopped: asked between pieces.
+
+    Raises ``InputNotFoundError``; ``InputError`` for a file that cannot be read or changes meanwhile;
+    ``HashingStopped``.
     """
+    store = Remembered("sha256")
     try:
-        if trust_cache and path.is_symlink() and _SHA256.fullmatch(path.readlink().name) and path.is_file():
-            return path.readlink().name
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            identity = FileIdentity.of(os.fstat(file.fileno()))
+            if expected is not None and identity != expected:
+                raise changed(path)
+            key = f"{path.resolve()}:{':'.join(map(str, identity))}"
+            known = store.get(key) if remember else None
+            if isinstance(known, str):
+                return known
+            began = time.time_ns()
+            digest = hashlib.sha256()
+            buffer = memoryview(bytearray(_PIECE))
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+                if stopped():
+                    raise HashingStopped
+            if FileIdentity.of(os.fstat(file.fileno())) != identity:
+                raise changed(path)
     except FileNotFoundError:
         raise InputNotFoundError("no such file", where=str(path)) from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    if began - max(identity.mtime_ns, identity.ctime_ns) > _SETTLED * 1e9:
+        store.put({key: digest.hexdigest()})
+    return digest.hexdigest()

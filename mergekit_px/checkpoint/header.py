@@ -8,12 +8,14 @@ that no later step has to think about it.
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_px.checkpoint.contents import FileIdentity
 from mergekit_px.checkpoint.dtypes import DTYPES, DType, byte_count
 from mergekit_px.checkpoint.json_text import parse_object, shown
 from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError, UsageError
@@ -177,8 +179,8 @@ def _check_cover(entries: Sequence[TensorEntry], data_size: int, where: str) -> 
         raise MalformedCheckpointError(f"{data_size - reached} bytes follow the last tensor", where=where)
 
 
-def read_raw_header(path: Path, where: str | None = None) -> tuple[bytes, int]:
-    """The JSON bytes of the header of ``path`` and the size of the file; symlinks are followed.
+def read_raw_header(path: Path, where: str | None = None) -> tuple[bytes, FileIdentity]:
+    """The JSON bytes of the header of ``path`` and which file that was; symlinks are followed.
 
     Raises ``InputNotFoundError``, ``InputError``, ``MalformedCheckpointError``.
     """
@@ -188,9 +190,8 @@ def read_raw_header(path: Path, where: str | None = None) -> tuple[bytes, int]:
         if not stat.S_ISREG(path.stat().st_mode):
             raise MalformedCheckpointError("not a regular file", where=where)
         with path.open("rb") as file:
-            file_size = file.seek(0, 2)
-            file.seek(0)
-            length = header_length(file.read(_LENGTH_BYTES), file_size, where)
+            identity = FileIdentity.of(os.fstat(file.fileno()))
+            length = header_length(file.read(_LENGTH_BYTES), identity.size, where)
             raw = file.read(length)
     except FileNotFoundError:
         raise InputNotFoundError("no such file", where=where) from None
@@ -198,13 +199,13 @@ def read_raw_header(path: Path, where: str | None = None) -> tuple[bytes, int]:
         raise InputError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=where) from error
     if len(raw) != length:
         raise MalformedCheckpointError("the header ends early", where=where, hint=_TRUNCATED)
-    return raw, file_size
+    return raw, identity
 
 
 def read_header(path: Path) -> Header:
     """Read and check the header of one file. Raises as ``read_raw_header`` and ``parse_header`` do."""
-    raw, file_size = read_raw_header(path)
-    return parse_header(raw, file_size, str(path))
+    raw, identity = read_raw_header(path)
+    return parse_header(raw, identity.size, str(path))
 
 
 def build_header(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile, StoredTensor
+from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile, FileIdentity, StoredTensor
 from mergekit_px.checkpoint.header import Header, parse_header, read_raw_header
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, check_index, index_name, parse_index
 from mergekit_px.checkpoint.json_text import parse_object, shown
@@ -64,6 +64,7 @@ def checkpoint_from_headers(
     side_files: Sequence[str],
     *,
     directory: Path | None = None,
+    identities: Mapping[str, FileIdentity] | None = None,
     index_file: str = index_name(MODEL_FILE),
 ) -> Checkpoint:
     """Put parsed headers together, with the checks that concern several files.
@@ -74,6 +75,7 @@ def checkpoint_from_headers(
         header_hashes: hex sha256 of the JSON bytes of each header.
         index: the bytes of the index, where there is one.
         directory: where the files are; None if not on this machine.
+        identities: of the files, where they are on this machine.
         index_file: what the index is called, for messages.
 
     Raises ``MalformedCheckpointError`` where index and files disagree, ``InputError`` where there is no index
@@ -105,7 +107,7 @@ def checkpoint_from_headers(
                 nbytes=entry.end - entry.begin,
             )
     files = {
-        file: CheckpointFile(file, sizes[file], header.metadata, header_hashes[file])
+        file: CheckpointFile(file, sizes[file], header.metadata, header_hashes[file], (identities or {}).get(file))
         for file, header in headers.items()
     }
     return Checkpoint(label, directory, files, tensors, config, tuple(side_files))
@@ -144,20 +146,31 @@ def _open_files(
     headers: dict[str, Header] = {}
     sizes: dict[str, int] = {}
     hashes: dict[str, str] = {}
+    identities: dict[str, FileIdentity] = {}
     for name in names:
         where = f"{label}/{shown(name)}" if whole_folder else label
         try:
-            raw, sizes[name] = read_raw_header(folder / name, where)
+            raw, identities[name] = read_raw_header(folder / name, where)
         except InputNotFoundError:
             if index is not None:
                 raise _missing_shard(name, f"{label}/{index_file}") from None
             raise
+        sizes[name] = identities[name].size
         headers[name] = parse_header(raw, sizes[name], where)
         hashes[name] = hashlib.sha256(raw).hexdigest()
     config = _read_config(folder, label) if whole_folder else None
     carried = find_side_files(folder) if whole_folder else ()
     return checkpoint_from_headers(
-        label, headers, sizes, hashes, index, config, carried, directory=folder, index_file=index_file
+        label,
+        headers,
+        sizes,
+        hashes,
+        index,
+        config,
+        carried,
+        directory=folder,
+        identities=identities,
+        index_file=index_file,
     )
 
 

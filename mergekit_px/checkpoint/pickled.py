@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_px.checkpoint.contents import CheckpointFile, StoredTensor
+from mergekit_px.checkpoint.contents import CheckpointFile, FileIdentity, StoredTensor
 from mergekit_px.checkpoint.index import check_index
 from mergekit_px.checkpoint.state_dict import describe_state_dict
 from mergekit_px.errors import MalformedCheckpointError
@@ -54,7 +55,10 @@ def describe_pickles(
     tensors: dict[str, StoredTensor] = {}
     contents: dict[str, dict[str, StoredTensor]] = {}
     for name, where in places.items():
-        files[name], contents[name] = describe_state_dict(load_pickle(folder / name, where), name, where)
+        loaded = load_pickle(folder / name, where)
+        identity = FileIdentity.of((folder / name).stat())
+        described, contents[name] = describe_state_dict(loaded, name, where)
+        files[name] = replace(described, identity=identity)
         tensors.update(contents[name])
     if weight_map is not None:
         check_index(weight_map, contents, label)

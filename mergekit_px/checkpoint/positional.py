@@ -33,8 +33,8 @@ class PositionalFile(Protocol):
     def write(self, offset: int, buffer: memoryview) -> None:
         """Write all of ``buffer`` at ``offset``."""
 
-    def size(self) -> int:
-        """Bytes in the file."""
+    def status(self) -> os.stat_result:
+        """What the system records of the file."""
 
     def allocate(self, size: int) -> None:
         """Give the file ``size`` bytes, of real space where the file system can reserve it."""
@@ -75,8 +75,8 @@ class _PreadFile:
         while done < len(buffer):
             done += os.pwrite(self._descriptor, buffer[done : done + _LARGEST_CALL], offset + done)
 
-    def size(self) -> int:
-        return os.fstat(self._descriptor).st_size
+    def status(self) -> os.stat_result:
+        return os.fstat(self._descriptor)
 
     def allocate(self, size: int) -> None:
         allocate(self._descriptor, size)
@@ -116,8 +116,8 @@ class _SeekingFile:
             while done < len(buffer):
                 done += self._file.write(buffer[done : done + _LARGEST_CALL]) or 0
 
-    def size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
+    def status(self) -> os.stat_result:
+        return os.fstat(self._file.fileno())
 
     def allocate(self, size: int) -> None:
         with self._lock:

@@ -6,8 +6,9 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
-from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
+from mergekit_px.checkpoint.contents import Checkpoint, FileIdentity, StoredTensor
 from mergekit_px.checkpoint.file_pool import FilePool
+from mergekit_px.checkpoint.identity import changed, check_unchanged
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.positional import PositionalFile, open_positional
 from mergekit_px.checkpoint.state_dict import MemoryReader, checkpoint_from_state_dict
@@ -51,7 +52,7 @@ class FileReader:
     """Reads safetensors files by ``preadv``, or by seek and read with ``portable``.
 
     Files are opened when they are first needed and stay open; beyond a few dozen, the one that was idle the
-    longest is closed. A file that changed its size since its header was read is refused.
+    longest is closed. A file that changed since its header was read is refused.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, portable: bool = False) -> None:
@@ -88,12 +89,10 @@ class FileReader:
             file = open_positional(path, portable=self._portable)
         except FileNotFoundError:
             raise InputNotFoundError("the file is gone since its header was read", where=str(path)) from None
-        size, expected = file.size(), self._checkpoint.files[name].size
-        if size != expected:
+        expected = self._checkpoint.files[name].identity
+        if expected is not None and FileIdentity.of(file.status()) != expected:
             file.close()
-            raise InputError(
-                f"the file changed since its header was read: {expected} bytes then, {size} now", where=str(path)
-            )
+            raise changed(path)
         return file
 
     def _where(self, tensor: StoredTensor) -> str:
@@ -106,6 +105,7 @@ class PickleReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         if checkpoint.directory is None:
             raise InputError("its files are not on this machine", where=checkpoint.label)
+        self._checkpoint = checkpoint
         self._directory: Path = checkpoint.directory
         self._readers: dict[str, MemoryReader] = {}
         self._lock = threading.Lock()
@@ -116,6 +116,7 @@ class PickleReader:
         with self._lock:
             if tensor.file not in self._readers:
                 path = self._directory / tensor.file
+                check_unchanged([self._checkpoint])
                 self._readers[tensor.file] = MemoryReader(load_pickle(path, str(path)))
             reader = self._readers[tensor.file]
         reader.read_into(tensor, start, buffer)

@@ -18,6 +18,7 @@ from typing import Self
 
 from mergekit_px.checkpoint.background import Flusher, Hasher
 from mergekit_px.checkpoint.destination import (
+    INPUTS_FILE,
     JOURNAL_FILE,
     LOCK_FILE,
     PART_SUFFIX,
@@ -179,6 +180,11 @@ class CheckpointWriter:
         """Bytes of tensors that are still to be written."""
         return sum(nbytes for _, _, nbytes in self._layout.location.values()) - self.finished_bytes
 
+    @property
+    def inputs_file(self) -> Path:
+        """Where a run may note what it reads; kept as long as it is unfinished."""
+        return self._state / INPUTS_FILE
+
     def done(self, name: str, start: int, stop: int) -> bool:
         """Whether bytes ``[start, stop)`` of a tensor are written already; ranges may be cut in any way."""
         number, offset, _ = self._layout.location[name]
@@ -291,7 +297,7 @@ class CheckpointWriter:
 
     def _discard(self) -> None:
         """Remove what an unfinished run consists of; the journal first, so that none is seen without its files."""
-        for name in (JOURNAL_FILE, PUBLISHING_FILE):
+        for name in (JOURNAL_FILE, INPUTS_FILE, PUBLISHING_FILE):
             (self._state / name).unlink(missing_ok=True)
         self._remove_staged()
         for part in weight_files(self.directory, self._layout.stem, PART_SUFFIX):

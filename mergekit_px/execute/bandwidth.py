@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mergekit_px.execute.remembered import Remembered
+from mergekit_px.checkpoint.remembered import Remembered
 
 _PIECE = 16 << 20
 _SECONDS = 0.25

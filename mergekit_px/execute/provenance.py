@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import platform
 import threading
-import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px._version import __version__
-from mergekit_px.checkpoint.hashing import file_sha256
+from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile
+from mergekit_px.checkpoint.hashing import HashingStopped, file_sha256
+from mergekit_px.checkpoint.identity import check_unchanged
+from mergekit_px.checkpoint.json_text import parse_object
 from mergekit_px.checkpoint.publish import PublishedFile
-from mergekit_px.execute.remembered import Remembered
+from mergekit_px.checkpoint.replacement import replacement
+from mergekit_px.errors import InputError
 from mergekit_px.hub.card import CardInput, CardMethod, model_card
+from mergekit_px.hub.files import not_as_listed
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
 
@@ -25,69 +30,134 @@ if TYPE_CHECKING:
 LOCK_FILE = "pxmerge.lock.json"
 RECIPE_FILE = "pxmerge.yaml"
 CARD_FILE = "README.md"
-_SETTLED = 2.0  # seconds
 
 
 class InputHashes:
-    """sha256 of the input files, computed beside the run.
+    """The inputs' files as a run reads them: that they stay what they were, and their sha256, computed beside the run.
 
-    Files of the Hub have theirs already, and those of files that did not change since an earlier run (same place,
-    size and time) are remembered.
+    ``record`` is a file in the output's folder of an unfinished run. A run that goes on from it does so only over
+    files that are the same as then: by what the system says of them, or else by their bytes.
+
+    Args:
+        inputs: opened, and on this machine.
+        local: whether files that the Hub lists no hash for are hashed.
+        record: where to note them.
+        resumed: whether the record of an earlier run must be there.
+
+    Raises:
+        InputError: an input is not what the unfinished run began with.
     """
 
-    def __init__(self, inputs: Mapping[str, ResolvedInput], *, local: bool) -> None:
-        self._inputs = inputs
+    def __init__(self, inputs: Mapping[str, ResolvedInput], *, local: bool, record: Path, resumed: bool) -> None:
+        self._files = {
+            (label, file.name): _Input(checkpoint, file, listed.get(file.name))
+            for label, checkpoint, listed in _checkpoints(inputs)
+            for file in checkpoint.files.values()
+        }
+        self._checkpoints = [checkpoint for _, checkpoint, _ in _checkpoints(inputs)]
         self._local = local
-        self._store = Remembered("sha256")
-        self._new: dict[str, str] = {}
-        self._found: dict[tuple[str, str], str | None] = {}
+        self._record = record
+        self._hashes: dict[tuple[str, str], str | None] = {}
         self._failure: BaseException | None = None
-        self._stopped = False
+        self._stopping = threading.Event()
+        if resumed:
+            self._compare(_read_record(record))
+        self._note()
         self._thread = threading.Thread(target=self._work, name="pxmerge-input-hashes", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Give up; what is missing stays unknown."""
-        self._stopped = True
+        self._stopping.set()
+        self._thread.join()
 
     def result(self) -> Mapping[tuple[str, str], str | None]:
-        """(input, file) -> hex sha256, or None where it was not asked for. Raises what reading raised."""
+        """(input or ``input#number`` of its adapter, file) -> hex sha256, or None where it was not asked for.
+
+        Raises:
+            InputError: an input changed while it was read, or is not what the Hub lists; what reading raised.
+        """
         self._thread.join()
         if self._failure is not None:
             raise self._failure
-        return self._found
+        check_unchanged(self._checkpoints)
+        return self._hashes
 
     def _work(self) -> None:
         try:
-            for name, source in self._inputs.items():
-                for file in source.checkpoint.files:
-                    if self._stopped:
-                        return
-                    self._found[name, file] = self._hash(source, file)
-            if self._new:
-                self._store.put(self._new)
+            for key, file in self._files.items():
+                if file.listed is not None or self._local:
+                    self._hashes[key] = file.sha256(self._stopping.is_set)
+                    self._note()
+                else:
+                    self._hashes[key] = None
+        except HashingStopped:
+            pass
         except BaseException as error:
             self._failure = error
 
-    def _hash(self, source: ResolvedInput, file: str) -> str | None:
-        if source.repo is not None:
-            remote = source.repo.files.get(file)
-            if remote is not None and remote.sha256 is not None:
-                return remote.sha256
-        directory = source.checkpoint.directory
-        if directory is None or not self._local:
-            return None
-        path = (directory / file).resolve()
-        status = path.stat()
-        key = f"{path}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
-        known = self._new.get(key) or self._store.get(key)
-        if known is not None:
-            return str(known)
-        digest = file_sha256(directory / file)
-        # A file that was changed just now could be changed again within the same tick of its clock.
-        if time.time() - status.st_mtime > _SETTLED:
-            self._new[key] = digest
+    def _note(self) -> None:
+        record = {
+            f"{label}/{name}": {"identity": file.described.identity, "sha256": self._hashes.get((label, name))}
+            for (label, name), file in self._files.items()
+        }
+        with replacement(self._record) as out:
+            out.write(json.dumps(record).encode())
+
+    def _compare(self, begun: Mapping[str, Any]) -> None:
+        for (label, name), file in self._files.items():
+            entry = begun.get(f"{label}/{name}")
+            if not isinstance(entry, dict) or file.described.identity is None:
+                raise _other_input(label, name, file.path)
+            if entry.get("identity") == list(file.described.identity):
+                continue
+            # A file that was copied back, or looked at from another machine, may still have the bytes it had.
+            if entry.get("sha256") is None or file.sha256(lambda: False) != entry["sha256"]:
+                raise _other_input(label, name, file.path)
+
+
+@dataclass(frozen=True)
+class _Input:
+    checkpoint: Checkpoint
+    described: CheckpointFile
+    listed: str | None
+    """The sha256 that the Hub lists."""
+
+    @property
+    def path(self) -> Path:
+        return (self.checkpoint.directory or Path()) / self.described.name
+
+    def sha256(self, stopped: Callable[[], bool]) -> str:
+        digest = file_sha256(self.path, expected=self.described.identity, stopped=stopped)
+        if self.listed is not None and digest != self.listed:
+            raise not_as_listed(self.described.name, self.checkpoint.label)
         return digest
+
+
+def _checkpoints(
+    inputs: Mapping[str, ResolvedInput],
+) -> Iterator[tuple[str, Checkpoint, Mapping[str, str | None]]]:
+    """Name, checkpoint, and the hashes that the Hub lists of its files."""
+    for name, source in inputs.items():
+        listed = {} if source.repo is None else {file: entry.sha256 for file, entry in source.repo.files.items()}
+        yield name, source.checkpoint, listed
+        for number, adapter in enumerate(source.adapters):
+            yield f"{name}#{number}", adapter.checkpoint, {}
+
+
+def _read_record(path: Path) -> Mapping[str, Any]:
+    try:
+        return parse_object(path.read_bytes(), str(path))
+    except (OSError, InputError):
+        return {}  # nothing is known of the inputs then, so none is the same
+
+
+def _other_input(label: str, name: str, path: Path) -> InputError:
+    return InputError(
+        f"'{label}' is not what the unfinished run began with: {name} changed since",
+        where=str(path),
+        hint="start over with --overwrite",
+    )
 
 
 def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: Mapping[str, PublishedFile]) -> bytes:
@@ -97,23 +167,13 @@ def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: M
         inputs[name] = {
             "reference": source.reference if source.repo is None else source.repo.repo,
             "commit": source.repo.commit if source.repo is not None else None,
-            "files": {
-                file.name: {
-                    "size": file.size,
-                    "header_sha256": file.header_sha256,
-                    "sha256": hashes.get((name, file.name)),
-                }
-                for file in source.checkpoint.files.values()
-            },
+            "files": _files(source.checkpoint, name, hashes),
             "adapters": [
                 {
                     "reference": adapter.label,
-                    "files": {
-                        file.name: {"size": file.size, "header_sha256": file.header_sha256}
-                        for file in adapter.checkpoint.files.values()
-                    },
+                    "files": _files(adapter.checkpoint, f"{name}#{number}", hashes),
                 }
-                for adapter in source.adapters
+                for number, adapter in enumerate(source.adapters)
             ],
             "adapter_options": asdict(source.bind_options) if source.adapters else None,
         }
@@ -131,6 +191,17 @@ def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: M
         "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in files.items()},
     }
     return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def _files(checkpoint: Checkpoint, label: str, hashes: Mapping[tuple[str, str], str | None]) -> dict[str, Any]:
+    return {
+        file.name: {
+            "size": file.size,
+            "header_sha256": file.header_sha256,
+            "sha256": hashes.get((label, file.name)),
+        }
+        for file in checkpoint.files.values()
+    }
 
 
 def card(plan: Plan) -> bytes:

@@ -56,7 +56,9 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
             for label, checkpoint in plan_checkpoints(plan).items()
         }
         writer = stack.enter_context(CheckpointWriter(plan.output, plan.layout, plan.hash, mode=plan.options.mode))
-        hashes = InputHashes(plan.inputs, local=plan.options.hash_inputs)
+        hashes = InputHashes(
+            plan.inputs, local=plan.options.hash_inputs, record=writer.inputs_file, resumed=writer.finished_bytes > 0
+        )
         stack.callback(hashes.stop)
         with gathered_warnings() as warnings:
             execute(plan, readers, writer, reporter.advance)
@@ -145,7 +147,7 @@ def fetch_inputs(plan: Plan, progress: Report | None = None) -> Plan:
             if progress is not None:
                 progress(Progress(f"fetching {label}", done, total, 0, len(plan.items), label))
 
-        directory = fetch(source.repo, progress=tell)
+        directory = fetch(source.repo, progress=tell, verify_cached=False)
         checkpoint = open_checkpoint(directory, label=source.reference)
         inputs[name] = replace(source, checkpoint=checkpoint)
     rebuilt = build_plan(plan.loaded, plan.options, inputs)

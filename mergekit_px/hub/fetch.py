@@ -22,12 +22,21 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), from any thread, one call at a time."""
 
 
-def fetch(resolved: ResolvedRepo, *, allow_pickle: bool = False, progress: Progress | None = None) -> Path:
+def fetch(
+    resolved: ResolvedRepo,
+    *,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+    verify_cached: bool = True,
+) -> Path:
     """The snapshot folder of the commit, holding the weights, the index, the config and the side files.
 
     Files that the cache holds are not asked for again. What breaks off inside a file is taken up again while
     this runs; after a restart, finished files count and an unfinished one starts over. Weights come after
     everything else, so that a cache with all the weights also has what belongs to them.
+
+    Args:
+        verify_cached: check the bytes of files that the cache has already; a run checks them while it reads them.
 
     Raises:
         HubError: a file cannot be had whole.
@@ -43,7 +52,7 @@ def fetch(resolved: ResolvedRepo, *, allow_pickle: bool = False, progress: Progr
     meter = _Meter(sum(resolved.files[name].size for name in names), progress)
     with quiet_client():
         for group in (described, weights.names):
-            _download_all(resolved, group, meter)
+            _download_all(resolved, group, meter, verify_cached=verify_cached)
     if not is_offline():
         _remember(resolved)
     return folder
@@ -100,9 +109,9 @@ class _Stopped(Exception):
     pass
 
 
-def _download_all(resolved: ResolvedRepo, names: tuple[str, ...], meter: _Meter) -> None:
+def _download_all(resolved: ResolvedRepo, names: tuple[str, ...], meter: _Meter, *, verify_cached: bool) -> None:
     with ThreadPoolExecutor(max_workers=DOWNLOADS_AT_ONCE) as pool:
-        waiting = [pool.submit(_download_one, resolved, name, meter) for name in names]
+        waiting = [pool.submit(_download_one, resolved, name, meter, verify_cached) for name in names]
         try:
             for future in as_completed(waiting):
                 future.result()
@@ -112,7 +121,7 @@ def _download_all(resolved: ResolvedRepo, names: tuple[str, ...], meter: _Meter)
             raise
 
 
-def _download_one(resolved: ResolvedRepo, name: str, meter: _Meter) -> None:
+def _download_one(resolved: ResolvedRepo, name: str, meter: _Meter, verify_cached: bool) -> None:
     counted = 0
 
     def report(count: int) -> None:
@@ -120,7 +129,7 @@ def _download_one(resolved: ResolvedRepo, name: str, meter: _Meter) -> None:
         counted += count
         meter.add(count)
 
-    download(resolved, name, report)
+    download(resolved, name, report, verify_cached=verify_cached)
     report(resolved.files[name].size - counted)
 
 

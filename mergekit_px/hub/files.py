@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, parse_index
 from mergekit_px.checkpoint.open import CONFIG_FILE
 from mergekit_px.checkpoint.selection import select_weights
@@ -82,26 +83,46 @@ def read_small(resolved: ResolvedRepo, name: str) -> bytes:
         return download(resolved, name).read_bytes()
 
 
-def download(resolved: ResolvedRepo, name: str, report: Callable[[int], None] = lambda count: None) -> Path:
+def download(
+    resolved: ResolvedRepo, name: str, report: Callable[[int], None] = lambda count: None, *, verify_cached: bool = True
+) -> Path:
     """One file of the pinned commit as a path in the cache, whole or not at all.
 
     Args:
         report: called with the number of bytes written, while they arrive.
+        verify_cached: check the bytes of a file that the cache has already; those that arrive are always checked.
 
     Raises:
-        HubError: the file cannot be had, or not with the size that the Hub lists.
+        HubError: the file cannot be had, or not with the size and the sha256 that the Hub lists.
     """
-    size = resolved.files[name].size
+    listed = resolved.files[name]
+    verify = verify_cached or not _is_cached(resolved, name)
     path = _download(resolved, name, report, again=False)
-    if path.stat().st_size != size and not is_offline():
-        path = _download(resolved, name, report, again=True)
-    if path.stat().st_size != size:
-        raise HubError(
-            f"{name} has {path.stat().st_size} bytes where the Hub lists {size}",
-            where=str(resolved),
-            hint=_CUT_SHORT,
-        )
-    return path
+    for attempt in ("again", "last"):
+        size = path.stat().st_size
+        if size == listed.size and not (verify and listed.sha256 not in (None, file_sha256(path))):
+            return path
+        if attempt == "again" and not is_offline():
+            path = _download(resolved, name, report, again=True)
+            verify = True
+    if size == listed.size:
+        raise not_as_listed(name, str(resolved))
+    raise HubError(f"{name} has {size} bytes where the Hub lists {listed.size}", where=str(resolved), hint=_CUT_SHORT)
+
+
+def not_as_listed(name: str, where: str) -> HubError:
+    """The error for a file whose bytes are not those that the Hub lists."""
+    return HubError(
+        f"the bytes of {name} do not have the sha256 that the Hub lists",
+        where=where,
+        hint="`pxmerge pull` fetches it again; if it stays so, report it to the owner of the repository",
+    )
+
+
+def _is_cached(resolved: ResolvedRepo, name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(resolved.repo, name, revision=resolved.commit), str)
 
 
 def _download(resolved: ResolvedRepo, name: str, report: Callable[[int], None], *, again: bool) -> Path:

@@ -92,8 +92,8 @@ def read_lock(directory: Path) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    # The names in a cache prove nothing here: the bytes themselves are what is asked about.
-    return file_sha256(path, trust_cache=False)
+    # What was computed earlier proves nothing here: the bytes on the disk now are what is asked about.
+    return file_sha256(path, remember=False)
 
 
 def _is_aside(name: str) -> bool:

@@ -234,7 +234,8 @@ def test_from_headers_alone(tmp_path) -> None:
     folder = sharded(tmp_path)
     headers, sizes, hashes = {}, {}, {}
     for name in (SHARD_1, SHARD_2):
-        raw, sizes[name] = read_raw_header(folder / name)
+        raw, identity = read_raw_header(folder / name)
+        sizes[name] = identity.size
         headers[name] = parse_header(raw, sizes[name], name)
         hashes[name] = hashlib.sha256(raw).hexdigest()
     index = (folder / "model.safetensors.index.json").read_bytes()

@@ -115,7 +115,7 @@ def test_errors_name_file_and_tensor(tmp_path, tensors, portable) -> None:
     with pytest.raises(InputError, match=r"model\.safetensors: w: the file ends 8300 bytes early; it changed"):
         reader.read_into(stored, 0, buffer)
     reader.close()
-    with pytest.raises(InputError, match=f"changed since its header was read: {len(whole)} bytes then"):
+    with pytest.raises(InputError, match="the file changed since its header was read"):
         reader.read_into(stored, 0, buffer)
     path.unlink()
     with pytest.raises(InputNotFoundError, match="gone since its header was read"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 
 import pytest
 
@@ -77,12 +79,28 @@ def test_sha256_of_a_file(tmp_path) -> None:
         file_sha256(tmp_path)
 
 
-def test_blobs_of_the_hub_cache_carry_their_hash_as_name(tmp_path) -> None:
+def test_names_of_blobs_are_not_taken_for_their_hashes(tmp_path) -> None:
     blob = tmp_path / ("ab" * 32)
     blob.write_bytes(b"weights")
     (tmp_path / "model.safetensors").symlink_to(blob)
-    assert file_sha256(tmp_path / "model.safetensors") == "ab" * 32
-    assert file_sha256(tmp_path / "model.safetensors", trust_cache=False) == hashlib.sha256(b"weights").hexdigest()
+    assert file_sha256(tmp_path / "model.safetensors") == hashlib.sha256(b"weights").hexdigest()
     blob.unlink()
     with pytest.raises(InputNotFoundError):
         file_sha256(tmp_path / "model.safetensors")
+
+
+def test_a_remembered_hash_is_of_the_same_bytes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("mergekit_px.checkpoint.hashing._SETTLED", 0.0)
+    file = tmp_path / "x"
+    file.write_bytes(b"old bytes")
+    times = file.stat()
+    old = file_sha256(file)
+    store = tmp_path / "cache" / "pxmerge" / "sha256.json"
+    store.write_text(store.read_text().replace(old, "0" * 64))
+    assert file_sha256(file) == "0" * 64, "the file was read though its hash is remembered"
+    assert file_sha256(file, remember=False) == old
+    time.sleep(0.02)
+    file.write_bytes(b"new bytes")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # a program that keeps the time of the file
+    assert file_sha256(file) == hashlib.sha256(b"new bytes").hexdigest()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from models import Tensors, make_models, merge, plan_of, recipe
 
-from mergekit_px.errors import NonFiniteError, OutputError, PlanError
+from mergekit_px.errors import InputError, NonFiniteError, OutputError, PlanError
 from mergekit_px.execute.events import Progress
 from mergekit_px.execute.run import run_plan
 from mergekit_px.plan.budget import BLOCK
@@ -337,3 +338,76 @@ def test_fifty_thousand_tiny_tensors_cost_seconds(tmp_path: Path) -> None:
     # A fifth of the tensors in a fifth of thirty seconds; a quadratic schedule needs minutes.
     assert time.process_time() - start < 6
     assert len(merged) == 10_000
+
+
+def _stopped_run(data: dict[str, Any], out: Path) -> None:
+    """Leave a run that was killed after a few tensors."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, json.dumps(data), str(out), "new"], stderr=subprocess.PIPE
+    )
+    journal = out / ".pxmerge" / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (journal.exists() and journal.read_bytes().count(b"\n") > 4):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=30)
+
+
+def _retrain(weights: Path, *, keep_times: bool) -> None:
+    """Other bytes of the same size under the same header."""
+    before = weights.stat()
+    raw = bytearray(weights.read_bytes())
+    raw[-64:] = bytes(64)
+    time.sleep(0.02)
+    weights.write_bytes(raw)
+    if keep_times:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_only_the_inputs_that_a_run_began_with_are_resumed(tmp_path: Path) -> None:
+    make_models(tmp_path / "models")
+    data, out = recipe(tmp_path / "models", STEPS["ties"]), tmp_path / "out"
+    merge(data, tmp_path / "whole")
+    _stopped_run(data, out)
+    weights = tmp_path / "models" / "fine1" / "model.safetensors"
+    noted = json.loads((out / ".pxmerge" / "inputs.json").read_text())
+    assert noted["fine1/model.safetensors"]["identity"][0] == weights.stat().st_size
+
+    # Copied back from elsewhere: another inode and other times, the same bytes; that is known by their hash.
+    shutil.copyfile(weights, tmp_path / "copy")
+    assert noted["fine1/model.safetensors"]["sha256"] is not None
+    (tmp_path / "copy").replace(weights)
+    plan_of(data, out, mode="resume")
+    shutil.copytree(out, tmp_path / "second")
+    merge(data, out, mode="resume")
+    assert digest(out) == digest(tmp_path / "whole")
+
+    _retrain(weights, keep_times=True)
+    with pytest.raises(InputError, match=r"fine1.*began with.*--overwrite"):
+        merge(data, tmp_path / "second", mode="resume")
+    assert not (tmp_path / "second" / "model.safetensors").exists()
+    merge(data, tmp_path / "second", mode="overwrite")
+
+
+@pytest.mark.parametrize("keep_times", [False, True])
+def test_an_input_that_changes_during_the_run_stops_it(keep_times: bool, tmp_path: Path) -> None:
+    make_models(tmp_path / "models")
+    out = tmp_path / "out"
+    plan = plan_of(recipe(tmp_path / "models", STEPS["linear"]), out)
+
+    def change_once(state: Progress) -> None:
+        if state.phase == "publishing":
+            _retrain(tmp_path / "models" / "fine2" / "model.safetensors", keep_times=keep_times)
+
+    with pytest.raises(InputError, match=r"fine2.*changed since its header was read"):
+        run_plan(plan, progress=change_once, measure_bound=False)
+    assert not list(out.glob("*.safetensors")) and not (out / "pxmerge.lock.json").exists()
+
+
+def test_the_lock_names_the_hashes_of_all_inputs(models: tuple[Path, dict[str, Tensors]], tmp_path: Path) -> None:
+    folder, _ = models
+    merge(recipe(folder, STEPS["linear"]), tmp_path / "out")
+    inputs = json.loads((tmp_path / "out" / "pxmerge.lock.json").read_text())["inputs"]
+    for name, entry in inputs.items():
+        raw = (folder / name / "model.safetensors").read_bytes()
+        assert entry["files"]["model.safetensors"]["sha256"] == hashlib.sha256(raw).hexdigest()

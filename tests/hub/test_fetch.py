@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -252,3 +253,33 @@ def test_pull_into_a_full_folder_is_refused_before_any_request(hub: FakeHub, tmp
         pull("org/model", local_dir=tmp_path / "here")
     assert hub.requests == []
     assert (tmp_path / "here" / "mine").read_text() == "mine"
+
+
+def test_other_bytes_than_the_listed_ones_are_not_accepted(hub: FakeHub, weights: Weights, tmp_path: Path) -> None:
+    body = weights("a", elements=10_000)
+    hub.add("org/model", {"model.safetensors": body})
+    key = hashlib.sha256(body).hexdigest()
+    hub.storage[key] = body[:-8] + bytes(8)
+    resolved = resolve(HubReference("org/model"))
+    with pytest.raises(HubError, match="do not have the sha256 that the Hub lists"):
+        fetch(resolved)
+    with pytest.raises(HubError, match="sha256"):
+        pull("org/model", local_dir=tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+    hub.storage[key] = body
+    assert (fetch(resolved) / "model.safetensors").read_bytes() == body
+
+
+def test_a_damaged_file_in_the_cache_is_replaced_or_refused(
+    hub: FakeHub, weights: Weights, offline: Callable[[], None]
+) -> None:
+    body = weights("a", elements=10_000)
+    hub.add("org/model", {"model.safetensors": body})
+    resolved = resolve(HubReference("org/model"))
+    blob = (fetch(resolved) / "model.safetensors").resolve()
+    blob.write_bytes(body[:-8] + bytes(8))
+    assert (fetch(resolved) / "model.safetensors").read_bytes() == body
+    blob.write_bytes(body[:-8] + bytes(8))
+    offline()
+    with pytest.raises(HubError, match="sha256"):
+        pull("org/model")

@@ -18,8 +18,8 @@ class Remembered:
     """
 
     def __init__(self, name: str, limit: int = 4096) -> None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self._path = Path(home) / "pxmerge" / f"{name}.json"
+        cache = os.environ.get("XDG_CACHE_HOME") or _cache_folder()
+        self._path = Path(cache) / "pxmerge" / f"{name}.json"
         self._limit = limit
 
     def get(self, key: str) -> Any:
@@ -28,6 +28,8 @@ class Remembered:
 
     def put(self, entries: dict[str, Any]) -> None:
         """Add or replace entries."""
+        if not self._path.is_absolute():
+            return
         with contextlib.suppress(OSError):
             known = self._load()
             for key in entries:
@@ -45,3 +47,10 @@ class Remembered:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+
+def _cache_folder() -> str | Path:
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a user that the system does not know, as in some containers
+        return ""
