@@ -32,10 +32,10 @@ imports: .venv/.dev
 	$(BIN)/lint-imports
 
 docs: .venv/.dev  ## rewrite the generated pages
-	$(BIN)/python -m mergekit_px.docs
+	$(BIN)/python -m tools.docs
 
 docs-check: .venv/.dev  ## fail where a generated page differs from the declarations
-	$(BIN)/python -m mergekit_px.docs --check
+	$(BIN)/python -m tools.docs --check
 
 quality: .venv/.dev  ## what merging and learning gain on real data, three seeds with all controls; some minutes
 	$(BIN)/python -m benchmarks.quality --jobs 2

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mergekit_px.errors import PxmergeError
     from mergekit_px.execute.events import Progress, RunResult
     from mergekit_px.execute.run import run_plan
-    from mergekit_px.memory import merge_state_dicts
     from mergekit_px.methods import Method, find_method, load_methods
     from mergekit_px.methods.declare import Params, PerSource, merge_method
     from mergekit_px.plan.build import build_plan
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from mergekit_px.plan.report import plan_report
     from mergekit_px.recipe.load import LoadedRecipe, load_recipe, parse_recipe
     from mergekit_px.recipe.model import Recipe
+    from mergekit_px.state_dicts import merge_state_dicts
 
 _HOMES = {
     "build_plan": "plan.build",
@@ -48,7 +48,7 @@ _HOMES = {
     "load_methods": "methods",
     "load_recipe": "recipe.load",
     "merge_method": "methods.declare",
-    "merge_state_dicts": "memory",
+    "merge_state_dicts": "state_dicts",
     "open_checkpoint": "checkpoint.open",
     "parse_recipe": "recipe.load",
     "plan_report": "plan.report",

@@ -12,7 +12,7 @@ KIND_KEY = "pxmerge.kind"
 BASE_KEY = "pxmerge.base_fingerprint"
 TASK_VECTOR_KIND = "task_vector"
 COMPONENTS_KIND = "components"
-"""Differences too, of matrices as singular components (see :mod:`mergekit_px.components`)."""
+"""Differences too, of matrices as singular components (see :mod:`mergekit_px.pools`)."""
 
 
 def is_task_vector(checkpoint: Checkpoint) -> bool:

@@ -116,14 +116,14 @@ def _check(form: Form | None, into: Path | None, report: Path | None, run: RunOp
 
 def _complete(given: dict[str, Any], into: Path) -> None:
     """The base of the pool, where the command line gives none."""
-    from mergekit_px.components.record import read_record
+    from mergekit_px.pools.record import read_record
 
     if given["base"] is None:
         given["base"] = read_record(into).base
 
 
 def _settings(into: Path) -> dict[str, Any]:
-    from mergekit_px.components.record import read_record
+    from mergekit_px.pools.record import read_record
 
     return read_record(into).settings
 
@@ -139,8 +139,8 @@ def _plan(recipe: Mapping[str, Any], run: RunOptions) -> Plan:
 def _write(
     form: Form, recipe: Mapping[str, Any], sources: list[str], into: Path | None, report: Path | None, run: RunOptions
 ) -> int:
-    from mergekit_px.components.lora import write_lora
-    from mergekit_px.components.write import write_components
+    from mergekit_px.pools.lora import write_lora
+    from mergekit_px.pools.write import write_components
 
     output = output_for(json=run.json, quiet=run.quiet)
     plan = _plan(recipe, run)
@@ -162,7 +162,7 @@ def _write(
 
 
 def _report(plan: Plan, sources: list[str], path: Path, output: Output) -> None:
-    from mergekit_px.components.report import spectral_report, write_report
+    from mergekit_px.pools.report import spectral_report, write_report
 
     with progress_on(output) as advance:
         picture = write_report(path, spectral_report(plan, sources, partial(advance, "measuring")))

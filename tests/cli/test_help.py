@@ -4,24 +4,21 @@ import subprocess
 import sys
 
 import pytest
-from syrupy.assertion import SnapshotAssertion
 
 from mergekit_px.cli._commands import all_commands
 
 
 @pytest.mark.parametrize("name", list(all_commands()))
-def test_every_command_explains_itself(run, snapshot: SnapshotAssertion, name: str) -> None:
+def test_every_command_explains_itself(run, name: str) -> None:
     outcome = run(name, "--help")
     assert outcome.code == 0
     assert outcome.stderr == ""
     assert f"pxmerge {name} " in outcome.stdout.partition("Example")[2]
-    assert outcome.stdout == snapshot
 
 
-def test_overview(run, snapshot: SnapshotAssertion) -> None:
+def test_overview(run) -> None:
     outcome = run("--help")
     assert outcome.code == 0
-    assert outcome.stdout == snapshot
     assert outcome.stdout == run().stdout == run("-h").stdout
 
 

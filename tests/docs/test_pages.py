@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mergekit_px.cli import main
-from mergekit_px.docs import __main__ as command
-from mergekit_px.docs.fields import value_text
-from mergekit_px.docs.markdown import docstring, fill, signature, table
+from tools.docs import __main__ as command
+from tools.docs.fields import value_text
+from tools.docs.markdown import docstring, fill, signature, table
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from mergekit_px.cli import main
 from mergekit_px.errors import InputError, InputNotFoundError, UsageError
-from mergekit_px.memory import merge_state_dicts
 from mergekit_px.methods.anisotropic_table import (
     COEFFICIENTS_FILE,
     HEADER_KEY,
@@ -25,6 +24,7 @@ from mergekit_px.methods.anisotropic_table import (
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.method_catalog import method_catalog
 from mergekit_px.recipe.load import recipe_from_mapping
+from mergekit_px.state_dicts import merge_state_dicts
 from mergekit_px.testing import apply_method, check_method, merge_tensors
 from mergekit_px.testing.checkpoints import write_checkpoint
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mergekit_px.errors import UsageError
-from mergekit_px.memory import merge_state_dicts
+from mergekit_px.state_dicts import merge_state_dicts
 from mergekit_px.testing import apply_method, check_method, merge_tensors
 
 WEIGHTS = [0.5, 2.0, 1.5]

@@ -24,14 +24,14 @@ from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
 from mergekit_px.checkpoint.writer import CheckpointWriter
-from mergekit_px.components.deltas import DeltaReader, Merge, base_print, merges_of, open_deltas, single_base
-from mergekit_px.components.parts import Part, factor_shapes, parts_of
-from mergekit_px.components.record import RECORD_FILE, PartRecord, PoolRecord, TensorRecord, read_record
 from mergekit_px.errors import InputError, PlanError, UsageError
 from mergekit_px.execute.items import as_bytes
 from mergekit_px.kernels.pool import ComponentPool
 from mergekit_px.methods.svd import SvdParams
 from mergekit_px.plan.model import Plan
+from mergekit_px.pools.deltas import DeltaReader, Merge, base_print, merges_of, open_deltas, single_base
+from mergekit_px.pools.parts import Part, factor_shapes, parts_of
+from mergekit_px.pools.record import RECORD_FILE, PartRecord, PoolRecord, TensorRecord, read_record
 
 STEM = "components"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mergekit_px.docs.markdown import docstring
+from tools.docs.markdown import docstring
 
 _ANYTHING = 5
 """A union of so many types is that of a value that may vary, which a recipe's guide explains once."""

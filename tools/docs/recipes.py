@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from mergekit_px.docs.fields import HEADER, field_rows
-from mergekit_px.docs.markdown import table
 from mergekit_px.plan.method_catalog import method_catalog
 from mergekit_px.recipe import model
 from mergekit_px.recipe.schema import recipe_schema
+from tools.docs.fields import HEADER, field_rows
+from tools.docs.markdown import table
 
 _PARTS = (
     model.Recipe,

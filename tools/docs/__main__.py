@@ -1,4 +1,4 @@
-"""``python -m mergekit_px.docs [--check]``, run in a checkout of the project."""
+"""``python -m tools.docs [--check]``, run in a checkout of the project."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mergekit_px
-from mergekit_px.docs.pages import generated_pages
+from tools.docs.pages import generated_pages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the pages, or with ``--check`` name those that differ; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mergekit_px.docs", description="Generate the documentation.")
+    parser = argparse.ArgumentParser(prog="python -m tools.docs", description="Generate the documentation.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is out of date")
     check = parser.parse_args(argv).check
     root = Path(mergekit_px.__file__).parents[1]

@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 from mergekit_px.cli import main
 from mergekit_px.cli._commands import GROUPS, Command, all_commands
-from mergekit_px.docs.markdown import docstring, table
-from mergekit_px.docs.methods import own_methods
 from mergekit_px.methods.declare import method_slug
+from tools.docs.markdown import docstring, table
+from tools.docs.methods import own_methods
 
 _INTRODUCTION = """# Commands
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mergekit_px.docs.api import api_page
-from mergekit_px.docs.commands import command_tables, commands_page
-from mergekit_px.docs.errors import errors_page
-from mergekit_px.docs.markdown import fill
-from mergekit_px.docs.methods import methods_page
-from mergekit_px.docs.recipes import key_tables, schema_file
+from tools.docs.api import api_page
+from tools.docs.commands import command_tables, commands_page
+from tools.docs.errors import errors_page
+from tools.docs.markdown import fill
+from tools.docs.methods import methods_page
+from tools.docs.recipes import key_tables, schema_file
 
 
 def generated_pages(root: Path) -> dict[Path, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from mergekit_px import errors
-from mergekit_px.docs.markdown import table
+from tools.docs.markdown import table
 
 _CODES = {
     0: "done",

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_px.docs.fields import HEADER, field_rows
-from mergekit_px.docs.markdown import docstring, table
 from mergekit_px.methods import load_methods
 from mergekit_px.methods.declare import Method, method_slug
+from tools.docs.fields import HEADER, field_rows
+from tools.docs.markdown import docstring, table
 
 _SPACES = {
     "weights": "full checkpoints",

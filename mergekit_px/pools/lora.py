@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from mergekit_px.adapters.extract import ExtractOptions, extract_adapter
 from mergekit_px.adapters.reading import TensorSource
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
-from mergekit_px.components.deltas import DeltaReader, Merge, merges_of, open_deltas, single_base
-from mergekit_px.components.parts import parts_of
 from mergekit_px.errors import PlanError, UsageError
 from mergekit_px.plan.model import Apply, Plan
+from mergekit_px.pools.deltas import DeltaReader, Merge, merges_of, open_deltas, single_base
+from mergekit_px.pools.parts import parts_of
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 
 import mergekit_px
 import mergekit_px.testing
-from mergekit_px.docs.markdown import docstring, signature
+from tools.docs.markdown import docstring, signature
 
 _INTRODUCTION = """# Python
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from mergekit_px._version import __version__
-from mergekit_px.components.deltas import Merge, merges_of, open_deltas
-from mergekit_px.components.picture import draw
 from mergekit_px.errors import UsageError, WriteError
 from mergekit_px.kernels.spectral_report import matrix_report
 from mergekit_px.methods.declare import Operands
 from mergekit_px.methods.matrices import component_count, cut_into_matrices
 from mergekit_px.plan.model import Plan
+from mergekit_px.pools.deltas import Merge, merges_of, open_deltas
+from mergekit_px.pools.picture import draw
 
 
 def spectral_report(
