@@ -16,9 +16,10 @@ from mergekit_px.errors import NonFiniteError
 from mergekit_px.execute.lane import Lane
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.values import Block, WholeTensor, check_finite
+from mergekit_px.execute.views import ViewValues
 from mergekit_px.methods.declare import Extent, Sweep
 from mergekit_px.plan.budget import BLOCK, needs_whole, row_length, unit, whole_bytes
-from mergekit_px.plan.model import Adapted, Apply, Node, Read, WorkItem
+from mergekit_px.plan.model import Adapted, Apply, Leaf, Node, Read, View, WorkItem
 
 _COPY_BYTES = 8 << 20
 _FLOAT32_RANGE = 3e38
@@ -136,12 +137,12 @@ class Execution:
 
     def _write_chunk(self, item: WorkItem, start: int, stop: int, lane: Lane) -> None:
         with lane.computing():
-            self._write(item, self._read(item, item.reads, start, stop, lane), start, stop, lane)
+            self._write(item, self._read(item, item.leaves, start, stop, lane), start, stop, lane)
 
     def _write_small(self, item: WorkItem, lane: Lane) -> None:
         """An item of one chunk: it is read once, swept in memory and written."""
         with lane.computing():
-            raw = self._read(item, item.reads, 0, item.elements, lane)
+            raw = self._read(item, item.leaves, 0, item.elements, lane)
             for node in self._unknown(item):
 
                 def total(sweep: Sweep, node: Apply = node) -> torch.Tensor:
@@ -203,8 +204,8 @@ class Execution:
         lane: Lane,
     ) -> None:
         with lane.computing():
-            reads = [leaf for leaf in item.reads if _uses(node, leaf)]
-            self._sweep(item, node, sweep, self._read(item, reads, start, stop, lane), start, stop, number, sums)
+            leaves = [leaf for leaf in item.leaves if _uses(node, leaf)]
+            self._sweep(item, node, sweep, self._read(item, leaves, start, stop, lane), start, stop, number, sums)
         lane.finish()
 
     def _sweep(
@@ -223,10 +224,13 @@ class Execution:
             block = self._block(item, raw, start, begin, min(begin + piece, stop))
             sums.add((number, begin), sweep(block.operands(node)))
 
-    def _read(self, item: WorkItem, reads: Sequence[Read], start: int, stop: int, lane: Lane) -> dict[int, Any]:
-        """The stored elements [start, stop) of some tensors, and all of the adapters' tensors, by node."""
+    def _read(self, item: WorkItem, leaves: Sequence[Leaf], start: int, stop: int, lane: Lane) -> dict[int, Any]:
+        """The elements [start, stop) of some stored tensors and views, and all of the adapters' tensors, by node."""
         raw: dict[int, Any] = {}
-        for number, read in enumerate(reads):
+        for number, read in enumerate(leaves):
+            if not isinstance(read, Read):
+                raw[id(read)] = self._view_values(item, read, lane)(start, stop).to(lane.device)
+                continue
             width = read.dtype.bits // 8
             host = lane.host_bytes(f"read {number}", (stop - start) * width)
             self.readers[read.input].read_into(read.tensor, start * width, as_bytes(host))
@@ -239,10 +243,10 @@ class Execution:
         dtype = accumulation_dtype(item)
         row = row_length(item) if any(node.method.access == "rows" for node in item.applied) else None
 
-        def load(read: Read) -> torch.Tensor:
+        def load(read: Leaf) -> torch.Tensor:
             value: torch.Tensor = raw[id(read)][begin - origin : end - origin].to(dtype)
             if not self.allow_nonfinite:
-                check_finite(value, f"{self.labels[read.input]}: {read.tensor.name}", "the source")
+                check_finite(value, self._label(read), "the source")
             return value if row is None else value.view(-1, row)
 
         factors = partial(self._factors, raw)
@@ -265,7 +269,23 @@ class Execution:
             found[role] = value
         return found
 
-    def _load_whole(self, item: WorkItem, lane: Lane, read: Read) -> torch.Tensor:
+    def _view_values(self, item: WorkItem, view: View, lane: Lane) -> Callable[[int, int], torch.Tensor]:
+        """Gives the elements of a view."""
+        factors = partial(self._read_factors, lane=lane)
+        return ViewValues(self.readers, factors, self.seed, accumulation_dtype(item)).values(view)
+
+    def _label(self, leaf: Node) -> str:
+        """The checkpoint and tensor of a leaf; of a view the first that it is made of."""
+        while not isinstance(leaf, Read):
+            leaf = leaf.operands[0]
+        return f"{self.labels[leaf.input]}: {leaf.tensor.name}"
+
+    def _load_whole(self, item: WorkItem, lane: Lane, read: Leaf) -> torch.Tensor:
+        if not isinstance(read, Read):
+            value = self._view_values(item, read, lane)(0, math.prod(read.shape)).to(lane.device)
+            if not self.allow_nonfinite:
+                check_finite(value, self._label(read), "the source")
+            return value.view(read.shape)
         width = read.dtype.bits // 8
         nbytes = math.prod(read.shape) * width
         # Where nothing is copied to a device, the bytes as stored are not kept until the next tensor.
@@ -274,7 +294,7 @@ class Execution:
         value = lane.to_device(host).view(read.dtype.torch).to(accumulation_dtype(item), copy=True)
         lane.finish()
         if not self.allow_nonfinite:
-            check_finite(value, f"{self.labels[read.input]}: {read.tensor.name}", "the source")
+            check_finite(value, self._label(read), "the source")
         return value.view(read.shape)
 
     def _store(self, item: WorkItem, value: torch.Tensor, stored: torch.Tensor) -> None:
@@ -342,7 +362,7 @@ def _generator(node: Apply, elements: int) -> Any:
     return node.method.statistics(Extent(len(node.sources), elements, node.weights, node.params))
 
 
-def _uses(node: Node, leaf: Read) -> bool:
+def _uses(node: Node, leaf: Leaf) -> bool:
     return any(operand is leaf or _uses(operand, leaf) for operand in node.operands)
 
 

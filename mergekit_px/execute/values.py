@@ -13,10 +13,11 @@ import torch
 from mergekit_px.errors import NonFiniteError
 from mergekit_px.kernels.random import RandomStream
 from mergekit_px.methods.declare import Operands
-from mergekit_px.plan.model import Adapted, Apply, Node, Read
+from mergekit_px.plan.model import Adapted, Apply, Leaf, Node
 
-Load = Callable[[Read], torch.Tensor]
-"""Gives a stored tensor's elements of the block, in the accumulation dtype and shaped as the method wants them."""
+Load = Callable[[Leaf], torch.Tensor]
+"""Gives a stored tensor's, or a view's, elements of the block, in the accumulation dtype and
+shaped as the method wants them."""
 
 LoadFactors = Callable[[Adapted], Mapping[str, torch.Tensor]]
 """Gives an adapter's tensors for one target, as stored."""
@@ -110,7 +111,7 @@ class Block:
         )
 
     def _made(self, node: Node) -> torch.Tensor:
-        if isinstance(node, Read):
+        if isinstance(node, Leaf):
             return self._load(node)
         return self._adapt(node) if isinstance(node, Adapted) else self._apply(node)
 
@@ -152,7 +153,7 @@ class WholeTensor(Block):
 
     def _loader(self, base: Node | None) -> Callable[[], torch.Tensor] | None:
         """A base that is read is not held, one that is computed is computed once."""
-        if base is None or isinstance(base, Read):
+        if base is None or isinstance(base, Leaf):
             return None if base is None else partial(self.value, base)
         made = self.value(base)
         return lambda: made
@@ -179,7 +180,7 @@ class _Lazy(Sequence[torch.Tensor]):
         value = self._block.value(source)
         if self._load_base is None or self._node.base is None or source.kind != self._node.base.kind:
             return value
-        return value.sub_(self._load_base()) if isinstance(source, Read) else value - self._load_base()
+        return value.sub_(self._load_base()) if isinstance(source, Leaf) else value - self._load_base()
 
 
 def check_finite(block: torch.Tensor, where: str, what: str) -> None:

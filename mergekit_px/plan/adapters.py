@@ -25,7 +25,7 @@ def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], expressions
 
     nodes = dict(stored)
     for number, adapter in enumerate(source.adapters):
-        binding = adapter.bind(source.checkpoint, source.bind_options)
+        binding = adapter.bind(expressions.view(source).checkpoint, source.bind_options)
         # A head that is untied is made of the embedding as it was before this adapter.
         before = dict(nodes)
         for target, patch in binding.items():
@@ -54,7 +54,7 @@ def adapter_changes(source: ResolvedInput, base: str | None, expressions: Expres
             hint="give the model that it was trained on as base",
         )
     model = expressions.namespace(base)
-    binding = source.adapters[0].bind(expressions.inputs[base].checkpoint, source.bind_options)
+    binding = source.adapters[0].bind(expressions.view(expressions.inputs[base]).checkpoint, source.bind_options)
     changes: dict[str, Node] = {}
     for name, node in model.items():
         patch = binding.get(name)

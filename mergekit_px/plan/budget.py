@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from mergekit_px.errors import MemoryBudgetError
 from mergekit_px.methods.matrices import is_cut_by_element
-from mergekit_px.plan.model import Budget, WorkItem
+from mergekit_px.plan.model import Budget, Leaf, Read, WorkItem
 
 BLOCK = 1 << 18
 """Elements on which a method computes at a time: 1 MiB of float32, so that its temporaries stay in the cache.
@@ -30,22 +30,27 @@ def row_length(item: WorkItem) -> int:
 
 
 def unit(item: WorkItem) -> int:
-    """Elements of the smallest piece into which an item may be cut: whole rows of the first axis for adapters,
-    vectors along the last axis for methods on rows, else a block."""
+    """Elements of the smallest piece into which an item may be cut: whole rows of the first axis for adapters
+    and views, vectors along the last axis for methods on rows, else a block."""
     if item.access != "rows":
         return BLOCK
-    row = max(1, math.prod(item.shape[1:])) if item.adapted else row_length(item)
+    row = max(1, math.prod(item.shape[1:])) if item.adapted or item.views else row_length(item)
     return row * max(1, BLOCK // row)
 
 
 def _stored_bytes(item: WorkItem) -> float:
     """Bytes of an element in all buffers of a chunk: every input and the output."""
-    return sum(read.dtype.bits for read in item.reads) / 8 + item.dtype.bits / 8
+    return sum(_leaf_bits(leaf) for leaf in item.leaves) / 8 + item.dtype.bits / 8
+
+
+def _leaf_bits(leaf: Leaf) -> int:
+    """Bits of an element of a leaf: as stored; of a view its value, what it is made of and one temporary."""
+    return leaf.dtype.bits if isinstance(leaf, Read) else 3 * 8 * _ACCUMULATION
 
 
 def _scratch(item: WorkItem) -> float:
     """Accumulation-width copies of a block that are alive at once."""
-    return len(item.reads) + sum(len(node.sources) + node.method.scratch for node in item.applied) + 1
+    return len(item.leaves) + sum(len(node.sources) + node.method.scratch for node in item.applied) + 1
 
 
 def _width(item: WorkItem) -> int:
@@ -62,7 +67,7 @@ def chunk_bytes(item: WorkItem, chunk: int) -> int:
 
 def needs_whole(item: WorkItem) -> bool:
     """Whether an item cannot be cut. What a spectral method averages, embeddings above all, can be."""
-    if item.access != "tensor" or item.adapted:
+    if item.access != "tensor" or item.adapted or any(view.access == "tensor" for view in item.views):
         return item.access == "tensor"
     whole = [node for node in item.applied if node.method.access == "tensor"]
     finer = all(node.method.access != "rows" for node in item.applied)
@@ -74,8 +79,8 @@ def whole_bytes(item: WorkItem) -> int:
     scratch = [node.method.scratch for node in item.applied]
     scratch += [node.patch.scratch for node in item.adapted if node.patch is not None]
     copies = 3 + max(scratch, default=0)
-    stored = max((read.dtype.bits for read in item.reads), default=32) / 8
-    elements = max([item.elements, *(math.prod(read.shape) for read in item.reads)])  # statistics may be larger
+    stored = max((_leaf_bits(leaf) for leaf in item.leaves), default=32) / 8
+    elements = max([item.elements, *(math.prod(leaf.shape) for leaf in item.leaves)])  # statistics may be larger
     return int(elements * (copies * _width(item) + stored) + 3 * item.factor_bytes)
 
 

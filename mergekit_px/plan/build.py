@@ -21,6 +21,7 @@ from mergekit_px.plan.fingerprints import base_fingerprint, check_base_fingerpri
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, WorkItem
 from mergekit_px.plan.options import PlanOptions
+from mergekit_px.plan.views import has_decoded, plain_config, refuse_quantised_by_config
 from mergekit_px.recipe.load import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
@@ -78,7 +79,9 @@ def build_plan(
     )
     tokenizer_from = recipe.output.tokenizer_from or config_from
     notes.extend(expressions.notes + config_notes)
-    _refuse_quantized(items, resolved)
+    refuse_quantised_by_config(items, resolved)
+    if config is not None and has_decoded(items):
+        config = plain_config(config)
     used = _used_inputs(items)
     output = None if _in_memory(resolved) else Path(options.output or recipe.output.path).expanduser()
     check_base_fingerprints(items, resolved, options)
@@ -260,24 +263,6 @@ def _items(namespace: Mapping[str, Node], kind: Kind, dtype: DType | None) -> tu
             stored = node.dtype
         items.append(WorkItem(name, stored, node.shape, node))
     return items, left_out
-
-
-def _refuse_quantized(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInput]) -> None:
-    packed = {
-        name: source.config["quantization_config"].get("quant_method", "quantized")
-        for name, source in inputs.items()
-        if source.config is not None and isinstance(source.config.get("quantization_config"), dict)
-    }
-    for item in items:
-        if item.action == "copy":
-            continue
-        for read in item.reads:
-            if read.model in packed:
-                raise PlanError(
-                    f"'{read.model}' is stored quantized ({packed[read.model]}), "
-                    f"and '{item.name}' would be computed from it",
-                    hint="give the dequantized checkpoint",
-                )
 
 
 def _dropped(

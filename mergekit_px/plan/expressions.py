@@ -19,11 +19,12 @@ from mergekit_px.plan.adapters import adapted_model, adapter_changes, as_kind, i
 from mergekit_px.plan.companions import Companion, companion_nodes, model_names, split_companions
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import depth, split_layer, stack_sizes
-from mergekit_px.plan.model import Apply, Kind, Node, Read
+from mergekit_px.plan.model import Apply, Kind, Leaf, Node
 from mergekit_px.plan.rules import matching
 from mergekit_px.plan.slices import Slot, slice_slots
 from mergekit_px.plan.tied import tied_source
 from mergekit_px.plan.values import resolve_params, resolve_weight, varies
+from mergekit_px.plan.views import StoredView, first_rows, stored_view
 from mergekit_px.recipe.load import LoadedRecipe
 from mergekit_px.recipe.model import Rule, Step, Value
 
@@ -52,6 +53,7 @@ class Expressions:
     companions: set[str] = field(default_factory=set)
     """Inputs that hold statistics of others."""
     _namespaces: dict[tuple[str, str | None], Namespace] = field(default_factory=dict)
+    _views: dict[str, StoredView] = field(default_factory=dict)
     _resolved: dict[Any, tuple[Method, Params, tuple[float, ...]]] = field(default_factory=dict)
 
     def namespace(self, name: str, base: str | None = None) -> Namespace:
@@ -77,11 +79,15 @@ class Expressions:
     def _stored(self, source: ResolvedInput) -> Namespace:
         if not source.checkpoint.tensors:
             raise PlanError("the model has no tensors", where=source.reference)
-        kind: Kind = "delta" if source.is_task_vector else "weights"
-        stored: dict[str, Node] = {
-            tensor.name: Read(source.name, tensor, tensor.shape, kind) for tensor in source.checkpoint.tensors.values()
-        }
-        return adapted_model(source, stored, self)
+        view = self.view(source)
+        return adapted_model(source, view.nodes, self)
+
+    def view(self, source: ResolvedInput) -> StoredView:
+        """What an input's checkpoint offers before its adapters."""
+        if source.name not in self._views:
+            self._views[source.name] = stored_view(source)
+            self.notes.extend(self._views[source.name].notes)
+        return self._views[source.name]
 
     def _step(self, name: str, step: Step) -> Namespace:
         where = self.loaded.where("steps", name)
@@ -304,15 +310,11 @@ class Expressions:
         other = nodes[odd].shape
         rows_differ = len(shape) == len(other) >= 1 and shape[1:] == other[1:]
         if step.vocabulary == "truncate" and all(
-            len(node.shape) == len(shape) and node.shape[1:] == shape[1:] and isinstance(node, Read) for node in nodes
+            len(node.shape) == len(shape) and node.shape[1:] == shape[1:] and isinstance(node, Leaf) for node in nodes
         ):
             rows = min(node.shape[0] for node in nodes)
             self.notes.append(f"{slot.name} keeps its first {rows} rows, which all inputs have")
-            return [
-                Read(node.input, node.tensor, (rows, *node.shape[1:]), node.kind)
-                for node in nodes
-                if isinstance(node, Read)
-            ]
+            return [first_rows(node, rows) for node in nodes]
         raise TensorMismatchError(
             f"'{slot.name}' has shape {list(shape)} in '{labels[0]}' and {list(other)} in '{labels[odd]}'",
             where=where,

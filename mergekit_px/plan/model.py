@@ -18,9 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit_px.checkpoint.dtypes import DType
 from mergekit_px.checkpoint.layout import OutputLayout
 from mergekit_px.checkpoint.open import StoredTensor
+from mergekit_px.errors import PlanError
 from mergekit_px.methods.declare import Access, Method, Params
+from mergekit_px.storage.encoding import Encoding
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mergekit_px.adapters.patch import Patch
     from mergekit_px.plan.inputs import ResolvedInput
     from mergekit_px.plan.options import PlanOptions
@@ -54,6 +58,82 @@ class Read:
 
     def describe(self) -> Any:
         return f"{self.input}:{self.tensor.name}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows of an operand in another order: row ``i`` is row ``index[i]`` of the operand, and zeros where that is -1.
+
+    ``Rows(operand, index)`` is all that is needed: ``index`` is a numpy array of whole numbers, as long as the result
+    is to have rows; a row may be taken more than once. The operand is what an input offers (a stored tensor, a decoded
+    or an adapted one), never a step's result. It is read in blocks, by runs of neighbouring rows.
+
+    Raises:
+        PlanError: an index outside the operand.
+    """
+
+    operand: Node
+    index: np.ndarray[Any, np.dtype[np.int64]]
+
+    def __post_init__(self) -> None:
+        rows = self.operand.shape[0] if self.operand.shape else 0
+        if self.index.ndim != 1 or (self.index.size and not (self.index.min() >= -1 and self.index.max() < rows)):
+            raise PlanError(f"rows are gathered from {list(self.operand.shape)} by an index that does not fit it")
+
+    @property
+    def kind(self) -> Kind:
+        return self.operand.kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.index), *self.operand.shape[1:])
+
+    @property
+    def dtype(self) -> DType:
+        return self.operand.dtype
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        return (self.operand,)
+
+    @property
+    def access(self) -> Access:
+        return "tensor" if getattr(self.operand, "access", "rows") == "tensor" else "rows"
+
+    @property
+    def index_hash(self) -> str:
+        return hashlib.sha256(self.index.astype("<i8").tobytes()).hexdigest()
+
+    def describe(self) -> Any:
+        return {"rows": len(self.index), "index": self.index_hash[:16], "of": self.operand.describe()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+    """The values of a tensor that is stored in encoded form; ``parts`` are the stored tensors that hold them."""
+
+    encoding: Encoding
+    parts: tuple[Read, ...]
+    kind: Kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.encoding.shape
+
+    @property
+    def dtype(self) -> DType:
+        return self.encoding.dtype
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        return self.parts
+
+    @property
+    def access(self) -> Access:
+        return "rows"
+
+    def describe(self) -> Any:
+        return {"decoded": self.encoding.title, "of": [part.describe() for part in self.parts]}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,19 +209,30 @@ class Adapted:
         return {"adapter": f"{self.input}#{self.number}", "patch": kind, "base": base, "kind": self.kind}
 
 
-Node = Read | Apply | Adapted
+View = Rows | Decoded
+"""What stands between an input's stored tensors and what it offers; made block by block, like a read."""
+
+Leaf = Read | View
+"""Where the evaluation of an expression ends."""
+
+Node = Leaf | Apply | Adapted
 
 
-def walk(node: Node) -> Iterator[Node]:
-    """The distinct nodes of an expression, operands before the nodes that use them."""
+def walk(node: Node, *, into_views: bool = True) -> Iterator[Node]:
+    """The distinct nodes of an expression, operands before the nodes that use them.
+
+    Args:
+        into_views: go on to what views are made of.
+    """
     seen: set[int] = set()
 
     def visit(current: Node) -> Iterator[Node]:
         if id(current) in seen:
             return
         seen.add(id(current))
-        for operand in current.operands:
-            yield from visit(operand)
+        if into_views or not isinstance(current, View):
+            for operand in current.operands:
+                yield from visit(operand)
         yield current
 
     return visit(node)
@@ -177,6 +268,16 @@ class WorkItem:
         return tuple(node for node in self.nodes if isinstance(node, Read))
 
     @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Where its evaluation ends: stored tensors, and views of others."""
+        return tuple(node for node in walk(self.node, into_views=False) if isinstance(node, Leaf))
+
+    @cached_property
+    def views(self) -> tuple[View, ...]:
+        """The outermost views of the expression."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, View))
+
+    @cached_property
     def applied(self) -> tuple[Apply, ...]:
         """The methods of the expression, inner ones first."""
         return tuple(node for node in self.nodes if isinstance(node, Apply))
@@ -194,7 +295,7 @@ class WorkItem:
     @cached_property
     def access(self) -> Access:
         """The finest cut that every part of the expression allows."""
-        found = {node.method.access for node in self.applied} | {node.access for node in self.adapted}
+        found = {node.method.access for node in self.applied} | {node.access for node in (*self.adapted, *self.views)}
         order: tuple[Access, ...] = ("tensor", "rows", "two_pass", "elementwise")
         return next((access for access in order if access in found), "elementwise")
 
@@ -296,6 +397,10 @@ def _digest(node: Node, known: dict[int, str]) -> str:
         return known[id(node)]
     if isinstance(node, Read):
         text = json.dumps([node.input, node.tensor.name, node.shape, node.kind])
+    elif isinstance(node, View):
+        how = node.index_hash if isinstance(node, Rows) else node.encoding.title
+        inner_digests = [_digest(operand, known) for operand in node.operands]
+        text = json.dumps([how, inner_digests, node.shape, node.dtype.name, node.kind])
     elif isinstance(node, Adapted):
         factors = sorted((role, tensor.name) for role, tensor in node.patch.factors.items()) if node.patch else None
         inner = None if node.base is None else _digest(node.base, known)

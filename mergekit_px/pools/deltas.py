@@ -18,11 +18,12 @@ from mergekit_px.execute.items import accumulation_dtype, as_bytes
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.execute.run import plan_checkpoints
 from mergekit_px.execute.values import WholeTensor, check_finite
+from mergekit_px.execute.views import ViewValues
 from mergekit_px.kernels.low_rank import LowRank
 from mergekit_px.methods.declare import Operands
 from mergekit_px.methods.svd import SvdParams
 from mergekit_px.plan.fingerprints import local_fingerprint
-from mergekit_px.plan.model import Adapted, Apply, Plan, Read, WorkItem
+from mergekit_px.plan.model import Adapted, Apply, Leaf, Plan, Read, WorkItem
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,10 @@ class DeltaReader:
         """What the method is given. ``tensors`` are read and made anew each time one is asked for."""
         dtype = accumulation_dtype(item)
 
-        def load(read: Read) -> Tensor:
+        def load(read: Leaf) -> Tensor:
+            if not isinstance(read, Read):
+                values = ViewValues(self._readers, self._factors, 0, dtype).values(read)
+                return values(0, math.prod(read.shape)).view(read.shape).to(self.device)
             value = self._stored(read.input, read.tensor)[: math.prod(read.shape)].to(dtype)
             check_finite(value, f"{self._labels[read.input]}: {read.tensor.name}", "the source")
             return value.view(read.shape)

@@ -1,0 +1,151 @@
+"""What an input offers: its stored tensors under their names, and encoded ones as the values that they stand for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.open import Checkpoint, StoredTensor
+from mergekit_px.checkpoint.reader import MemoryReader, open_reader
+from mergekit_px.errors import InputError, PlanError
+from mergekit_px.plan.inputs import ResolvedInput
+from mergekit_px.plan.model import Decoded, Kind, Node, Read, Rows, WorkItem
+from mergekit_px.storage.recognise import QuantisedTensors, quantised_tensors
+
+_QUANTISATION_KEYS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class StoredView:
+    """The tensors of an input before adapters and names come in.
+
+    Attributes:
+        nodes: by name, in file order.
+        checkpoint: described as if its tensors were stored plainly, for what fits adapters to names and shapes.
+        notes: what was decoded.
+    """
+
+    nodes: dict[str, Node]
+    checkpoint: Checkpoint
+    notes: tuple[str, ...] = ()
+
+
+def stored_view(source: ResolvedInput) -> StoredView:
+    """What a checkpoint offers.
+
+    Raises:
+        InputError: scales that do not fit their codes.
+        PlanError: tensors that are known to be encoded and cannot be decoded.
+    """
+    kind: Kind = "delta" if source.is_task_vector else "weights"
+    checkpoint = source.checkpoint
+    reads = {name: Read(source.name, tensor, tensor.shape, kind) for name, tensor in checkpoint.tensors.items()}
+    quantised = quantised_tensors(checkpoint, _byte_reader(source))
+    _refuse_undecoded(source, quantised)
+    if not quantised.encodings:
+        return StoredView(dict(reads), checkpoint)
+    nodes: dict[str, Node] = {}
+    described: dict[str, StoredTensor] = {}
+    places = {encoding.parts["codes"].name: encoding for encoding in quantised.encodings.values()}
+    for name, read in reads.items():
+        encoding = places.get(name)
+        if encoding is not None:
+            parts = tuple(reads[part.name] for part in encoding.parts.values())
+            nodes[encoding.name] = Decoded(encoding, parts, kind)
+            described[encoding.name] = replace(
+                read.tensor, name=encoding.name, dtype=encoding.dtype, shape=encoding.shape
+            )
+        elif name not in quantised.parts:
+            nodes[name] = read
+            described[name] = read.tensor
+    return StoredView(nodes, replace(checkpoint, tensors=described), (_note(source, quantised),))
+
+
+def first_rows(node: Node, count: int) -> Node:
+    """The first rows of a node; a stored tensor is read no further."""
+    if isinstance(node, Read):
+        return replace(node, shape=(count, *node.shape[1:]))
+    return Rows(node, np.arange(count))
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what it says of quantised storage, at the top and in the sections of a model's parts."""
+    return {
+        key: plain_config(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _QUANTISATION_KEYS
+    }
+
+
+def has_decoded(items: Iterable[WorkItem]) -> bool:
+    """Whether anything that is written was decoded on reading."""
+    return any(isinstance(node, Decoded) for item in items for node in item.nodes)
+
+
+def refuse_quantised_by_config(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInput]) -> None:
+    """Refuse to compute with tensors that a config calls quantised where none of them was recognised.
+
+    Raises:
+        PlanError
+    """
+    listed = list(items)
+    decoded = {node.parts[0].model for item in listed if item.views for node in item.nodes if isinstance(node, Decoded)}
+    packed = {
+        name: source.config["quantization_config"].get("quant_method", "quantized")
+        for name, source in inputs.items()
+        if source.config is not None and isinstance(source.config.get("quantization_config"), dict)
+    }
+    for item in listed:
+        if item.action == "copy":
+            continue
+        for read in item.reads:
+            if read.model in packed and read.model not in decoded:
+                raise PlanError(
+                    f"'{read.model}' is stored quantized ({packed[read.model]}), "
+                    f"and '{item.name}' would be computed from it",
+                    hint="give the dequantized checkpoint",
+                )
+
+
+def _byte_reader(source: ResolvedInput) -> Any:
+    def read(tensor: StoredTensor) -> bytes:
+        buffer = bytearray(tensor.nbytes)
+        if source.state is not None:
+            MemoryReader(source.state).read_into(tensor, 0, memoryview(buffer))
+        elif source.checkpoint.directory is None:
+            raise InputError(
+                f"{shown(tensor.name)} says how the model is quantised, and is not on this machine",
+                where=source.reference,
+                hint=f"fetch it first: pxmerge pull {source.reference}",
+            )
+        else:
+            with closing(open_reader(source.checkpoint)) as reader:
+                reader.read_into(tensor, 0, memoryview(buffer))
+        return bytes(buffer)
+
+    return read
+
+
+def _refuse_undecoded(source: ResolvedInput, quantised: QuantisedTensors) -> None:
+    if not quantised.refused:
+        return
+    name, what = next(iter(quantised.refused.items()))
+    more = len(quantised.refused) - 1
+    raise PlanError(
+        f"{shown(name)} of '{source.name}'" + (f" and {more} more" if more else "") + f": {what}, which are not decoded"
+        " here; merging them as numbers would make noise",
+        where=source.reference,
+        hint="give the dequantized checkpoint",
+    )
+
+
+def _note(source: ResolvedInput, quantised: QuantisedTensors) -> str:
+    counts = Counter((encoding.title, encoding.dtype.name) for encoding in quantised.encodings.values())
+    listed = ", ".join(f"{count} of {title} as {dtype}" for (title, dtype), count in counts.items())
+    return f"'{source.name}' is stored quantised and decoded on reading: {listed}"

@@ -1,0 +1,1 @@
+"""How values are kept: encodings of quantised tensors, recognised from names, dtypes and shapes, and decoded."""
