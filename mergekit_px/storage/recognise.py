@@ -90,14 +90,13 @@ class _Recognition:
                 self._four_bit(name, tensor)
         if self.found.encodings and _COMFY_MARKER in self.tensors:
             self.found.parts.add(_COMFY_MARKER)
-        for name, tensor in self.tensors.items():
-            if name in self.found.refused:
-                continue
-            what = _UNDECODED.get(name.rpartition(".")[2])
-            if what is not None and name not in self.found.parts:
-                self.found.refused[name] = what
-            elif name not in self.found.parts and _looks_packed(name, tensor):
-                self.found.refused[name] = f"packed codes ({tensor.dtype}) of no known format"
+        rest = [name for name in self.tensors if name not in self.found.parts and name not in self.found.refused]
+        for leaf, what in _UNDECODED.items():
+            self.found.refused.update({name: what for name in rest if name.rpartition(".")[2] == leaf})
+        packed = [name for name in rest if _looks_packed(name, self.tensors[name])]
+        for name in packed:
+            what = f"packed codes ({self.tensors[name].dtype}) of no known format"
+            self.found.refused.setdefault(name, what)
         return self.found
 
     def _add(self, encoding: Encoding) -> None:
