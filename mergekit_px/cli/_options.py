@@ -96,6 +96,10 @@ class RunOptions:
         bool,
         typer.Option("--allow-base-mismatch", help="Use task vectors on a base that they were not taken from."),
     ] = False
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse sources whose configs disagree in what the weights mean."),
+    ] = False
     no_hash_inputs: Annotated[
         bool, typer.Option("--no-hash-inputs", help="Leave the hashes of local inputs out of the lock file.")
     ] = False
@@ -138,6 +142,7 @@ class RunOptions:
             allow_nonfinite=self.allow_nonfinite,
             allow_pickle=self.allow_pickle,
             allow_base_mismatch=self.allow_base_mismatch,
+            strict=self.strict,
             hash_inputs=not self.no_hash_inputs,
         )
 

@@ -13,6 +13,7 @@ from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, UsageError
 from mergekit_px.methods import find_method
+from mergekit_px.plan.agreement import disagreements
 from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
 from mergekit_px.plan.donors import config_donor, donated_files, output_config
@@ -83,6 +84,7 @@ def build_plan(
     if config is not None and has_decoded(items):
         config = plain_config(config)
     used = _used_inputs(items)
+    notes.extend(disagreements(resolved, used, strict=options.strict))
     output = None if _in_memory(resolved) else Path(options.output or recipe.output.path).expanduser()
     check_base_fingerprints(items, resolved, options)
     metadata = {"format": "pt"}

@@ -28,6 +28,8 @@ _FIRST_LAYERS = {
     "moe_layer_end_index": 1,
 }
 """Entries that set the layers before a number apart -> what to add to them for that number."""
+_SWITCHES = {"max_window_layers": "use_sliding_window"}
+"""Entries that say nothing unless another is true."""
 _LAST_LAYERS = ("num_kv_shared_layers",)
 _PREDICTED_LAYERS = "num_nextn_predict_layers"
 _PERIODS = {
@@ -86,6 +88,15 @@ def untie(config: dict[str, Any]) -> bool:
     return changed
 
 
+def tie(config: dict[str, Any]) -> bool:
+    """Set ``tie_word_embeddings: true``; whether that changed anything."""
+    parts = [part for part in _parts(config) if "tie_word_embeddings" in part] or [config]
+    changed = not any(part.get("tie_word_embeddings") for part in parts)
+    if changed:
+        parts[0]["tie_word_embeddings"] = True
+    return changed
+
+
 def set_vocabulary(config: dict[str, Any], old: int, new: int) -> None:
     """Follow an embedding whose rows were cut."""
     for part in _parts(config):
@@ -116,7 +127,11 @@ def restack(config: dict[str, Any], origin: Sequence[int], old_count: int) -> li
     expected = {key: [value[layer] for layer in origin] for key, value in (before or {}).items()}
     changes: dict[str, Any] = {key: len(origin) for key in _LAYER_COUNTS if part.get(key) == old_count}
     for key, value in part.items():
-        if key not in changes:
+        if key in changes:
+            continue
+        if _is_idle(part, key) and value < old_count:
+            changes[key] = sum(layer < value for layer in origin)
+        else:
             changes[key] = _followed(key, value, origin, old_count)
     notes = _apply(part, changes)
     if before is None and config.get("model_type") is not None:
@@ -182,6 +197,11 @@ def _followed(key: str, value: Any, origin: Sequence[int], old_count: int) -> An
     if isinstance(value, str) and key in _LAYER_STRINGS and len(value) == old_count:
         return "".join(value[layer] for layer in origin)
     return value
+
+
+def _is_idle(part: Mapping[str, Any], key: str) -> bool:
+    """Whether an entry is a number that another entry keeps from having an effect."""
+    return key in _SWITCHES and part.get(_SWITCHES[key]) is not True and isinstance(part[key], int)
 
 
 def _followed_number(key: str, value: int, origin: Sequence[int], old_count: int) -> int:
@@ -312,7 +332,7 @@ def layer_kinds(config: Mapping[str, Any], count: int) -> list[str]:
     return [
         repr(
             [
-                *(_followed(key, value, [layer], count) for key, value in part.items()),
+                *(_followed(key, value, [layer], count) for key, value in part.items() if not _is_idle(part, key)),
                 *(value[layer] for value in derived.values()),
                 *(layer % period for period in periods),
             ]

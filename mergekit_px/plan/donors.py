@@ -14,7 +14,7 @@ from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import is_embedding, stack_sizes
 from mergekit_px.plan.model import WorkItem
-from mergekit_px.plan.tied import is_head
+from mergekit_px.plan.tied import is_head, stated_tie
 from mergekit_px.recipe.load import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
@@ -69,7 +69,12 @@ def output_config(
     own_head = any(
         item.name in expressions.untied or (is_head(item.name) and item.name not in stored) for item in items
     )
-    if own_head and config_edits.untie(config):
+    copies = {name for pairs in expressions.tied.values() for name in pairs if is_head(name)}
+    written = {item.name for item in items}
+    if copies - written and config_edits.tie(config):
+        notes.append("config: tie_word_embeddings -> true, as in all models that are merged")
+    apart = any(is_head(item.name) and item.applied for item in items)
+    if (own_head or (apart and stated_tie(config))) and config_edits.untie(config):
         notes.append("config: tie_word_embeddings -> false")
     for item in items:
         if is_embedding(item.name) and len(item.shape) == 2:

@@ -22,7 +22,7 @@ from mergekit_px.plan.layers import depth, split_layer, stack_sizes
 from mergekit_px.plan.model import Apply, Kind, Leaf, Node
 from mergekit_px.plan.rules import matching
 from mergekit_px.plan.slices import Slot, slice_slots
-from mergekit_px.plan.tied import tied_source
+from mergekit_px.plan.tied import is_head, tied_copy, tied_source
 from mergekit_px.plan.values import resolve_params, resolve_weight, varies
 from mergekit_px.plan.views import StoredView, first_rows, stored_view
 from mergekit_px.recipe.load import LoadedRecipe
@@ -50,6 +50,8 @@ class Expressions:
     """Step with slices -> for each output layer, its (source, layer) pairs."""
     config_updates: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """Input with adapters -> what they change in its config."""
+    tied: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Step -> the copies that it leaves out, each with the tensor that it is a copy of."""
     companions: set[str] = field(default_factory=set)
     """Inputs that hold statistics of others."""
     _namespaces: dict[tuple[str, str | None], Namespace] = field(default_factory=dict)
@@ -94,7 +96,10 @@ class Expressions:
         slots = slice_slots(name, step, self) if step.slices is not None else self._slots(step)
         sizes = stack_sizes(slot.name for slot in slots)
         nodes: dict[str, Node] = {}
+        by_name = {slot.name: slot for slot in slots}
         for slot in slots:
+            if self._is_copy(name, slot, by_name):
+                continue
             node = self._node(name, step, slot, sizes, where)
             if node is not None:
                 nodes[slot.name] = node
@@ -105,6 +110,41 @@ class Expressions:
             if members:
                 self.layer_sources[name] = self.layer_sources[members[0]]
         return nodes
+
+    def _is_copy(self, step: str, slot: Slot, slots: Mapping[str, Slot]) -> bool:
+        """Whether a tensor is a copy of another one in all models that make it, and so follows that one.
+
+        A rule that names a head and not its embedding wants them apart: the pair is then untied.
+        """
+        members = [member for member in (slot.base, *slot.sources) if member is not None]
+        originals = {self._original(*member) for member in members if not self._is_change(member[0])}
+        original = originals.pop() if len(originals) == 1 else None
+        if original is None or original not in slots or _models(slots[original]) != _models(slot):
+            return False
+        if is_head(slot.name):
+            rules = [slot.rules[index] for index in matching(slot.rules, slot.name, None)]
+            others = [slots[original].rules[index] for index in matching(slots[original].rules, original, None)]
+            if any(rule not in others and not rule.drop for rule in rules):
+                self.untied.append(slot.name)
+                self.notes.append(f"{slot.name} is tied to {original}; a rule treats it apart, so it is untied")
+                return False
+        self.tied.setdefault(step, {})[slot.name] = original
+        self.dropped_names[slot.name] = f"it is tied to {original}, which is written once"
+        self.notes.append(f"{slot.name} is tied to {original} and follows it; one of them is written")
+        return True
+
+    def _is_change(self, name: str) -> bool:
+        return name in self.inputs and self.inputs[name].is_task_vector
+
+    def _original(self, member: str, tensor: str) -> str | None:
+        if member not in self.inputs:
+            return self.tied.get(member, {}).get(tensor)
+        source = self.inputs[member]
+        self.namespace(member)
+        if source.config is None or self.config_updates.get(member, {}).get("tie_word_embeddings") is False:
+            return None
+        text = self.config_updates.get(member, {}).get("text_config", {})
+        return None if text.get("tie_word_embeddings") is False else tied_copy(tensor, source, source.config)
 
     def _slots(self, step: Step) -> list[Slot]:
         sources = step.source_names()
@@ -194,6 +234,9 @@ class Expressions:
                     self.untied.append(name)
                     self.notes.append(f"{name} is tied to {tied} in '{source}' and stands on its own in the output")
                 node = namespace[tied]
+        if node is None and name in self.tied.get(source, {}):
+            self.untied.append(name)
+            node = namespace[self.tied[source][name]]
         return node
 
     def _uncomputed(self, step: str, slot: Slot, base: Node | None, operands: Sequence[Node | None]) -> Node:
@@ -380,6 +423,10 @@ class Expressions:
             "and must add up to 1 (a model) or 0 (a task vector)",
             where=where,
         )
+
+
+def _models(slot: Slot) -> list[str]:
+    return [member for member, _ in (*slot.sources, *((slot.base,) if slot.base is not None else ()))]
 
 
 def _by_source(value: Value, old: Value, sources: Sequence[str]) -> Value:

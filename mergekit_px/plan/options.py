@@ -22,5 +22,7 @@ class PlanOptions:
     allow_nonfinite: bool = False
     allow_pickle: bool = False
     allow_base_mismatch: bool = False
+    strict: bool = False
+    """Whether sources whose configs disagree in what the weights mean are refused."""
     hash_inputs: bool = True
     """Whether the lock file gets the sha256 of every local input file."""

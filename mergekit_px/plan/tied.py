@@ -1,7 +1,12 @@
-"""Output heads that are tied to the embedding and therefore not stored."""
+"""Tensors that are one tensor under two names: tied heads, and the other copies that models share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_px.checkpoint.contents import StoredTensor
+from mergekit_px.checkpoint.reader import MemoryReader, TensorReader, open_reader
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import split_layer
 
@@ -14,6 +19,9 @@ _EMBEDDINGS = frozenset(
         *("embeddings", "embedding", "shared"),
     }
 )
+
+_COMPARED_WHOLE = 1 << 20
+_COMPARED_PIECES, _COMPARED_PIECE = 64, 4096
 
 
 def is_head(name: str) -> bool:
@@ -30,28 +38,89 @@ def _is_token_embedding(name: str) -> bool:
 
 
 def tied_source(name: str, source: ResolvedInput) -> str | None:
-    """The embedding that stands in for a head which ``source`` does not store; None if it is simply missing.
+    """The tensor that stands in for a copy which ``source`` does not store; None if it is simply missing.
 
     A head counts as tied unless the config says ``tie_word_embeddings: false``, and only if there is exactly one
     token embedding outside the numbered layers.
     """
-    config = source.config
-    if config is None or not is_head(name) or name in source.checkpoint.tensors:
+    return None if name in source.checkpoint.tensors else tied_copy(name, source, source.config)
+
+
+def original_of(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
+    """The tensor among ``tensors`` of which one by that name would be a copy, going by names alone.
+
+    Heads are copies of the token embedding; an encoder's and a decoder's own embeddings of the shared one; the
+    bias of a head's last layer that of the head.
+    """
+    parts = name.split(".")
+    if parts[-2:] == ["embed_tokens", "weight"] and parts[-3:-2] in (["encoder"], ["decoder"]):
+        shared = ".".join([*parts[:-3], "shared", "weight"])
+        return shared if shared in tensors else None
+    if parts[-2:] == ["decoder", "bias"] and split_layer(name) is None:
+        bias = ".".join([*parts[:-2], "bias"])
+        return bias if bias in tensors else None
+    if not is_head(name):
         return None
-    if not _ties(config):
-        return None
-    candidates = [
-        tensor.name
-        for tensor in source.checkpoint.tensors.values()
-        if len(tensor.shape) == 2 and _is_token_embedding(tensor.name)
+    embeddings = [
+        other
+        for other, tensor in tensors.items()
+        if other != name
+        and len(tensor.shape) == 2
+        and _is_token_embedding(other)
+        and original_of(other, tensors) is None
     ]
-    return candidates[0] if len(candidates) == 1 else None
+    return embeddings[0] if len(embeddings) == 1 else None
 
 
-def _ties(config: object) -> bool:
-    if not isinstance(config, dict):
-        return False
+def tied_copy(name: str, source: ResolvedInput, config: Mapping[str, Any] | None) -> str | None:
+    """The tensor of which ``name`` is, or would be, a copy in this model; None for a tensor of its own.
+
+    A head is one if the config ties it, the other copies always are by the models' own code; but what is stored twice
+    with different values is two tensors. Large tensors are compared by samples, those not on this machine not at all.
+
+    Args:
+        config: that of the model, adapters included.
+    """
+    tensors = source.checkpoint.tensors
+    original = original_of(name, tensors)
+    if original is None or config is None:
+        return None
+    stated = stated_tie(config)
+    if is_head(name) and stated is False:
+        return None
+    if name not in tensors:
+        return original
+    equal = _equal_bytes(source, tensors[name], tensors[original])
+    if equal is None:
+        return original if stated or not is_head(name) else None
+    return original if equal else None
+
+
+def stated_tie(config: Mapping[str, Any]) -> bool | None:
+    """What a config says of ``tie_word_embeddings``; None where it says nothing."""
     for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and "tie_word_embeddings" in part:
+        if isinstance(part, Mapping) and "tie_word_embeddings" in part:
             return bool(part["tie_word_embeddings"])
-    return True
+    return None
+
+
+def _equal_bytes(source: ResolvedInput, one: StoredTensor, other: StoredTensor) -> bool | None:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    if source.state is None and source.checkpoint.directory is None:
+        return None
+    reader: TensorReader = MemoryReader(source.state) if source.state is not None else open_reader(source.checkpoint)
+    try:
+        whole = one.nbytes <= _COMPARED_WHOLE
+        size = one.nbytes if whole else _COMPARED_PIECE
+        last = one.nbytes - size
+        starts = [0] if whole else [last * piece // (_COMPARED_PIECES - 1) for piece in range(_COMPARED_PIECES)]
+        left, right = bytearray(size), bytearray(size)
+        for start in starts:
+            reader.read_into(one, start, memoryview(left))
+            reader.read_into(other, start, memoryview(right))
+            if left != right:
+                return False
+        return True
+    finally:
+        reader.close()

@@ -78,6 +78,13 @@ def test_a_rhythm_that_the_slices_keep_or_a_list_overrules_is_no_problem() -> No
     assert changed["layer_types"] == ["b", "b"]
 
 
+def test_an_entry_that_is_switched_off_stops_nothing_and_follows() -> None:
+    idle = restacked({"max_window_layers": 2, "use_sliding_window": False}, [0, 1, 2, 1, 2, 3])
+    assert (idle["num_hidden_layers"], idle["max_window_layers"]) == (6, 3)
+    with pytest.raises(PlanError, match="max_window_layers"):
+        restacked({"max_window_layers": 2, "use_sliding_window": True}, [0, 1, 2, 1, 2, 3])
+
+
 def test_a_config_that_counts_no_layers_is_refused() -> None:
     with pytest.raises(PlanError, match="no entry for its 4 layers"):
         restack({"model_type": "x"}, [0], 4)

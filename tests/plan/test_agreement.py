@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import plan_of, recipe
+
+from mergekit_px.errors import PlanError
+from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
+
+
+def notes_of(folder: Path, one: dict[str, Any], other: dict[str, Any], **options: Any) -> list[str]:
+    for name, change in {"one": one, "other": other}.items():
+        config = {**tiny_llama_config(), **change}
+        write_checkpoint(folder / "models" / name, tiny_llama_tensors(seed=len(name)), config=config)
+    step = {"method": "linear", "sources": ["one", "other"]}
+    plan = plan_of(recipe(folder / "models", step), folder / "out", **options)
+    return [note for note in plan.notes if "disagree" in note]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "named"),
+    [
+        ({"rope_theta": 1e4}, {"rope_theta": 1e6}, "rope_theta: 10000.0 in 'one', 1000000.0 in 'other'"),
+        ({"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 5e5}}, "rope_theta"),
+        ({"rope_theta": 1e4}, {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"num_attention_heads": 2}, {"num_attention_heads": 4}, "num_attention_heads"),
+        ({"model_type": "llama"}, {"model_type": "mistral"}, "model_type: 'llama' in 'one', 'mistral' in 'other'"),
+        ({"hidden_act": "silu"}, {"hidden_act": "gelu"}, "hidden_act"),
+        ({"text_config": {"rms_norm_eps": 1e-6}}, {"text_config": {"rms_norm_eps": 1e-5}}, "rms_norm_eps"),
+        ({"vision_config": {"num_heads": 2}}, {"vision_config": {"num_heads": 4}}, "vision_config.num_heads"),
+        ({"sliding_window": 8, "use_sliding_window": True}, {"sliding_window": 16}, "sliding_window"),
+    ],
+)
+def test_entries_that_change_what_weights_mean_are_named(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any], named: str
+) -> None:
+    assert any(named in note for note in notes_of(tmp_path, one, other))
+    with pytest.raises(PlanError, match="disagree in"):
+        notes_of(tmp_path, one, other, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"torch_dtype": "bfloat16", "pad_token_id": 1}, {"dtype": "float32", "transformers_version": "5.0"}),
+        (
+            {"rope_theta": 1e4},
+            {"rope_theta": None, "rope_parameters": {"rope_theta": 10000, "rope_type": "default"}},
+        ),
+        ({"sliding_window": 8, "use_sliding_window": False}, {"sliding_window": None}),
+    ],
+)
+def test_two_spellings_of_one_thing_agree(tmp_path: Path, one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert notes_of(tmp_path, one, other, strict=True) == []
