@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from mergekit_px.adapters.adapter import Adapter
 from mergekit_px.adapters.lora import PLAIN_BY_PEFT, residual_start
 from mergekit_px.adapters.lora_modules import read_lora_modules
-from mergekit_px.adapters.save import save_diffusers, save_kohya, save_peft
+from mergekit_px.adapters.save import Format, save_diffusers, save_kohya, save_peft
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import AdapterError
-
-Format = Literal["peft", "kohya", "diffusers"]
 
 _CARRIED = ("task_type", "revision", "peft_version")
 

@@ -36,6 +36,7 @@ class LoraModule:
         embedding: the base holds the transpose of dW.
         component: of a pipeline.
         flat: the name has underscores where the module's has dots.
+        prefix: kohya's, where the component alone does not tell it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LoraModule:
     embedding: bool = False
     component: str | None = None
     flat: bool = False
+    prefix: str | None = None
 
     @property
     def rank(self) -> int:
@@ -105,6 +107,7 @@ class LoraSource:
             embedding=embedding,
             component=module.component,
             flat=module.flat,
+            prefix=module.prefix,
         )
         return self._dotted(found) if module.flat and self._names is not None else found
 

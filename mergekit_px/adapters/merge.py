@@ -24,7 +24,7 @@ from mergekit_px.adapters.merge_spaces import (
     robust_merge,
 )
 from mergekit_px.adapters.mergers import TRIMMING, Cutter, MergeInput, find_merger
-from mergekit_px.adapters.save import save_peft
+from mergekit_px.adapters.save import Format, save_diffusers, save_kohya, save_peft
 from mergekit_px.adapters.updates import Update, UpdateSource, open_updates
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.errors import AdapterError, TensorMismatchError, UsageError
@@ -59,9 +59,17 @@ class MergedAdapter:
 
     modules: list[LoraModule]
     reports: list[MergeReport]
-    base_model_name: str | None
+    base_models: tuple[str, ...]
+    """What the adapters call their bases, each once."""
     task_type: str | None
     fan_in_fan_out: bool = False
+    own_format: Format = "peft"
+    """The adapters' format, where they agree."""
+
+    @property
+    def base_model_name(self) -> str | None:
+        """The base, where the adapters agree."""
+        return self.base_models[0] if len(self.base_models) == 1 else None
 
     @property
     def captured_energy(self) -> float:
@@ -69,11 +77,14 @@ class MergedAdapter:
         whole = sum(report.norm**2 / max(report.captured_energy, 1e-300) for report in self.reports)
         return sum(report.norm**2 for report in self.reports) / whole if whole else 1.0
 
-    def save(self, folder: Path, *, overwrite: bool = False) -> None:
-        """Write a PEFT folder. Raises as save_peft."""
+    def save(self, path: Path, *, to: Format = "peft", overwrite: bool = False) -> None:
+        """Write a PEFT folder, or one file. Raises as save_peft, save_kohya and save_diffusers."""
+        if to != "peft":
+            (save_kohya if to == "kohya" else save_diffusers)(path, self.modules, overwrite=overwrite)
+            return
         fields: dict[str, Any] = {"task_type": self.task_type} if self.task_type else {}
         save_peft(
-            folder,
+            path,
             self.modules,
             base_model_name=self.base_model_name,
             fan_in_fan_out=self.fan_in_fan_out,
@@ -124,10 +135,20 @@ def merge_adapters(
     return MergedAdapter(
         [module for module, _ in merged],
         [report for _, report in merged],
-        bases[0] if len(bases) == 1 else None,
+        tuple(bases),
         task if isinstance(task, str) else None,
         any(adapter.config.flag("fan_in_fan_out") for adapter in adapters),
+        _own_format(adapters),
     )
+
+
+def _own_format(adapters: Sequence[Adapter]) -> Format:
+    """Adapters without components, and such as differ, become a PEFT folder."""
+    kinds = {adapter.kind for adapter in adapters}
+    placed = all(module.component for adapter in adapters for module in adapter.keys.modules.values())
+    if placed and kinds == {"KOHYA"}:
+        return "kohya"
+    return "diffusers" if placed and kinds == {"DIFFUSERS"} else "peft"
 
 
 def _is_shared(name: str, sources: Sequence[UpdateSource]) -> bool:

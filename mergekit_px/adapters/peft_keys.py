@@ -32,6 +32,7 @@ class Module:
             further parameter of a module whose parameters were adapted (``target_parameters``).
         component: of a pipeline, where the file says so: ``unet``, ``text_encoder``, ...
         flat: the path has underscores where the module's has dots.
+        prefix: what stood before a flat path and told its component.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Module:
     inner: tuple[Module, ...] = ()
     component: str | None = None
     flat: bool = False
+    prefix: str | None = None
 
     @property
     def name(self) -> str:

@@ -6,9 +6,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from mergekit_px.adapters.components import COMPONENTS, kohya_prefix, stored_place
 from mergekit_px.adapters.config import CONFIG_FILE
 from mergekit_px.adapters.lora_modules import LoraModule
 from mergekit_px.checkpoint.json_text import shown
@@ -20,14 +22,10 @@ from mergekit_px.errors import AdapterError, OutputError
 if TYPE_CHECKING:
     import torch
 
-KOHYA_PREFIXES: Mapping[str, str] = {
-    "unet": "lora_unet_",
-    "transformer": "lora_unet_",
-    "text_encoder": "lora_te_",
-    "text_encoder_2": "lora_te2_",
-    "text_encoder_3": "lora_te3_",
-}
-"""Kohya's programs call every denoising network a unet."""
+Format = Literal["peft", "kohya", "diffusers"]
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers looks for in a folder with an adapter in one file."""
 
 
 def save_peft(
@@ -113,8 +111,10 @@ def save_kohya(path: Path, modules: Sequence[LoraModule], *, component: str = "u
     Raises AdapterError for an embedding, or for modules whose names become one; OutputError, WriteError.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for module in modules:
-        prefix = _of_component(KOHYA_PREFIXES, module.component or component) + module.name.replace(".", "_")
+    placed = [_in_component(module, component) for module in modules]
+    has_more_encoders = any(module.component in ("text_encoder_2", "text_encoder_3") for module in placed)
+    for module in placed:
+        prefix = _kohya_name(module, has_more_encoders)
         if module.embedding:
             raise AdapterError(f"kohya's format has no embeddings: {shown(module.name)}")
         _refuse_wrapped(module)
@@ -140,12 +140,19 @@ def save_diffusers(
     """
     tensors: dict[str, torch.Tensor] = {}
     groups: dict[str, list[LoraModule]] = {}
-    for module in modules:
+    for each in modules:
+        module = each
         _require_dots(module)
         if module.embedding:
             raise AdapterError(f"diffusers has no adapters on embeddings: {shown(module.name)}")
         _refuse_wrapped(module)
-        own = module.component or component
+        place = stored_place(module.name)
+        if place is not None and place[0].differs:
+            raise AdapterError(
+                f"{shown(module.name)} has another name in diffusers", hint="write it as kohya, or for peft as it is"
+            )
+        module = _in_component(module, component)
+        own = str(module.component)
         groups.setdefault(own, []).append(module)
         tensors[f"{own}.{module.name}.lora_A.weight"] = module.a
         tensors[f"{own}.{module.name}.lora_B.weight"] = module.b
@@ -174,10 +181,24 @@ def _refuse_wrapped(module: LoraModule) -> None:
         )
 
 
-def _of_component(prefixes: Mapping[str, str], component: str) -> str:
-    if component not in prefixes:
-        raise AdapterError(f"unknown component {shown(component)}", hint=f"known are {', '.join(prefixes)}")
-    return prefixes[component]
+def _in_component(module: LoraModule, default: str) -> LoraModule:
+    """A module with its component, which the name in a checkpoint of one file tells, and the name within."""
+    found = stored_place(module.name)
+    if found is None:
+        component, prefix, name = module.component or default, module.prefix, module.name
+    else:
+        (place, name), component = found, found[0].component or ""
+        if place.component is None:
+            raise AdapterError(f"the format has no place for {shown(module.name)}", hint="leave it out, or write peft")
+        prefix = place.prefix
+    if component not in COMPONENTS:
+        raise AdapterError(f"unknown component {shown(component)}", hint=f"known are {', '.join(COMPONENTS)}")
+    return replace(module, name=name, component=component, prefix=prefix)
+
+
+def _kohya_name(module: LoraModule, has_more_encoders: bool) -> str:
+    prefix = module.prefix or kohya_prefix(str(module.component), has_more_encoders=has_more_encoders)
+    return f"{prefix}{module.name.replace('.', '_')}"
 
 
 def _peft_magnitude(module: LoraModule) -> torch.Tensor:

@@ -9,38 +9,17 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_px.adapters import lycoris
 from mergekit_px.adapters.adapter import Adapter
+from mergekit_px.adapters.components import DOTTED_PREFIXES, FLAT_PREFIXES
 from mergekit_px.adapters.config import AdapterConfig
 from mergekit_px.adapters.peft_keys import Module, ParsedKeys
 from mergekit_px.adapters.registry import Family
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import StoredTensor, open_checkpoint
 from mergekit_px.errors import AdapterError
-
-FLAT_PREFIXES: Mapping[str, str | None] = {
-    "lora_unet_": "unet",
-    "lora_prior_unet_": "unet",
-    "lora_transformer_": "transformer",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te3_": "text_encoder_3",
-    "lora_te_": "text_encoder",
-    "lora_prior_te_": "text_encoder",
-    "lycoris_": None,
-}
-"""Of names with underscores for dots; the component that each means."""
-
-DOTTED_PREFIXES: Mapping[str, str] = {
-    "unet.": "unet",
-    "transformer.": "transformer",
-    "diffusion_model.": "unet",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-    "text_encoder_3.": "text_encoder_3",
-}
 
 ROLES: Mapping[str, str] = {
     "lora_down.weight": "A",
@@ -81,6 +60,15 @@ _OLD_ATTENTION = re.compile(
 _METADATA_KEY = "lora_adapter_metadata"
 
 
+class Place(NamedTuple):
+    """What the name of a module says: its component and path, and how they were written."""
+
+    component: str | None
+    path: str
+    flat: bool
+    prefix: str | None = None
+
+
 def open_single_file(path: Path, label: str, *, allow_pickle: bool) -> Adapter:
     """Describe an adapter file.
 
@@ -101,7 +89,7 @@ def open_single_file(path: Path, label: str, *, allow_pickle: bool) -> Adapter:
 
 def parse_names(tensors: Mapping[str, StoredTensor], where: str) -> dict[str, Module]:
     """The adapted modules, by component and name. Raises AdapterError."""
-    found: dict[tuple[str | None, str, bool], dict[str, StoredTensor]] = {}
+    found: dict[Place, dict[str, StoredTensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("base_model.model."):
             raise AdapterError(
@@ -117,8 +105,10 @@ def parse_names(tensors: Mapping[str, StoredTensor], where: str) -> dict[str, Mo
             raise AdapterError(f"{shown(key)} is {list(tensor.shape)}, not one number", where=where)
         found[place][role] = tensor
     return {
-        f"{component}:{path}" if component else path: Module(path, roles, component=component, flat=flat)
-        for (component, path, flat), roles in found.items()
+        f"{place.component}:{place.path}" if place.component else place.path: Module(
+            place.path, roles, component=place.component, flat=place.flat, prefix=place.prefix
+        )
+        for place, roles in found.items()
     }
 
 
@@ -150,14 +140,14 @@ def _attention_leaf(projection: str, *, in_processor: bool, module: str) -> str:
     return "to_out.0" if projection == "to_out" else projection
 
 
-def _place(path: str) -> tuple[str | None, str, bool]:
+def _place(path: str) -> Place:
     for prefix, component in FLAT_PREFIXES.items():
         if path.startswith(prefix) and "." not in path:
-            return component, path.removeprefix(prefix), True
+            return Place(component, path.removeprefix(prefix), True, prefix)
     for prefix, part in DOTTED_PREFIXES.items():
         if path.startswith(prefix):
-            return part, path.removeprefix(prefix), False
-    return None, path, "." not in path and "_" in path
+            return Place(part, path.removeprefix(prefix), False)
+    return Place(None, path, "." not in path and "_" in path)
 
 
 def _metadata(metadata: Mapping[str, str], where: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Update:
     embedding: bool = False
     component: str | None = None
     flat: bool = False
+    prefix: str | None = None
     repeats: int = 1
 
     def module(self, factors: LowRank, dtype: torch.dtype) -> LoraModule:
@@ -62,6 +63,7 @@ class Update:
             embedding=self.embedding,
             component=self.component,
             flat=self.flat,
+            prefix=self.prefix,
         )
 
 
@@ -114,6 +116,7 @@ class LoraUpdates:
             module.embedding,
             module.component,
             module.flat,
+            module.prefix,
             times,
         )
 
@@ -172,6 +175,8 @@ class BoundUpdates:
             matrix.rank,
             floating[0] if floating else torch.float32,
             any("embedding" in tensor.name for tensor in patch.factors.values()),
+            component=None if module is None else module.component,
+            prefix=None if module is None else module.prefix,
             repeats=times,
         )
 

@@ -19,6 +19,7 @@ from mergekit_px.cli.adapter_inputs import (
     find_adapter,
     find_model,
     plain_numbers,
+    require_new_file,
     require_new_folder,
 )
 from mergekit_px.errors import UsageError
@@ -75,6 +76,10 @@ Calibrate = Annotated[
 ]
 Balance = Annotated[float, typer.Option("--balance", metavar="X", help="Of ctm: beta.")]
 Isotropic = Annotated[bool, typer.Option("--isotropic", help="Of core: make the singular values equal.")]
+To = Annotated[
+    Literal["peft", "kohya", "diffusers"] | None,
+    typer.Option("--to", help="The format to write.  [default: that of the adapters, else peft]"),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the random methods.")]
 
 
@@ -94,6 +99,7 @@ def merge(
     balance: Balance = 0.0,
     isotropic: Isotropic = False,
     seed: Seed = 0,
+    to: To = None,
     base: BaseModel = None,
     into: Into = None,
 ) -> int:
@@ -102,6 +108,9 @@ def merge(
     linear: the weighted sum. cat: the same as stacked factors. svd: the nearest of the rank to the sum, without ever
     forming dW. ties, dare-linear, dare-ties, magnitude-prune: on dW, then the nearest of the rank. knots, core, ctm:
     a rule in common coordinates. robust: on the factors. How much of the merged updates the rank holds is reported.
+
+    Kohya's and diffusers' files give such a file again, every part of the pipeline with its own names; adapters of
+    mixed formats give a PEFT folder. In a folder the file is called pytorch_lora_weights.safetensors.
 
     With --into the merged adapter is written to DIR-adapter and the model with it to DIR. Without a limit of rank,
     the methods for models take adapters too: pxmerge ties --base BASE --sources ADAPTER...
@@ -114,6 +123,7 @@ def merge(
     """
     from mergekit_px.adapters.merge import merge_adapters
     from mergekit_px.adapters.merge_options import MergeOptions
+    from mergekit_px.adapters.save import LORA_FILE
 
     _check(options, into, base)
     given = plain_numbers(weights, len(adapters), "adapters")
@@ -140,9 +150,16 @@ def merge(
             hint="leave it out, or take another method",
         )
     output = options.output or Path("merged")
-    folder = output if into is None else output.with_name(f"{output.name}-adapter")
     replace = options.mode != "new"
-    if not replace:
+    if into is not None and to not in (None, "peft"):
+        raise UsageError(f"--to {to} has no effect with --into", hint="leave it out")
+    is_file = into is None and output.suffix == ".safetensors"
+    if is_file and to == "peft":
+        raise UsageError("a PEFT adapter is a folder", where=str(output), hint="give a name without .safetensors")
+    folder = output if into is None else output.with_name(f"{output.name}-adapter")
+    if is_file:
+        require_new_file(output, overwrite=replace)
+    elif not replace:
         require_new_folder(output, overwrite=False)
         require_new_folder(folder, overwrite=False)
     sink = output_for(json=options.json, quiet=options.quiet)
@@ -150,14 +167,24 @@ def merge(
     model = into or base
     checkpoint = None if model is None else find_model(model, sink, allow_pickle=options.allow_pickle)
     merged = merge_adapters(opened, settings, base=checkpoint, binding=binding.bind_options())
-    merged.save(folder, overwrite=replace)
+    if len(merged.base_models) > 1:
+        sink.warning(
+            f"the adapters are for different bases ({', '.join(merged.base_models)}); the merged one names none"
+        )
+    written = to or ("peft" if into is not None else merged.own_format)
+    if is_file and written == "peft":
+        raise UsageError(
+            "these adapters become a PEFT folder", where=str(output), hint="give a folder, or --to kohya or diffusers"
+        )
+    file = output if is_file or written == "peft" else output / LORA_FILE
+    merged.save(folder if written == "peft" else file, to=written, overwrite=replace)
     if into is not None:
         sink.note(_summary(merged))
         # the other choices are in the merged adapter
         return apply_adapters(into, [str(folder)], AdapterOptions(keep_tied=binding.keep_tied), options)
     document = _document(merged, adapters, given)
     _show(document, _summary(merged), sink)
-    sink.document({"output": str(folder), "method": method, **document})
+    sink.document({"output": str(folder), "format": written, "method": method, **document})
     sink.text(str(folder))
     return 0
 

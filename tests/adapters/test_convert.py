@@ -224,3 +224,70 @@ def test_inspection_of_what_cannot_be_merged_says_why(tmp_path: Path) -> None:
     summary = describe_adapter(open_adapter(tmp_path / "a"))
     assert "relative to the residual" in summary.refusal
     assert [module.rank for module in summary.modules] == [None] * 3
+
+
+def lora_file(path: Path, names: list[str]) -> Path:
+    tensors = {}
+    for name in names:
+        tensors |= {f"{name}.lora_down.weight": numbers(2, 6), f"{name}.lora_up.weight": numbers(8, 2)}
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["lora_te1_text_model_mlp_fc1"],
+        ["lora_te_text_model_mlp_fc1", "lora_unet_mid_block_proj"],
+        ["lora_te1_text_model_mlp_fc1", "lora_te2_text_model_mlp_fc1", "lora_unet_input_blocks_1_proj_in"],
+        ["lora_te1_text_model_mlp_fc1", "lora_te3_encoder_block_0_wo", "lora_transformer_blocks_0_proj"],
+    ],
+)
+def test_kohyas_names_stay_as_they_are(names: list[str], tmp_path: Path) -> None:
+    source = lora_file(tmp_path / "a.safetensors", names)
+    convert(open_adapter(source), tmp_path / "b.safetensors", "kohya")
+    before, after = load_file(source), load_file(tmp_path / "b.safetensors")
+    assert {name: tensor.tolist() for name, tensor in before.items()} == {
+        name: tensor.tolist() for name, tensor in after.items()
+    }
+
+
+@pytest.mark.parametrize(("second", "prefix"), [([], "lora_te"), (["text_encoder_2"], "lora_te1")])
+def test_the_first_text_encoder_is_numbered_beside_others(second: list[str], prefix: str, tmp_path: Path) -> None:
+    parts = ["unet", "text_encoder", *second]
+    loras = [LoraModule("a.proj", numbers(2, 6), numbers(8, 2), alpha=2.0, component=part) for part in parts]
+    save_kohya(tmp_path / "a.safetensors", loras)
+    written = {name.removesuffix("_a_proj.alpha") for name in load_file(tmp_path / "a.safetensors") if "alpha" in name}
+    assert written == {"lora_unet", prefix, *(["lora_te2"] if second else [])}
+
+
+STORED = {
+    "model.diffusion_model.input_blocks.1.1.proj_in": "lora_unet_input_blocks_1_1_proj_in",
+    "conditioner.embedders.0.transformer.text_model.fc1": "lora_te1_text_model_fc1",
+    "text_encoders.t5xxl.transformer.encoder.wo": "lora_te3_encoder_wo",
+}
+
+
+def test_names_of_a_checkpoint_in_one_file_become_those_of_its_components(tmp_path: Path) -> None:
+    save_kohya(
+        tmp_path / "a.safetensors", [LoraModule(name, numbers(2, 6), numbers(8, 2), alpha=2.0) for name in STORED]
+    )
+    written = {name.removesuffix(".alpha") for name in load_file(tmp_path / "a.safetensors") if "alpha" in name}
+    assert written == set(STORED.values())
+    back = open_adapter(tmp_path / "a.safetensors")
+    assert {module.component for module in back.keys.modules.values()} == {"unet", "text_encoder", "text_encoder_3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "message"),
+    [
+        ("first_stage_model.decoder.conv_in", save_kohya, "no place"),
+        ("conditioner.embedders.1.model.transformer.resblocks.0.mlp", save_kohya, "no place"),
+        ("model.diffusion_model.input_blocks.1.1.proj_in", save_diffusers, "another name in diffusers"),
+    ],
+)
+def test_what_a_format_has_no_name_for_is_refused(name: str, save: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=message):
+        save(tmp_path / "a.safetensors", [LoraModule(name, numbers(2, 6), numbers(8, 2), alpha=2.0)])  # type: ignore[operator]
+    assert not (tmp_path / "a.safetensors").exists()

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergekit_px.adapters.lora_modules import LoraModule
 from mergekit_px.adapters.merge import merge_adapters
 from mergekit_px.adapters.merge_options import METHODS, MergeOptions
 from mergekit_px.adapters.open import open_adapter
+from mergekit_px.adapters.save import save_peft
 
 SHAPES = {"model.layers.0.mlp.up_proj": (12, 8), "model.layers.1.mlp.up_proj": (12, 8)}
 Changes = dict[str, torch.Tensor]
@@ -210,3 +212,74 @@ def test_pefts_linear_has_cross_terms_otherwise(run, models) -> None:
     assert run("adapter", "merge", "one", "two", "--weights", 0.7, 0.4, "--method", "linear", "-o", "both").code == 0
     for module, theirs in by_peft("linear", [0.7, 0.4]).items():
         assert (updates("both")[module] - theirs).norm() > 0.1 * theirs.norm()
+
+
+def lora_files(names: dict[str, tuple[int, int]], a: str, b: str, alpha: bool = False) -> None:
+    for number, path in enumerate(("one.safetensors", "two.safetensors")):
+        noise = torch.Generator().manual_seed(number)
+        tensors = {}
+        for name, (rows, columns) in names.items():
+            tensors[f"{name}.{a}.weight"] = torch.randn(2, columns, generator=noise)
+            tensors[f"{name}.{b}.weight"] = torch.randn(rows, 2, generator=noise)
+            if alpha:
+                tensors[f"{name}.alpha"] = torch.tensor(1.0)
+        save_file(tensors, path)
+
+
+KOHYA = {"lora_unet_mid_block_proj": (8, 6), "lora_te1_text_fc1": (4, 4), "lora_te2_text_fc1": (6, 4)}
+DIFFUSERS = {"unet.mid_block.proj": (8, 6), "text_encoder.text.fc1": (4, 4), "text_encoder_2.text.fc1": (6, 4)}
+
+
+@pytest.mark.parametrize(
+    ("names", "a", "b", "alpha"),
+    [(KOHYA, "lora_down", "lora_up", True), (DIFFUSERS, "lora_A", "lora_B", False)],
+)
+@pytest.mark.parametrize("output", ["merged.safetensors", "merged"])
+def test_files_for_a_pipeline_give_a_file_for_a_pipeline(
+    run, monkeypatch, tmp_path: Path, names: dict[str, tuple[int, int]], a: str, b: str, alpha: bool, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lora_files(names, a, b, alpha)
+    outcome = run(
+        *("adapter", "merge", "one.safetensors", "two.safetensors", "--method", "cat"),
+        *("-o", output, "--weights", "0.7", "-0.3"),
+    )
+    assert outcome.code == 0, outcome.stderr
+    merged = load_file(output if output.endswith("s") else f"{output}/pytorch_lora_weights.safetensors")
+    sources = [load_file(path) for path in ("one.safetensors", "two.safetensors")]
+    scale = 0.5 if alpha else 1.0
+    for name in names:
+        expected = sum(
+            weight * scale * source[f"{name}.{b}.weight"] @ source[f"{name}.{a}.weight"]
+            for weight, source in zip((0.7, -0.3), sources, strict=True)
+        )
+        torch.testing.assert_close(merged[f"{name}.{b}.weight"] @ merged[f"{name}.{a}.weight"], expected)
+    apply = run("adapter", "inspect", output)
+    assert apply.code == 0, apply.stderr
+
+
+def test_another_format_on_request(run, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    lora_files(DIFFUSERS, "lora_A", "lora_B")
+    words = ("adapter", "merge", "one.safetensors", "two.safetensors")
+    assert run(*words, "--to", "kohya", "-o", "k.safetensors").code == 0
+    assert {name.split("_text")[0] for name in load_file("k.safetensors") if "te" in name and "alpha" in name} >= {
+        "lora_te1",
+        "lora_te2",
+    }
+    refused = run(*words, "--to", "peft", "-o", "folder")
+    assert refused.code == 3
+    assert "of one part" in refused.stderr
+    assert not Path("folder").exists()
+    assert run(*words, "--to", "peft", "-o", "x.safetensors").code == 2
+
+
+def test_different_bases_are_named(run, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, base in (("one", "org/a"), ("two", "org/b")):
+        factors = LoraModule("q_proj", torch.randn(2, 4), torch.randn(4, 2), alpha=2.0)
+        save_peft(Path(name), [factors], base_model_name=base)
+    outcome = run("adapter", "merge", "one", "two", "-o", "both")
+    assert outcome.code == 0
+    assert "different bases (org/a, org/b)" in outcome.stderr
+    assert json.loads(Path("both/adapter_config.json").read_text())["base_model_name_or_path"] is None
