@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.dtypes import dtype_of
 from mergekit_px.checkpoint.header import build_header
+from mergekit_px.checkpoint.json_text import parse_object
 from mergekit_px.checkpoint.lock import DirectoryLock
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.replacement import replacement
@@ -59,13 +60,7 @@ def read_settings(checkpoint: Checkpoint, where: str) -> dict[str, Any]:
     text = checkpoint.metadata.get(_FORMAT)
     if text is None:
         raise MalformedCheckpointError("this is not a state of acmap", where=where)
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise MalformedCheckpointError(f"the settings cannot be read: {error}", where=where) from None
-    if not isinstance(settings, dict):
-        raise MalformedCheckpointError("the settings are not an object", where=where)
-    return settings
+    return parse_object(text, where, strict=False)
 
 
 def write_state(

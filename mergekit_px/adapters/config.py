@@ -14,12 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit_px.checkpoint.json_text import parse_object, shown
-from mergekit_px.errors import AdapterError, InputNotFoundError, MalformedCheckpointError
+from mergekit_px.checkpoint.json_text import read_object, shown
+from mergekit_px.errors import AdapterError, InputError, InputNotFoundError
 
 CONFIG_FILE = "adapter_config.json"
-
-_MAX_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -104,19 +102,13 @@ def read_config(folder: Path, where: str) -> AdapterConfig:
     path = folder / CONFIG_FILE
     where = f"{where}/{CONFIG_FILE}"
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise AdapterError(f"a configuration of {path.stat().st_size} bytes is not one", where=where)
-        raw = path.read_bytes()
-    except FileNotFoundError:
+        values = read_object(path, where, strict=False, folder=folder)
+    except InputNotFoundError:
         raise InputNotFoundError(
             "no adapter configuration", where=where, hint="a PEFT adapter is a folder with this file in it"
         ) from None
-    except OSError as error:
-        raise AdapterError(f"cannot be read: {error.strerror}", where=where) from error
-    try:
-        values = parse_object(raw, where, strict=False)
-    except MalformedCheckpointError as error:
-        raise AdapterError(error.what, where=where) from None
+    except InputError as error:
+        raise AdapterError(error.what, where=where, hint=error.hint) from None
     kind = values.get("peft_type")
     if not isinstance(kind, str) or not kind:
         raise AdapterError("there is no 'peft_type'", where=where, hint="is this the folder of a PEFT adapter?")

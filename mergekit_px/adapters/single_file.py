@@ -157,6 +157,6 @@ def _metadata(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"the metadata {_METADATA_KEY} is not JSON: {error}", where=where) from None
     return values if isinstance(values, dict) else {}

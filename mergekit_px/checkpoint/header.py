@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import stat
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,15 @@ from typing import Any
 
 from mergekit_px.checkpoint.contents import FileIdentity
 from mergekit_px.checkpoint.dtypes import DTYPES, DType, byte_count
-from mergekit_px.checkpoint.json_text import parse_object, shown
+from mergekit_px.checkpoint.json_text import depth, parse_json, shown
 from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError, UsageError
+from mergekit_px.small_files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000
 """The cap of the reference reader."""
+
+_MAX_DEPTH = 127
+"""Levels of JSON that the reference reader follows."""
 
 _LENGTH_BYTES = 8
 _METADATA_KEY = "__metadata__"
@@ -92,7 +96,9 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     """
     if not raw.startswith(b"{"):
         raise MalformedCheckpointError("not a safetensors file: the header does not start with '{'", where=where)
-    fields = parse_object(raw, where)
+    fields = parse_json(raw, where)
+    if not isinstance(fields, dict):
+        raise MalformedCheckpointError("the JSON is not an object", where=where)
     metadata = _parse_metadata(fields.pop(_METADATA_KEY, None), where)
     entries = [_parse_entry(name, value, f"{where}: {shown(name)}") for name, value in fields.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
@@ -122,6 +128,8 @@ def _parse_entry(name: str, value: object, where: str) -> TensorEntry:
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in value]
     if missing:
         raise MalformedCheckpointError(f"the entry has no {missing[0]!r}", where=where)
+    if len(value) > 3:
+        _check_unknown(value, where)
     code = value["dtype"]
     if not isinstance(code, str) or code not in DTYPES:
         raise MalformedCheckpointError(
@@ -147,6 +155,19 @@ def _parse_entry(name: str, value: object, where: str) -> TensorEntry:
             f"{dtype.name} of shape {list(shape)} needs {needed} bytes, its offsets span {end - begin}", where=where
         )
     return TensorEntry(name=name, dtype=dtype, shape=shape, begin=begin, end=end)
+
+
+def _check_unknown(value: dict[str, Any], where: str) -> None:
+    """Refuse in unknown fields what the reference reader refuses there."""
+    # The object of the header is around each entry.
+    if depth(value) + 1 > _MAX_DEPTH:
+        raise MalformedCheckpointError(f"an unknown field is nested more than {_MAX_DEPTH} deep", where=where)
+    level: list[Any] = [value]
+    while level:
+        if any(type(each) is int and abs(each) > sys.float_info.max for each in level):
+            raise MalformedCheckpointError("an unknown field holds a number that is out of range", where=where)
+        inside = [each for each in level if isinstance(each, dict | list)]
+        level = [inner for each in inside for inner in (each.values() if isinstance(each, dict) else each)]
 
 
 def _parse_counts(value: object, key: str, where: str) -> tuple[int, ...]:
@@ -186,10 +207,7 @@ def read_raw_header(path: Path, where: str | None = None) -> tuple[bytes, FileId
     """
     where = where or str(path)
     try:
-        # Opening a FIFO would wait for ever, so look first.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise MalformedCheckpointError("not a regular file", where=where)
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, where), "rb") as file:
             identity = FileIdentity.of(os.fstat(file.fileno()))
             length = header_length(file.read(_LENGTH_BYTES), identity.size, where)
             raw = file.read(length)

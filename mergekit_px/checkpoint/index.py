@@ -15,6 +15,9 @@ from mergekit_px.errors import MalformedCheckpointError
 
 INDEX_SUFFIX = ".index.json"
 
+LARGEST_INDEX = 200_000_000
+"""Bytes. An index of a million tensors has about a tenth; more is not read into memory."""
+
 
 def parse_index(raw: bytes, where: str) -> dict[str, str]:
     """The weight map: tensor name -> file name relative to the index. Raises ``MalformedCheckpointError``."""

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_px.errors import OutputError
+from mergekit_px.errors import MalformedCheckpointError, OutputError
+from mergekit_px.small_files import open_regular
 
 _VERSION = 1
 
@@ -78,13 +79,13 @@ class JournalHead:
 def read_head(path: Path) -> JournalHead | None:
     """The first line; None where there is no journal. Raises ``OutputError`` where it cannot be understood."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, str(path)), "rb") as file:
             head = json.loads(file.readline(4096))
         if head["pxmerge_journal"] == _VERSION:
             return JournalHead(str(head["plan"]), bool(head["replaces"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, MalformedCheckpointError):
         pass
     raise OutputError(
         "the journal of the unfinished run cannot be read", where=str(path), hint="start over with --overwrite"
@@ -98,7 +99,7 @@ def read_ranges(path: Path) -> Iterator[FinishedRange]:
         for line in file:
             try:
                 tensor, start, stop, crc32 = json.loads(line)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 continue
             if isinstance(tensor, str) and all(type(number) is int for number in (start, stop, crc32)):
                 yield FinishedRange(tensor, start, stop, crc32)

@@ -8,17 +8,19 @@ never guessed.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile, FileIdentity, StoredTensor
 from mergekit_px.checkpoint.header import Header, parse_header, read_raw_header
-from mergekit_px.checkpoint.index import INDEX_SUFFIX, check_index, index_name, parse_index
-from mergekit_px.checkpoint.json_text import parse_object, shown
+from mergekit_px.checkpoint.index import INDEX_SUFFIX, LARGEST_INDEX, check_index, index_name, parse_index
+from mergekit_px.checkpoint.json_text import read_object, shown
 from mergekit_px.checkpoint.selection import MODEL_FILE, PICKLE_SUFFIXES, Selection, select_weights
 from mergekit_px.checkpoint.side_files import side_files as find_side_files
 from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError
+from mergekit_px.small_files import read_small_file
 
 __all__ = [
     "Checkpoint",
@@ -123,7 +125,7 @@ def _open_folder(folder: Path, label: str, allow_pickle: bool) -> Checkpoint:
         return _open_pickle_folder(folder, chosen, label, allow_pickle)
     if chosen.index is None:
         return _open_files(folder, chosen.names, None, label, whole_folder=True)
-    raw = _read_bytes(folder / chosen.index, f"{label}/{chosen.index}")
+    raw = _read_index(folder, chosen.index, label)
     files = sorted(set(parse_index(raw, f"{label}/{chosen.index}").values()))
     if chosen.is_open(files):
         raise InputError(
@@ -184,7 +186,7 @@ def _open_pickle_folder(folder: Path, chosen: Selection, label: str, allow_pickl
     if chosen.index is not None:
         _check_pickle_allowed(chosen.index.removesuffix(INDEX_SUFFIX), label, allow_pickle)
         where = f"{label}/{chosen.index}"
-        weight_map = parse_index(_read_bytes(folder / chosen.index, where), where)
+        weight_map = parse_index(_read_index(folder, chosen.index, label), where)
         return _open_pickles(folder, sorted(set(weight_map.values())), weight_map, label, whole_folder=True)
     if len(chosen.names) > 1:
         raise InputError(
@@ -222,18 +224,12 @@ def _check_pickle_allowed(name: str, label: str, allow_pickle: bool) -> None:
         )
 
 
+def _read_index(folder: Path, name: str, label: str) -> bytes:
+    return read_small_file(folder / name, f"{label}/{name}", folder=folder, limit=LARGEST_INDEX)
+
+
 def _read_config(folder: Path, label: str) -> dict[str, Any] | None:
-    if not (folder / CONFIG_FILE).exists():
+    if not os.path.lexists(folder / CONFIG_FILE):
         return None
-    where = f"{label}/{CONFIG_FILE}"
     # Not strict: models that work have an Infinity in their configuration.
-    return parse_object(_read_bytes(folder / CONFIG_FILE, where), where, strict=False)
-
-
-def _read_bytes(path: Path, where: str) -> bytes:
-    if not path.is_file():
-        raise MalformedCheckpointError("not a regular file", where=where)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", where=where) from error
+    return read_object(folder / CONFIG_FILE, f"{label}/{CONFIG_FILE}", strict=False, folder=folder)

@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mergekit_px.checkpoint.json_text import read_object
+from mergekit_px.errors import InputError
+
 
 class Remembered:
     """A mapping of strings to JSON values in one file. What cannot be read is empty; what cannot be written is lost.
@@ -43,9 +46,10 @@ class Remembered:
 
     def _load(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_object(self._path, strict=False)
+        except InputError:
             return {}
+<<<<<<< HEAD:mergekit_px/checkpoint/remembered.py
         return found if isinstance(found, dict) else {}
 
 
@@ -54,3 +58,5 @@ def _cache_folder() -> str | Path:
         return Path.home() / ".cache"
     except RuntimeError:  # a user that the system does not know, as in some containers
         return ""
+=======
+>>>>>>> a31ff43 (Read small files by one reader, and escape what strangers wrote at the one place where it is printed):mergekit_px/execute/remembered.py

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from mergekit_px.escaping import escaped, escaped_json, escaped_line
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
@@ -56,23 +58,26 @@ class Output:
     def text(self, text: str) -> None:
         """A line of data on stdout, in human and quiet mode."""
         if self.mode != "json":
-            sys.stdout.write(f"{text}\n")
+            sys.stdout.write(f"{escaped(text)}\n")
 
     def raw(self, text: str) -> None:
         """Data on stdout exactly as it is, in every mode: a recipe, a schema."""
-        sys.stdout.write(text)
+        sys.stdout.write(escaped(text))
 
     def document(self, document: Any) -> None:
         """The result for programs: one JSON document on stdout, in json mode only."""
         if self.mode == "json":
-            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+            text = escaped_json(json.dumps(document, indent=2, ensure_ascii=False, default=str)) + "\n"
+            if not _can_write(text):
+                text = json.dumps(document, indent=2, default=str) + "\n"
+            sys.stdout.write(text)
 
     def heading(self, text: str) -> None:
         """A title over what follows, in human mode only."""
         if self.is_human:
             from rich.text import Text
 
-            self._draw("", Text(text, style="bold"))
+            self._draw("", Text(escaped_line(text), style="bold"))
 
     def table(self, columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
         """Rows under titles, in human mode only. Cells are folded, never cut short.
@@ -82,7 +87,7 @@ class Output:
         """
         if not self.is_human:
             return
-        cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+        cells = [["" if cell is None else escaped(str(cell)) for cell in row] for row in rows]
         width = self._console().width
         every = range(len(columns))
         essential = [index for index in every if columns[index].essential]
@@ -106,7 +111,7 @@ class Output:
         table.add_column(overflow="fold")
         for name, value in pairs:
             if value is not None:
-                table.add_row(Text(name, style="bold"), Text(str(value)))
+                table.add_row(Text(escaped_line(name), style="bold"), Text(escaped(str(value))))
         self._draw(table)
 
     def note(self, text: str) -> None:
@@ -131,6 +136,14 @@ class Output:
         with console.capture() as capture:
             console.print(*renderables, sep="\n")
         sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+
+
+def _can_write(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _natural_width(columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> int:
@@ -169,7 +182,7 @@ def output_for(*, json: bool = False, quiet: bool = False) -> Output:
 def write_error_line(text: str) -> None:
     """One line on stderr. A reader that has gone away does not stop the work."""
     try:
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{escaped(text)}\n")
         sys.stderr.flush()
     except OSError:
         pass

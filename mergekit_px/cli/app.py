@@ -7,6 +7,7 @@ that its errors are handled in one place.
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 import textwrap
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``pxmerge`` with the given words (those of the process if None); returns the exit code, never raises."""
     words = list(sys.argv[1:] if argv is None else argv)
     stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="backslashreplace")  # A terminal may not know every letter of a name.
     try:
         code = _dispatch(words)
         sys.stdout.flush()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from mergekit_px.escaping import escaped, escaped_line
+
 _REPOSITORY = "https://huggingface.co"
 _LOCAL_PATH = re.compile(r"(?<![\w.:/*\\~-])(?:(?:~[\w-]*)?/|[A-Za-z]:[/\\])[^\s'\",\]}#]+")
 
@@ -156,7 +158,7 @@ def _inputs(inputs: Sequence[CardInput]) -> str:
 def _model(card_input: CardInput) -> str:
     if card_input.is_on_hub:
         return f"[{card_input.source}]({_REPOSITORY}/{card_input.source})"
-    return f"`{card_input.shown}` (local)"
+    return f"`{escaped_line(card_input.shown)}` (local)"
 
 
 def _commit(card_input: CardInput) -> str | None:
@@ -198,7 +200,7 @@ def _reproduction(recipe: str, lock_hash: str, inputs: Sequence[CardInput]) -> s
 def _fenced(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
-    return f"{fence}{language}\n{text.strip()}\n{fence}"
+    return f"{fence}{language}\n{escaped(text.strip())}\n{fence}"
 
 
 def _without_local_paths(text: str, inputs: Sequence[CardInput]) -> str:
@@ -219,7 +221,7 @@ def _cell(text: str | None) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return escaped_line(" ".join(text.split()))
 
 
 def _count(number: int, noun: str) -> str:

@@ -19,6 +19,7 @@ from mergekit_px.errors import HubError, InputError, InputNotFoundError
 from mergekit_px.hub.client import answer_timeout, byte_counter, hub_api, is_offline, quiet_client
 from mergekit_px.hub.errors import hub_errors
 from mergekit_px.hub.repository import ResolvedRepo
+from mergekit_px.small_files import read_small_file
 
 LARGEST_SMALL_FILE = 200_000_000
 """Bytes. An index of a million tensors has about a tenth; more is not read into memory."""
@@ -80,7 +81,7 @@ def read_small(resolved: ResolvedRepo, name: str) -> bytes:
     if size > LARGEST_SMALL_FILE:
         raise HubError(f"{name} has {size} bytes, too many for a description", where=str(resolved))
     with quiet_client():
-        return download(resolved, name).read_bytes()
+        return read_small_file(download(resolved, name), f"{resolved}/{name}", limit=LARGEST_SMALL_FILE)
 
 
 def download(

@@ -126,7 +126,7 @@ def _cached_card(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         return metadata_load(path) or {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

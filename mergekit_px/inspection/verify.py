@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_px.checkpoint.hashing import file_sha256
-from mergekit_px.checkpoint.index import is_inside
-from mergekit_px.checkpoint.json_text import parse_object, shown
-from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError
+from mergekit_px.checkpoint.index import LARGEST_INDEX, is_inside
+from mergekit_px.checkpoint.json_text import read_object, shown
+from mergekit_px.errors import InputNotFoundError, MalformedCheckpointError
 
 LOCK_FILE = "pxmerge.lock.json"
 
@@ -73,13 +73,11 @@ def read_lock(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise InputNotFoundError("no such folder", where=str(directory))
     try:
-        lock = parse_object(path.read_bytes(), str(path))
-    except FileNotFoundError:
+        lock = read_object(path, folder=directory, limit=LARGEST_INDEX)
+    except InputNotFoundError:
         raise InputNotFoundError(
             f"there is no {LOCK_FILE}", where=str(directory), hint="only what pxmerge has merged can be verified"
         ) from None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
     files = lock.get("files")
     if not isinstance(files, dict) or not files:
         raise MalformedCheckpointError("it lists no files", where=str(path))

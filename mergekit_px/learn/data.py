@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,18 @@ from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import InputError, InputNotFoundError, UsageError
 from mergekit_px.learn.models import read_tensors
+
+UNREADABLE_NPZ = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy and zipfile raise on damaged archives, odd versions and unknown compressions."""
 
 LABELS = "labels"
 IGNORED = -100
@@ -122,7 +135,16 @@ def _read_npz(path: Path, where: str) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file, numpy.load(file, allow_pickle=False) as archive:
             loaded = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ) as error:
         if "allow_pickle" in str(error) or "pickled" in str(error):
             raise InputError("it holds Python objects, which are not read", where=where) from error
         raise InputError(f"not a readable .npz file: {shown(str(error))}", where=where) from error

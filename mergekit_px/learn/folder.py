@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_px.checkpoint.destination import Mode
+from mergekit_px.checkpoint.json_text import read_object
 from mergekit_px.checkpoint.lock import DirectoryLock
-from mergekit_px.errors import OutputError
+from mergekit_px.errors import InputError, OutputError
 from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.state import other_plan
 
@@ -80,8 +80,8 @@ def _require_usable(output: Path, work: Path, mode: Mode, identity: Mapping[str,
             hint="it may be complete already; --overwrite starts over",
         )
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError:
+        found = read_object(record)
+    except InputError:
         found = None
     if found != identity:
         raise other_plan(output)

@@ -42,7 +42,7 @@ def load_state(path: Path, plan_hash: str) -> tuple[Tensors, dict[str, Any]]:
     try:
         info = json.loads(checkpoint.metadata[FORMAT])
         found = info["plan_hash"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError(
             "not the state of a run that was stopped", where=str(path), hint="start over with --overwrite"
         ) from None

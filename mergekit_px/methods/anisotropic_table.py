@@ -140,7 +140,7 @@ def _header(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
         whole = [header["seed"], *(number for pair in header["tensors"].values() for number in pair)]
         well_formed = all(isinstance(one, list) for one in lists) and all(type(one) is int for one in whole)
         well_formed = well_formed and all(len(pair) == 2 for pair in header["tensors"].values())
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise _not_coefficients(path) from None
     if version != _VERSION:
         raise InputError(f"its format is version {version}, {_VERSION} is known", where=str(path))

@@ -287,7 +287,7 @@ def _read_by_transformers(config: Mapping[str, Any]) -> Any:
     except ImportError:
         return None
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     try:
         with _silent("transformers"), tempfile.TemporaryDirectory() as folder:
@@ -314,7 +314,7 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
     """The number of layers that a config declares; None if it does not."""
     for part in _parts(dict(config)):
         for key in _LAYER_COUNTS:
-            if isinstance(part.get(key), int):
+            if type(part.get(key)) is int:
                 return int(part[key])
     return None
 

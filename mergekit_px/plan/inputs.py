@@ -14,9 +14,10 @@ import yaml
 from mergekit_px.adapters.binder import BindOptions
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
-from mergekit_px.errors import InputNotFoundError, RecipeError
+from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
 from mergekit_px.hub.reference import parse_reference
 from mergekit_px.recipe.model import ModelInput
+from mergekit_px.small_files import read_small_file
 
 if TYPE_CHECKING:
     from mergekit_px.adapters.adapter import Adapter
@@ -155,8 +156,8 @@ def file_identity(checkpoint: Checkpoint) -> str:
 
 def _card_bases(card: Path) -> tuple[str, ...]:
     try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_small_file(card, folder=card.parent).decode("utf-8")
+    except (InputError, UnicodeDecodeError):
         return ()
     if not text.startswith("---"):
         return ()
@@ -165,7 +166,7 @@ def _card_bases(card: Path) -> tuple[str, ...]:
         return ()
     try:
         data = yaml.safe_load(front)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return ()
     bases = data.get("base_model") if isinstance(data, dict) else None
     if isinstance(bases, str):

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_px.errors import InputError, InputNotFoundError
+from mergekit_px.small_files import read_small_file
 
 RECORD_FILE = "pool.json"
 
@@ -73,15 +74,13 @@ def read_record(folder: Path) -> PoolRecord:
         )
     place = folder / RECORD_FILE
     try:
-        record = PoolRecord.model_validate_json(place.read_bytes())
-    except FileNotFoundError:
+        record = PoolRecord.model_validate_json(read_small_file(place, folder=folder))
+    except InputNotFoundError:
         raise InputError(
             f"there is no {RECORD_FILE}, so sources cannot be added",
             where=str(folder),
             hint="give a folder that `pxmerge svd --as components` wrote",
         ) from None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", where=str(place)) from error
     except ValidationError as error:
         raise InputError(f"it is no record of a pool: {error.errors()[0]['msg']}", where=str(place)) from error
     if record.version != 1:

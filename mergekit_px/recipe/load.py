@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mergekit_px.errors import RecipeError
+from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
 from mergekit_px.recipe.catalog import MethodCatalog
 from mergekit_px.recipe.check import check_recipe
 from mergekit_px.recipe.model import Recipe
@@ -15,6 +15,7 @@ from mergekit_px.recipe.overrides import apply_overrides
 from mergekit_px.recipe.places import Places
 from mergekit_px.recipe.validate import validate_recipe
 from mergekit_px.recipe.yaml_text import LONGEST_TEXT, Node, Place, mapping, node_of, parse_yaml
+from mergekit_px.small_files import read_small_file
 
 Dialect = Literal["pxmerge", "mergekit"]
 
@@ -167,12 +168,11 @@ def _read(path: Path) -> str:
     if path.is_dir():
         raise RecipeError("a folder is no recipe", where=str(path), hint="give the file in it")
     try:
-        with path.open("rb") as file:
-            data = file.read(4 * LONGEST_TEXT + 4)
-    except FileNotFoundError:
+        data = read_small_file(path, limit=4 * LONGEST_TEXT + 4)
+    except InputNotFoundError:
         raise RecipeError("there is no such recipe", where=str(path)) from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
+    except InputError as error:
+        raise RecipeError(error.what, where=str(path)) from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

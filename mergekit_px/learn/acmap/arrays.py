@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import InputError, InputNotFoundError
-from mergekit_px.learn.data import LABELS
+from mergekit_px.learn.data import LABELS, UNREADABLE_NPZ
 from mergekit_px.learn.models import read_tensors
 
 
@@ -47,7 +46,7 @@ class ArrayFile:
             return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
         except TypeError:
             raise InputError(f"{shown(name)} holds no numbers", where=self.where) from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE_NPZ as error:
             raise InputError(f"{shown(name)} cannot be read: {shown(str(error))}", where=self.where) from None
 
     def labels(self) -> Tensor | None:
@@ -78,5 +77,5 @@ class ArrayFile:
         try:
             with numpy.load(self.path, allow_pickle=False) as archive:
                 return list(archive.files)
-        except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except UNREADABLE_NPZ as error:
             raise InputError(f"not a readable .npz file: {shown(str(error))}", where=self.where) from None

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from mergekit_px.errors import RecipeError
+from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
 from mergekit_px.learn.transfer.plan import Transfer, TransferPlan, Wanted
 from mergekit_px.learn.transfer.presets import PRESETS
 from mergekit_px.learn.transfer.ranks import pair_ranks
@@ -22,6 +22,7 @@ from mergekit_px.recipe.places import Path as KeyPath
 from mergekit_px.recipe.places import Places
 from mergekit_px.recipe.validate import shown
 from mergekit_px.recipe.yaml_text import LONGEST_TEXT, Node, mapping, parse_yaml
+from mergekit_px.small_files import read_small_file
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 
@@ -70,17 +71,16 @@ def load_transfer_plan(path: str | Path, *, overrides: Sequence[str] = (), compl
 
 
 def _read(path: Path) -> str:
+    if path.is_dir():
+        raise RecipeError("a folder is no plan", where=str(path), hint="give the file in it")
     try:
-        with path.open("rb") as file:
-            return file.read(4 * LONGEST_TEXT).decode("utf-8-sig")
-    except FileNotFoundError:
+        return read_small_file(path, limit=4 * LONGEST_TEXT).decode("utf-8-sig")
+    except InputNotFoundError:
         raise RecipeError("there is no such plan", where=str(path)) from None
-    except IsADirectoryError:
-        raise RecipeError("a folder is no plan", where=str(path), hint="give the file in it") from None
     except UnicodeDecodeError:
         raise RecipeError("not UTF-8 text", where=str(path), hint="save the file as UTF-8") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
+    except InputError as error:
+        raise RecipeError(error.what, where=str(path)) from None
 
 
 def _written_out(root: Node) -> Node:

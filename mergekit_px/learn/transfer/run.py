@@ -25,6 +25,7 @@ from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
+from mergekit_px.checkpoint.index import LARGEST_INDEX
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.errors import DivergedError, InputError, UsageError
 from mergekit_px.learn.artefact import write_text
@@ -37,6 +38,7 @@ from mergekit_px.learn.transfer.load import LoadedTransferPlan
 from mergekit_px.learn.transfer.plan import Model, Transfer
 from mergekit_px.learn.transfer.presets import filled_model, filled_transfer
 from mergekit_px.learn.transfer.report import REPORT_FILES, Results, write_report
+from mergekit_px.small_files import read_small_file
 
 UNFINISHED = ".transfer"
 PLAN_FILE = "plan.yaml"
@@ -181,10 +183,10 @@ def _diverged(error: DivergedError, arm: Arm, state: Path, output: Path) -> Dive
 
 def _read_result(path: Path) -> ArmResult:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_small_file(path, limit=LARGEST_INDEX))
         document["trace"] = [(step, loss) for step, loss in document["trace"]]
         return ArmResult(**document)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (InputError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             "the result of a finished run cannot be read", where=str(path), hint="start over with --overwrite"
         ) from error
