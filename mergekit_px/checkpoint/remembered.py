@@ -49,8 +49,6 @@ class Remembered:
             return read_object(self._path, strict=False)
         except InputError:
             return {}
-<<<<<<< HEAD:mergekit_px/checkpoint/remembered.py
-        return found if isinstance(found, dict) else {}
 
 
 def _cache_folder() -> str | Path:
@@ -58,5 +56,3 @@ def _cache_folder() -> str | Path:
         return Path.home() / ".cache"
     except RuntimeError:  # a user that the system does not know, as in some containers
         return ""
-=======
->>>>>>> a31ff43 (Read small files by one reader, and escape what strangers wrote at the one place where it is printed):mergekit_px/execute/remembered.py

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -29,6 +28,7 @@ from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Apply, Plan, WorkItem
+from mergekit_px.plan.texts import config_text, recipe_text
 
 
 def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool = True) -> RunResult:
@@ -60,10 +60,11 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
             plan.inputs, local=plan.options.hash_inputs, record=writer.inputs_file, resumed=writer.finished_bytes > 0
         )
         stack.callback(hashes.stop)
+        side_files = _side_files(plan, hashes)
         with gathered_warnings() as warnings:
             execute(plan, readers, writer, reporter.advance)
         reporter.phase("publishing")
-        published = writer.publish(_side_files(plan, hashes))
+        published = writer.publish(side_files)
     seconds = time.perf_counter() - started
     reporter.phase("done")
     bound = _bound(plan) if measure_bound else None
@@ -183,18 +184,15 @@ def _depth(node: Apply) -> int:
 
 
 def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
-    from mergekit_px.recipe.dump import dump_recipe
-
     files: dict[str, SideFile] = {}
     for name, donor in plan.side_files.items():
         directory = plan.inputs[donor].checkpoint.directory
         if directory is not None:
             files[name] = Path(directory) / name
     if plan.config is not None:
-        files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
+        files["config.json"] = config_text(plan.config)
     files[CARD_FILE] = card(plan)
-    recipe = plan.loaded.source or dump_recipe(plan.loaded.recipe)
-    files[RECIPE_FILE] = recipe.encode()
+    files[RECIPE_FILE] = recipe_text(plan.loaded)
     files[LOCK_FILE] = lambda published: lock_file(plan, hashes.result(), published)
     return files
 

@@ -22,6 +22,7 @@ from mergekit_px.plan.fingerprints import base_fingerprint, check_base_fingerpri
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, WorkItem
 from mergekit_px.plan.options import PlanOptions
+from mergekit_px.plan.texts import config_text, recipe_text
 from mergekit_px.plan.views import has_decoded, plain_config, refuse_quantised_by_config
 from mergekit_px.recipe.load import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
@@ -117,8 +118,19 @@ def build_plan(
         options=options,
     )
     if output is not None:
+        if config is not None:
+            config_text(config)
+        recipe_text(loaded)
+        _require_unicode(output)
         check_output(plan, output)
     return plan
+
+
+def _require_unicode(output: Path) -> None:
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        raise OutputError("the name of the output is not UTF-8", where=str(output), hint="choose another") from None
 
 
 def check_output(plan: Plan, output: Path) -> None:
