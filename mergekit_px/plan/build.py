@@ -23,6 +23,7 @@ from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, WorkItem
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.plan.texts import config_text, recipe_text
+from mergekit_px.plan.tokenizers import Vocabularies
 from mergekit_px.plan.views import has_decoded, plain_config, refuse_quantised_by_config
 from mergekit_px.recipe.load import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
@@ -64,7 +65,9 @@ def build_plan(
     notes.extend(said)
     notes.extend(f"model '{name}' is not used" for name in loaded.recipe.models if name not in needed)
 
-    expressions = Expressions(_with_recipe(loaded, recipe), resolved)
+    config_from = config_donor(recipe, target, resolved, loaded)
+    vocabularies = Vocabularies(resolved, recipe.output.tokenizer_from or config_from)
+    expressions = Expressions(_with_recipe(loaded, recipe), resolved, vocabularies)
     namespace = expressions.namespace(target)
     kind = _kind(recipe, namespace)
     if recipe.output.kind == "task_vector" and kind == "weights":
@@ -73,14 +76,14 @@ def build_plan(
     items, left_out = _items(namespace, kind, dtype)
     if not items:
         raise PlanError("the output would have no tensors", where=loaded.where("output"))
-    config_from = config_donor(recipe, target, resolved, loaded)
+    vocabularies.check(items)
     config, config_notes = (
         output_config(recipe, target, config_from, resolved, items, dtype, expressions)
         if kind == "weights"
         else (None, [])
     )
     tokenizer_from = recipe.output.tokenizer_from or config_from
-    notes.extend(expressions.notes + config_notes)
+    notes.extend(expressions.notes + vocabularies.notes + config_notes)
     refuse_quantised_by_config(items, resolved)
     if config is not None and has_decoded(items):
         config = plain_config(config)

@@ -23,6 +23,7 @@ from mergekit_px.plan.model import Apply, Kind, Leaf, Node
 from mergekit_px.plan.rules import matching
 from mergekit_px.plan.slices import Slot, slice_slots
 from mergekit_px.plan.tied import is_head, tied_copy, tied_source
+from mergekit_px.plan.tokenizers import Vocabularies
 from mergekit_px.plan.values import resolve_params, resolve_weight, varies
 from mergekit_px.plan.views import StoredView, first_rows, stored_view
 from mergekit_px.recipe.load import LoadedRecipe
@@ -41,6 +42,7 @@ class Expressions:
 
     loaded: LoadedRecipe
     inputs: Mapping[str, ResolvedInput]
+    vocabularies: Vocabularies | None = None
     notes: list[str] = field(default_factory=list)
     dropped_names: dict[str, str] = field(default_factory=dict)
     """Output tensor name -> why the recipe leaves it out."""
@@ -82,7 +84,8 @@ class Expressions:
         if not source.checkpoint.tensors:
             raise PlanError("the model has no tensors", where=source.reference)
         view = self.view(source)
-        return adapted_model(source, view.nodes, self)
+        nodes = adapted_model(source, view.nodes, self)
+        return nodes if self.vocabularies is None else self.vocabularies.arranged(source, nodes)
 
     def view(self, source: ResolvedInput) -> StoredView:
         """What an input's checkpoint offers before its adapters."""

@@ -32,6 +32,13 @@ def is_head(name: str) -> bool:
     return parts[-2] in _HEADS or (len(parts) == 2 and parts[0] in _TOP_HEADS)
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has one row, or one value, for each token: embeddings, heads and their biases."""
+    weight = name.removesuffix(".bias") + ".weight" if name.endswith(".bias") else name
+    heads = is_head(weight) or name.endswith(("predictions.bias", "embed_tokens_per_layer.weight"))
+    return heads or _is_token_embedding(name)
+
+
 def _is_token_embedding(name: str) -> bool:
     parts = name.split(".")
     return len(parts) >= 2 and parts[-1] == "weight" and parts[-2] in _EMBEDDINGS and split_layer(name) is None
