@@ -186,7 +186,9 @@ def _depth(node: Apply) -> int:
 def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
     files: dict[str, SideFile] = {}
     for name, donor in plan.side_files.items():
-        directory = plan.inputs[donor].checkpoint.directory
+        model, _, number = donor.partition("#")
+        source = plan.inputs[model]
+        directory = (source.adapters[int(number)] if number else source).checkpoint.directory
         if directory is not None:
             files[name] = Path(directory) / name
     if plan.config is not None:

@@ -28,13 +28,26 @@ def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], expressions
         binding = adapter.bind(expressions.view(source).checkpoint, source.bind_options)
         # A head that is untied is made of the embedding as it was before this adapter.
         before = dict(nodes)
+        still_tied: list[str] = []
         for target, patch in binding.items():
             # An earlier adapter has untied this head already; the embedding may have changed since.
             if isinstance(patch, KeepPatch) and target in nodes:
                 continue
+            if isinstance(patch, KeepPatch) and _grows(binding.get(patch.source or ""), patch.out_shape):
+                still_tied.append(target)
+                continue
             nodes[target] = _patched(source.name, number, patch, before)
         if binding.config_updates:
-            expressions.config_updates[source.name] = binding.config_updates
+            updates = dict(binding.config_updates)
+            if still_tied:
+                parts = (updates, updates.get("text_config", {}))
+                for part in parts:
+                    part.pop("tie_word_embeddings", None)
+                expressions.notes.append(
+                    f"{adapter.label}: it adds rows to the embedding and holds none for the head that is tied to it; "
+                    f"{still_tied[0]} stays tied, so the head changes with the embedding"
+                )
+            expressions.config_updates[source.name] = updates
         for name in binding.left_out:
             expressions.notes.append(f"{adapter.label}: {name} belongs to another component and is left out")
     return nodes
@@ -87,6 +100,10 @@ def as_kind(node: Node | None, kind: Kind, name: str) -> Node | None:
 def is_unchanged(node: Node | None) -> bool:
     """Whether a value is the zero change of an adapter."""
     return isinstance(node, Adapted) and node.patch is None
+
+
+def _grows(patch: Patch | None, shape: tuple[int, ...]) -> bool:
+    return patch is not None and patch.out_shape[0] > shape[0]
 
 
 def _patched(source: str, number: int, patch: Patch, nodes: Mapping[str, Node]) -> Node:

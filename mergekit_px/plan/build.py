@@ -10,20 +10,21 @@ from typing import Any
 
 from mergekit_px.checkpoint.dtypes import DType, parse_dtype
 from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
+from mergekit_px.checkpoint.side_files import TOKENIZER_FILES
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, UsageError
 from mergekit_px.methods import find_method
 from mergekit_px.plan.agreement import disagreements
 from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
-from mergekit_px.plan.donors import config_donor, donated_files, output_config
+from mergekit_px.plan.donors import config_donor, donated_files, fitting_donor, output_config
 from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.fingerprints import base_fingerprint, check_base_fingerprints
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, WorkItem
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.plan.texts import config_text, recipe_text
-from mergekit_px.plan.tokenizers import Vocabularies
+from mergekit_px.plan.tokenizers import Vocabularies, adapter_tokenizer
 from mergekit_px.plan.views import has_decoded, plain_config, refuse_quantised_by_config
 from mergekit_px.recipe.load import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
@@ -77,12 +78,23 @@ def build_plan(
     if not items:
         raise PlanError("the output would have no tensors", where=loaded.where("output"))
     vocabularies.check(items)
+    if kind == "weights":
+        fitting = fitting_donor(config_from, recipe.output.config_from, resolved, items)
+        if fitting != config_from:
+            notes.append(f"'{config_from}' has ids for rows that are cut, so the tokenizer is that of '{fitting}' too")
+        config_from = fitting
     config, config_notes = (
         output_config(recipe, target, config_from, resolved, items, dtype, expressions)
         if kind == "weights"
         else (None, [])
     )
     tokenizer_from = recipe.output.tokenizer_from or config_from
+    side_files = donated_files(resolved, config_from, tokenizer_from) if kind == "weights" else {}
+    if kind == "weights" and tokenizer_from is not None:
+        brought, said = adapter_tokenizer(resolved[tokenizer_from], items)
+        if brought:
+            side_files = {name: donor for name, donor in side_files.items() if name not in TOKENIZER_FILES} | brought
+        notes.extend(said)
     notes.extend(expressions.notes + vocabularies.notes + config_notes)
     refuse_quantised_by_config(items, resolved)
     if config is not None and has_decoded(items):
@@ -108,7 +120,7 @@ def build_plan(
         notes=tuple(dict.fromkeys(notes)),
         config_notes=tuple(config_notes),
         config=config,
-        side_files=donated_files(resolved, config_from, tokenizer_from) if kind == "weights" else {},
+        side_files=side_files,
         config_from=config_from,
         tokenizer_from=tokenizer_from,
         output=output,

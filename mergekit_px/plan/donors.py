@@ -14,7 +14,7 @@ from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import is_embedding, stack_sizes
 from mergekit_px.plan.model import WorkItem
-from mergekit_px.plan.tied import is_head, stated_tie
+from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
 from mergekit_px.recipe.load import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
@@ -44,6 +44,53 @@ def config_donor(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput
         queue += [step.base] if step.base else []
         queue += step.source_names() + [source.model for piece in pieces for source in piece.sources]
     return None
+
+
+def fitting_donor(
+    donor: str | None, asked: str | None, inputs: Mapping[str, ResolvedInput], items: Sequence[WorkItem]
+) -> str | None:
+    """The donor; where rows of its vocabulary are cut, the model whose vocabulary has the rows that are left.
+
+    Raises:
+        PlanError: the donor was asked for, and its vocabulary is cut; or no model fits.
+    """
+    known = inputs[donor].checkpoint.tensors if donor is not None else {}
+    cut = next(
+        (
+            item
+            for item in items
+            if is_embedding(item.name) and is_vocabulary(item.name) and item.name in known
+            if known[item.name].shape[0] > item.shape[0]
+        ),
+        None,
+    )
+    if cut is None or not (ids := _ids_beyond(inputs[donor or ""], cut.shape[0], known[cut.name].shape[0])):
+        return donor
+    fitting = [
+        read.model
+        for read in cut.reads
+        if inputs[read.model].config is not None
+        and inputs[read.model].checkpoint.tensors[cut.name].shape[0] == cut.shape[0]
+    ]
+    if asked is not None or not fitting:
+        raise PlanError(
+            f"'{cut.name}' keeps {cut.shape[0]} rows, and {ids} of '{donor}' lie beyond them",
+            where=inputs[donor or ""].reference,
+            hint=f"take config and tokenizer of '{fitting[0]}'" if fitting else "take embedding and head by a rule",
+        )
+    return fitting[0]
+
+
+def _ids_beyond(source: ResolvedInput, rows: int, old: int) -> str:
+    """What of a model gives out ids of rows that are cut."""
+    config = source.config or {}
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    for part in parts:
+        for key, value in part.items():
+            ids = value if isinstance(value, list) else [value]
+            if key.endswith("_token_id") and any(isinstance(each, int) and rows <= each < old for each in ids):
+                return f"{key} {value} in the config"
+    return "ids of the tokenizer" if any(_is_tokenizer_file(name) for name in source.checkpoint.side_files) else ""
 
 
 def output_config(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mergekit_px.checkpoint.json_text import parse_object
+from mergekit_px.checkpoint.side_files import TOKENIZER_FILES, side_files
 from mergekit_px.errors import MalformedCheckpointError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Node, Rows, WorkItem
@@ -115,6 +116,32 @@ class Vocabularies:
                 where=source.reference,
                 hint="give full models, or task vectors of models with one tokenizer",
             )
+
+
+def adapter_tokenizer(source: ResolvedInput, items: Iterable[WorkItem]) -> tuple[dict[str, str], list[str]]:
+    """The tokenizer files (file -> ``input#adapter``) of the adapter that a vocabulary grew by, and what to say.
+
+    Both are empty where the vocabulary did not grow.
+    """
+    stored = source.checkpoint.tensors
+    grown = [
+        item
+        for item in items
+        if is_vocabulary(item.name)
+        and item.name in stored
+        and item.shape
+        and item.shape[0] > stored[item.name].shape[0]
+    ]
+    if not grown or not source.adapters:
+        return {}, []
+    rows = f"{grown[0].name} grew from {stored[grown[0].name].shape[0]} to {grown[0].shape[0]} rows"
+    for number, adapter in reversed(list(enumerate(source.adapters))):
+        directory = adapter.checkpoint.directory
+        files = side_files(directory, TOKENIZER_FILES) if directory is not None and directory.is_dir() else ()
+        if any(name.startswith(("token", "vocab", "spiece", "tekken", "added")) for name in files):
+            note = f"{rows}; the tokenizer that lies beside {adapter.label} goes along"
+            return dict.fromkeys(files, f"{source.name}#{number}"), [note]
+    return {}, [f"{rows}; no tokenizer lies beside the adapter, so the model's own goes along, without the new tokens"]
 
 
 def _raw(source: ResolvedInput) -> tuple[str, bytes] | None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import Tensors, merge, plan_of, recipe
+from safetensors.torch import save_file
 
 from mergekit_px.errors import MalformedCheckpointError, PlanError
 from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
@@ -88,3 +89,57 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
     models(tmp_path / "m", tokenizer(TOKENS), {"tokenizer.json": text})
     with pytest.raises(MalformedCheckpointError, match="tokenizer"):
         plan_of(recipe(tmp_path / "m", LINEAR), tmp_path / "out")
+
+
+def cut_models(folder: Path) -> None:
+    """``long`` has 64 rows and an id beyond the 60 of ``short``."""
+    for name, rows in {"long": 64, "short": 60}.items():
+        config = {**tiny_llama_config(vocabulary=rows), "pad_token_id": rows - 1}
+        write_checkpoint(folder / name, tiny_llama_tensors(vocabulary=rows), config=config)
+        tokens = [f"t{place}" for place in range(rows)]
+        (folder / name / "tokenizer.json").write_text(tokenizer(tokens)["tokenizer.json"])
+
+
+TRUNCATED = {"method": "linear", "sources": ["long", "short"], "vocabulary": "truncate"}
+
+
+def test_where_rows_are_cut_config_and_tokenizer_are_those_that_fit(tmp_path: Path) -> None:
+    cut_models(tmp_path / "m")
+    plan = plan_of(recipe(tmp_path / "m", TRUNCATED), tmp_path / "out")
+    assert plan.config is not None
+    assert (plan.config["vocab_size"], plan.config["pad_token_id"]) == (60, 59)
+    assert plan.side_files["tokenizer.json"] == "short"
+    assert any("rows that are cut" in note for note in plan.notes)
+
+
+def test_a_config_with_ids_of_rows_that_are_cut_is_refused_where_it_was_asked_for(tmp_path: Path) -> None:
+    cut_models(tmp_path / "m")
+    with pytest.raises(PlanError, match="pad_token_id 63"):
+        plan_of(recipe(tmp_path / "m", TRUNCATED, {"config_from": "long"}), tmp_path / "out")
+
+
+def test_an_adapter_that_adds_rows_brings_its_tokenizer_and_keeps_a_tied_head(tmp_path: Path) -> None:
+    base = tiny_llama_tensors(tied=True, dtype=torch.float32)
+    write_checkpoint(tmp_path / "base", base, config=tiny_llama_config(tied=True))
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    (tmp_path / "base" / "merges.txt").write_text("a b")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    grown = torch.ones(67, base["model.embed_tokens.weight"].shape[1])
+    save_file({"base_model.model.model.embed_tokens.weight": grown}, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "tokenizer.json").write_text('{"grown": true}')
+    data = {
+        "pxmerge": 1,
+        "models": {"m": {"model": str(tmp_path / "base"), "adapter": str(adapter)}},
+        "merge": {"method": "passthrough", "sources": ["m"]},
+    }
+    plan = plan_of(data, tmp_path / "plan")
+    assert plan.config is not None
+    assert (plan.config["vocab_size"], plan.config["tie_word_embeddings"]) == (67, True)
+    result = merge(data, tmp_path / "out")
+    assert "lm_head.weight" not in result
+    assert torch.equal(result["model.embed_tokens.weight"], grown)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"grown": true}'
+    assert not (tmp_path / "out" / "merges.txt").exists()
