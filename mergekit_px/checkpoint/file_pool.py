@@ -1,8 +1,10 @@
-"""Files opened when first needed and kept open, never more than a few dozen at a time."""
+"""Files opened when first needed and kept open, never more than a few dozen at a time, or than the system allows."""
 
 from __future__ import annotations
 
+import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,51 +12,76 @@ from contextlib import contextmanager
 from mergekit_px.checkpoint.positional import PositionalFile
 
 _OPEN_FILES = 64  # macOS allows a process 256 in all by default
+_RESERVED = 48
+"""Of the files that the system allows, those left to everything else: libraries, journals, modules still to load."""
+
+_pools: weakref.WeakSet[FilePool] = weakref.WeakSet()
+_lock = threading.Lock()
+"""One for all pools, since one may have to close files of another."""
 
 
 class FilePool:
     """Hands out open files by name to any number of threads.
 
     ``open_file`` is called when a name is asked for that is not open; what it raises passes through. Beyond
-    the limit, files that nobody is using are closed, the one idle the longest first.
+    the limit of a pool, and of the process over all pools, files that nobody is using are closed, the one idle the
+    longest first.
     """
 
     def __init__(self, open_file: Callable[[str], PositionalFile]) -> None:
         self._open_file = open_file
         self._files: OrderedDict[str, PositionalFile] = OrderedDict()
         self._users: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._most_of_all = _allowed()
+        with _lock:
+            _pools.add(self)
 
     @contextmanager
     def use(self, name: str) -> Iterator[PositionalFile]:
         """The open file ``name``, which stays open at least as long as the context."""
-        with self._lock:
+        with _lock:
             if name not in self._files:
+                self._make_room()
                 self._files[name] = self._open_file(name)
                 self._users[name] = 0
             self._files.move_to_end(name)
             self._users[name] += 1
-            self._close_idle()
             file = self._files[name]
         try:
             yield file
         finally:
-            with self._lock:
+            with _lock:
                 if name in self._users:
                     self._users[name] -= 1
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""
-        with self._lock:
+        with _lock:
             for file in self._files.values():
                 file.close()
             self._files.clear()
             self._users.clear()
 
-    def _close_idle(self) -> None:
-        if len(self._files) <= _OPEN_FILES:
+    def _make_room(self) -> None:
+        """Close idle files until one more may be opened: here, and in other pools where the process has too many."""
+        self._close_idle(len(self._files) + 1 - _OPEN_FILES)
+        for pool in sorted(_pools, key=lambda pool: -len(pool._files)):
+            pool._close_idle(sum(len(each._files) for each in _pools) + 1 - self._most_of_all)
+
+    def _close_idle(self, count: int) -> None:
+        if count <= 0:
             return
-        for name in [name for name in self._files if self._users[name] == 0]:
-            if len(self._files) > _OPEN_FILES:
-                self._files.pop(name).close()
-                del self._users[name]
+        idle = [name for name in self._files if self._users[name] == 0]
+        for name in idle[:count]:
+            self._files.pop(name).close()
+            del self._users[name]
+
+
+def _allowed() -> int:
+    """How many files all pools may have open: what the system allows the process, less what others need."""
+    if sys.platform == "win32":
+        return 4 * _OPEN_FILES
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else max(4, soft - _RESERVED)

@@ -136,18 +136,20 @@ def _split(tensors: Sequence[OutputTensor], shard_size: int) -> list[list[Output
     return groups
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, where: str | None = None) -> int:
     """Bytes meant by ``5GB`` (decimal), ``5GiB`` (binary), ``1.5 GB``, ``200MB`` or a plain number.
 
-    Raises ``UsageError``.
+    ``where``: the flag or key that it was given for. Raises ``UsageError``.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         size = text
     else:
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", str(text).strip().upper())
         if match is None or match[2] not in _UNITS:
-            raise UsageError(f"{text!r} is not a size", hint="write one such as 5GB, 512MiB or 1000000")
+            raise UsageError(f"{text!r} is not a size", where=where, hint="write one such as 5GB, 512MiB or 1000000")
         size = int(Fraction(match[1]) * _UNITS[match[2]])
     if size < 1:
-        raise UsageError(f"the size {text!r} is not above zero", hint="write one such as 5GB, 512MiB or 1000000")
+        raise UsageError(
+            f"the size {text!r} is not above zero", where=where, hint="write one such as 5GB, 512MiB or 1000000"
+        )
     return size

@@ -117,13 +117,16 @@ class RunOptions:
 
         Raises ``UsageError`` for ``--private`` without ``--push``.
         """
+        from mergekit_px.recipe.overrides import FlagOverride
+
         found = list(self.assignments or ())
         if self.dtype is not None:
-            found.append(f"output.dtype={self.dtype}")
+            found.append(FlagOverride(f"output.dtype={self.dtype}", f"--dtype {self.dtype}"))
         if self.shard_size is not None:
-            found.append(f"output.shard_size={self.shard_size}")
+            found.append(FlagOverride(f"output.shard_size={self.shard_size}", f"--shard-size {self.shard_size}"))
         if self.push is not None:
-            found.append(f"output.push={{repo: {self.push!r}, private: {str(self.private).lower()}}}")
+            push = f"output.push={{repo: {self.push!r}, private: {str(self.private).lower()}}}"
+            found.append(FlagOverride(push, f"--push {self.push}"))
         elif self.private:
             raise UsageError("--private goes with --push", hint="add --push org/name")
         return found
@@ -136,7 +139,7 @@ class RunOptions:
         return PlanOptions(
             output=self.output,
             device=self.device,
-            memory=None if self.memory is None else parse_size(self.memory),
+            memory=None if self.memory is None else parse_size(self.memory, "--memory"),
             threads=self.threads,
             mode=self.mode,
             allow_nonfinite=self.allow_nonfinite,

@@ -123,7 +123,7 @@ def search(
         allow_pickle=allow_pickle,
         assignments=tuple(assignments or ()),
         device=device,
-        memory=None if memory is None else parse_size(memory),
+        memory=None if memory is None else parse_size(memory, "--memory"),
         threads=threads,
         mode=run_mode(resume=resume, overwrite=overwrite),
     )

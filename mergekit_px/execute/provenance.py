@@ -15,7 +15,8 @@ from mergekit_px._version import __version__
 from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile
 from mergekit_px.checkpoint.hashing import HashingStopped, file_sha256
 from mergekit_px.checkpoint.identity import check_unchanged
-from mergekit_px.checkpoint.json_text import parse_object
+from mergekit_px.checkpoint.index import LARGEST_INDEX
+from mergekit_px.checkpoint.json_text import read_object
 from mergekit_px.checkpoint.publish import PublishedFile
 from mergekit_px.checkpoint.replacement import replacement
 from mergekit_px.errors import InputError
@@ -147,8 +148,8 @@ def _checkpoints(
 
 def _read_record(path: Path) -> Mapping[str, Any]:
     try:
-        return parse_object(path.read_bytes(), str(path))
-    except (OSError, InputError):
+        return read_object(path, limit=LARGEST_INDEX)
+    except InputError:
         return {}  # nothing is known of the inputs then, so none is the same
 
 

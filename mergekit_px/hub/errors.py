@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _TOKEN = re.compile(r"hf_\w+|(?<=Bearer )\S+", re.IGNORECASE)
+_ODD_ANSWERS = TypeError | AttributeError | KeyError | IndexError | RecursionError
+"""What comes of fields that are missing or of other types than the client and this program expect."""
 _ADDRESS = re.compile(r"https?://\S+")
 
 
@@ -94,7 +96,7 @@ def _reason(error: BaseException, repo: str, revision: str | None) -> tuple[str,
             f"{_endpoint()} cannot be reached",
             "check the network and HF_ENDPOINT; with HF_HUB_OFFLINE=1 the cache is used",
         )
-    if isinstance(error, FileMetadataError | httpx.DecodingError | json.JSONDecodeError):
+    if isinstance(error, FileMetadataError | httpx.DecodingError | json.JSONDecodeError | _ODD_ANSWERS):
         return "the answer is not what a Hub sends", "check HF_ENDPOINT and the proxy"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
         place = f" ({error.filename})" if error.filename else ""

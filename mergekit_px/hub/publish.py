@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_px.checkpoint.destination import PART_SUFFIX, STATE_FOLDER
-from mergekit_px.checkpoint.index import parse_index
+from mergekit_px.checkpoint.index import LARGEST_INDEX, parse_index
 from mergekit_px.errors import HubError, InputError, InputNotFoundError
 from mergekit_px.hub.client import answer_timeout, hub_api, is_offline, patiently, quiet_client
 from mergekit_px.hub.errors import hub_errors
 from mergekit_px.hub.reference import HubReference, parse_repository
+from mergekit_px.small_files import read_small_file
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, ModelInfo
@@ -82,7 +83,9 @@ def finished_files(directory: Path) -> tuple[str, ...]:
         raise InputError("no .safetensors file to publish", where=str(directory))
     for index in (name for name in shown if name.endswith(".safetensors.index.json")):
         where = directory / index
-        for shard in set(parse_index(where.read_bytes(), str(where)).values()):
+        for shard in set(
+            parse_index(read_small_file(where, folder=directory, limit=LARGEST_INDEX), str(where)).values()
+        ):
             if not (where.parent / shard).is_file():
                 raise InputError(f"the index names {shard}, which is missing", where=str(directory))
     return tuple(shown)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from mergekit_px.checkpoint.index import is_inside
 from mergekit_px.checkpoint.json_text import parse_object, shown
 from mergekit_px.checkpoint.side_files import is_side_file
-from mergekit_px.errors import HubError
+from mergekit_px.errors import HubError, InputError
 from mergekit_px.hub.client import answer_timeout, cache_folder, hub_api, is_offline, patiently
 from mergekit_px.hub.errors import hub_errors
 from mergekit_px.hub.files import read_small, weight_files
 from mergekit_px.hub.ranges import read_remote_header
 from mergekit_px.hub.reference import HubReference
 from mergekit_px.hub.repository import RemoteFile, ResolvedRepo
+from mergekit_px.small_files import read_small_file
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -76,11 +77,11 @@ def _resolve_remote(reference: HubReference) -> ResolvedRepo:
         info = patiently(
             lambda: hub_api().model_info(repo, revision=revision, files_metadata=True, timeout=answer_timeout())
         )
-        commit = info.sha or ""
-    files = {each.rfilename: _remote_file(each, reference) for each in info.siblings or ()}
+        commit = info.sha if isinstance(info.sha, str) else ""
+        files = {each.rfilename: _remote_file(each, reference) for each in info.siblings or ()}
+        card = {key: info.card_data.get(key) for key in _CARD_KEYS} if info.card_data is not None else {}
     if not _COMMIT.fullmatch(commit):
         raise HubError("the answer names no commit", where=str(reference), hint="check HF_ENDPOINT")
-    card = {key: info.card_data.get(key) for key in _CARD_KEYS} if info.card_data is not None else {}
     return ResolvedRepo(repo, revision, commit, files, _license(card), _base_models(card))
 
 
@@ -90,7 +91,7 @@ def _resolve_cached(reference: HubReference) -> ResolvedRepo:
     commit = revision or "main"
     if not _COMMIT.fullmatch(commit):
         reference_file = folder / "refs" / commit
-        commit = reference_file.read_text().strip() if reference_file.is_file() else ""
+        commit = _noted_commit(reference_file)
     snapshot = folder / "snapshots" / commit
     if not commit or not snapshot.is_dir():
         raise HubError(
@@ -110,7 +111,18 @@ def _remote_file(sibling: RepoSibling, reference: HubReference) -> RemoteFile:
         raise HubError(f"it lists {name}, which is no path inside a repository", where=str(reference))
     if sibling.size is None:
         raise HubError(f"the size of {sibling.rfilename} is not told", where=str(reference), hint="check HF_ENDPOINT")
-    return RemoteFile(sibling.size, sibling.lfs.sha256 if sibling.lfs is not None else None)
+    sha256 = sibling.lfs.sha256 if sibling.lfs is not None else None
+    if type(sibling.size) is not int or sibling.size < 0 or not isinstance(sha256, str | None):
+        raise TypeError(f"size and hash of {shown(sibling.rfilename)} are of odd types")
+    return RemoteFile(sibling.size, sha256)
+
+
+def _noted_commit(path: Path) -> str:
+    """The commit that the cache notes for a branch; empty where it notes none."""
+    try:
+        return read_small_file(path, limit=200).decode("ascii").strip()
+    except (InputError, UnicodeDecodeError):
+        return ""
 
 
 def _cached_file(path: Path) -> RemoteFile:

@@ -122,8 +122,11 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
             workers -= 1
         else:
             name = largest_item.name if largest_item is not None and largest > worker else (worst.name if worst else "")
+            what = f"'{name}' needs {budget.total / 1e6:.0f} MB in all"
+            if memory < BASELINE:
+                what = f"the program itself needs {BASELINE / 1e6:.0f} MB before any tensor is read"
             raise MemoryBudgetError(
-                f"'{name}' needs {budget.total / 1e6:.0f} MB in all, and the budget is {memory / 1e6:.0f} MB",
+                f"{what}, and the budget is {memory / 1e6:.0f} MB",
                 hint=f"raise --memory to {budget.total / 1e6 + 1:.0f}MB",
             )
 

@@ -16,6 +16,21 @@ from mergekit_px.recipe.places import Path
 from mergekit_px.recipe.yaml_text import Node, Place, mapping, parse_yaml, sequence
 
 
+class FlagOverride(str):
+    """A change for which there is a flag of its own, which is what errors name.
+
+    Attributes:
+        flag: as the user typed it.
+    """
+
+    flag: str
+
+    def __new__(cls, text: str, flag: str) -> FlagOverride:
+        override = super().__new__(cls, text)
+        override.flag = flag
+        return override
+
+
 def apply_overrides(root: Node, overrides: Sequence[str]) -> Node:
     """A changed copy of the tree; what an override put there has ``--set key=value`` for its place.
 
@@ -23,7 +38,7 @@ def apply_overrides(root: Node, overrides: Sequence[str]) -> Node:
         RecipeError: not ``key=value``, a value that is no YAML, a path that leads nowhere.
     """
     for override in overrides:
-        origin = f"--set {override}"
+        origin = override.flag if isinstance(override, FlagOverride) else f"--set {override}"
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):

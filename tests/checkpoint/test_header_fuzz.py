@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,3 +80,22 @@ def test_mutated_headers(listing, data) -> None:
         else:
             raw[place] = data.draw(st.sampled_from(b"0123456789-"))
     check(bytes(raw), 8 + len(raw) + header.data_size + data.draw(st.integers(-2, 2)))
+
+
+_NUMBERS = ["-0", "0", "1", "4", "-1", "1.0", "1e1", "1e999", "9" * 400, "18446744073709551616", "null", "true"]
+_JSON = st.sampled_from(_NUMBERS) | st.integers(1, 200).map(lambda levels: "[" * levels + "]" * levels) | st.just('"x"')
+
+
+@settings(max_examples=2000)
+@given(
+    st.sampled_from(list(DTYPES)),
+    st.lists(st.sampled_from(_NUMBERS[:4]), max_size=3),
+    st.sampled_from(["[0,4]", "[-0,4]", "[0,16]", "[0,0]", "[4,8]", "[0.0,4]"]),
+    st.none() | _JSON,
+    st.sampled_from([0, 4, 16]),
+)
+def test_what_the_reference_reader_refuses_is_refused(dtype, shape, offsets, unknown, size) -> None:
+    extra = "" if unknown is None else f',"x":{unknown}'
+    raw = f'{{"w":{{"dtype":"{dtype}","shape":[{",".join(shape)}],"data_offsets":{offsets}{extra}}}}}'.encode()
+    if check(raw, 8 + len(raw) + size) is not None:
+        safetensors.deserialize(len(raw).to_bytes(8, "little") + raw + bytes(size))

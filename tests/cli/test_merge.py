@@ -122,12 +122,14 @@ def test_keys_of_the_recipe_can_be_set(run, models) -> None:
         ("linear --sources math nowhere", 3, "nowhere"),
         ("linear --sources math code --set merge.methud=ties", 2, "method"),
         ("linear --sources math code --set output.dtype", 2, "not key=value"),
-        ("linear --sources math code --memory lots", 2, "'lots' is not a size"),
+        ("linear --sources math code --memory lots", 2, "--memory: 'lots' is not a size"),
+        ("linear --sources math code --shard-size lots", 2, "--shard-size lots: 'lots' is not a size"),
+        ("linear --sources math code --dtype float7", 2, "--dtype float7: "),
         ("linear --sources math code --dtype float31", 2, "float32"),
         ("linear --sources math code --resume --overwrite", 2, "give one of them"),
         ("linear --sources math code --private", 2, "--private goes with --push"),
         ("linear --sources math code -o math", 4, "math"),
-        ("linear --sources math code --memory 1MB", 4, "memory"),
+        ("linear --sources math code --memory 1MB", 4, "the program itself needs 340 MB"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(run, models, words: str, code: int, message: str) -> None:

@@ -231,3 +231,29 @@ def test_planning_stores_no_weight(hub: FakeHub, sharded: Sharded) -> None:
     remote_checkpoint(resolved)
     stored = {path.name for path in (cache_folder("org/model") / "snapshots").rglob("*") if path.is_file()}
     assert stored == {"config.json", "model.safetensors.index.json"}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"sha": 5},
+        {"siblings": [{"rfilename": ["a"], "size": 1}]},
+        {"siblings": [{"rfilename": "a", "size": "large"}]},
+        {"siblings": [{"rfilename": "a", "size": -1}]},
+        {"siblings": {"a": 1}},
+        {"cardData": ["license"]},
+        {"cardData": "mit"},
+    ],
+)
+def test_answers_of_odd_types_are_one_clear_line(monkeypatch: pytest.MonkeyPatch, odd: dict[str, object]) -> None:
+    from huggingface_hub.hf_api import ModelInfo
+
+    class Api:
+        def model_info(self, repo: str, **options: object) -> ModelInfo:
+            return ModelInfo(**{"id": repo, "sha": "a" * 40, "siblings": [], "tags": [], **odd})
+
+    monkeypatch.setattr("mergekit_px.hub.resolve.hub_api", Api)
+    monkeypatch.setattr("mergekit_px.hub.resolve.is_offline", lambda: False)
+    with pytest.raises(HubError, match="the answer") as caught:
+        resolve(HubReference("org/model"))
+    assert "\n" not in str(caught.value)
