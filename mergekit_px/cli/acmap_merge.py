@@ -227,12 +227,14 @@ def _write(current: AcmapState, output: Path, first: str) -> None:
     """A file, or a folder with the first adapter's configuration. Raises ``WriteError``."""
     from mergekit_px.checkpoint.tensor_file import write_tensors
     from mergekit_px.errors import WriteError
+    from mergekit_px.small_files import read_small_file
 
     folder = output.parent if output.suffix == ".safetensors" else output
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if folder is output:
-            (folder / _CONFIG).write_bytes((Path(first).expanduser() / _CONFIG).read_bytes())
+            home = Path(first).expanduser()
+            (folder / _CONFIG).write_bytes(read_small_file(home / _CONFIG, folder=home))
     except OSError as error:
         raise WriteError(f"cannot be written: {error.strerror}", where=str(folder)) from error
     write_tensors(folder / _WEIGHTS if folder is output else output, current.merged(), {"format": "pt"})

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mergekit_px.checkpoint.index import LARGEST_INDEX
 from mergekit_px.errors import InputError, OutputError, WriteError
+from mergekit_px.small_files import read_small_file
 
 Values = tuple[float, ...]
 
@@ -69,7 +71,10 @@ class TrialLog:
         self._known[trial.values] = trial
 
     def _read(self, identity: str) -> None:
-        text = self._path.read_text(encoding="utf-8")
+        try:
+            text = read_small_file(self._path, limit=LARGEST_INDEX).decode("utf-8")
+        except UnicodeDecodeError:
+            raise InputError("not the log of a search", where=str(self._path), hint="start with --overwrite") from None
         complete = text[: text.rfind("\n") + 1]
         if not complete:  # killed before the first line was whole
             self._path.unlink()
@@ -79,7 +84,7 @@ class TrialLog:
             first, *lines = [json.loads(line) for line in complete.splitlines()]
             found = first["search"]
             trials = [Trial(**{**line, "values": tuple(line["values"])}) for line in lines]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError("not the log of a search", where=str(self._path), hint="start with --overwrite") from None
         if found != identity:
             raise OutputError(
