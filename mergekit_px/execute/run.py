@@ -191,6 +191,8 @@ def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
         directory = (source.adapters[int(number)] if number else source).checkpoint.directory
         if directory is not None:
             files[name] = Path(directory) / name
+    if plan.loaded.recipe.output.chat_template is not None:
+        files["chat_template.jinja"] = plan.loaded.recipe.output.chat_template.encode()
     if plan.config is not None:
         files["config.json"] = config_text(plan.config)
     files[CARD_FILE] = card(plan)

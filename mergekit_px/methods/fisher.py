@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from mergekit_px.methods.declare import Companions, Params, merge_method
+from mergekit_px.errors import UsageError
+from mergekit_px.methods.declare import Companions, Extent, Operands, Params, Sweep, merge_method
 from mergekit_px.methods.weighting import total_weight
 
 if TYPE_CHECKING:
@@ -19,10 +20,53 @@ FISHER = Companions("Fisher information", ".fisher", lambda shape: shape)
 class FisherParams(Params):
     floor: Annotated[float, Field(gt=0, le=1)] = 1e-12
     """Least Fisher information of an element: what no model's data say anything about is averaged."""
+    normalize: bool = False
+    """Divide each model's information by its L2 norm over the model, as the authors' code does: a model whose
+    gradients are larger everywhere does not win everywhere. Then ``floor`` is of the divided information."""
 
 
-@merge_method(space="weights", access="elementwise", paper="arXiv:2111.09832", companions=FISHER, scratch=4.0)
-def fisher(sources: Sequence[torch.Tensor], weights: Sequence[float], params: FisherParams) -> torch.Tensor:
+def _squares(operands: Operands) -> torch.Tensor:
+    """float64, shape (sources,): the sum of squares of each source's information; 0 where there is none."""
+    import torch
+
+    from mergekit_px.kernels.reduction import element_sum
+
+    count = len(operands.weights)
+    informations = operands.tensors[count:]
+    if not len(informations):
+        return torch.zeros(count, dtype=torch.float64)
+    return torch.stack([element_sum(information.double().square()) for information in informations])
+
+
+def fisher_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[float, ...] | None]:
+    """The norm of each source's information over the model; None where it is not asked for."""
+    if not extent.params.normalize:
+        return None
+    norms = (yield _squares).sqrt().tolist()
+    if not all(norms):
+        raise UsageError("the Fisher information of a source is zero everywhere", hint="leave --normalize out")
+    return tuple(norms)
+
+
+def fisher_scope(params: FisherParams) -> Literal["tensor", "model"]:
+    return "model" if params.normalize else "tensor"
+
+
+@merge_method(
+    space="weights",
+    access="two_pass",
+    paper="arXiv:2111.09832",
+    companions=FISHER,
+    statistics=fisher_statistics,
+    scope=fisher_scope,
+    scratch=4.0,
+)
+def fisher(
+    sources: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    params: FisherParams,
+    statistics: tuple[float, ...] | None,
+) -> torch.Tensor:
     """Average in which each parameter of each model counts by how much that model's predictions depend on it.
 
     ``sum_i w_i F_i x_i / sum_i w_i F_i`` element by element, where ``F_i`` is the diagonal of the Fisher information
@@ -36,7 +80,6 @@ def fisher(sources: Sequence[torch.Tensor], weights: Sequence[float], params: Fi
     Raises:
         UsageError: the weights add up to zero, or one is negative or not finite.
     """
-    from mergekit_px.errors import UsageError
     from mergekit_px.kernels.reduction import weighted_sum
 
     divisor = total_weight(weights)
@@ -46,7 +89,10 @@ def fisher(sources: Sequence[torch.Tensor], weights: Sequence[float], params: Fi
     if min(weights) / divisor < 0:
         raise UsageError("the weights of fisher are not negative")
     numerator = denominator = None
-    for source, information, weight in zip(sources[:count], sources[count:], weights, strict=True):
+    norms = statistics or (1.0,) * count
+    for source, information, weight, norm in zip(sources[:count], sources[count:], weights, norms, strict=True):
+        if norm != 1.0:
+            information = information / norm
         importance = information.clamp(min=params.floor).mul_(weight / divisor)
         share = importance * source
         numerator = share if numerator is None else numerator.add_(share)

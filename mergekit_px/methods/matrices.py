@@ -64,9 +64,10 @@ class SpectralParams(Params):
     ] = 1
     """Merge parts of the first axis apart: a number of equal parts (3 for fused query, key, value) or their sizes
     (2048+512+512)."""
-    stack: Literal["auto", "experts", "flatten"] = "auto"
-    """Tensors of three axes: a stack of matrices along the first (experts), or one matrix of flattened rows
-    (convolutions). Automatic: experts where the name says so."""
+    stack: Literal["auto", "experts", "flatten", "mean"] = "auto"
+    """Tensors of more axes than two: a stack of matrices along the first of three (experts), one matrix of flattened
+    rows (convolutions), or the mean of the updates, as the authors of most spectral methods do with convolutions.
+    Automatic: experts where the name says so, else flattened."""
 
 
 class NoiseParams(SpectralParams):
@@ -141,12 +142,15 @@ def cut_into_matrices(
 ) -> list[Callable[[torch.Tensor], torch.Tensor]] | None:
     """Views of a tensor as matrices, which together cover it; None where it is not to be merged as matrices.
 
-    Vectors, scalars, empty tensors, tables (unless wanted) and matrices of one row or column are none.
+    Vectors, scalars, empty tensors, tables (unless wanted), convolutions (if so wanted) and matrices of one row or
+    column are none.
 
     Raises:
         UsageError: the parts of ``split`` do not add up to the first axis.
     """
     if len(shape) < 2 or math.prod(shape) == 0 or (params.embeddings == "mean" and is_table(name)):
+        return None
+    if len(shape) > 2 and params.stack == "mean":
         return None
     if len(shape) == 3 and (params.stack == "experts" or (params.stack == "auto" and "expert" in name)):
         inner = shape[1:]

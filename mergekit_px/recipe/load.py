@@ -14,7 +14,7 @@ from mergekit_px.recipe.model import Recipe
 from mergekit_px.recipe.overrides import apply_overrides
 from mergekit_px.recipe.places import Places
 from mergekit_px.recipe.validate import validate_recipe
-from mergekit_px.recipe.yaml_text import LONGEST_TEXT, Node, Place, mapping, node_of, parse_yaml
+from mergekit_px.recipe.yaml_text import LONGEST_TEXT, Node, Place, mapping, node_of, parse_documents
 from mergekit_px.small_files import read_small_file
 
 Dialect = Literal["pxmerge", "mergekit"]
@@ -23,7 +23,7 @@ _MERGEKIT_KEYS = frozenset(
     {"merge_method", "slices", "modules", "base_model", "experts", "gate_mode", "tokenizer_source", "out_dtype"}
 )
 _OWN_KEYS = frozenset({"pxmerge", "steps", "merge"})
-_AFTER_TRANSLATION = ("output", "seed")
+_AFTER_TRANSLATION = ("output", "seed", "steps")
 """First keys of overrides that a mergekit config has no place for; they change its translation."""
 
 
@@ -86,10 +86,10 @@ def parse_recipe(
     Raises:
         RecipeError: it is no recipe that can be meant.
     """
-    root = parse_yaml(text, name)
-    if root.value is None:
+    roots = [root for root in parse_documents(text, name) if root.value is not None]
+    if not roots:
         raise RecipeError("the recipe is empty", where=name)
-    return replace(_build(root, text, overrides, methods), path=path)
+    return replace(_build(roots, text, overrides, methods), path=path)
 
 
 def recipe_from_mapping(
@@ -104,21 +104,36 @@ def recipe_from_mapping(
     Raises:
         RecipeError: it is no recipe that can be meant.
     """
-    return _build(node_of(data, name), None, overrides, methods)
+    return _build([node_of(data, name)], None, overrides, methods)
 
 
-def _build(root: Node, text: str | None, overrides: Sequence[str], methods: MethodCatalog | None) -> LoadedRecipe:
+def _build(
+    roots: Sequence[Node], text: str | None, overrides: Sequence[str], methods: MethodCatalog | None
+) -> LoadedRecipe:
     from mergekit_px.recipe.dump import dump_recipe
 
-    if not isinstance(root.value, dict):
-        raise RecipeError("a recipe is a mapping with models and steps", where=str(root.place))
-    dialect: Dialect = "mergekit" if _is_mergekit(root.value) else "pxmerge"
+    root = roots[0]
+    dialects: list[Dialect] = []
+    for document in roots:
+        if not isinstance(document.value, dict):
+            raise RecipeError("a recipe is a mapping with models and steps", where=str(document.place))
+        dialects.append("mergekit" if _is_mergekit(document.value) else "pxmerge")
+    dialect = dialects[0]
+    if len(roots) > 1 and "pxmerge" in dialects:
+        raise RecipeError(
+            "a recipe is one document, and another one begins here",
+            where=str(roots[1].place),
+            hint="give it several steps; only mergekit's configs may be several documents",
+        )
     differences: tuple[str, ...] = ()
     if dialect == "mergekit":
         from mergekit_px.recipe.mergekit import translate
 
-        later = [override for override in overrides if override.strip().startswith(_AFTER_TRANSLATION)]
-        translation = translate(apply_overrides(root, [override for override in overrides if override not in later]))
+        # Of several documents an override cannot say which it means, but each is a step of the translation.
+        several = len(roots) > 1
+        later = [override for override in overrides if several or override.strip().startswith(_AFTER_TRANSLATION)]
+        earlier = [override for override in overrides if override not in later]
+        translation = translate([apply_overrides(document, earlier) for document in roots])
         root = apply_overrides(translation.recipe, later)
         differences = tuple(translation.differences)
     else:

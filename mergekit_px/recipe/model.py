@@ -152,6 +152,8 @@ class Output(RecipeModel):
     """The model whose config and other side files go with the result; the base or first source if left out."""
     tokenizer_from: str | None = None
     """The model whose tokenizer and chat template go with the result; ``config_from`` if left out."""
+    chat_template: str | None = None
+    """Jinja text that is written as the chat template, in place of the tokenizer's own."""
     kind: Literal["model", "task_vector"] | None = None
     """``task_vector`` writes the difference to the base instead of the model."""
     push: Push | None = None

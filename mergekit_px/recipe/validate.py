@@ -74,6 +74,7 @@ WANTED: dict[type[BaseModel], dict[str, str]] = {
         "shard_size": "a size such as 5GB",
         "config_from": "the name of a model",
         "tokenizer_from": "the name of a model",
+        "chat_template": "Jinja text",
         "kind": "model or task_vector",
         "push": "a mapping with the repo to push to",
     },

@@ -98,17 +98,32 @@ def sequence(place: Place, entries: list[Node]) -> Node:
 
 
 def parse_yaml(text: str, origin: str, *, located: bool = True) -> Node:
-    """Parse one YAML document.
-
-    Args:
-        origin: what the places of errors begin with.
-        located: whether places have line and column.
+    """Parse one YAML document. See :func:`parse_documents`.
 
     Returns:
         The root; its value is None for an empty text.
 
     Raises:
         RecipeError: anything that is not one well-formed document of plain data.
+    """
+    first, *others = parse_documents(text, origin, located=located)
+    if others:
+        raise RecipeError("only one document is allowed, and another one begins here", where=str(others[0].place))
+    return first
+
+
+def parse_documents(text: str, origin: str, *, located: bool = True) -> list[Node]:
+    """Parse YAML documents.
+
+    Args:
+        origin: what the places of errors begin with.
+        located: whether places have line and column.
+
+    Returns:
+        The roots, at least one; the value of a root is None for an empty document.
+
+    Raises:
+        RecipeError: anything that is not well-formed plain data.
     """
     if len(text) > LONGEST_TEXT:
         raise RecipeError(f"longer than {LONGEST_TEXT} characters", where=origin)
@@ -166,20 +181,19 @@ class _Builder:
         self._located = located
         self._stack: list[_Open] = []
         self._anchors: dict[str, Node] = {}
-        self._root: Node | None = None
+        self._roots: list[Node] = []
 
-    def build(self) -> Node:
+    def build(self) -> list[Node]:
         try:
             while (event := self._loader.get_event()) is not None:
                 self._take(event)
         finally:
             self._loader.dispose()
-        return self._root or Node(None, Place(self._origin))
+        return self._roots or [Node(None, Place(self._origin))]
 
     def _take(self, event: Any) -> None:
         if isinstance(event, yaml.DocumentStartEvent):
-            if self._root is not None:
-                self._fail("only one document is allowed, and another one begins here", event)
+            self._anchors.clear()
         elif isinstance(event, yaml.AliasEvent):
             self._alias(event)
         elif isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
@@ -265,7 +279,7 @@ class _Builder:
         if anchor is not None:
             self._anchors[anchor] = node
         if not self._stack:
-            self._root = node
+            self._roots.append(node)
             return
         parent = self._stack[-1]
         if isinstance(parent.node.value, list):

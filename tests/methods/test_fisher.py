@@ -187,3 +187,30 @@ def test_statistics_of_another_model(files: dict[str, str], tmp_path: Path) -> N
     save_file({"elsewhere.fisher": torch.rand(4, 6)}, files["code-statistics"])
     with pytest.raises(TensorMismatchError, match="'code-statistics' lacks the Fisher information of"):
         plan(files, pair("math", "code"), tmp_path / "out")
+
+
+NORMALIZED = {"normalize": True}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_normalized_information_counts_the_same_at_every_scale(tmp_path: Path, scale: float) -> None:
+    shapes = {"a.weight": (5, 4), "b.bias": (3,), "c.weight": (2, 2)}
+    draws = torch.Generator().manual_seed(3)
+    models = [{name: torch.randn(*shape, generator=draws) for name, shape in shapes.items()} for _ in range(2)]
+    known = list(shapes)[:2]  # c has no information, and is averaged
+    informations = [{name: torch.rand(*shapes[name], generator=draws) for name in known} for _ in range(2)]
+    informations[0] = {name: scale * tensor for name, tensor in informations[0].items()}
+    paths = []
+    for number, tensors in enumerate(models):
+        paths.append(str(tmp_path / f"m{number}.safetensors"))
+        save_file(tensors, paths[-1])
+    for number, tensors in enumerate(informations):
+        paths.append(str(tmp_path / f"f{number}.safetensors"))
+        save_file({f"{name}.fisher": tensor for name, tensor in tensors.items()}, paths[-1])
+    result = merged(plan(dict(zip("mnfg", paths, strict=True)), list("mnfg"), tmp_path / "out", params=NORMALIZED))
+    norms = [sum(float(tensor.double().square().sum()) for tensor in each.values()) ** 0.5 for each in informations]
+    for name in known:
+        shares = [each[name].double() / norm for each, norm in zip(informations, norms, strict=True)]
+        expected = sum(share * model[name] for share, model in zip(shares, models, strict=True)) / sum(shares)
+        torch.testing.assert_close(result[name].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result["c.weight"], (models[0]["c.weight"] + models[1]["c.weight"]) / 2)

@@ -117,6 +117,13 @@ def test_convolutions_are_matrices_of_flattened_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_convolutions_can_be_the_mean(name: str) -> None:
+    deltas = [torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    means = [merge(name, deltas, {"stack": "mean"}), merge(name, [delta.flatten() for delta in deltas])]
+    torch.testing.assert_close(means[0].flatten(), means[1])
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_stacked_experts_are_merged_one_by_one(name: str) -> None:
     deltas = draw((4, 9, 7))
     apart = torch.stack([merge(name, [delta[number] for delta in deltas]) for number in range(4)])

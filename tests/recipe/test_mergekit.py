@@ -373,14 +373,14 @@ SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {
             SLERP + "tokenizer: {source: base, pad_to_multiple_of: 8}",
             "not supported yet: a padded vocabulary (tokenizer.pad_to_multiple_of)",
         ),
-        (SLERP + "chat_template: chatml", "not supported yet: a chat template of one's own (chat_template)"),
+        (SLERP + "chat_template: chatlm", "there is no chat template 'chatlm'; did you mean 'chatml'?"),
         (SLERP + "modules: {}", "m.yml:5:1: not supported yet: parts of a model with slices of their own (modules)"),
         (
             "base_model: a\nexperts: []\ngate_mode: hidden",
             "m.yml:2:1: not supported yet: building a mixture of experts",
         ),
         (SLERP.replace("slerp", "della"), "m.yml:1:15: not supported yet: mergekit's method 'della'"),
-        (SLERP.replace("slerp", "sce"), "m.yml:1:15: not supported yet: mergekit's method 'sce'"),
+        (SLERP.replace("slerp", "ram"), "m.yml:1:15: not supported yet: mergekit's method 'ram'"),
         (
             f"merge_method: nuslerp\nmodels: {PAIR}\nparameters: {{nuslerp_row_wise: true}}",
             "m.yml:3:32: not supported yet: nuslerp_row_wise: true",
@@ -398,7 +398,7 @@ SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {
             SLERP.replace("slerp", "dare-ties"),
             "m.yml:1:15: unknown merge method 'dare-ties'; did you mean 'dare_ties'?",
         ),
-        (SLERP + "---\nname: second", "m.yml:5:1: only one document is allowed"),
+        (SLERP + "---\nname: second", "m.yml:6:1: 'merge_method' is missing"),
         (
             LINEAR + "parameters: {normalize: [true, false]}",
             "not supported yet: 'normalize' as a list of true and false",
@@ -495,3 +495,63 @@ def test_references_given_as_mappings() -> None:
     assert (entry.model, entry.adapter) == ("org/m@v1", "./l")
     assert "unknown key 'lra'; did you mean 'lora'?" in error(text.replace("lora", "lra"))
     assert "a path is text, or {path: text, revision: text}" in error(text.replace("path: org/m", "pth: org/m"))
+
+
+TWO = "models: [{model: a, parameters: {weight: 0.4}}, {model: b, parameters: {weight: 0.6}}]\n"
+
+
+def test_keys_that_mean_nothing_to_mergekit_are_told() -> None:
+    loaded = load(f"merge_method: linear\n{TWO}normalize: true\nrandom_seed: 0\nx-shared: &x {{weight: 1}}\n")
+    told = " ".join(loaded.differences)
+    for key in ("normalize", "random_seed", "x-shared"):
+        assert f"'{key}' at the top level has no effect" in told
+    assert "belongs under 'parameters'" in told
+
+
+@pytest.mark.parametrize("slip", ["merge_methd", "base-model", "dtpye", "paramaters"])
+def test_slips_of_the_pen_are_no_dead_keys(slip: str) -> None:
+    with pytest.raises(RecipeError, match="did you mean"):
+        load(f"merge_method: linear\n{TWO}{slip}: x\n")
+
+
+def test_documents_become_steps() -> None:
+    text = f"name: first/part\nmerge_method: linear\n{TWO}---\nmerge_method: task_arithmetic\nbase_model: c\n"
+    loaded = load(text + "models: [{model: first/part, parameters: {weight: 0.5}}]\n")
+    assert list(loaded.recipe.models) == ["a", "b", "c"]
+    assert list(loaded.recipe.steps) == ["part", "merge"]
+    assert loaded.recipe.steps["merge"].source_names() == ["part"]
+    assert loaded.recipe.output.from_ == "merge"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"merge_method: linear\n{TWO}---\nmerge_method: linear\n{TWO}", r":4:1: two documents without a name"),
+        (f"name: x\nmerge_method: linear\n{TWO}---\nname: x\nmerge_method: linear\n{TWO}", "two documents are named"),
+        (f"merge_method: linear\n{TWO}---\npxmerge: 1\n", "one document"),
+    ],
+)
+def test_documents_that_cannot_be_told_apart(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(text)
+
+
+@pytest.mark.parametrize("value", ["chatml", "llama3", "mistral", "alpaca"])
+def test_named_chat_templates_are_jinja(value: str) -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    template = load(f"merge_method: linear\n{TWO}chat_template: {value}\n").recipe.output.chat_template
+    text = jinja2.Template(template).render(
+        messages=[{"role": "user", "content": "two?"}, {"role": "assistant", "content": "four."}],
+        bos_token="<s>",
+        eos_token="</s>",
+        add_generation_prompt=True,
+    )
+    assert text.index("two?") < text.index("four.")
+
+
+def test_chat_templates_of_ones_own_and_unknown_ones() -> None:
+    loaded = load(f"merge_method: linear\n{TWO}chat_template: '{{{{ messages }}}}'\n")
+    assert loaded.recipe.output.chat_template == "{{ messages }}"
+    assert load(f"merge_method: linear\n{TWO}chat_template: auto\n").recipe.output.chat_template is None
+    with pytest.raises(RecipeError, match="did you mean 'chatml'"):
+        load(f"merge_method: linear\n{TWO}chat_template: chat-ml\n")

@@ -86,7 +86,7 @@ def test_places_are_lines_and_columns_from_one() -> None:
         ("a: !!python/object/apply:os.system [ls]", "1:4", "not allowed"),
         ("a: !include x", "1:4", "not allowed"),
         ("a: !!str 1", "1:4", "not allowed"),
-        ("a: 1\n---\nb: 2\n", "2:1", "only one document"),
+        ("a: 1\n---\nb: 2\n", "3:1", "only one document"),
         ("? [a]\n: 1", "1:3", "a key must be plain text"),
         ("{{x}}: 1", "1:1", "a key must be plain text"),
         ("a: &x [1, *x]", "1:11", "inside of what it refers to"),

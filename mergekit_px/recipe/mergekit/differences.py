@@ -70,6 +70,12 @@ def method_differences(peer: PeerMethod, pieces: list[Piece], step: Node) -> lis
         told.append("Angles between task vectors are exact; mergekit takes those of norms below 1e-3 for larger.")
     if peer.name == "nuslerp":
         told.append("Weights that add up to zero are refused; mergekit goes to the middle.")
+    if peer.name == "sce":
+        told.append(
+            "select_topk is a share of all elements; in mergekit it is one of those whose values vary between sources."
+        )
+    if peer.name == "karcher":
+        told.append("Tensors of norm zero have no direction and lower the norm; mergekit leaves them out.")
     if peer.name == "multislerp":
         told.append(
             "Norms and angles are exact; mergekit adds 1e-8 to them. Opposite sources are averaged, not refused."

@@ -104,10 +104,16 @@ METHODS: Mapping[str, PeerMethod] = {
         ),
         PeerMethod("nearswap", "subtracted", {"t": Parameter("t", required=True)}, sources=1),
         PeerMethod("model_stock", "subtracted", {"filter_wise": _ONLY_OFF}),
+        PeerMethod(
+            "karcher",
+            "ignored",
+            {"max_iter": Parameter("iterations", default=10), "tol": Parameter("tolerance", default=1e-5)},
+        ),
+        PeerMethod("sce", "subtracted", {"select_topk": Parameter("select")}, like="mergekit"),
     )
 }
 
-NOT_YET = frozenset(("arcee_fusion", "della", "della_linear", "karcher", "ram", "ramplus_tl", "sce"))
+NOT_YET = frozenset(("arcee_fusion", "della", "della_linear", "ram", "ramplus_tl"))
 """mergekit methods without an equal here (there may be one of the name that means something else)."""
 
 ALL_PARAMETERS = frozenset(

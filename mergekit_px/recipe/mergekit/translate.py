@@ -5,27 +5,28 @@ What cannot be kept is refused by name, and every difference in meaning that rem
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mergekit_px.errors import RecipeError
 from mergekit_px.recipe.mergekit.differences import method_differences, parameter_differences
 from mergekit_px.recipe.mergekit.output import (
-    check_chat_template,
     not_yet,
     precision_differences,
+    read_chat_template,
     read_dtype,
     read_tokenizer,
 )
 from mergekit_px.recipe.mergekit.pieces import Piece, Source, entries_of, read_models, read_slices
 from mergekit_px.recipe.mergekit.references import Reference, read_reference, short_name
 from mergekit_px.recipe.mergekit.settings import Choice, Settings, read_choices
-from mergekit_px.recipe.mergekit.table import METHODS, NOT_YET, Parameter, PeerMethod
-from mergekit_px.recipe.nearest import hint_for
+from mergekit_px.recipe.mergekit.table import ALL_PARAMETERS, METHODS, NOT_YET, Parameter, PeerMethod
+from mergekit_px.recipe.nearest import hint_for, nearest
 from mergekit_px.recipe.validate import shown
 from mergekit_px.recipe.yaml_text import Node, mapping, sequence
 
 STEP = "merge"
-"""The name of the step that a config becomes."""
+"""The name of the step that a config becomes; of several documents, the one without a name."""
 
 _KEYS = (
     *("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype"),
@@ -47,28 +48,78 @@ class Translation:
     differences: list[str]
 
 
-def translate(root: Node) -> Translation:
-    """Translate a mergekit config.
+def translate(roots: Sequence[Node]) -> Translation:
+    """Translate a mergekit config; of several documents, as mergekit-multi takes them, each is a step.
 
     Raises:
         RecipeError: the config is wrong, or asks for something that is not supported.
     """
-    return _Translator(root).run()
+    steps = _step_names(roots)
+    names = {Reference(name): step for name, step in steps.items()}
+    models: dict[str, Node | None] = {}
+    graph: dict[str, Node | None] = {}
+    differences: list[str] = []
+    output: Node | None = None
+    final = next((root for root in roots if _document_name(root) is None), roots[-1])
+    for root in roots:
+        translator = _Translator(root, frozenset(steps.values()), names=names, models=models)
+        step, written = translator.run()
+        graph[steps[name] if (name := _document_name(root)) in steps else STEP] = step
+        differences += translator.differences
+        output = written if root is final else output
+    assert output is not None and isinstance(output.value, dict)
+    if len(roots) > 1:
+        last = steps.get(_document_name(final) or "", STEP)
+        output = mapping(output.place, {**dict(output.value), "from": Node(last, final.place)}, output.keys)
+        differences.append("Nothing is written between the documents, so nothing is rounded there; mergekit rounds.")
+    recipe = mapping(
+        final.place,
+        {"models": mapping(roots[0].place, models), "steps": mapping(roots[0].place, graph), "output": output},
+    )
+    return Translation(recipe, list(dict.fromkeys(differences)))
+
+
+def _document_name(root: Node) -> str | None:
+    entries = root.value if isinstance(root.value, dict) else {}
+    node = entries.get("name")
+    return node.value if node is not None and isinstance(node.value, str) and node.value else None
+
+
+def _step_names(roots: Sequence[Node]) -> dict[str, str]:
+    """The names of the documents, as others may refer to them, and the step that each becomes."""
+    if len(roots) == 1:
+        return {}
+    steps: dict[str, str] = {}
+    nameless = [root for root in roots if _document_name(root) is None]
+    if len(nameless) > 1:
+        raise RecipeError(
+            "two documents without a name", where=str(nameless[1].place), hint="name those that others use: 'name: ...'"
+        )
+    for root in roots:
+        name = _document_name(root)
+        if name in steps:
+            raise RecipeError(f"two documents are named '{name}'", where=str(root.place))
+        if name is not None:
+            steps[name] = short_name(Reference(name), [*steps.values(), STEP])
+    return steps
 
 
 @dataclass(slots=True)
 class _Translator:
     root: Node
+    steps: frozenset[str] = frozenset()
+    """What the other documents become."""
     entries: dict[str, Node] = field(default_factory=dict)
     names: dict[Reference, str] = field(default_factory=dict)
     models: dict[str, Node | None] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
 
-    def run(self) -> Translation:
+    def run(self) -> tuple[Node, Node]:
+        """The step, and the output if this is the last."""
         for key, place in self.root.keys.items():
             if key in _REFUSED:
                 raise not_yet(_REFUSED[key], place)
-        self.entries = entries_of(self.root, "the config", _KEYS)
+        self.entries = entries_of(self._without_dead_keys(), "the config", _KEYS)
         peer = self._method()
         base = read_reference(self.entries["base_model"]) if "base_model" in self.entries else None
         if base is not None:
@@ -80,15 +131,21 @@ class _Translator:
         step = self._step(peer, pieces, base)
         output = self._output(peer, pieces, base)
         self.differences += method_differences(peer, pieces, step)
-        recipe = mapping(
-            self.root.place,
-            {
-                "models": mapping(pieces[0].node.place, self.models),
-                "steps": mapping(step.place, {STEP: step}),
-                "output": output,
-            },
-        )
-        return Translation(recipe, list(dict.fromkeys(self.differences)))
+        return step, output
+
+    def _without_dead_keys(self) -> Node:
+        """The config without keys that mean nothing to mergekit; what is like a key that it has is a slip."""
+        entries = self.root.value
+        if not isinstance(entries, dict):
+            return self.root
+        dead = [key for key in entries if key not in _KEYS and (key in ALL_PARAMETERS or nearest(key, _KEYS) is None)]
+        self.differences += [
+            f"'{key[:80]}' at the top level has no effect, there or here"
+            + ("; it belongs under 'parameters'." if key in ALL_PARAMETERS else ".")
+            for key in dead
+        ]
+        kept: dict[str, Node | None] = {key: child for key, child in entries.items() if key not in dead}
+        return mapping(self.root.place, kept, self.root.keys)
 
     def _method(self) -> PeerMethod:
         node = self.entries.get("merge_method")
@@ -114,7 +171,7 @@ class _Translator:
     def _name(self, reference: Reference, node: Node) -> str:
         """The name of a model in the recipe; models get one when they are first seen."""
         if reference not in self.names:
-            name = short_name(reference, [*self.models, STEP])
+            name = short_name(reference, [*self.models, *self.steps, STEP])
             self.names[reference] = name
             adapter = Node(reference.adapter, node.place) if reference.adapter is not None else None
             model = Node(reference.model, node.place)
@@ -183,7 +240,8 @@ class _Translator:
                 continue
             alike = all(_same(choices, found[0]) for choices in found)
             for settings, choices in zip([whole] if alike else own, found, strict=False):
-                settings.put(("params", parameter.target), choices)
+                default = None if parameter.default is None else Node(parameter.default, self.root.place)
+                settings.put(("params", parameter.target), choices, default)
         method = self.entries["merge_method"].place
         subtracted = base if peer.base == "subtracted" else None
         slices = [self._slice(peer, piece, settings, base) for piece, settings in zip(pieces, own, strict=True)]
@@ -286,9 +344,9 @@ class _Translator:
         stored = read_dtype(self.entries.get("out_dtype"), "out_dtype")
         self.differences += precision_differences(peer.is_exact, computed, stored)
         tokenizer = read_tokenizer(self.entries.get("tokenizer_source"), self.entries.get("tokenizer"), base)
-        auto_template = check_chat_template(self.entries.get("chat_template"))
+        template = read_chat_template(self.entries.get("chat_template"))
         config_from = None
-        if base is not None and peer.base == "ignored":
+        if base is not None and peer.base == "ignored" and self.names[base] not in self.steps:
             config_from = Node(self.names[base], self.entries["base_model"].place)
         tokenizer_from = None
         if tokenizer is not None:
@@ -304,13 +362,19 @@ class _Translator:
                 f"Config and tokenizer come from '{first}', the first model; without a base_model, mergekit takes "
                 "those of a model picked at random."
             )
-        if auto_template:
+        if template is not None and template.value == "auto":
+            template = None
             self.differences.append(
                 "The chat template comes along with the tokenizer; mergekit takes the one that most models share."
             )
         return mapping(
             self.root.place,
-            {"dtype": stored or computed, "config_from": config_from, "tokenizer_from": tokenizer_from},
+            {
+                "dtype": stored or computed,
+                "config_from": config_from,
+                "tokenizer_from": tokenizer_from,
+                "chat_template": template,
+            },
         )
 
 
