@@ -398,7 +398,7 @@ SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {
             SLERP.replace("slerp", "dare-ties"),
             "m.yml:1:15: unknown merge method 'dare-ties'; did you mean 'dare_ties'?",
         ),
-        (SLERP + "---\nname: second", "m.yml:6:1: 'merge_method' is missing"),
+        (SLERP + "---\nname: second", "m.yml:6:1: a recipe is one document"),
         (
             LINEAR + "parameters: {normalize: [true, false]}",
             "not supported yet: 'normalize' as a list of true and false",
