@@ -23,8 +23,8 @@ BaseOfDeltas = Annotated[
     typer.Option(
         "--base",
         metavar="MODEL",
-        help="The model that the sources were fine-tuned from. If left out: the one that their cards name, else"
-        " their mean.",
+        help="The model that the sources were fine-tuned from. If left out: the one that their cards name."
+        " `mean` is the mean of the sources.",
     ),
 ]
 BaseOfWeights = Annotated[
@@ -86,7 +86,8 @@ def method_recipe(method: Method, options: Sequence[ParameterOption], given: dic
     """The recipe that the command line means. Raises ``UsageError``."""
     references: list[str] = given["sources"]
     check_source_count(method, len(references))
-    base_reference = given["base"]
+    mean = given["base"] == "mean" and method.space == "deltas"
+    base_reference: Any = None if mean else given["base"]
     names = model_names([*([] if base_reference is None else [base_reference]), *references])
     base = names.pop(0) if base_reference is not None else None
     models = dict(zip(names, references, strict=True))
@@ -94,6 +95,8 @@ def method_recipe(method: Method, options: Sequence[ParameterOption], given: dic
     if base is not None:
         models = {base: base_reference, **models}
         step["base"] = base
+    elif mean:
+        step["base"] = "mean"
     if given.get("weights"):
         models_only = names[: len(names) // 2] if method.companions is not None else names
         step["sources"] = dict.fromkeys(names) | dict(

@@ -25,7 +25,7 @@ class CartParams(SpectralParams):
     """Components of each source's distance to the mean, a number or a percentage of the rank."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2412.12153", scratch=10.0)
+@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2412.12153", scratch=10.0)
 def cart(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: CartParams, name: str) -> torch.Tensor:
     """Mean of the sources plus the leading components of each source's distance to it.
 

@@ -149,6 +149,8 @@ class Method:
     origin: str
     arguments: frozenset[str] = field(default=frozenset())
     companions: Companions | None = None
+    centred: bool = False
+    """Whether the mean of its sources is a base that makes sense by itself."""
 
     @property
     def summary(self) -> str:
@@ -205,6 +207,7 @@ def merge_method(
     scratch: float = 2.0,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     companions: Companions | None = None,
+    centred: bool = False,
     params: type[Params] | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
@@ -222,6 +225,8 @@ def merge_method(
         scratch: temporary memory, in tensors of the block's size in the accumulation dtype.
         presets: parameter values of other implementations' variants, by their names, for ``like:``.
         companions: what it reads beside each source, if anything; ``sources`` does not count them.
+        centred: whether it may take the mean of three or more sources as the base that it is not given, rather than
+            refuse.
         params: the parameter class, where only the statistics take it; else it is read off the annotation of
             the function's ``params``.
         name: the method's name if it is not the function's.
@@ -265,6 +270,7 @@ def merge_method(
             origin=function.__module__,
             arguments=arguments,
             companions=companions,
+            centred=centred,
         )
         return function
 

@@ -16,7 +16,7 @@ class IsoCParams(NoiseParams):
     pass
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2502.04959", scratch=3.5)
+@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2502.04959", scratch=3.5)
 def iso_c(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],

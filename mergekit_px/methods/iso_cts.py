@@ -20,7 +20,7 @@ class IsoCtsParams(NoiseParams):
     """Share of the rank given to the leading directions of the sum; the rest is shared out among the sources."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2502.04959", scratch=12.0)
+@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2502.04959", scratch=12.0)
 def iso_cts(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],

@@ -19,7 +19,7 @@ class StarParams(SpectralParams):
     """Percentage of the sum of each source's singular values that is kept."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2502.10339", scratch=10.0)
+@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2502.10339", scratch=10.0)
 def star(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: StarParams, name: str) -> torch.Tensor:
     """Mean of the sources' leading components, rescaled to their old nuclear norm.
 

@@ -19,7 +19,7 @@ class SubspaceBoostingParams(NoiseParams):
     """Share of the sum of the singular values at which lifting begins; 0 lifts everything to the largest."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2506.16506", scratch=8.0)
+@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2506.16506", scratch=8.0)
 def subspace_boosting(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],

@@ -20,7 +20,7 @@ class SvcParams(SpectralParams):
     by TSV-M."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2602.05536", sources=(2, None), scratch=9.0)
+@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2602.05536", sources=(2, None), scratch=9.0)
 def svc(deltas: Sequence[torch.Tensor], params: SvcParams, name: str) -> torch.Tensor:
     """Calibrate the singular values of a merge, the first source, by the models that it was merged from.
 

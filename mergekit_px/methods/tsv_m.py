@@ -17,7 +17,7 @@ class TsvMParams(NoiseParams):
     """Components of each source, a number or a percentage of the rank; an equal share of the rank if left out."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2412.00081", scratch=4.5)
+@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2412.00081", scratch=4.5)
 def tsv_m(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],

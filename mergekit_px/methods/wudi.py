@@ -22,7 +22,7 @@ class WudiParams(SpectralParams):
     """Step size of Adam."""
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2503.08099", scratch=12.0)
+@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2503.08099", scratch=12.0)
 def wudi(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: WudiParams, name: str) -> torch.Tensor:
     """Find the update whose differences to the sources' updates do least along the inputs that those span.
 

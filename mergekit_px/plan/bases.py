@@ -2,7 +2,9 @@
 
 1. Sources that are all task vectors need none: the result is a task vector.
 2. Full checkpoints whose cards name one common base model: that one.
-3. Otherwise the mean of the sources is the centre (centred task vectors, arXiv:2412.12153).
+3. ``base: mean`` is the mean of the sources (centred task vectors, arXiv:2412.12153). It is taken unasked only for
+   methods that declare it meaningful, and from three sources on: the task vectors of two around their mean are
+   opposites, and where signs vote or task vectors are added up, nothing is left but rounding noise.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 from mergekit_px.errors import PlanError
 from mergekit_px.methods import find_method
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
-from mergekit_px.recipe.model import ModelInput, Recipe, Step
+from mergekit_px.recipe.model import MEAN, ModelInput, Recipe, Step
 
 DECLARED_BASE = "declared_base"
 
@@ -27,13 +29,14 @@ def complete_bases(
     steps = dict(recipe.steps)
     models = dict(recipe.models)
     for name, step in recipe.steps.items():
-        if step.base is not None or step.slices is not None:
+        asked = step.base == MEAN and MEAN not in recipe.models and MEAN not in recipe.steps
+        if (step.base is not None and not asked) or step.slices is not None:
             continue
         adapters = [source for source in step.source_names() if source in inputs and inputs[source].adapter_only]
         full = [source for source in step.source_names() if not _is_delta(source, inputs, recipe)]
         if not adapters and not (full and _works_on_deltas(step)):
             continue
-        declared = _declared_base(adapters or full, inputs)
+        declared = None if asked else _declared_base(adapters or full, inputs)
         if declared is None and adapters:
             raise PlanError(
                 f"step '{name}' merges adapters, which need the model that they were trained on",
@@ -53,14 +56,24 @@ def complete_bases(
             notes.append(f"no base given: the {said} name {declared}, which is taken as the base of '{name}'")
             steps[name] = step.model_copy(update={"base": DECLARED_BASE})
             continue
+        if not asked and (len(full) < 3 or not _is_centred(step)):
+            raise PlanError(
+                f"step '{name}': {step.method} works on task vectors, and there is no base to take them from",
+                hint="give the model that the sources were trained from as base (--base), or `mean` for their mean",
+            )
         centre = f"{name}_centre"
         steps[centre] = Step(method="linear", sources=full, missing=step.missing, vocabulary=step.vocabulary)
         steps[name] = step.model_copy(update={"base": centre})
         notes.append(
-            f"no base given: the mean of {', '.join(full)} is the base of '{name}' "
-            "(centred task vectors, arXiv:2412.12153)"
+            f"{'as asked' if asked else 'no base given (--base)'}: the mean of {', '.join(full)} is the base "
+            f"of '{name}' (centred task vectors, arXiv:2412.12153)"
         )
     return recipe.model_copy(update={"steps": steps, "models": models}), added, notes
+
+
+def _is_centred(step: Step) -> bool:
+    names = [step.method, *(rule.method for rule in step.rules if rule.method is not None)]
+    return all(find_method(name).centred for name in names if find_method(name).space == "deltas")
 
 
 def _works_on_deltas(step: Step) -> bool:

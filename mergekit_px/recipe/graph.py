@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 
 from mergekit_px.errors import RecipeError
-from mergekit_px.recipe.model import Recipe, Rule, Step
+from mergekit_px.recipe.model import MEAN, Recipe, Rule, Step
 from mergekit_px.recipe.nearest import hint_for
 from mergekit_px.recipe.places import Path, Places
 
@@ -59,7 +59,8 @@ def check_graph(recipe: Recipe, places: Places) -> None:
     for name, step in recipe.steps.items():
         edges[name] = {}
         for path, target in references(step, ("steps", name)):
-            check_reference(recipe, target, path, places)
+            if target != MEAN or path != ("steps", name, "base"):
+                check_reference(recipe, target, path, places)
             if target in recipe.steps:
                 edges[name].setdefault(target, path)
     try:

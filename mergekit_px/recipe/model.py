@@ -20,6 +20,10 @@ LayerRange = str | int | list[int]
 """As written; :mod:`mergekit_px.recipe.layer_range` reads it."""
 
 
+MEAN = "mean"
+"""As a step's base: the mean of its sources, unless a model or step has that name."""
+
+
 class RecipeModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True, defer_build=True
@@ -104,7 +108,8 @@ class Step(RecipeModel):
     method: str
     """The merge method."""
     base: str | None = None
-    """The base model (a model or a step). Methods on task vectors subtract it from each source."""
+    """The base model (a model or a step). Methods on task vectors subtract it from each source.
+    ``mean`` stands for the mean of the sources."""
     sources: dict[str, Value] | list[str] = Field(default_factory=list)
     """Models or steps, in order; as a mapping, with their weights."""
     params: dict[str, Value] = Field(default_factory=dict)

@@ -106,10 +106,27 @@ def test_lists_follow_the_depth_of_the_layers(tmp_path: Path) -> None:
     assert found["model.norm.weight"] == found["lm_head.weight"] == 1
 
 
-def test_a_base_left_out_is_the_mean_of_the_sources_and_said(folder: Path, tmp_path: Path) -> None:
-    step = {"method": "task_arithmetic", "sources": ["fine0", "fine1"]}
+@pytest.mark.parametrize(
+    ("method", "count"), [("task_arithmetic", 3), ("ties", 3), ("dare_ties", 3), ("svd", 2), ("cart", 2)]
+)
+def test_a_base_left_out_is_asked_for(folder: Path, tmp_path: Path, method: str, count: int) -> None:
+    step = {"method": method, "sources": [f"fine{number}" for number in range(count)]}
+    if method == "svd":
+        step["params"] = {"top_k": 2}  # type: ignore[assignment]
+    with pytest.raises(PlanError, match="no base to take them from"):
+        plan_of(recipe(folder, step), tmp_path / "out")
+
+
+def test_spectral_methods_take_the_mean_of_three_sources_for_a_base_left_out(folder: Path, tmp_path: Path) -> None:
+    step = {"method": "svd", "sources": ["fine0", "fine1", "fine2"], "params": {"top_k": 2}}
     plan = plan_of(recipe(folder, step), tmp_path / "out")
-    assert any("mean of fine0, fine1 is the base" in note for note in plan.notes)
+    assert any("no base given (--base): the mean of fine0, fine1, fine2" in note for note in plan.notes)
+
+
+def test_the_mean_of_the_sources_may_be_asked_for_as_base(folder: Path, tmp_path: Path) -> None:
+    step = {"method": "task_arithmetic", "base": "mean", "sources": ["fine0", "fine1"]}
+    plan = plan_of(recipe(folder, step), tmp_path / "out")
+    assert any("as asked: the mean of fine0, fine1 is the base" in note for note in plan.notes)
     assert plan.items[0].node.base.method.name == "linear"  # type: ignore[union-attr]
 
 

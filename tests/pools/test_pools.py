@@ -273,9 +273,10 @@ def test_what_cannot_be_is_refused_in_one_line(svd, refused, words, code: int, s
     if "straight" in words:
         assert svd("--base", "base", "--sources", "a", "b", *common, "--orthogonalise", "-o", "straight") == 0
     if "centred" in words:
-        assert svd("--sources", "a", "b", *common, "-o", "centred") == 0
+        assert svd("--base", "mean", "--sources", "a", "b", *common, "-o", "centred") == 0
     before = Path("pool/components.safetensors").read_bytes()
-    found, error = refused(*words, "--sources", "c")
+    sources = ("c",) if "--into" in words else ("a", "b", "c")
+    found, error = refused(*words, "--sources", *sources)
     assert (found, says in error) == (code, True), error
     assert Path("pool/components.safetensors").read_bytes() == before
 
@@ -336,7 +337,7 @@ def test_a_pool_says_nothing_of_a_config(weights, capsys: pytest.CaptureFixture[
     words = ["svd", "--sources", "a", "b", "--top-k", "5"]
     assert main([*words, "--base", "base", "--as", "components", "-o", "pool"]) == 0
     assert "config" not in capsys.readouterr().err
-    assert main(words) == 0
+    assert main([*words, "--base", "mean"]) == 0
     assert "config and side files come from 'a'" in capsys.readouterr().err
 
 
@@ -348,8 +349,8 @@ def test_the_line_without_options_still_writes_a_checkpoint(svd) -> None:
 
 
 def test_the_result_says_whether_it_was_orthogonalised(svd) -> None:
-    assert svd("--sources", "a", "b") == 0
+    assert svd("--base", "mean", "--sources", "a", "b") == 0
     assert "orthogonalise: true" in Path("merged/README.md").read_text()
     assert "orthogonalise: true" in Path("merged/pxmerge.yaml").read_text()
-    assert svd("--sources", "a", "b", "--as", "components") == 0
+    assert svd("--base", "mean", "--sources", "a", "b", "--as", "components") == 0
     assert json.loads(Path("components/pool.json").read_text())["settings"]["orthogonalise"] is False
