@@ -20,6 +20,7 @@ from mergekit_px.plan.companions import Companion, companion_nodes, model_names,
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import depth, split_layer, stack_sizes
 from mergekit_px.plan.model import Apply, Kind, Leaf, Node
+from mergekit_px.plan.names import bridge, difference, rename_hint, renamed
 from mergekit_px.plan.rules import matching
 from mergekit_px.plan.slices import Slot, slice_slots
 from mergekit_px.plan.tied import is_head, tied_copy, tied_source
@@ -84,8 +85,13 @@ class Expressions:
         if not source.checkpoint.tensors:
             raise PlanError("the model has no tensors", where=source.reference)
         view = self.view(source)
-        nodes = adapted_model(source, view.nodes, self)
-        return nodes if self.vocabularies is None else self.vocabularies.arranged(source, nodes)
+        nodes: Namespace = adapted_model(source, view.nodes, self)
+        if self.vocabularies is not None:
+            nodes = self.vocabularies.arranged(source, nodes)
+        request = self.loaded.recipe.models.get(source.name)
+        if request is not None and request.rename:
+            nodes = renamed(nodes, request.rename, self.loaded.where("models", source.name, "rename"))
+        return nodes
 
     def view(self, source: ResolvedInput) -> StoredView:
         """What an input's checkpoint offers before its adapters."""
@@ -96,7 +102,7 @@ class Expressions:
 
     def _step(self, name: str, step: Step) -> Namespace:
         where = self.loaded.where("steps", name)
-        slots = slice_slots(name, step, self) if step.slices is not None else self._slots(step)
+        slots = slice_slots(name, step, self) if step.slices is not None else self._slots(name, step)
         sizes = stack_sizes(slot.name for slot in slots)
         nodes: dict[str, Node] = {}
         by_name = {slot.name: slot for slot in slots}
@@ -149,17 +155,22 @@ class Expressions:
         text = self.config_updates.get(member, {}).get("text_config", {})
         return None if text.get("tie_word_embeddings") is False else tied_copy(tensor, source, source.config)
 
-    def _slots(self, step: Step) -> list[Slot]:
+    def _slots(self, step_name: str, step: Step) -> list[Slot]:
         sources = step.source_names()
         names: dict[str, None] = {}
-        for member in ([step.base] if step.base else []) + model_names(step):
-            names.update(dict.fromkeys(self.namespace(member, step.base)))
+        spelled: dict[str, Mapping[str, str]] = {}
+        members = list(dict.fromkeys(([step.base] if step.base else []) + model_names(step)))
+        for member in members:
+            own = self.namespace(member, step.base)
+            spelled[member] = self._bridged(step_name, step, members[0], member) if member != members[0] else {}
+            known = set(spelled[member].values())
+            names.update(dict.fromkeys(name for name in own if name not in known))
         written = step.sources if isinstance(step.sources, Mapping) else dict.fromkeys(sources)
         weights = tuple(written.values())
         return [
             Slot(
                 name=name,
-                sources=tuple((source, name) for source in sources),
+                sources=tuple((source, spelled.get(source, {}).get(name, name)) for source in sources),
                 base=(step.base, name) if step.base else None,
                 params=step.params,
                 weights=weights,
@@ -169,6 +180,35 @@ class Expressions:
             )
             for name in names
         ]
+
+    def _bridged(self, step_name: str, step: Step, first: str, member: str) -> Mapping[str, str]:
+        """Names of a step's first model -> those of another of its models, where they are spelled in two ways.
+
+        Raises:
+            PlanError: a policy for missing tensors where almost none is in both.
+        """
+        reference, own = self.namespace(first, step.base), self.namespace(member, step.base)
+        found = bridge(reference, own)
+        if found.names:
+            self.notes.append(
+                f"names of '{member}' are read as those of '{first}': {found.describe()}"
+                f" ({len(found.names)} of {len(own)} tensors)"
+            )
+        common = len(found.names) + sum(name in reference for name in own)
+        if step.missing != "error":
+            fewer = min(len(reference), len(own))
+            if common <= fewer // 20:
+                raise TensorMismatchError(
+                    f"'{first}' and '{member}' have {common} of {fewer} names in common, so `missing: {step.missing}`"
+                    f" would merge nothing; {difference(reference, own)}",
+                    where=self.loaded.where("steps", step_name),
+                    hint=rename_hint(reference, own) or "check that the models fit together",
+                )
+            if left := len(reference) + len(own) - 2 * common:
+                self.notes.append(
+                    f"{left} tensors are only in one of '{first}' and '{member}' (`missing: {step.missing}`)"
+                )
+        return found.names
 
     def _node(self, step_name: str, step: Step, slot: Slot, sizes: Mapping[str, int], where: str) -> Node | None:
         found = split_layer(slot.name)
@@ -236,7 +276,7 @@ class Expressions:
                 if name not in self.untied:
                     self.untied.append(name)
                     self.notes.append(f"{name} is tied to {tied} in '{source}' and stands on its own in the output")
-                node = namespace[tied]
+                node = namespace.get(tied)
         if node is None and name in self.tied.get(source, {}):
             self.untied.append(name)
             node = namespace[self.tied[source][name]]
@@ -281,10 +321,15 @@ class Expressions:
             (have if base is not None else lack).append(slot.base[0])
         lacking = ", ".join(f"'{name}'" for name in dict.fromkeys(lack))
         having = ", ".join(f"'{name}'" for name in dict.fromkeys(have))
+        told, hint = "", None
+        if step.slices is None and have and lack:
+            one, other = (self.namespace(name, step.base) for name in (have[0], lack[0]))
+            told, hint = f"; {difference(one, other)}", rename_hint(one, other)
         raise TensorMismatchError(
-            f"step '{step_name}': '{slot.name}' is in {having} but not in {lacking}",
+            f"step '{step_name}': '{slot.name}' is in {having} but not in {lacking}{told}",
             where=where,
-            hint="set `missing: present` or `missing: base`, drop it by a rule, or check that the models fit together",
+            hint=hint
+            or "set `missing: present` or `missing: base`, drop it by a rule, or check that the models fit together",
         )
 
     def _parameters(

@@ -49,6 +49,9 @@ class ModelInput(RecipeModel):
     component: str | None = None
     """Of an adapter for a whole pipeline, the part that the model is: ``unet``, ``transformer``, ``text_encoder``,
     ``text_encoder_2``."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """Other names for its tensors, after its adapters: ``{"model.*": "model.language_model.*"}``. Each ``*`` keeps
+    what it matches; of several patterns that match a name, the last counts."""
 
 
 class Rule(RecipeModel):

@@ -1,0 +1,227 @@
+"""Names of one model in two spellings: compared whole, and bridged where that is possible in one way only."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.errors import RecipeError
+from mergekit_px.plan.model import Node
+
+_RESPELLINGS = (
+    (re.compile(r"\.gamma$"), ".weight"),
+    (re.compile(r"\.beta$"), ".bias"),
+    (re.compile(r"\.default\."), "."),
+)
+"""Of old layer norms (TensorFlow's names in early transformers), and of the adapter that PEFT names by itself."""
+
+_WRAPPERS = frozenset(
+    {
+        *("_orig_mod", "module", "model", "base_model", "language_model", "text_model", "transformer", "backbone"),
+        *("bert", "roberta", "distilbert", "electra", "albert", "deberta", "camembert", "xlm_roberta", "gpt_neox"),
+    }
+)
+"""Modules that only wrap others, so that one model is stored with and without them."""
+
+_RULES = 4
+"""Prefixes that may differ in one pair of models, as those of the layers and of the head."""
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """How a model's names stand for those of another.
+
+    Attributes:
+        names: name in the reference -> name in the model, where they differ.
+        rules: (prefix in the model, prefix in the reference) of each change, likeliest first.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    rules: tuple[tuple[str, str], ...] = ()
+
+    def describe(self) -> str:
+        """The changes, for a note."""
+        changes = [f"'{old}*' as '{new}*'" if old or new else "old spellings of parameters" for old, new in self.rules]
+        return ", ".join(changes)
+
+
+def bridge(reference: Mapping[str, Node], model: Mapping[str, Node]) -> Bridge:
+    """The one way in which names of the model are those of the reference; empty where there is none or are several.
+
+    Only names that the other lacks are looked at; two names go together where their shapes agree but for the rows.
+    """
+    missing = {name for name in reference if name not in model}
+    surplus = [name for name in model if name not in reference]
+    names: dict[str, str] = {}
+    rules: list[tuple[str, str]] = []
+    while missing and surplus and len(rules) < _RULES:
+        found = _likeliest(missing, surplus)
+        if found is None:
+            break
+        old, new = found
+        pairs = {}
+        for name in surplus:
+            target = new + _plain(name)[len(old) :]
+            if _plain(name).startswith(old) and target in missing and _fits(reference[target], model[name]):
+                if target in pairs:
+                    return Bridge()
+                pairs[target] = name
+        if not pairs:
+            break
+        names |= pairs
+        rules.append(found)
+        missing -= pairs.keys()
+        taken = set(pairs.values())
+        surplus = [name for name in surplus if name not in taken]
+    return Bridge(names, tuple(rules))
+
+
+def renamed(nodes: Mapping[str, Node], patterns: Mapping[str, str], where: str) -> dict[str, Node]:
+    """Tensors under the names that the recipe gives them; of several patterns that match, the last counts.
+
+    Raises:
+        RecipeError: a pattern that matches nothing, a star on one side only, or two tensors of one name.
+    """
+    compiled = []
+    for pattern, target in patterns.items():
+        if pattern.count("*") != target.count("*"):
+            raise RecipeError(
+                f"rename {shown(pattern)}: {shown(target)} has another number of '*'",
+                where=where,
+                hint="each * keeps what it matches, in order",
+            )
+        expression = re.compile("(.*)".join(re.escape(part) for part in pattern.split("*")), re.DOTALL)
+        compiled.append((pattern, expression, target.split("*")))
+    used: set[str] = set()
+    result: dict[str, Node] = {}
+    origin: dict[str, str] = {}
+    for name, node in nodes.items():
+        new = name
+        for pattern, expression, parts in compiled:
+            found = expression.fullmatch(name)
+            if found is not None:
+                used.add(pattern)
+                kept = [*found.groups(), ""]
+                new = "".join(part + kept[place] for place, part in enumerate(parts))
+        if new in result:
+            raise RecipeError(
+                f"rename gives {shown(origin[new])} and {shown(name)} the one name {shown(new)}", where=where
+            )
+        result[new], origin[new] = node, name
+    for pattern in patterns:
+        if pattern not in used:
+            raise RecipeError(
+                f"rename {shown(pattern)} matches none of the model's {len(nodes)} tensors",
+                where=where,
+                hint=f"one of them is {shown(next(iter(nodes), ''))}",
+            )
+    return result
+
+
+def difference(reference: Mapping[str, Node], model: Mapping[str, Node]) -> str:
+    """How many names two models share, and by what the others differ, in one clause."""
+    common = sum(name in model for name in reference)
+    text = f"{common} of {len(reference)} names are in both (the other has {len(model)})"
+    surplus = _patterns(name for name in model if name not in reference)
+    missing = _patterns(name for name in reference if name not in model)
+    if missing:
+        text += f"; only the first has {missing}"
+    if surplus:
+        text += f"; only the second has {surplus}"
+    return text
+
+
+def rename_hint(reference: Mapping[str, Node], model: Mapping[str, Node]) -> str | None:
+    """The ``rename:`` line that would bring most of a model's other names to those of the reference."""
+    missing = {name for name in reference if name not in model}
+    surplus = [name for name in model if name not in reference]
+    if not missing or not surplus:
+        return None
+    rules, _ = _candidates(missing, surplus, known=False)
+    if not rules:
+        return None
+    (old, new), count = rules.most_common(1)[0]
+    return f'rename: {{"{old}*": "{new}*"}} would bring {count} of them together' if count > 1 else None
+
+
+def _fits(one: Node, other: Node) -> bool:
+    return len(one.shape) == len(other.shape) and one.shape[1:] == other.shape[1:]
+
+
+def _plain(name: str) -> str:
+    for pattern, replacement in _RESPELLINGS:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _likeliest(missing: set[str], surplus: Iterable[str]) -> tuple[str, str] | None:
+    """The change of prefix that explains most names; None where two explain as many of the same names."""
+    rules, sources = _candidates(missing, surplus, known=True)
+    if not rules:
+        return None
+    ranked = rules.most_common()
+    best, count = ranked[0]
+    for rule, other in ranked[1:]:
+        if other < count:
+            break
+        if rule[0] == best[0] or sources[rule] & sources[best]:
+            return None
+    return best
+
+
+def _candidates(
+    missing: set[str], surplus: Iterable[str], *, known: bool
+) -> tuple[Counter[tuple[str, str]], dict[tuple[str, str], set[str]]]:
+    """Changes of prefix, as short as they can be, with how many names each explains and which.
+
+    Args:
+        known: only such that add or take away wrapping modules, or any one prefix of all names.
+    """
+    by_rest: dict[str, list[str]] = {}
+    for name in missing:
+        for prefix, rest in _splits(name):
+            by_rest.setdefault(rest, []).append(prefix)
+    rules: Counter[tuple[str, str]] = Counter()
+    sources: dict[tuple[str, str], set[str]] = {}
+    for name in surplus:
+        seen = set()
+        for old, rest in _splits(_plain(name)):
+            for new in by_rest.get(rest, ()):
+                rule = _shortest(old, new)
+                if rule not in seen and (not known or _is_wrapping(rule)):
+                    seen.add(rule)
+                    rules[rule] += 1
+                    sources.setdefault(rule, set()).add(name)
+    return rules, sources
+
+
+def _splits(name: str) -> Iterable[tuple[str, str]]:
+    """A name parted behind none, one, two or three of its modules, never behind a number."""
+    parts = name.split(".")
+    for count in range(min(4, len(parts))):
+        if count and parts[count - 1].isdigit():
+            break
+        yield "".join(f"{part}." for part in parts[:count]), ".".join(parts[count:])
+
+
+def _shortest(old: str, new: str) -> tuple[str, str]:
+    """The change without the modules that both prefixes end in."""
+    before, after = old.split(".")[:-1], new.split(".")[:-1]
+    while before and after and before[-1] == after[-1]:
+        before.pop()
+        after.pop()
+    return "".join(f"{part}." for part in before), "".join(f"{part}." for part in after)
+
+
+def _is_wrapping(rule: tuple[str, str]) -> bool:
+    return all(part in _WRAPPERS for prefix in rule for part in prefix.split(".")[:-1])
+
+
+def _patterns(names: Iterable[str]) -> str:
+    """The commonest beginnings of some names, with how many each stands for."""
+    counts = Counter(".".join(name.split(".")[:2]) + (".*" if name.count(".") > 1 else "") for name in names)
+    listed = [f"{pattern} ({count})" for pattern, count in counts.most_common(2)]
+    return ", ".join(listed) + (" and more" if len(counts) > 2 else "")
