@@ -33,8 +33,8 @@ WANTED: dict[type[BaseModel], dict[str, str]] = {
         "keep_tied": _YES_OR_NO,
         "attention_output": "as_trained or once",
         "residual_base": _YES_OR_NO,
-        "rename": "a mapping of name patterns to name patterns",
         "component": "the name of a part of a pipeline, such as unet",
+        "rename": "a mapping of name patterns to name patterns",
     },
     Step: {
         "method": "the name of a merge method",
