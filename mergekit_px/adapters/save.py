@@ -14,7 +14,7 @@ from mergekit_px.adapters.components import COMPONENTS, kohya_prefix, stored_pla
 from mergekit_px.adapters.config import CONFIG_FILE
 from mergekit_px.adapters.lora_modules import LoraModule
 from mergekit_px.checkpoint.json_text import shown
-from mergekit_px.checkpoint.replacement import replacement
+from mergekit_px.checkpoint.publish import new_folder
 from mergekit_px.checkpoint.selection import ADAPTER_FILE
 from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import AdapterError, OutputError
@@ -38,7 +38,7 @@ def save_peft(
     whole: Mapping[str, torch.Tensor] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, and a lock file that lists them.
 
     Args:
         fan_in_fan_out: the base stores its matrices (in, out).
@@ -65,15 +65,9 @@ def save_peft(
         if module.magnitude is not None:
             tensors[f"{prefix}.lora_magnitude_vector"] = _peft_magnitude(module)
     config = peft_config(modules, base_model_name=base_model_name, fan_in_fan_out=fan_in_fan_out) | dict(fields or {})
-    if folder.exists() and not overwrite and any(folder.iterdir()):
-        raise OutputError("the folder is not empty", where=str(folder), hint="give another, or --overwrite")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be made: {error.strerror}", where=str(folder)) from error
-    _write(folder / ADAPTER_FILE, tensors, {"format": "pt"}, overwrite=True)
-    with replacement(folder / CONFIG_FILE) as file:
-        file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    with new_folder(folder, overwrite=overwrite) as staged:
+        write_tensors(staged / ADAPTER_FILE, tensors, {"format": "pt"})
+        (staged / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def peft_config(

@@ -3,29 +3,35 @@
 <folder>/.pxmerge/lock             held by the run that is writing
 <folder>/.pxmerge/journal.jsonl    there as long as a run is unfinished
 <folder>/.pxmerge/inputs.json      which files the unfinished run reads
-<folder>/.pxmerge/publishing       there once finished files are being put in place
-<folder>/.pxmerge/stage/           side files on their way
-<folder>/<shard>.part              shards that are not complete
+<folder>/.pxmerge/publishing       names of finished files, there once they are being put in place
+<folder>/.pxmerge/parts/           shards that are not complete
+<folder>/.pxmerge/stage/           other files on their way
+<folder>/pxmerge.lock.json         lists every file of a finished output; it comes last and goes first
+
+What the lock file lists, and nothing else, is removed when an output is replaced. A folder that holds anything more is
+left alone, and so is every input.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mergekit_px.checkpoint.index import index_name
+from mergekit_px.checkpoint.index import is_inside
 from mergekit_px.checkpoint.journal import JournalHead, read_head
-from mergekit_px.errors import DiskSpaceError, OutputError
+from mergekit_px.checkpoint.json_text import parse_object, shown
+from mergekit_px.errors import DiskSpaceError, InputError, OutputError
 
 STATE_FOLDER = ".pxmerge"
 JOURNAL_FILE = "journal.jsonl"
 LOCK_FILE = "lock"
 PUBLISHING_FILE = "publishing"
 INPUTS_FILE = "inputs.json"
+PARTS_FOLDER = "parts"
 STAGE_FOLDER = "stage"
 PART_SUFFIX = ".part"
 
@@ -35,7 +41,7 @@ LOCKFILE = "pxmerge.lock.json"
 
 Mode = Literal["new", "resume", "overwrite"]
 
-_STEMS = ("model", "adapter_model")
+_NAMED = 3  # of the files that are in the way
 _UNRELATED = {"lost+found", ".DS_Store", STATE_FOLDER}  # in folders that their owner calls empty
 
 
@@ -69,15 +75,20 @@ def check_mode(directory: Path, mode: Mode, plan_hash: str) -> JournalHead | Non
     Raises ``OutputError`` with the flag that would help. Reads only, so a plan can ask it too.
     """
     if mode == "overwrite":
+        check_replaceable(directory)
         return None
     state = output_state(directory)
     where = str(directory)
     if mode == "new":
-        if state.unfinished is not None:
+        if state.unfinished is not None and state.unfinished.plan_hash:
             raise OutputError(
                 "an unfinished run is there",
                 where=where,
                 hint="continue it with --resume or start over with --overwrite",
+            )
+        if state.unfinished is not None and state.occupied:
+            raise OutputError(
+                "a command was killed while it put its files there", where=where, hint="start over with --overwrite"
             )
         if state.occupied:
             raise OutputError(
@@ -99,6 +110,84 @@ def check_mode(directory: Path, mode: Mode, plan_hash: str) -> JournalHead | Non
             hint="go back to them, or start over with --overwrite",
         )
     return state.unfinished
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise ``OutputError`` if a folder holds anything that no lock file and no unfinished run in it lists."""
+    own = {*recorded_files(directory), *published_names(directory)}
+    with suppress(OutputError):  # a journal that cannot be read is what starting over is for
+        head = read_head(directory / STATE_FOLDER / JOURNAL_FILE)
+        own.update(head.replaces if head is not None else ())
+    try:
+        foreign = [name for name in _files(directory) if name not in own]
+    except OSError as error:
+        raise cannot_use(directory, error) from error
+    if foreign:
+        more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
+        raise OutputError(
+            f"--overwrite replaces what its {LOCKFILE} lists, and the folder also holds"
+            f" {', '.join(map(shown, foreign[:_NAMED]))}{more}",
+            where=str(directory),
+            hint="choose another output, or move them away",
+        )
+
+
+def recorded_files(directory: Path) -> tuple[str, ...]:
+    """The files of the finished output in a folder, its lock file first; none where no lock file can be read."""
+    path = directory / LOCKFILE
+    try:
+        files = parse_object(path.read_bytes(), str(path)).get("files") if path.is_file() else None
+    except (OSError, InputError):
+        return ()
+    if not isinstance(files, dict):
+        return ()
+    return (LOCKFILE, *(name for name in files if is_inside(name)))
+
+
+def published_names(directory: Path) -> tuple[str, ...]:
+    """The files that a killed run was putting in place."""
+    try:
+        text = (directory / STATE_FOLDER / PUBLISHING_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ()
+    return tuple(name for name in text.split("\0") if name and is_inside(name))
+
+
+def _files(directory: Path) -> list[str]:
+    """Everything in a folder that is no folder itself, but for the state of a run; links are not followed."""
+    if not directory.is_dir():
+        return []
+    names = []
+    for entry in sorted(directory.iterdir()):
+        if entry.name in _UNRELATED:
+            continue
+        if entry.is_symlink() or not entry.is_dir():
+            names.append(entry.name)
+        else:
+            names += [path.relative_to(directory).as_posix() for path in sorted(entry.rglob("*"))
+                      if path.is_symlink() or not path.is_dir()]  # fmt: skip
+    return names
+
+
+def check_apart(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise ``OutputError`` if an output is an input, in one, around one, or what a link in one points at.
+
+    Args:
+        inputs: files and folders on this machine; a folder beside an input that is a file is free.
+    """
+    place = output.resolve()
+    for source in inputs:
+        home = source.resolve()
+        targets = [home]
+        if home.is_dir():
+            targets += [path.resolve() for path in home.iterdir() if path.is_symlink()]
+        for target in targets:
+            if place == target or place in target.parents or (target.is_dir() and target in place.parents):
+                raise OutputError(
+                    f"the output is, or holds, or lies in the input {source}",
+                    where=str(output),
+                    hint="write somewhere else; inputs are never changed",
+                )
 
 
 def cannot_use(directory: Path, error: OSError) -> OutputError:
@@ -130,19 +219,3 @@ def not_enough_space(directory: Path, need: int, free: int) -> DiskSpaceError:
         where=str(directory),
         hint="make room or choose another output with -o",
     )
-
-
-def weight_files(directory: Path, stem: str, suffix: str = "") -> list[Path]:
-    """The files in ``directory`` that are named as a save of weights is: shards of any split, exactly."""
-    stems = "|".join(re.escape(each) for each in {*_STEMS, stem})
-    pattern = re.compile(rf"({stems})(-\d{{5,}}-of-\d{{5,}})?\.safetensors{re.escape(suffix)}")
-    return sorted(path for path in directory.iterdir() if pattern.fullmatch(path.name))
-
-
-def marks_of_completion(directory: Path, stem: str) -> Iterable[Path]:
-    """The files whose presence says that an output is complete, most telling first."""
-    yield directory / LOCKFILE
-    yield directory / CONFIG_FILE
-    yield directory / RECIPE_FILE
-    for each in sorted({*_STEMS, stem}):
-        yield directory / index_name(f"{each}.safetensors")

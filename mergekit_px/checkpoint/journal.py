@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_px.checkpoint.index import is_inside
 from mergekit_px.errors import MalformedCheckpointError, OutputError
 from mergekit_px.small_files import open_regular
 
-_VERSION = 1
+_VERSION = 2
+_LONGEST_HEAD = 1 << 26  # a name for each file of an older output
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,9 @@ class Journal:
         self._descriptor = descriptor
 
     @classmethod
-    def create(cls, path: Path, plan_hash: str, *, replaces: bool) -> Journal:
-        """Begin a journal. ``replaces``: publishing removes an older output. Raises ``OSError``."""
-        first = json.dumps({"pxmerge_journal": _VERSION, "plan": plan_hash, "replaces": replaces}) + "\n"
+    def create(cls, path: Path, plan_hash: str, *, replaces: Sequence[str]) -> Journal:
+        """Begin a journal. ``replaces``: files of an older output, which publishing removes. Raises ``OSError``."""
+        first = json.dumps({"pxmerge_journal": _VERSION, "plan": plan_hash, "replaces": list(replaces)}) + "\n"
         temporary = path.with_name(path.name + ".new")
         temporary.write_text(first, encoding="utf-8")
         temporary.replace(path)
@@ -70,19 +72,19 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class JournalHead:
-    """The first line of a journal."""
+    """The first line of a journal. ``plan_hash``: empty for what cannot be resumed."""
 
     plan_hash: str
-    replaces: bool
+    replaces: tuple[str, ...]
 
 
 def read_head(path: Path) -> JournalHead | None:
     """The first line; None where there is no journal. Raises ``OutputError`` where it cannot be understood."""
     try:
         with os.fdopen(open_regular(path, str(path)), "rb") as file:
-            head = json.loads(file.readline(4096))
+            head = json.loads(file.readline(_LONGEST_HEAD))
         if head["pxmerge_journal"] == _VERSION:
-            return JournalHead(str(head["plan"]), bool(head["replaces"]))
+            return JournalHead(str(head["plan"]), tuple(name for name in head["replaces"] if is_inside(name)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError, MalformedCheckpointError):

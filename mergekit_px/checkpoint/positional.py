@@ -149,3 +149,14 @@ def allocate(descriptor: int, size: int) -> None:
 def sync(descriptor: int) -> None:
     """``fdatasync``, or ``fsync`` where there is none."""
     getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a folder last, where the system allows folders to be synced. Raises ``OSError``."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

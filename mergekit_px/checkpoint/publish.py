@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_px._version import __version__
 from mergekit_px.checkpoint.destination import (
     CONFIG_FILE,
+    JOURNAL_FILE,
+    LOCK_FILE,
     LOCKFILE,
-    PART_SUFFIX,
+    PARTS_FOLDER,
     PUBLISHING_FILE,
     STAGE_FOLDER,
     STATE_FOLDER,
-    marks_of_completion,
-    weight_files,
+    Mode,
+    cannot_use,
+    check_mode,
+    output_state,
+    published_names,
+    recorded_files,
 )
 from mergekit_px.checkpoint.index import is_inside
+from mergekit_px.checkpoint.journal import Journal
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.layout import OutputLayout
-from mergekit_px.checkpoint.positional import sync
-from mergekit_px.errors import InputError, UsageError
+from mergekit_px.checkpoint.lock import DirectoryLock
+from mergekit_px.checkpoint.positional import sync, sync_directory
+from mergekit_px.checkpoint.replacement import replacement
+from mergekit_px.errors import InputError, UsageError, WriteError
 
 _LAST = (CONFIG_FILE, LOCKFILE)
 _PIECE = 1 << 20
@@ -107,58 +118,128 @@ def _pieces(source: bytes | Path) -> Iterator[bytes]:
         raise InputError(f"cannot be copied: {error.strerror or error}", where=str(source)) from error
 
 
-def put_in_place(
-    directory: Path, layout: OutputLayout, published: Mapping[str, PublishedFile], *, replaces: bool
-) -> None:
-    """Rename everything to its name: shards, side files, index, ``config.json``, lock file.
+def put_in_place(directory: Path, staged: Mapping[str, Path], replaces: Iterable[str]) -> None:
+    """Rename finished files to their names, in their order, after an older output is gone.
 
-    With ``replaces`` an older output goes first: what says that it is complete, then those of its shards that
-    are not overwritten. A marker tells ``withdraw`` that this was begun. Raises ``OSError``.
+    The names are noted first, for ``withdraw`` and for whoever starts over. The older output's lock file goes first
+    and the new one comes last, so that at no moment files of both look like one output. Raises ``OSError``.
     """
     state = directory / STATE_FOLDER
-    (state / PUBLISHING_FILE).touch()
-    sync_directory(state)
-    shards = {shard.file for shard in layout.shards}
-    if replaces:
-        for path in marks_of_completion(directory, layout.stem):
-            path.unlink(missing_ok=True)
-        sync_directory(directory)
-        for path in weight_files(directory, layout.stem):
-            if path.name not in shards:
-                path.unlink()
-    for name in shards:
-        (directory / f"{name}{PART_SUFFIX}").replace(directory / name)
-    sync_directory(directory)
-    for name in published:
-        if name in shards:
-            continue
+    with replacement(state / PUBLISHING_FILE) as file:
+        file.write("\0".join(staged).encode())
+    for name in sorted(replaces, key=_least_complete):
+        _remove(directory, name)
+    folders = {directory / name for name in staged}
+    for name, source in staged.items():
         target = directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name in _LAST:
-            sync_directory(directory)
-        (state / STAGE_FOLDER / name).replace(target)
-    sync_directory(directory)
+            _sync_all(folders, directory)
+        source.replace(target)
+    _sync_all(folders, directory)
 
 
-def withdraw(directory: Path, layout: OutputLayout) -> None:
-    """Undo a publication that was cut short: complete names become ``.part`` again. Raises ``OSError``."""
-    if not (directory / STATE_FOLDER / PUBLISHING_FILE).exists():
-        return
-    for path in marks_of_completion(directory, layout.stem):
-        path.unlink(missing_ok=True)
-    for shard in layout.shards:
-        final, part = directory / shard.file, directory / f"{shard.file}{PART_SUFFIX}"
-        if final.exists() and not part.exists():
+def _least_complete(name: str) -> int:
+    """What says that an output is complete is removed before the rest."""
+    return 0 if name == LOCKFILE else 1 if name.endswith(".json") else 2
+
+
+def _remove(directory: Path, name: str) -> None:
+    (directory / name).unlink(missing_ok=True)
+    if name == LOCKFILE:
+        sync_directory(directory)
+    for folder in (directory / name).parents:
+        if folder == directory:
+            break
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def _sync_all(files: Iterable[Path], directory: Path) -> None:
+    for folder in {directory, *(folder for file in files for folder in file.parents if directory in folder.parents)}:
+        if folder.is_dir():
+            sync_directory(folder)
+
+
+def withdraw(directory: Path, shards: Collection[str]) -> None:
+    """Undo a publication that was cut short: shards become parts again, the rest goes. Raises ``OSError``."""
+    state = directory / STATE_FOLDER
+    for name in sorted(published_names(directory), key=_least_complete):
+        final, part = directory / name, state / PARTS_FOLDER / name
+        if name in shards and final.exists() and not part.exists():
+            part.parent.mkdir(parents=True, exist_ok=True)
             final.replace(part)
-    (directory / STATE_FOLDER / PUBLISHING_FILE).unlink()
+        elif name not in shards:
+            _remove(directory, name)
+    (state / PUBLISHING_FILE).unlink(missing_ok=True)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames in a folder last, where the system allows folders to be synced. Raises ``OSError``."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
+def folder_lock(files: Mapping[str, PublishedFile]) -> bytes:
+    """``pxmerge.lock.json`` of what is no merge by a recipe: the files alone."""
+    listed = {name: {"size": file.size, "sha256": file.sha256} for name, file in files.items()}
+    document = {"pxmerge_lock": 1, "versions": {"pxmerge": __version__}, "files": listed}
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+@contextmanager
+def new_folder(directory: Path, *, overwrite: bool, record: bool = True) -> Iterator[Path]:
+    """An empty folder to write complete files in, which are then given their names in ``directory`` together.
+
+    Killed before that, the output is what it was; killed between two renames, no lock file is there, and ``new_folder``
+    says that the output is unfinished unless it may overwrite. An error leaves what was there before.
+
+    Args:
+        record: list the files in a lock file, by which they can be verified and replaced later.
+
+    Raises:
+        OutputError, OutputLockedError: as for a run.
+        WriteError: the disk refuses.
+    """
+    mode: Mode = "overwrite" if overwrite else "new"
+    state = directory / STATE_FOLDER
+    made = not directory.exists()
     try:
-        os.fsync(descriptor)
+        check_mode(directory, mode, "")
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = DirectoryLock.take(state / LOCK_FILE, str(directory))
+    except OSError as error:
+        raise cannot_use(directory, error) from error
+    stage_folder = state / STAGE_FOLDER
+    begun = False
+    try:
+        unfinished = check_mode(directory, mode, "") or output_state(directory).unfinished
+        begun = bool(published_names(directory))
+        older = unfinished.replaces if unfinished is not None else ()
+        replaces = {*recorded_files(directory), *published_names(directory), *older}
+        Journal.create(state / JOURNAL_FILE, "", replaces=sorted(replaces)).close()
+        shutil.rmtree(stage_folder, ignore_errors=True)
+        shutil.rmtree(state / PARTS_FOLDER, ignore_errors=True)
+        stage_folder.mkdir()
+        yield stage_folder
+        names = sorted(
+            (path.relative_to(stage_folder).as_posix() for path in stage_folder.rglob("*") if path.is_file()),
+            key=lambda name: (name.endswith(".json"), name),
+        )
+        if record:
+            files = {name: _synced(stage_folder / name) for name in names}
+            _write_staged(folder_lock(files), stage_folder / LOCKFILE)
+            names.append(LOCKFILE)
+        begun = True
+        put_in_place(directory, {name: stage_folder / name for name in names}, replaces)
+        begun = False
+    except OSError as error:
+        raise WriteError(f"the disk refused: {error.strerror or error}", where=str(directory)) from error
     finally:
-        os.close(descriptor)
+        # Between two renames the state stays, so that what is there is known to be unfinished.
+        if not begun:
+            shutil.rmtree(state, ignore_errors=True)
+        lock.release(remove=not begun)
+        if made and not begun:
+            with suppress(OSError):
+                directory.rmdir()
+
+
+def _synced(path: Path) -> PublishedFile:
+    with path.open("rb+") as file:
+        sync(file.fileno())
+        return PublishedFile(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())

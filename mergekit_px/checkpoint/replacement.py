@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mergekit_px.checkpoint.destination import PART_SUFFIX
-from mergekit_px.checkpoint.positional import sync
+from mergekit_px.checkpoint.positional import sync, sync_directory
 from mergekit_px.errors import WriteError
 
 
@@ -27,5 +27,6 @@ def replacement(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             sync(file.fileno())
         part.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
         raise WriteError(f"the disk refused: {error.strerror or error}", where=str(path)) from error

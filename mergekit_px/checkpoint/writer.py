@@ -21,7 +21,8 @@ from mergekit_px.checkpoint.destination import (
     INPUTS_FILE,
     JOURNAL_FILE,
     LOCK_FILE,
-    PART_SUFFIX,
+    LOCKFILE,
+    PARTS_FOLDER,
     PUBLISHING_FILE,
     STAGE_FOLDER,
     STATE_FOLDER,
@@ -29,10 +30,11 @@ from mergekit_px.checkpoint.destination import (
     cannot_use,
     check_mode,
     check_space,
-    weight_files,
+    published_names,
+    recorded_files,
 )
 from mergekit_px.checkpoint.file_pool import FilePool
-from mergekit_px.checkpoint.journal import FinishedRange, Journal, read_ranges
+from mergekit_px.checkpoint.journal import FinishedRange, Journal, read_head, read_ranges
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.layout import OutputLayout
 from mergekit_px.checkpoint.lock import DirectoryLock
@@ -41,12 +43,13 @@ from mergekit_px.checkpoint.publish import (
     PublishedCheckpoint,
     PublishedFile,
     SideFile,
+    folder_lock,
     put_in_place,
     stage,
     withdraw,
 )
 from mergekit_px.checkpoint.ranges import RangeSet
-from mergekit_px.errors import RunError, WriteError
+from mergekit_px.errors import OutputError, RunError, WriteError
 
 _VERIFY_PIECE = 8 << 20
 _JOURNAL_LINE = 64
@@ -78,7 +81,8 @@ class CheckpointWriter:
         self._finished = [RangeSet() for _ in layout.shards]
         self._written = 0
         self._dirty: set[int] = set()
-        self._replaces = mode == "overwrite"
+        self._replaces: tuple[str, ...] = ()
+        self._torn = False
         self._pool = FilePool(lambda file: open_positional(self._part(file), writable=True, portable=portable))
         self._disposable = False
         self._journal: Journal | None = None
@@ -108,14 +112,19 @@ class CheckpointWriter:
         journal_path = self._state / JOURNAL_FILE
         unfinished = check_mode(self.directory, mode, plan_hash)
         if mode == "overwrite":
-            self._discard()
-        if unfinished is not None:
-            withdraw(self.directory, self._layout)
+            self._replaces = self._older_files()
+            # Files that no lock lists are known from the state alone, so it stays until the new output is there.
+            self._torn = bool(published_names(self.directory))
+        if unfinished is None:
+            self._disposable = True
+            Journal.create(journal_path, plan_hash, replaces=self._replaces).close()
+            self._discard_work()
+        else:
+            withdraw(self.directory, {shard.file for shard in self._layout.shards})
             self._remove_staged()
         self._check_space()
         if unfinished is None:
-            self._disposable = True
-            self._journal = Journal.create(journal_path, plan_hash, replaces=self._replaces)
+            self._journal = Journal.reopen(journal_path)
         self._prepare_parts()
         if unfinished is not None:
             self._replaces = unfinished.replaces
@@ -127,6 +136,14 @@ class CheckpointWriter:
         )
         self._flusher = Flusher(self._sync, lambda: self._written)
 
+    def _older_files(self) -> tuple[str, ...]:
+        """What a finished output, or a run that was killed while it published, left under final names."""
+        with suppress(OutputError):
+            head = read_head(self._state / JOURNAL_FILE)
+            older = head.replaces if head is not None else ()
+            return tuple(dict.fromkeys([*recorded_files(self.directory), *published_names(self.directory), *older]))
+        return recorded_files(self.directory)
+
     def _check_space(self) -> None:
         need = sum(len(name) + _JOURNAL_LINE for name in self._layout.location)
         for shard in self._layout.shards:
@@ -135,6 +152,7 @@ class CheckpointWriter:
 
     def _prepare_parts(self) -> None:
         for number, shard in enumerate(self._layout.shards):
+            self._part(shard.file).parent.mkdir(parents=True, exist_ok=True)
             file = open_positional(self._part(shard.file), create=True)
             try:
                 file.allocate(shard.size)
@@ -246,10 +264,13 @@ class CheckpointWriter:
                 shard.file: PublishedFile(shard.size, digest)
                 for shard, digest in zip(self._layout.shards, hashes, strict=True)
             }
-            published = stage(self.directory, files, self._layout, shards)
-            put_in_place(self.directory, self._layout, published, replaces=self._replaces)
+            published = stage(self.directory, {LOCKFILE: folder_lock, **files}, self._layout, shards)
+            stage_folder = self._state / STAGE_FOLDER
+            staged = {name: self._part(name) if name in shards else stage_folder / name for name in published}
+            put_in_place(self.directory, staged, self._replaces)
         except OSError as error:
             raise self._refused(error, str(error.filename or self.directory)) from error
+        self._torn = False
         self._end(discard=True)
         return PublishedCheckpoint(self.directory, published)
 
@@ -286,7 +307,7 @@ class CheckpointWriter:
             self._journal.close()
             self._journal = None
         self._remove_staged()  # made anew by the next attempt, and it takes room
-        if discard:
+        if discard and not self._torn:
             with suppress(OSError):
                 self._discard()
         unfinished = (self._state / JOURNAL_FILE).exists()
@@ -297,11 +318,14 @@ class CheckpointWriter:
 
     def _discard(self) -> None:
         """Remove what an unfinished run consists of; the journal first, so that none is seen without its files."""
-        for name in (JOURNAL_FILE, INPUTS_FILE, PUBLISHING_FILE):
-            (self._state / name).unlink(missing_ok=True)
+        (self._state / JOURNAL_FILE).unlink(missing_ok=True)
+        (self._state / PUBLISHING_FILE).unlink(missing_ok=True)
+        self._discard_work()
+
+    def _discard_work(self) -> None:
+        (self._state / INPUTS_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self._state / PARTS_FOLDER, ignore_errors=True)
         self._remove_staged()
-        for part in weight_files(self.directory, self._layout.stem, PART_SUFFIX):
-            part.unlink()
 
     def _remove_staged(self) -> None:
         shutil.rmtree(self._state / STAGE_FOLDER, ignore_errors=True)
@@ -318,7 +342,7 @@ class CheckpointWriter:
                 file.sync()
 
     def _part(self, file: str) -> Path:
-        return self.directory / f"{file}{PART_SUFFIX}"
+        return self._state / PARTS_FOLDER / file
 
     def _refused(self, error: OSError, where: str) -> WriteError:
         return WriteError(

@@ -51,6 +51,7 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
     plan = build_plan(loaded, options.plan_options())
     if options.dry_run:
         show_plan(plan, output)
+        _note_output(plan, output)
         return 0
     push = plan.loaded.recipe.output.push
     if push is not None:
@@ -61,6 +62,23 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
     address = None if push is None else _publish(push, result, output)
     _report(result, plan, address, output)
     return 0
+
+
+def _note_output(plan: Plan, output: Output) -> None:
+    """Say what a run would find in the output folder."""
+    from mergekit_px.checkpoint.destination import check_mode
+    from mergekit_px.errors import OutputError
+    from mergekit_px.execute.finished import claims_result
+
+    if plan.output is None:
+        return
+    try:
+        check_mode(plan.output, plan.options.mode, plan.hash)
+    except OutputError as error:
+        if claims_result(plan):
+            output.note(f"note: {plan.output} is the result of this plan already, if its inputs did not change since")
+        else:
+            output.note(f"note: a run would be refused: {error}")
 
 
 def _run(plan: Plan, output: Output) -> RunResult:
@@ -110,8 +128,11 @@ def _publish(push: Push, result: RunResult, output: Output) -> str:
 def _report(result: RunResult, plan: Plan, address: str | None, output: Output) -> None:
     for warning in result.warnings:
         output.warning(warning)
+    if result.up_to_date:
+        output.note(f"up to date: {result.output} is the result of this plan already")
     moved = f"{show_bytes(result.bytes_read)} read, {show_bytes(result.bytes_written)} written"
-    output.note(f"{len(plan.items)} tensors in {show_seconds(result.seconds)}: {moved}")
+    if not result.up_to_date:
+        output.note(f"{len(plan.items)} tensors in {show_seconds(result.seconds)}: {moved}")
     if result.achieved is not None and result.bound_seconds is not None:
         bound = show_seconds(result.bound_seconds)
         output.note(f"{result.achieved:.0%} of what this machine can move (bound {bound})")
@@ -132,6 +153,7 @@ def _report(result: RunResult, plan: Plan, address: str | None, output: Output) 
             "achieved": result.achieved,
             "peak_memory": result.peak_memory,
             "pushed": address,
+            "up_to_date": result.up_to_date,
             "notes": list(result.notes),
             "warnings": list(result.warnings),
         }

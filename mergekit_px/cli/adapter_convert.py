@@ -59,7 +59,9 @@ def convert(
     from mergekit_px.adapters.convert import convert as write
 
     sink = output_for(json=json, quiet=quiet)
-    (require_new_folder if to == "peft" else require_new_file)(output, overwrite=overwrite)
+    (require_new_folder if to == "peft" else require_new_file)(
+        output, overwrite=overwrite, inputs=[adapter, *([base] if base else [])]
+    )
     source = find_adapter(adapter, allow_pickle=allow_pickle)
     names = None if base is None else find_model(base, sink, allow_pickle=allow_pickle)
     write(source, output, to, base=names, component=component, overwrite=overwrite)

@@ -86,6 +86,7 @@ def extract(
       pxmerge adapter extract ./base ./math --rank 8 --module-rank "*mlp*=32" --exclude "*embed*" "lm_head*"
     """
     from mergekit_px.adapters.extract import ExtractOptions, extract_adapter
+    from mergekit_px.checkpoint.identity import check_unchanged
 
     if rank is not None and energy is not None:
         raise UsageError("--rank and --energy exclude each other", hint="give one of them")
@@ -98,7 +99,7 @@ def extract(
         ranks = {"*": rank or 16} | dict(map(_module_rank, module_rank))
     options = ExtractOptions(rank=ranks, energy=energy, max_rank=max_rank, rest=rest, dtype=factor_dtype(dtype))
     sink = output_for(json=json, quiet=quiet)
-    require_new_folder(output, overwrite=overwrite)
+    require_new_folder(output, overwrite=overwrite, inputs=[base, tuned])
     models = [find_model(model, sink, allow_pickle=allow_pickle) for model in (base, tuned)]
     chosen = _chooser(include, exclude)
     _require_match(models[1], include, exclude)
@@ -106,6 +107,7 @@ def extract(
         found = extract_adapter(models[0], models[1], options, sources=(old, new))
     if not found.modules and not found.whole:
         raise UsageError("nothing to extract: no chosen tensor differs", where=tuned, hint="compare the two models")
+    check_unchanged(models)
     found.save(output, base_model_name=base if base_name is None else base_name, overwrite=overwrite)
     document = _document(found)
     if found.dropped:

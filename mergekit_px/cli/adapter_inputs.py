@@ -94,24 +94,30 @@ def find_model(reference: str, output: Output, *, allow_pickle: bool = False) ->
     return fetched.checkpoint
 
 
-def require_new_folder(folder: Path, *, overwrite: bool) -> None:
-    """Refuse before the work what would fail after it. Raises ``OutputError``."""
+def require_new_folder(folder: Path, *, overwrite: bool, inputs: Sequence[str] = ()) -> None:
+    """Refuse before the work what would fail after it, and an output that is an input. Raises ``OutputError``."""
+    from mergekit_px.checkpoint.destination import check_mode
+
+    _require_apart(folder, inputs)
+    check_mode(folder, "overwrite" if overwrite else "new", "")
+
+
+def require_new_file(file: Path, *, overwrite: bool, inputs: Sequence[str] = ()) -> None:
+    """Refuse before the work what would fail after it, and an output that is an input. Raises ``OutputError``."""
     from mergekit_px.errors import OutputError
 
-    if folder.exists() and not folder.is_dir():
-        raise OutputError("is a file, and a folder is to be written", where=str(folder), hint="give another name")
-    if folder.is_dir() and not overwrite and any(folder.iterdir()):
-        raise OutputError("the folder is not empty", where=str(folder), hint="give another, or --overwrite")
-
-
-def require_new_file(file: Path, *, overwrite: bool) -> None:
-    """Refuse before the work what would fail after it. Raises ``OutputError``."""
-    from mergekit_px.errors import OutputError
-
+    _require_apart(file, inputs)
     if file.is_dir():
         raise OutputError("is a folder, and a file is to be written", where=str(file), hint="give another name")
     if file.exists() and not overwrite:
         raise OutputError("there is such a file already", where=str(file), hint="give another, or --overwrite")
+
+
+def _require_apart(output: Path, inputs: Sequence[str]) -> None:
+    from mergekit_px.checkpoint.destination import check_apart
+
+    paths = [Path(reference).expanduser() for reference in inputs]
+    check_apart(output, [path for path in paths if path.exists()])
 
 
 def plain_numbers(words: Sequence[str] | None, count: int, of: str) -> list[float] | None:

@@ -124,6 +124,8 @@ def merge(
     from mergekit_px.adapters.merge import merge_adapters
     from mergekit_px.adapters.merge_options import MergeOptions
     from mergekit_px.adapters.save import LORA_FILE
+    from mergekit_px.checkpoint.identity import check_unchanged
+    from mergekit_px.checkpoint.publish import new_folder
 
     _check(options, into, base)
     given = plain_numbers(weights, len(adapters), "adapters")
@@ -157,16 +159,18 @@ def merge(
     if is_file and to == "peft":
         raise UsageError("a PEFT adapter is a folder", where=str(output), hint="give a name without .safetensors")
     folder = output if into is None else output.with_name(f"{output.name}-adapter")
+    inputs = [*adapters, *(model for model in (into, base) if model is not None)]
     if is_file:
-        require_new_file(output, overwrite=replace)
-    elif not replace:
-        require_new_folder(output, overwrite=False)
-        require_new_folder(folder, overwrite=False)
+        require_new_file(output, overwrite=replace, inputs=inputs)
+    else:
+        for place in {output, folder}:
+            require_new_folder(place, overwrite=replace, inputs=inputs)
     sink = output_for(json=options.json, quiet=options.quiet)
     opened = [find_adapter(adapter, allow_pickle=options.allow_pickle) for adapter in adapters]
     model = into or base
     checkpoint = None if model is None else find_model(model, sink, allow_pickle=options.allow_pickle)
     merged = merge_adapters(opened, settings, base=checkpoint, binding=binding.bind_options())
+    check_unchanged([*(adapter.checkpoint for adapter in opened), *([checkpoint] if checkpoint else [])])
     if len(merged.base_models) > 1:
         sink.warning(
             f"the adapters are for different bases ({', '.join(merged.base_models)}); the merged one names none"
@@ -176,8 +180,11 @@ def merge(
         raise UsageError(
             "these adapters become a PEFT folder", where=str(output), hint="give a folder, or --to kohya or diffusers"
         )
-    file = output if is_file or written == "peft" else output / LORA_FILE
-    merged.save(folder if written == "peft" else file, to=written, overwrite=replace)
+    if is_file or written == "peft":
+        merged.save(output if is_file else folder, to=written, overwrite=replace)
+    else:
+        with new_folder(output, overwrite=replace) as staged:
+            merged.save(staged / LORA_FILE, to=written)
     if into is not None:
         sink.note(_summary(merged))
         # the other choices are in the merged adapter

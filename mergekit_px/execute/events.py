@@ -32,6 +32,7 @@ class RunResult:
         bound_seconds: the least time that this machine needs for the bytes moved; None where it was not measured.
         peak_memory: of the process, in bytes.
         notes: what the plan has to say.
+        up_to_date: nothing was done, since the output was the result already.
         warnings: what the methods warned about, one line for each kind however many tensors it befell.
     """
 
@@ -44,6 +45,7 @@ class RunResult:
     peak_memory: int
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    up_to_date: bool = False
 
     @property
     def achieved(self) -> float | None:

@@ -12,14 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mergekit_px.checkpoint.destination import check_mode
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
 from mergekit_px.checkpoint.writer import CheckpointWriter
-from mergekit_px.errors import PlanError, UsageError
+from mergekit_px.errors import OutputError, PlanError, UsageError
 from mergekit_px.execute import bandwidth
 from mergekit_px.execute.allocator import keep_freed_memory
 from mergekit_px.execute.events import Progress, Report, RunResult
+from mergekit_px.execute.finished import claims_result, finished_files
 from mergekit_px.execute.items import Execution, Sink
 from mergekit_px.execute.lane import Lane, pick_device
 from mergekit_px.execute.provenance import CARD_FILE, LOCK_FILE, RECIPE_FILE, InputHashes, card, lock_file
@@ -46,7 +48,18 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
     """
     if plan.output is None:
         raise UsageError("a merge in memory has no output folder; use merge_state_dicts")
-    plan = fetch_inputs(plan, progress)
+    started = time.perf_counter()
+    try:
+        check_mode(plan.output, plan.options.mode, plan.hash)
+        plan = fetch_inputs(plan, progress)
+    except OutputError:
+        if not claims_result(plan):
+            raise
+        plan = fetch_inputs(plan, progress)
+        files = finished_files(plan, _settled_files(plan))
+        if files is None:
+            raise
+        return _up_to_date(plan, files, time.perf_counter() - started)
     assert plan.output is not None
     started = time.perf_counter()
     reporter = _Reporter(plan, progress)
@@ -79,6 +92,11 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
         notes=plan.notes,
         warnings=warnings.lines(),
     )
+
+
+def _up_to_date(plan: Plan, files: Mapping[str, str], seconds: float) -> RunResult:
+    assert plan.output is not None
+    return RunResult(plan.output, files, seconds, 0, 0, None, peak_memory(), plan.notes, up_to_date=True)
 
 
 def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance: Callable[[str, int], None]) -> None:
@@ -184,6 +202,15 @@ def _depth(node: Apply) -> int:
 
 
 def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
+    files = _settled_files(plan)
+    files[CARD_FILE] = card(plan)
+    files[RECIPE_FILE] = recipe_text(plan.loaded)
+    files[LOCK_FILE] = lambda published: lock_file(plan, hashes.result(), published)
+    return files
+
+
+def _settled_files(plan: Plan) -> dict[str, SideFile]:
+    """What lies beside the weights and follows from the plan and the inputs alone."""
     files: dict[str, SideFile] = {}
     for name, donor in plan.side_files.items():
         model, _, number = donor.partition("#")
@@ -195,9 +222,6 @@ def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
         files["chat_template.jinja"] = plan.loaded.recipe.output.chat_template.encode()
     if plan.config is not None:
         files["config.json"] = config_text(plan.config)
-    files[CARD_FILE] = card(plan)
-    files[RECIPE_FILE] = recipe_text(plan.loaded)
-    files[LOCK_FILE] = lambda published: lock_file(plan, hashes.result(), published)
     return files
 
 

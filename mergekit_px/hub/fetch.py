@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from mergekit_px.checkpoint.destination import output_state
+from mergekit_px.checkpoint.publish import new_folder
 from mergekit_px.errors import DiskSpaceError, OutputError
 from mergekit_px.hub.client import cache_folder, is_offline, quiet_client
 from mergekit_px.hub.files import WeightFiles, download, small_files, weight_files
@@ -68,15 +70,15 @@ def pull(
     """Resolve, pin and fetch ``org/name[@revision]``; the folder in the cache, named by the commit.
 
     Args:
-        local_dir: where to put a copy that depends on no cache; must not exist yet, or be empty. Then this
-            is the folder returned.
+        local_dir: where to put a copy that depends on no cache; new or empty, or with a copy that was
+            cut short. Then this is the folder returned.
 
     Raises:
         UsageError: not a repository.
         OutputError: ``local_dir`` cannot be used.
         HubError, InputError, DiskSpaceError: see `fetch`.
     """
-    if local_dir is not None and local_dir.exists() and (local_dir.is_file() or any(local_dir.iterdir())):
+    if local_dir is not None and (state := output_state(local_dir)).occupied and state.unfinished is None:
         raise OutputError("this is not an empty folder", where=str(local_dir), hint="name a new one")
     resolved = resolve(parse_repository(repository))
     folder = fetch(resolved, allow_pickle=allow_pickle, progress=progress)
@@ -170,18 +172,13 @@ def _remember(resolved: ResolvedRepo) -> None:
 
 
 def _copy(folder: Path, local_dir: Path, names: tuple[str, ...]) -> Path:
-    """Copies through the cache's links into a folder that appears only when it is whole."""
-    fresh = local_dir.absolute().with_name(f".{local_dir.name}.{os.getpid()}.part")
-    try:
+    """Copies through the cache's links into a folder whose files appear when all are there."""
+    # What a pull left that was killed at its end is replaced.
+    unfinished = output_state(local_dir).unfinished
+    overwrite = unfinished is not None and not unfinished.plan_hash
+    with new_folder(local_dir, overwrite=overwrite, record=False) as staged:
         for name in names:
-            target = fresh / name
+            target = staged / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, target)
-        if local_dir.exists():
-            local_dir.rmdir()
-        fresh.rename(local_dir)
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror}", where=str(local_dir)) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return local_dir

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergekit_px.checkpoint.destination import check_apart
 from mergekit_px.checkpoint.dtypes import DType, parse_dtype
 from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
 from mergekit_px.checkpoint.side_files import TOKENIZER_FILES
@@ -149,33 +150,19 @@ def _require_unicode(output: Path) -> None:
 
 
 def check_output(plan: Plan, output: Path) -> None:
-    """Refuse an output inside an input, in use, or on a full disk.
+    """Refuse an output that touches an input, is a file, or does not fit on the disk. What is in it is for the run.
 
     Raises:
         OutputError, DiskSpaceError
     """
-    place = output.resolve()
     for source in plan.inputs.values():
-        directory = source.checkpoint.directory
-        if directory is not None and source.repo is None:
-            home = directory.resolve()
-            alone = Path(source.reference).expanduser().is_file()  # a folder beside a file changes nothing of it
-            if place == home or (home in place.parents and not alone):
-                raise OutputError(
-                    f"the output folder is input '{source.name}' or inside it",
-                    where=str(output),
-                    hint="write somewhere else; inputs are never changed",
-                )
+        places = [Path(source.reference).expanduser(), *(Path(adapter.label) for adapter in source.adapters)]
+        if source.repo is None and source.checkpoint.directory is not None and not places[0].exists():
+            places.append(source.checkpoint.directory)
+        check_apart(output, [place for place in places if place.exists()])
     if output.exists() and not output.is_dir():
         raise OutputError("the output is a file, not a folder", where=str(output), hint="give a folder with -o")
-    if plan.options.mode == "new" and output.is_dir() and any(output.iterdir()):
-        unfinished = (output / ".pxmerge").is_dir()
-        raise OutputError(
-            "the folder holds an unfinished run" if unfinished else "the output folder is not empty",
-            where=str(output),
-            hint="go on with --resume or start again with --overwrite" if unfinished else "replace it with --overwrite",
-        )
-    existing = next(parent for parent in (place, *place.parents) if parent.exists())
+    existing = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if plan.options.mode == "new" and free < plan.bytes_written:
         raise DiskSpaceError(

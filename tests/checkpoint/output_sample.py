@@ -60,8 +60,11 @@ def expected_files(layout: OutputLayout) -> dict[str, bytes]:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
+    """All files but the lock file, which lists them."""
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "pxmerge.lock.json"
     }
 
 

@@ -68,37 +68,68 @@ def test_killed_while_writing_again_and_again(tmp_path) -> None:
     assert files_in(tmp_path) == COMPLETE
 
 
-@pytest.mark.parametrize("renames", range(7))
+@pytest.mark.parametrize("renames", range(9))
 def test_killed_while_publishing(tmp_path, renames) -> None:
-    # Three shards, then tokenizer, index and config.
+    # The list of names, three shards, then tokenizer, index, config and lock file.
     status, _ = child(tmp_path, "new", renames, "publish")
-    if renames >= 6:
+    if renames >= 8:
         assert status == 0 and files_in(tmp_path) == COMPLETE
         return
     assert status == -signal.SIGKILL
-    assert not (tmp_path / "config.json").exists()
+    assert not (tmp_path / "pxmerge.lock.json").exists()
     assert output_state(tmp_path).unfinished is not None
     assert finish(tmp_path) == 0
     assert files_in(tmp_path) == COMPLETE and not (tmp_path / ".pxmerge").exists()
 
 
-@pytest.mark.parametrize("renames", [0, 1, 3, 5])
+@pytest.mark.parametrize("renames", [1, 2, 4, 6])
 def test_killed_while_replacing_an_older_output(tmp_path, renames) -> None:
-    old = older_output(tmp_path)
+    older_output(tmp_path)
     status, _ = child(tmp_path, "overwrite", renames, "publish")
     assert status == -signal.SIGKILL
     assert not (tmp_path / "config.json").exists() and not (tmp_path / "model-00001-of-00004.safetensors").exists()
     assert finish(tmp_path) == 0
-    assert files_in(tmp_path) == COMPLETE | {name: old[name] for name in ("notes.txt", "modelling.safetensors")}
+    assert files_in(tmp_path) == COMPLETE and not (tmp_path / "1_Pooling").exists()
+
+
+@pytest.mark.parametrize("renames", [0, 1, 3, 5])
+def test_killed_while_replacing_and_overwritten_again(tmp_path, renames) -> None:
+    older_output(tmp_path)
+    child(tmp_path, "overwrite", renames, "publish")
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="also holds mine"):
+        CheckpointWriter(tmp_path, LAYOUT, "plan-2", mode="overwrite")
+    (tmp_path / "mine").unlink()
+    with CheckpointWriter(tmp_path, LAYOUT, "plan-2", mode="overwrite"):
+        pass  # ended before its first byte
+    finish(tmp_path, mode="overwrite")
+    assert files_in(tmp_path) == COMPLETE and not (tmp_path / ".pxmerge").exists()
+
+
+def test_overwriting_leaves_folders_alone_that_hold_other_files(tmp_path) -> None:
+    old = older_output(tmp_path)
+    others = ["deep/er/notes.txt", "modelling.safetensors", "notes.txt", "zzz"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=r"deep/er/notes\.txt, modelling\.safetensors, notes\.txt and 1 more"):
+        CheckpointWriter(tmp_path, LAYOUT, PLAN, mode="overwrite")
+    assert {name: data for name, data in files_in(tmp_path).items() if name not in others} == old
+    (tmp_path / "pxmerge.lock.json").unlink()
+    with pytest.raises(OutputError, match="also holds 1_Pooling/config"):
+        CheckpointWriter(tmp_path, LAYOUT, PLAN, mode="overwrite")
+    assert not (tmp_path / ".pxmerge").exists()
 
 
 def older_output(folder: Path) -> dict[str, bytes]:
-    """An output of an earlier save, split into four, beside files that are none of its business."""
+    """An output of an earlier save, split into four."""
     old = {f"model-0000{number}-of-00004.safetensors": b"old" for number in range(1, 5)}
-    old |= {"model.safetensors.index.json": b"{}", "config.json": b"{}", "pxmerge.lock.json": b"{}"}
-    old |= {"tokenizer.json": b"old", "notes.txt": b"mine", "modelling.safetensors": b"mine too"}
+    old |= {"model.safetensors.index.json": b"{}", "config.json": b"{}", "chat_template.jinja": b"old"}
+    old |= {"1_Pooling/config.json": b"{}", "tokenizer.json": b"old"}
     for name, data in old.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
+    (folder / "pxmerge.lock.json").write_text(json.dumps({"files": {name: {"sha256": ""} for name in old}}))
     return old
 
 
@@ -109,12 +140,12 @@ def test_overwriting_keeps_the_old_output_whole_until_the_new_one_is(tmp_path) -
     assert {name: data for name, data in files_in(tmp_path).items() if name in old} == old
     # The continued run still knows that it replaces something.
     finish(tmp_path)
-    assert files_in(tmp_path) == COMPLETE | {"notes.txt": b"mine", "modelling.safetensors": b"mine too"}
+    assert files_in(tmp_path) == COMPLETE
 
 
 def test_overwriting_starts_over(tmp_path) -> None:
     unfinished(tmp_path)
-    (tmp_path / "model-00007-of-00009.safetensors.part").write_bytes(b"of another plan")
+    (tmp_path / ".pxmerge" / "parts" / "model-00007-of-00009.safetensors").write_bytes(b"of another plan")
     assert finish(tmp_path, mode="overwrite") == sum(len(data) for _, _, data in ALL)
     assert files_in(tmp_path) == COMPLETE
     assert finish(tmp_path, mode="overwrite") > 0
@@ -166,7 +197,7 @@ def test_damaged_ranges_are_written_again(tmp_path) -> None:
     unfinished(tmp_path)
     name, start, data = ALL[0]
     number, offset, _ = LAYOUT.location[name]
-    with (tmp_path / f"{LAYOUT.shards[number].file}.part").open("r+b") as part:
+    with (tmp_path / ".pxmerge" / "parts" / LAYOUT.shards[number].file).open("r+b") as part:
         part.seek(offset + start)
         part.write(bytes([data[0] ^ 1]))
     with CheckpointWriter(tmp_path, LAYOUT, PLAN, mode="resume") as writer:
@@ -178,7 +209,7 @@ def test_damaged_ranges_are_written_again(tmp_path) -> None:
 @pytest.mark.parametrize("how", ["removed", "cut", "grown", "header"])
 def test_damaged_shards(tmp_path, how) -> None:
     unfinished(tmp_path, 100)
-    part = tmp_path / f"{LAYOUT.shards[0].file}.part"
+    part = tmp_path / ".pxmerge" / "parts" / LAYOUT.shards[0].file
     if how == "removed":
         part.unlink()
     elif how == "cut":

@@ -260,7 +260,7 @@ def test_inspect_says_why_an_adapter_cannot_be_merged(run, models) -> None:
         ("apply one two", 2, "is an adapter itself"),
         ("apply base math", 3, "is this a model, and no adapter?"),
         ("inspect math", 3, "is this a model, and no adapter?"),
-        ("merge one two -o one", 4, "not empty"),
+        ("merge one two -o one", 4, "inputs are never changed"),
         ("extract base math --rank 2 --energy 0.9", 2, "exclude each other"),
         ("extract base math --energy 1.5", 2, "1.5"),
         ("extract base math --max-rank 3", 2, "--energy"),

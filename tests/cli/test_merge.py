@@ -172,8 +172,13 @@ def test_quiet_prints_the_folder_alone(run, models, recipe: Path) -> None:
 def test_a_full_folder_is_kept_unless_it_is_to_be_replaced(run, models, recipe: Path) -> None:
     assert run("run", recipe, "-q").code == 0
     again = run("run", recipe)
-    assert (again.code, again.stdout) == (4, "")
-    assert "--overwrite" in again.stderr
+    assert (again.code, again.stdout) == (0, "from-recipe\n")
+    assert "up to date" in again.stderr
+    other = run("run", recipe, "--set", "merge.sources.math=1.0")
+    assert (other.code, other.stdout) == (4, "")
+    assert "--overwrite" in other.stderr
+    planned = run("plan", recipe, "--set", "merge.sources.math=1.0")
+    assert planned.code == 0 and "a run would be refused" in planned.stderr
     assert run("run", recipe, "--overwrite", "--set", "merge.sources.math=1.0").code == 0
     assert_equal(merged("from-recipe"), combined(models, base=-0.4, math=1, code=0.4))
 

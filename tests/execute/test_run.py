@@ -312,7 +312,7 @@ def test_a_run_that_is_ended_goes_on_to_the_same_bytes(
     assert process.returncode != 0
     assert not (out / "model.safetensors").exists()
     with pytest.raises(OutputError, match="--resume"):
-        plan_of(data, out)
+        merge(data, out)
     merge(data, out, mode="resume")
     assert digest(out) == digest(tmp_path / "whole")
 
@@ -341,13 +341,16 @@ def test_fifty_thousand_tiny_tensors_cost_seconds(tmp_path: Path) -> None:
 
 
 def _stopped_run(data: dict[str, Any], out: Path) -> None:
-    """Leave a run that was killed after a few tensors."""
+    """Leave a run that was killed after a few tensors, when its inputs had been hashed."""
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, json.dumps(data), str(out), "new"], stderr=subprocess.PIPE
     )
     journal = out / ".pxmerge" / "journal.jsonl"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (journal.exists() and journal.read_bytes().count(b"\n") > 4):
+    inputs = out / ".pxmerge" / "inputs.json"
+    while time.monotonic() < deadline:
+        if journal.exists() and journal.read_bytes().count(b"\n") > 4 and b"null" not in inputs.read_bytes():
+            break
         time.sleep(0.01)
     process.kill()
     process.communicate(timeout=30)
@@ -411,3 +414,24 @@ def test_the_lock_names_the_hashes_of_all_inputs(models: tuple[Path, dict[str, T
     for name, entry in inputs.items():
         raw = (folder / name / "model.safetensors").read_bytes()
         assert entry["files"]["model.safetensors"]["sha256"] == hashlib.sha256(raw).hexdigest()
+
+
+def test_an_output_that_is_the_result_already_is_left_as_it_is(tmp_path: Path) -> None:
+    make_models(tmp_path / "models")
+    data, out = recipe(tmp_path / "models", STEPS["linear"]), tmp_path / "out"
+    merge(data, out)
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    for mode in ("new", "resume"):
+        result = run_plan(plan_of(data, out, mode=mode), measure_bound=False)
+        assert result.up_to_date and (out / "model.safetensors").stat().st_mtime_ns == before
+        assert "model.safetensors" in result.files
+    with pytest.raises(OutputError, match="not empty"):
+        run_plan(plan_of(recipe(tmp_path / "models", STEPS["slerp"]), out), measure_bound=False)
+    with (out / "config.json").open("a") as config:
+        config.write(" ")  # the output is not what was written
+    with pytest.raises(OutputError, match="not empty"):
+        run_plan(plan_of(data, out), measure_bound=False)
+    assert not run_plan(plan_of(data, out, mode="overwrite"), measure_bound=False).up_to_date
+    _retrain(tmp_path / "models" / "fine0" / "model.safetensors", keep_times=True)
+    with pytest.raises(OutputError, match="not empty"):
+        run_plan(plan_of(data, out), measure_bound=False)
