@@ -28,13 +28,13 @@ class Binding(Mapping[str, Patch]):
 
     Attributes:
         config_updates: fields of the base's config.json that must change with the tensors, nested as in the file.
-        modules: the adapter's name for the module of each target of the adapter proper.
+        modules: the adapter's module for each target of the adapter proper.
         left_out: adapter tensors that belong to another component of a pipeline than the one bound.
     """
 
     patches: Mapping[str, Patch]
     config_updates: Mapping[str, Any] = field(default_factory=dict)
-    modules: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, Module] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
     def __getitem__(self, target: str) -> Patch:
@@ -108,8 +108,7 @@ class Adapter:
             trained_tied=self.config.flag("ensure_weight_tying"),
             where=self.config.where,
         )
-        names = {target: module.name for target, module in owners.items()}
-        return Binding(patches, config_updates(base.config, patches, untied=untied), names, left_out)
+        return Binding(patches, config_updates(base.config, patches, untied=untied), owners, left_out)
 
     def _both_fit(self, one: Module, other: Module, target: str) -> AdapterError:
         names = [f"{module.component}: {module.name}" if module.component else module.name for module in (one, other)]

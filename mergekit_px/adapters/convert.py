@@ -21,15 +21,15 @@ def convert(
     to: Format,
     *,
     base: Checkpoint | None = None,
-    component: str = "unet",
+    component: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write ``adapter`` in another format.
 
     Args:
         base: needed to give names with underscores their dots back.
-        component: what the modules belong to where the adapter does not say; for ``peft``, the component to take
-            of a file that has several.
+        component: what the modules belong to where the adapter does not say (``unet`` if left out); for ``peft``,
+            the component to take of a file that has several.
 
     Raises AdapterError for what the other format cannot hold; OutputError, WriteError.
     """
@@ -41,13 +41,13 @@ def convert(
         )
     modules = read_lora_modules(adapter, base)
     if to == "kohya":
-        save_kohya(path, modules, component=component, overwrite=overwrite)
+        save_kohya(path, modules, component=component or "unet", overwrite=overwrite)
         return
     if to == "diffusers":
-        save_diffusers(path, modules, component=component, overwrite=overwrite)
+        save_diffusers(path, modules, component=component or "unet", overwrite=overwrite)
         return
     components = {module.component for module in modules}
-    if len(components) > 1:
+    if len(components) > 1 and component is not None:
         modules = [module for module in modules if module.component == component]
         if not modules:
             raise AdapterError(

@@ -48,15 +48,14 @@ def save_peft(
     Raises OutputError where files are in the way, AdapterError for names that PEFT cannot have, WriteError.
     """
     tensors: dict[str, torch.Tensor] = dict(whole or {})
-    taken: dict[str, str | None] = {}
+    components = sorted({module.component or "no part" for module in modules})
+    if len(components) > 1:
+        raise AdapterError(
+            f"the modules are of {', '.join(components)}",
+            hint="a PEFT adapter is of one part: name it with --component, or write kohya or diffusers",
+        )
     for module in modules:
         _require_dots(module)
-        if module.name in taken:
-            raise AdapterError(
-                f"{shown(module.name)} is in {taken[module.name]} and in {module.component}",
-                hint="a PEFT adapter is of one part: name it with --component",
-            )
-        taken[module.name] = module.component
         prefix = f"base_model.model.{module.name}"
         if module.embedding:
             tensors |= {f"{prefix}.lora_embedding_A": module.a, f"{prefix}.lora_embedding_B": module.b}

@@ -104,6 +104,15 @@ def parse_names(tensors: Mapping[str, StoredTensor], where: str) -> dict[str, Mo
         if role == "alpha" and tensor.elements != 1:
             raise AdapterError(f"{shown(key)} is {list(tensor.shape)}, not one number", where=where)
         found[place][role] = tensor
+    prefixes: dict[tuple[str | None, str], str | None] = {}
+    for place in found:
+        first = prefixes.setdefault((place.component, place.path), place.prefix)
+        if first != place.prefix:
+            raise AdapterError(
+                f"{shown(place.path)} is there as {first or 'a name with dots'} and as {place.prefix}",
+                where=where,
+                hint="both mean one module; keep one of them",
+            )
     return {
         f"{place.component}:{place.path}" if place.component else place.path: Module(
             place.path, roles, component=place.component, flat=place.flat, prefix=place.prefix

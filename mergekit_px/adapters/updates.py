@@ -166,10 +166,11 @@ class BoundUpdates:
         kernel = patch.out_shape[2:]
         shape = patch.out_shape if not turned else patch.out_shape[::-1]
         floating = [tensor.dtype for tensor in factors.values() if tensor.is_floating_point()]
-        module = self.adapter.keys.modules.get(self._binding.modules[name])
+        module = self._binding.modules.get(name)
         times = repeats(module, self._options) if module is not None else 1
         return Update(
-            _written_name(module, times) if module is not None else self._binding.modules[name],
+            # The base has the dots that a flat name lacks.
+            name.removesuffix(".weight") if module is None or module.flat else _written_name(module, times),
             matrix,
             shape if not kernel else patch.out_shape,
             matrix.rank,

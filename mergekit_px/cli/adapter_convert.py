@@ -25,8 +25,10 @@ NamesFrom = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Gives names with underscores their dots back.")
 ]
 Component = Annotated[
-    str,
-    typer.Option("--component", metavar="NAME", help="Part of a pipeline: unet, transformer, text_encoder, ..."),
+    str | None,
+    typer.Option(
+        "--component", metavar="NAME", help="Part of a pipeline: unet, text_encoder, ...  [default: unet, where unsaid]"
+    ),
 ]
 
 
@@ -35,7 +37,7 @@ def convert(
     output: Target,
     to: Format,
     base: NamesFrom = None,
-    component: Component = "unet",
+    component: Component = None,
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
     json: Json = False,

@@ -291,3 +291,19 @@ def test_what_a_format_has_no_name_for_is_refused(name: str, save: object, messa
     with pytest.raises(AdapterError, match=message):
         save(tmp_path / "a.safetensors", [LoraModule(name, numbers(2, 6), numbers(8, 2), alpha=2.0)])  # type: ignore[operator]
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_two_spellings_of_one_module_are_refused(tmp_path: Path) -> None:
+    path = lora_file(tmp_path / "a.safetensors", ["lora_te_fc1", "lora_te1_fc1"])
+    with pytest.raises(AdapterError, match="both mean one module"):
+        open_adapter(path)
+
+
+def test_a_peft_folder_is_of_one_part_that_is_asked_for(tmp_path: Path) -> None:
+    loras = [LoraModule(f"{part}.proj", numbers(2, 6), numbers(8, 2), alpha=2.0, component=part) for part in ("unet", "text_encoder")]  # fmt: skip  # noqa: E501
+    save_diffusers(tmp_path / "a.safetensors", loras)
+    with pytest.raises(AdapterError, match="of one part: name it with --component"):
+        convert(open_adapter(tmp_path / "a.safetensors"), tmp_path / "peft", "peft")
+    assert not (tmp_path / "peft").exists()
+    convert(open_adapter(tmp_path / "a.safetensors"), tmp_path / "peft", "peft", component="unet")
+    assert {name.split(".")[2] for name in load_file(tmp_path / "peft" / "adapter_model.safetensors")} == {"unet"}
