@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ _ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bia
 _OLD_ATTENTION = re.compile(
     r"^(.+?)(\.processor)?\.(to_q|to_k|to_v|to_out|add_k_proj|add_v_proj)_lora\.(down|up)\.weight$"
 )
+_TELLING = re.compile(r"[._](lora[._]|hada_w|lokr_w|oft_blocks)")
 _METADATA_KEY = "lora_adapter_metadata"
 
 
@@ -85,6 +86,15 @@ def open_single_file(path: Path, label: str, *, allow_pickle: bool) -> Adapter:
     config = AdapterConfig(kind, _metadata(checkpoint.metadata, label), label)
     family = Family(frozenset(ROLES.values()), lycoris.bind)
     return Adapter(label, checkpoint, config, family, ParsedKeys(modules))
+
+
+def is_adapter_file(names: Collection[str]) -> bool:
+    """Whether every tensor of a file has the name of an adapter's, and some have one that no model uses."""
+    endings = tuple(f".{role}" for role in ROLES)
+    telling = any(_TELLING.search(name) for name in names)
+    return telling and all(
+        _OLD_ATTENTION.match(name) or _ADAPTER_NAME.sub(r".\1\2", name).endswith(endings) for name in names
+    )
 
 
 def parse_names(tensors: Mapping[str, StoredTensor], where: str) -> dict[str, Module]:

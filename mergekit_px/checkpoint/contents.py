@@ -76,7 +76,8 @@ class Checkpoint:
         files: the weight files by name.
         tensors: by name, in the order of the files, then of the bytes.
         config: ``config.json`` parsed; None where there is none.
-        side_files: the carried files that are present, relative to the folder.
+        side_files: the files that travel with the weights, relative to the folder.
+        left_behind: file, or folder with a slash -> why it does not travel.
         kind: how the bytes are kept.
     """
 
@@ -86,6 +87,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Any] | None = None
     side_files: tuple[str, ...] = ()
+    left_behind: Mapping[str, str] = field(default_factory=dict)
     kind: Literal["safetensors", "pickle", "memory"] = "safetensors"
 
     @property

@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile, FileIdentity, StoredTensor
+from mergekit_px.checkpoint.file_kind import file_kind
 from mergekit_px.checkpoint.header import Header, parse_header, read_raw_header
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, LARGEST_INDEX, check_index, index_name, parse_index
 from mergekit_px.checkpoint.json_text import read_object, shown
-from mergekit_px.checkpoint.selection import MODEL_FILE, PICKLE_SUFFIXES, Selection, select_weights
+from mergekit_px.checkpoint.selection import (
+    MODEL_FILE,
+    PICKLE_SUFFIXES,
+    TRAINER_STATE,
+    Selection,
+    missing_shards,
+    select_weights,
+)
+from mergekit_px.checkpoint.side_files import SideFiles, is_weights
 from mergekit_px.checkpoint.side_files import side_files as find_side_files
 from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError
 from mergekit_px.small_files import read_small_file
@@ -63,7 +72,7 @@ def checkpoint_from_headers(
     header_hashes: Mapping[str, str],
     index: bytes | None,
     config: Mapping[str, Any] | None,
-    side_files: Sequence[str],
+    side_files: SideFiles,
     *,
     directory: Path | None = None,
     identities: Mapping[str, FileIdentity] | None = None,
@@ -112,18 +121,36 @@ def checkpoint_from_headers(
         file: CheckpointFile(file, sizes[file], header.metadata, header_hashes[file], (identities or {}).get(file))
         for file, header in headers.items()
     }
-    return Checkpoint(label, directory, files, tensors, config, tuple(side_files))
+    return Checkpoint(label, directory, files, tensors, config, side_files.carried, side_files.left_behind)
+
+
+def check_numbers(files: Iterable[str], label: str, index_file: str | None) -> None:
+    """Refuse shards whose numbers say that one is missing. Raises ``MalformedCheckpointError``."""
+    missing = missing_shards(files)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        said = "the numbers of the shards speak of" if index_file is None else f"{index_file} leaves out"
+        raise MalformedCheckpointError(
+            f"{said} {missing[0]}{more}, which would be missing from the model",
+            where=label,
+            hint="fetch or copy the checkpoint again",
+        )
 
 
 def _open_folder(folder: Path, label: str, allow_pickle: bool) -> Checkpoint:
-    chosen = select_weights(entry.name for entry in folder.iterdir())
+    names = [entry.name for entry in folder.iterdir()]
+    chosen = select_weights(names)
     if chosen is None:
-        raise InputNotFoundError(
-            "the folder holds no weights", where=label, hint="a checkpoint has *.safetensors files directly in it"
+        raise _no_weights(folder, names, label)
+    unfinished = next((f"{name}.aria2" for name in chosen.names if f"{name}.aria2" in names), None)
+    if unfinished is not None:
+        raise MalformedCheckpointError(
+            f"{unfinished} says that a download is not finished", where=label, hint="go on with the download"
         )
     if chosen.pickled:
         return _open_pickle_folder(folder, chosen, label, allow_pickle)
     if chosen.index is None:
+        check_numbers(chosen.names, label, None)
         return _open_files(folder, chosen.names, None, label, whole_folder=True)
     raw = _read_index(folder, chosen.index, label)
     files = sorted(set(parse_index(raw, f"{label}/{chosen.index}").values()))
@@ -133,7 +160,9 @@ def _open_folder(folder: Path, label: str, allow_pickle: bool) -> Checkpoint:
             where=label,
             hint="remove one, or give the file itself",
         )
-    return _open_files(folder, files, raw, label, whole_folder=True, index_file=chosen.index)
+    checkpoint = _open_files(folder, files, raw, label, whole_folder=True, index_file=chosen.index)
+    check_numbers(files, label, chosen.index)
+    return checkpoint
 
 
 def _open_files(
@@ -153,15 +182,24 @@ def _open_files(
         where = f"{label}/{shown(name)}" if whole_folder else label
         try:
             raw, identities[name] = read_raw_header(folder / name, where)
+            headers[name] = parse_header(raw, identities[name].size, where)
         except InputNotFoundError:
             if index is not None:
                 raise _missing_shard(name, f"{label}/{index_file}") from None
             raise
+        except MalformedCheckpointError:
+            kind = file_kind(folder / name)
+            if kind is None:
+                raise
+            raise MalformedCheckpointError(
+                f"not a safetensors file but {kind.name}",
+                where=where,
+                hint="rename it to .bin, and allow it with --allow-pickle" if kind.pickled else kind.hint,
+            ) from None
         sizes[name] = identities[name].size
-        headers[name] = parse_header(raw, sizes[name], where)
         hashes[name] = hashlib.sha256(raw).hexdigest()
     config = _read_config(folder, label) if whole_folder else None
-    carried = find_side_files(folder) if whole_folder else ()
+    carried = find_side_files(folder, names) if whole_folder else SideFiles()
     return checkpoint_from_headers(
         label,
         headers,
@@ -174,6 +212,33 @@ def _open_files(
         identities=identities,
         index_file=index_file,
     )
+
+
+def _no_weights(folder: Path, names: Sequence[str], label: str) -> InputError:
+    """Say what the folder holds instead."""
+    hint = "a checkpoint has *.safetensors files directly in it"
+    part = next((name for name in sorted(names) if name.endswith((".part", ".incomplete", ".crdownload"))), None)
+    weights = [name for name in sorted(names) if is_weights(name) and not name.startswith(TRAINER_STATE)]
+    other = next((name for name in weights if (folder / name).is_file()), None)
+    if part is not None:
+        return InputNotFoundError(f"the folder holds no weights but {part}, which is unfinished", where=label)
+    if other is not None:
+        kind = file_kind(folder / other)
+        told = f"is {kind.name}" if kind is not None else "has another format"
+        return InputNotFoundError(
+            f"the folder holds no safetensors weights; {other} {told}", where=label, hint=kind.hint if kind else hint
+        )
+    inside = sorted(name for name in names if (folder / name).is_dir() and _holds_weights(folder / name))
+    if inside:
+        hint = f"give one of its folders with weights: {', '.join(f'{label}/{name}' for name in inside[:5])}"
+    return InputNotFoundError("the folder holds no weights", where=label, hint=hint)
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        return select_weights(entry.name for entry in folder.iterdir()) is not None
+    except OSError:
+        return False
 
 
 def _missing_shard(file: str, where: str) -> MalformedCheckpointError:
@@ -208,11 +273,13 @@ def _open_pickles(
 ) -> Checkpoint:
     from mergekit_px.checkpoint.pickled import describe_pickles
 
+    if whole_folder:
+        check_numbers(names, label, None if weight_map is None else "the index")
     places = {name: f"{label}/{shown(name)}" if whole_folder else label for name in names}
     files, tensors = describe_pickles(folder, places, weight_map, label)
     config = _read_config(folder, label) if whole_folder else None
-    carried = find_side_files(folder) if whole_folder else ()
-    return Checkpoint(label, folder, files, tensors, config, carried, kind="pickle")
+    beside = find_side_files(folder, names) if whole_folder else SideFiles()
+    return Checkpoint(label, folder, files, tensors, config, beside.carried, beside.left_behind, kind="pickle")
 
 
 def _check_pickle_allowed(name: str, label: str, allow_pickle: bool) -> None:

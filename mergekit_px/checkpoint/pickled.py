@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_px.checkpoint.contents import CheckpointFile, FileIdentity, StoredTensor
+from mergekit_px.checkpoint.file_kind import file_kind
 from mergekit_px.checkpoint.index import check_index
 from mergekit_px.checkpoint.state_dict import describe_state_dict
 from mergekit_px.errors import MalformedCheckpointError
@@ -32,6 +33,11 @@ def load_pickle(path: Path, where: str) -> dict[str, torch.Tensor]:
             # Files from before the zip format cannot be mapped.
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a hostile or damaged pickle provokes
+        kind = file_kind(path)
+        if kind is not None and not kind.pickled:
+            raise MalformedCheckpointError(
+                f"not a plain PyTorch weight file but {kind.name}", where=where, hint=kind.hint
+            ) from None
         raise MalformedCheckpointError(
             f"not a plain PyTorch weight file ({type(error).__name__})",
             where=where,

@@ -2,11 +2,12 @@
 
 In the order in which it is looked at: an index and its shards; ``model.safetensors``; an adapter's
 ``adapter_model.safetensors``; one safetensors file of any name; several without an index. Pickles (``.bin``, ``.pt``,
-``.pth``) only where there is no safetensors file.
+``.pth``, ``.ckpt``) only where there is no safetensors file.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,9 +17,12 @@ SAFETENSORS_SUFFIX = ".safetensors"
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# The Hub's libraries number shards; a variant (fp16) is named before the numbers, or after them.
+_NUMBERED = re.compile(r"(?P<before>.+-)(?P<number>\d{3,})-of-(?P<count>\d{3,})(?P<after>(\.\w+)?\.\w+)")
+_MOST_SHARDS = 10_000
 _PICKLE_FILES = ("pytorch_model.bin", "adapter_model.bin")
-_TRAINER_STATE = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states")
+TRAINER_STATE = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states")
 
 
 @dataclass(frozen=True)
@@ -63,5 +67,21 @@ def _pickles(held: list[str]) -> Selection | None:
             return Selection(index=index_name(single), pickled=True)
         if single in held:
             return Selection((single,), pickled=True)
-    others = [name for name in held if name.lower().endswith(PICKLE_SUFFIXES) and not name.startswith(_TRAINER_STATE)]
+    others = [name for name in held if name.lower().endswith(PICKLE_SUFFIXES) and not name.startswith(TRAINER_STATE)]
     return Selection(tuple(others), pickled=True) if others else None
+
+
+def missing_shards(names: Iterable[str]) -> list[str]:
+    """The files that are not among ``names`` although the numbers of those that are speak of them, sorted."""
+    held = set(names)
+    missing: set[str] = set()
+    for name in held:
+        if (shard := _NUMBERED.fullmatch(name)) is not None:
+            digits, count = len(shard["number"]), int(shard["count"])
+            # A count that no save has is a name like any other.
+            if int(shard["number"]) > count or count > _MOST_SHARDS or "{" in name or "}" in name:
+                continue
+            named = f"{shard['before']}{{number:0{digits}d}}-of-{shard['count']}{shard['after']}"
+            first = 0 if named.format(number=0) in held else 1
+            missing.update(named.format(number=number) for number in range(first, first + count))
+    return sorted(missing - held)

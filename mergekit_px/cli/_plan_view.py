@@ -128,6 +128,7 @@ def _output(report: Mapping[str, Any], output: Output) -> None:
             ("config from", report["config_from"]),
             ("tokenizer from", report["tokenizer_from"]),
             ("also copied", _listed(list(report["side_files"])) or None),
+            ("left behind", _listed([f"{file} ({why})" for file, why in report["left_behind"].items()]) or None),
         ]
     )
 

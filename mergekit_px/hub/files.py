@@ -6,15 +6,15 @@ that a fetched model opens as the same checkpoint as its remote headers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, parse_index
-from mergekit_px.checkpoint.open import CONFIG_FILE
+from mergekit_px.checkpoint.open import CONFIG_FILE, check_numbers
 from mergekit_px.checkpoint.selection import select_weights
-from mergekit_px.checkpoint.side_files import is_side_file
+from mergekit_px.checkpoint.side_files import SideFiles, sort_files
 from mergekit_px.errors import HubError, InputError, InputNotFoundError
 from mergekit_px.hub.client import answer_timeout, byte_counter, hub_api, is_offline, quiet_client
 from mergekit_px.hub.errors import hub_errors
@@ -55,6 +55,7 @@ def weight_files(resolved: ResolvedRepo, *, allow_pickle: bool = False) -> Weigh
             where=str(resolved),
             hint=f"`pxmerge pull {resolved.repo} --allow-pickle`, and merge the folder that it prints",
         )
+    check_numbers(chosen.names, str(resolved), None)
     if chosen.index is None:
         return WeightFiles(chosen.names)
     indexed = _indexed(resolved, chosen.index)
@@ -67,12 +68,18 @@ def weight_files(resolved: ResolvedRepo, *, allow_pickle: bool = False) -> Weigh
     return indexed
 
 
+def side_files(resolved: ResolvedRepo, weights: Collection[str]) -> SideFiles:
+    """Which files of a repository travel with the weights, and which stay behind."""
+    return sort_files({name: file.size for name, file in resolved.files.items()}, weights)
+
+
 def small_files(resolved: ResolvedRepo) -> tuple[str, ...]:
     """Everything beside weights and index that describes the model or travels with it, sorted.
 
     The model card is among them: it tells licence and base models when the Hub is out of reach.
     """
-    return tuple(sorted(name for name in resolved.files if name in _DESCRIPTIONS or is_side_file(name)))
+    described = {name for name in resolved.files if name in _DESCRIPTIONS}
+    return tuple(sorted(described.union(side_files(resolved, ()).carried)))
 
 
 def read_small(resolved: ResolvedRepo, name: str) -> bytes:

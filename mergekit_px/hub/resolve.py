@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.index import is_inside
 from mergekit_px.checkpoint.json_text import parse_object, shown
-from mergekit_px.checkpoint.side_files import is_side_file
 from mergekit_px.errors import HubError, InputError
 from mergekit_px.hub.client import answer_timeout, cache_folder, hub_api, is_offline, patiently
 from mergekit_px.hub.errors import hub_errors
-from mergekit_px.hub.files import read_small, weight_files
+from mergekit_px.hub.files import read_small, side_files, weight_files
 from mergekit_px.hub.ranges import read_remote_header
 from mergekit_px.hub.reference import HubReference
 from mergekit_px.hub.repository import RemoteFile, ResolvedRepo
@@ -67,7 +66,7 @@ def remote_checkpoint(resolved: ResolvedRepo) -> Checkpoint:
         {name: digest for name, (_, digest) in headers.items()},
         weights.index,
         config,
-        tuple(sorted(name for name in resolved.files if is_side_file(name))),
+        side_files(resolved, weights.names),
     )
 
 

@@ -11,14 +11,22 @@ from typing import Any
 from mergekit_px.checkpoint.destination import check_apart
 from mergekit_px.checkpoint.dtypes import DType, parse_dtype
 from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
-from mergekit_px.checkpoint.side_files import TOKENIZER_FILES
+from mergekit_px.checkpoint.side_files import is_tokenizer_file
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, UsageError
 from mergekit_px.methods import find_method
 from mergekit_px.plan.agreement import disagreements
 from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
-from mergekit_px.plan.donors import config_donor, donated_files, fitting_donor, output_config
+from mergekit_px.plan.donors import (
+    config_donor,
+    donated_files,
+    file_stem,
+    fitting_donor,
+    left_behind,
+    output_config,
+    side_file_notes,
+)
 from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.fingerprints import base_fingerprint, check_base_fingerprints
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
@@ -90,13 +98,15 @@ def build_plan(
         else (None, [])
     )
     tokenizer_from = recipe.output.tokenizer_from or config_from
+    left = left_behind(resolved, config_from) if kind == "weights" else {}
     side_files = donated_files(resolved, config_from, tokenizer_from) if kind == "weights" else {}
     if kind == "weights" and tokenizer_from is not None:
         brought, said = adapter_tokenizer(resolved[tokenizer_from], items)
         if brought:
-            side_files = {name: donor for name, donor in side_files.items() if name not in TOKENIZER_FILES} | brought
+            side_files = {name: donor for name, donor in side_files.items() if not is_tokenizer_file(name)} | brought
         notes.extend(said)
-    notes.extend(expressions.notes + vocabularies.notes + config_notes)
+    notes.extend(expressions.notes + vocabularies.notes + config_notes + side_file_notes(left, config_from))
+    notes.extend(note for source in resolved.values() for note in source.notes)
     refuse_quantised_by_config(items, resolved)
     if config is not None and has_decoded(items):
         config = plain_config(config)
@@ -110,6 +120,7 @@ def build_plan(
     layout = plan_layout(
         [OutputTensor(item.name, item.dtype, item.shape) for item in items],
         shard_size=parse_size(options.shard_size or recipe.output.shard_size),
+        stem=file_stem(resolved, config_from) if kind == "weights" else "model",
         metadata=metadata,
     )
     items.sort(key=lambda item: layout.location[item.name][:2])
@@ -122,6 +133,7 @@ def build_plan(
         config_notes=tuple(config_notes),
         config=config,
         side_files=side_files,
+        left_behind=left,
         config_from=config_from,
         tokenizer_from=tokenizer_from,
         output=output,
@@ -160,6 +172,12 @@ def check_output(plan: Plan, output: Path) -> None:
         if source.repo is None and source.checkpoint.directory is not None and not places[0].exists():
             places.append(source.checkpoint.directory)
         check_apart(output, [place for place in places if place.exists()])
+    if output.suffix == ".safetensors" and not output.is_dir():
+        raise OutputError(
+            "the output is a folder, and this is the name of a file",
+            where=str(output),
+            hint="give a folder; with --shard-size 1TB its model.safetensors is one file of any size",
+        )
     if output.exists() and not output.is_dir():
         raise OutputError("the output is a file, not a folder", where=str(output), hint="give a folder with -o")
     existing = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.exists())

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_px.checkpoint.dtypes import DType
-from mergekit_px.checkpoint.side_files import TOKENIZER_FILES, is_side_file
-from mergekit_px.errors import PlanError
+from mergekit_px.checkpoint.file_kind import LFS_POINTER
+from mergekit_px.checkpoint.side_files import OTHER_FOLDER, SideFiles, is_tokenizer_file
+from mergekit_px.errors import InputError, PlanError
 from mergekit_px.plan import config as config_edits
 from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.inputs import ResolvedInput
@@ -17,6 +18,9 @@ from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
 from mergekit_px.recipe.load import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
+
+_STEMS = ("diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+"""Names that diffusers and OpenCLIP look for; everything else finds ``model``."""
 
 
 def config_donor(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput], loaded: LoadedRecipe) -> str | None:
@@ -160,17 +164,37 @@ def _restack(
 def donated_files(
     inputs: Mapping[str, ResolvedInput], config_from: str | None, tokenizer_from: str | None
 ) -> dict[str, str]:
+    """Side file -> the input that gives it. Raises ``InputError`` for one that is only a git-lfs pointer."""
     files: dict[str, str] = {}
-    if config_from is not None:
-        for name in inputs[config_from].checkpoint.side_files:
-            if not _is_tokenizer_file(name):
-                files[name] = config_from
-    if tokenizer_from is not None:
-        for name in inputs[tokenizer_from].checkpoint.side_files:
-            if _is_tokenizer_file(name):
-                files[name] = tokenizer_from
-    return {name: source for name, source in sorted(files.items()) if is_side_file(name)}
+    for donor, of_tokenizer in ((config_from, False), (tokenizer_from, True)):
+        if donor is None:
+            continue
+        checkpoint = inputs[donor].checkpoint
+        files.update({name: donor for name in checkpoint.side_files if is_tokenizer_file(name) is of_tokenizer})
+        for name, reason in checkpoint.left_behind.items():
+            if reason == OTHER_FOLDER and "modules.json" in checkpoint.side_files and name[0].isdigit():
+                raise PlanError(
+                    f"'{donor}' is a sentence-transformers model whose module {name} has weights of its own, and"
+                    " modules are not merged together: the result would not load",
+                    hint=f"merge {checkpoint.label}/{name} by itself, and the others without modules.json",
+                )
+            if reason == LFS_POINTER.name and is_tokenizer_file(name) is of_tokenizer:
+                raise InputError(f"this is {reason}", where=f"{checkpoint.label}/{name}", hint=LFS_POINTER.hint)
+    return dict(sorted(files.items()))
 
 
-def _is_tokenizer_file(name: str) -> bool:
-    return name in TOKENIZER_FILES or name.startswith("additional_chat_templates/")
+def left_behind(inputs: Mapping[str, ResolvedInput], config_from: str | None) -> dict[str, str]:
+    """What the donor has beside its weights that does not go along -> why."""
+    return {} if config_from is None else dict(inputs[config_from].checkpoint.left_behind)
+
+
+def side_file_notes(left: Mapping[str, str], donor: str | None) -> list[str]:
+    """One line for each file that its owner may miss."""
+    unexpected = SideFiles(left_behind=left).unexpected
+    return [f"'{name}' of '{donor}' is not copied: {reason}" for name, reason in unexpected.items()]
+
+
+def file_stem(inputs: Mapping[str, ResolvedInput], config_from: str | None) -> str:
+    """What the files of weights are called: as the donor's where its library looks for no other name."""
+    files = inputs[config_from].checkpoint.files if config_from is not None else ()
+    return next((stem for stem in _STEMS if any(name.startswith(stem) for name in files)), "model")

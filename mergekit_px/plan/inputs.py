@@ -13,6 +13,7 @@ import yaml
 
 from mergekit_px.adapters.binder import BindOptions
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
+from mergekit_px.checkpoint.selection import ADAPTER_FILE, select_weights
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
 from mergekit_px.hub.reference import parse_reference
@@ -22,6 +23,9 @@ from mergekit_px.small_files import read_small_file
 if TYPE_CHECKING:
     from mergekit_px.adapters.adapter import Adapter
     from mergekit_px.hub.resolve import ResolvedRepo
+
+_MODEL_FILES = ("model.", "model-", "pytorch_model.", "pytorch_model-")
+"""What the weights of a full model are called where an adapter lies beside them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class ResolvedInput:
     """The input is an adapter without a model: ``checkpoint`` holds its own tensors, and ``adapters`` is it."""
     bind_options: BindOptions = field(default_factory=BindOptions)
     """What the recipe says of its adapters."""
+    notes: tuple[str, ...] = ()
+    """What was settled that could have been meant otherwise."""
 
     @property
     def is_task_vector(self) -> bool:
@@ -90,21 +96,18 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
     """
     options = BindOptions(**{choice.name: getattr(request, choice.name) for choice in fields(BindOptions)})
     listed = [request.adapter] if isinstance(request.adapter, str) else request.adapter or []
-    if request.model is None or (not listed and _is_adapter(request.model)):
+    if request.model is None or (not listed and _is_adapter(request.model, allow_pickle)):
         if request.model is not None:
             listed = [request.model]
         if len(listed) != 1:
             raise RecipeError(f"input '{name}' needs a model, or exactly one adapter", where=where)
-        adapter = _open_adapter(name, listed[0], allow_pickle, where)
-        return ResolvedInput(
-            name, listed[0], adapter.checkpoint, adapters=(adapter,), adapter_only=True, bind_options=options
-        )
+        return _adapter_input(name, listed[0], allow_pickle, where, options)
     if not listed and options != BindOptions():
         given = next(choice.name for choice in fields(options) if getattr(options, choice.name) != choice.default)
         raise RecipeError(
             f"'{given}' is about adapters, and input '{name}' has none", where=where, hint="name one with 'adapter'"
         )
-    if listed and _is_adapter(request.model):
+    if listed and _is_adapter(request.model, allow_pickle):
         raise RecipeError(
             f"input '{name}': the model '{request.model}' is an adapter itself",
             where=where,
@@ -117,7 +120,12 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         if not path.exists():
             raise InputNotFoundError(f"input '{name}': no such file or folder '{request.model}'", where=where)
         checkpoint = open_checkpoint(path, label=request.model, allow_pickle=allow_pickle)
-        return ResolvedInput(name, request.model, checkpoint, adapters=adapters, bind_options=options)
+        from mergekit_px.adapters.single_file import is_adapter_file
+
+        if not listed and is_adapter_file(checkpoint.tensors):
+            return _adapter_input(name, request.model, allow_pickle, where, options)
+        notes = (_both_note(name, request.model),) if _declares_adapter(request.model) and not path.is_file() else ()
+        return ResolvedInput(name, request.model, checkpoint, adapters=adapters, bind_options=options, notes=notes)
     from mergekit_px.hub.resolve import remote_checkpoint, resolve
 
     repo = resolve(hub_reference)
@@ -125,9 +133,34 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
     return ResolvedInput(name, request.model, checkpoint, repo, adapters=adapters, bind_options=options)
 
 
-def _is_adapter(reference: str) -> bool:
+def _adapter_input(name: str, reference: str, allow_pickle: bool, where: str, options: BindOptions) -> ResolvedInput:
+    adapter = _open_adapter(name, reference, allow_pickle, where)
+    return ResolvedInput(
+        name, reference, adapter.checkpoint, adapters=(adapter,), adapter_only=True, bind_options=options
+    )
+
+
+def _declares_adapter(reference: str) -> bool:
     path = Path(reference).expanduser()
     return (path / "adapter_config.json").is_file()
+
+
+def _is_adapter(reference: str, allow_pickle: bool) -> bool:
+    """Whether a folder is an adapter and no model: where it holds both, the model counts, as for its own library."""
+    path = Path(reference).expanduser()
+    if path.is_file() and path.name.startswith("adapter_model."):
+        return (path.parent / "adapter_config.json").is_file()
+    if not _declares_adapter(reference):
+        return False
+    chosen = select_weights(entry.name for entry in path.iterdir() if entry.name.startswith(_MODEL_FILES))
+    return chosen is None or (chosen.pickled and not allow_pickle)
+
+
+def _both_note(name: str, reference: str) -> str:
+    return (
+        f"'{name}' holds a model and an adapter: the model is merged; for the adapter give "
+        f"{Path(reference) / ADAPTER_FILE}, or name it with 'adapter' on top of the model"
+    )
 
 
 def _open_adapter(name: str, reference: str, allow_pickle: bool, where: str) -> Adapter:

@@ -351,6 +351,8 @@ class Plan:
     config: Mapping[str, Any] | None
     side_files: Mapping[str, str]
     """File name -> the input that it is copied from."""
+    left_behind: Mapping[str, str]
+    """What the config's donor has beside its weights and is not copied -> why."""
     config_from: str | None
     tokenizer_from: str | None
     output: Path | None

@@ -46,6 +46,7 @@ def plan_report(plan: Plan, *, seconds_bound: float | None = None) -> dict[str, 
         "config_from": plan.config_from,
         "tokenizer_from": plan.tokenizer_from,
         "side_files": dict(plan.side_files),
+        "left_behind": dict(plan.left_behind),
         "output": {
             "path": str(plan.output) if plan.output is not None else None,
             "shards": [{"file": shard.file, "bytes": shard.size} for shard in plan.layout.shards],

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mergekit_px.checkpoint.json_text import parse_object
-from mergekit_px.checkpoint.side_files import TOKENIZER_FILES, side_files
+from mergekit_px.checkpoint.side_files import is_tokenizer_file, side_files
 from mergekit_px.errors import MalformedCheckpointError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Node, Rows, WorkItem
@@ -137,7 +137,8 @@ def adapter_tokenizer(source: ResolvedInput, items: Iterable[WorkItem]) -> tuple
     rows = f"{grown[0].name} grew from {stored[grown[0].name].shape[0]} to {grown[0].shape[0]} rows"
     for number, adapter in reversed(list(enumerate(source.adapters))):
         directory = adapter.checkpoint.directory
-        files = side_files(directory, TOKENIZER_FILES) if directory is not None and directory.is_dir() else ()
+        beside = side_files(directory).carried if directory is not None and directory.is_dir() else ()
+        files = [name for name in beside if is_tokenizer_file(name)]
         if any(name.startswith(("token", "vocab", "spiece", "tekken", "added")) for name in files):
             note = f"{rows}; the tokenizer that lies beside {adapter.label} goes along"
             return dict.fromkeys(files, f"{source.name}#{number}"), [note]

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from mergekit_px.checkpoint.header import parse_header, read_raw_header
 from mergekit_px.checkpoint.open import checkpoint_from_headers, open_checkpoint
+from mergekit_px.checkpoint.side_files import SideFiles
 from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError
 
 A = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(3, dtype=torch.bfloat16)}
@@ -239,10 +240,10 @@ def test_from_headers_alone(tmp_path) -> None:
         headers[name] = parse_header(raw, sizes[name], name)
         hashes[name] = hashlib.sha256(raw).hexdigest()
     index = (folder / "model.safetensors.index.json").read_bytes()
-    remote = checkpoint_from_headers("org/name", headers, sizes, hashes, index, {"a": 1}, ("merges.txt",))
+    remote = checkpoint_from_headers("org/name", headers, sizes, hashes, index, {"a": 1}, SideFiles(("merges.txt",)))
     local = open_checkpoint(folder)
     assert remote.tensors == local.tensors and remote.files == local.files
     assert (remote.directory, remote.config, remote.side_files) == (None, {"a": 1}, ("merges.txt",))
     del headers[SHARD_2]
     with pytest.raises(MalformedCheckpointError, match=f"org/name/.*{SHARD_2}, which is missing"):
-        checkpoint_from_headers("org/name", headers, sizes, hashes, index, None, ())
+        checkpoint_from_headers("org/name", headers, sizes, hashes, index, None, SideFiles())

@@ -9,62 +9,90 @@ import time
 import pytest
 
 from mergekit_px.checkpoint.hashing import file_sha256
-from mergekit_px.checkpoint.side_files import CARRIED, CODE, TOKENIZER_FILES, is_side_file, side_files
+from mergekit_px.checkpoint.side_files import is_tokenizer_file, side_files, sort_files
 from mergekit_px.errors import InputError, InputNotFoundError
 
 TRAVEL = [
     "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    "added_tokens.json",
     "additional_chat_templates/tool_use.jinja",
-    "audio_tokenizer_config.json",
+    "1_Pooling/config.json",
     "chat_template.jinja",
-    "chat_template.json",
     "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
-    "vocab.txt",
-]
-STAY = [
-    "config.json",
-    "README.md",
     "modeling_custom.py",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "training_args.bin",
-    "sub/tokenizer.json",
-    "additional_chat_templates/readme.txt",
-    "Tokenizer.JSON",
-    "old-tokenizer.json",
+    "code/deep/layers.py",
+    "qwen.tiktoken",
+    "scheduler/scheduler_config.json",
+    "sub/README.md",
+    "tokenizer.json",
 ]
+STAY = {
+    "config.json": None,
+    "README.md": None,
+    "model.safetensors": "merged",
+    "model.fp16.safetensors": "not chosen",
+    "pytorch_model.bin.index.json": "not chosen",
+    "flax_model.msgpack": "not chosen",
+    "onnx/tokenizer.json": "weights of its own",
+    "onnx/model.onnx": "weights of its own",
+    "optimizer.pt": "training",
+    "training_args.bin": "training",
+    "trainer_state.json": "training",
+    "checkpoint-500/config.json": "training",
+    "runs/events": "training",
+    ".git/config": "hidden",
+    ".gitattributes": "hidden",
+    "__pycache__/modeling_custom.pyc": "hidden",
+    "model.safetensors.aria2": "unfinished",
+}
 
 
-def test_names() -> None:
-    assert [name for name in TRAVEL if not is_side_file(name)] == []
-    assert [name for name in STAY if is_side_file(name)] == []
-    assert is_side_file("modeling_custom.py", CODE) and not is_side_file("sub/x.py", CODE)
-    assert set(TOKENIZER_FILES) < set(CARRIED)
-    assert is_side_file("merges.txt", TOKENIZER_FILES) and not is_side_file("LICENSE", TOKENIZER_FILES)
+def test_everything_travels_but_weights_and_what_training_left() -> None:
+    sizes = dict.fromkeys([*TRAVEL, *STAY], 10) | {"corpus.txt": 300_000_000}
+    found = sort_files(sizes, ["model.safetensors"])
+    assert found.carried == tuple(sorted(TRAVEL))
+    for name, why in STAY.items():
+        place = name if name in found.left_behind else f"{name.split('/')[0]}/"
+        assert why is None or why in found.left_behind[place]
+    assert set(found.unexpected) == {"corpus.txt", "model.safetensors.aria2", "onnx/"}
 
 
-def test_files_of_a_folder(tmp_path) -> None:
-    for name in TRAVEL + STAY:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    (tmp_path / "COPYING").mkdir()
-    (tmp_path / "spiece.model").symlink_to(tmp_path / "vocab.txt")
-    (tmp_path / "tekken.json").symlink_to(tmp_path / "nowhere")
-    assert side_files(tmp_path) == tuple(sorted([*TRAVEL, "spiece.model"]))
-    assert side_files(tmp_path, CODE) == ("modeling_custom.py",)
+@pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "qwen.tiktoken", "tokenizer/x.json", "spiece.model"])
+def test_tokenizers_under_any_name(name: str) -> None:
+    assert is_tokenizer_file(name)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "modeling_tokens.py", "audio_tokenizer_config.json", "generation.json"])
+def test_what_is_no_tokenizer(name: str) -> None:
+    assert not is_tokenizer_file(name)
+
+
+def test_links_are_followed_within_the_folder_only(tmp_path) -> None:
+    home = tmp_path / "model"
+    home.mkdir()
+    (tmp_path / "secret.json").write_text("{}")
+    (home / "vocab.txt").write_text("a")
+    (home / "spiece.model").symlink_to("vocab.txt")
+    (home / "tokenizer.json").symlink_to(tmp_path / "secret.json")
+    (home / "folder").symlink_to(tmp_path)
+    (home / "gone.json").symlink_to("nowhere")
+    found = side_files(home)
+    assert found.carried == ("spiece.model", "vocab.txt")
+    assert set(found.unexpected) == {"tokenizer.json", "folder/", "gone.json"}
+
+
+def test_files_of_the_hub_cache_are_links_to_its_blobs(tmp_path) -> None:
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "1").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/1")
+    assert side_files(snapshot).carried == ("tokenizer.json",)
+
+
+def test_pointers_of_git_lfs_are_not_taken_for_the_file(tmp_path) -> None:
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    assert side_files(tmp_path).carried == ()
+    assert "git-lfs" in side_files(tmp_path).unexpected["tokenizer.json"]
 
 
 def test_sha256_of_a_file(tmp_path) -> None:
