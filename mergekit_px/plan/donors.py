@@ -94,7 +94,7 @@ def _ids_beyond(source: ResolvedInput, rows: int, old: int) -> str:
             ids = value if isinstance(value, list) else [value]
             if key.endswith("_token_id") and any(isinstance(each, int) and rows <= each < old for each in ids):
                 return f"{key} {value} in the config"
-    return "ids of the tokenizer" if any(_is_tokenizer_file(name) for name in source.checkpoint.side_files) else ""
+    return "ids of the tokenizer" if any(is_tokenizer_file(name) for name in source.checkpoint.side_files) else ""
 
 
 def output_config(
