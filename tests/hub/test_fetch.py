@@ -31,6 +31,7 @@ def test_exactly_the_needed_files_are_fetched(hub: FakeHub, sharded: Sharded) ->
         "additional_chat_templates/rag.jinja": b"x",
         "LICENSE": b"free",
         "README.md": b"# Hello",
+        "modeling_custom.py": b"g",
     }
     others = {
         "pytorch_model.bin": b"b",
@@ -38,7 +39,6 @@ def test_exactly_the_needed_files_are_fetched(hub: FakeHub, sharded: Sharded) ->
         "model.onnx": b"d",
         "optimizer.pt": b"e",
         "original/model.safetensors": b"f",
-        "modeling_custom.py": b"g",
     }
     commit = hub.add("org/model", needed | others)
     folder = fetch(resolve(HubReference("org/model")))
