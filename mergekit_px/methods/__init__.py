@@ -44,9 +44,10 @@ def find_method(name: str) -> Method:
     Raises:
         UsageError: no such method; the message has the nearest names.
     """
-    methods = load_methods()
-    method = methods.get(name.replace("-", "_"))
+    _import_all()
+    method = REGISTRY.get(name.replace("-", "_"))
     if method is None:
+        methods = load_methods()
         near = difflib.get_close_matches(name.replace("-", "_"), methods, n=1)
         raise UsageError(
             f"unknown merge method '{name}'",

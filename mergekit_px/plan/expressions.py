@@ -33,6 +33,9 @@ from mergekit_px.recipe.model import Rule, Step, Value
 Namespace = Mapping[str, Node]
 """What a model or a step offers: tensor name -> expression, in file order."""
 
+_DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "attn.masked_bias", "embeddings.position_ids")
+"""Buffers that libraries compute from the config, and that only their older versions stored."""
+
 
 @dataclass
 class Expressions:
@@ -305,7 +308,10 @@ class Expressions:
         base_missing = base_needed and base is None
         if len(indices) == len(operands) and not base_missing:
             return base, indices
-        if step.missing == "base":
+        derived = slot.name.endswith(_DERIVED)
+        if derived:
+            self.notes.append("buffers that follow from the config, and that not all inputs store, are not merged")
+        if derived or step.missing == "base":
             return base or next(node for node in operands if node is not None)
         if step.missing == "present":
             if not indices:

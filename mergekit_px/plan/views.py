@@ -94,13 +94,15 @@ def refuse_quantised_by_config(items: Iterable[WorkItem], inputs: Mapping[str, R
     Raises:
         PlanError
     """
-    listed = list(items)
-    decoded = {node.parts[0].model for item in listed if item.views for node in item.nodes if isinstance(node, Decoded)}
     packed = {
         name: source.config["quantization_config"].get("quant_method", "quantized")
         for name, source in inputs.items()
         if source.config is not None and isinstance(source.config.get("quantization_config"), dict)
     }
+    if not packed:
+        return
+    listed = list(items)
+    decoded = {node.parts[0].model for item in listed if item.views for node in item.nodes if isinstance(node, Decoded)}
     for item in listed:
         if item.action == "copy":
             continue

@@ -119,3 +119,17 @@ def test_a_language_model_goes_into_a_larger_one(tmp_path: Path) -> None:
 def test_renames_that_cannot_be_meant(tmp_path: Path, rename: dict[str, str], what: str) -> None:
     with pytest.raises(RecipeError, match=what):
         plan_of_two(tmp_path, LLAMA, OTHER, rename=rename)
+
+
+@pytest.mark.parametrize("holders", ["a", "b"])
+def test_buffers_that_follow_from_the_config_stop_nothing(tmp_path: Path, holders: str) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    buffer = {name: torch.arange(4, dtype=torch.float32)}
+    first, second = (dict(LLAMA) | (buffer if holders == "a" else {}), dict(OTHER) | (buffer if holders == "b" else {}))
+    plan = plan_of_two(tmp_path, first, second)
+    assert any("follow from the config" in note for note in plan.notes)
+    merged = written(tmp_path, plan)
+    assert torch.equal(merged[name], buffer[name])
+    torch.testing.assert_close(
+        merged["model.norm.weight"], (LLAMA["model.norm.weight"] + OTHER["model.norm.weight"]) / 2
+    )
