@@ -72,7 +72,8 @@ def attention_change(seed: int) -> dict[str, torch.Tensor]:
 def test_a_recipe_and_the_command_line_have_the_librarys_choices() -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(BindOptions)}
     assert defaults.keys() == CHOICES.keys()
-    recipe = {name: info.default for name, info in ModelInput.model_fields.items() if name not in ("model", "adapter")}
+    of_models = ("model", "adapter", "rename")
+    recipe = {name: info.default for name, info in ModelInput.model_fields.items() if name not in of_models}
     assert recipe == defaults
     assert AdapterOptions().bind_options() == BindOptions()
     typed = {name: "once" if name == "attention_output" else value for name, value in CHOICES.items()}
@@ -204,9 +205,9 @@ def test_one_part_of_a_pipeline_is_named(run, pipeline) -> None:
 
 
 def test_two_parts_do_not_become_one_adapter(run, pipeline) -> None:
-    refused = run("adapter", "merge", "style.safetensors", "style.safetensors", "-o", "both")
+    refused = run("adapter", "merge", "style.safetensors", "style.safetensors", "--to", "peft", "-o", "both")
     assert refused.code == 3 and "--component" in refused.stderr
-    words = ("--component", "text_encoder", "-o", "both")
+    words = ("--component", "text_encoder", "--to", "peft", "-o", "both")
     assert run("adapter", "merge", "style.safetensors", "style.safetensors", *words).code == 0
     assert run("adapter", "apply", "text_encoder", "both", "-o", "out").code == 0
     torch.testing.assert_close(result()["layers.0.q_proj.weight"], draw(0, 6, 4) + draw(20, 6, 2) @ draw(10, 2, 4))

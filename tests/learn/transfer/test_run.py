@@ -37,7 +37,8 @@ def test_the_output_is_the_model_and_nothing_else(place, files) -> None:
     }
     assert not torch.equal(after["deep.weight"], before["deep.weight"])
     assert after["norm.num_batches_tracked"] == 12
-    assert set(files("out/transfer/target")) == {"model.safetensors", "config.json", "preprocessor_config.json"}
+    written = {"model.safetensors", "config.json", "preprocessor_config.json", "pxmerge.lock.json"}
+    assert set(files("out/transfer/target")) == written
     assert Path("out/transfer/target/config.json").read_bytes() == (folder / "config.json").read_bytes()
     assert set(files("out")) == {
         "plan.yaml",
