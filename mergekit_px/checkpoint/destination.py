@@ -15,15 +15,15 @@ left alone, and so is every input.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from mergekit_px.checkpoint.index import is_inside
+from mergekit_px.checkpoint.index import LARGEST_INDEX, is_inside
 from mergekit_px.checkpoint.journal import JournalHead, read_head
-from mergekit_px.checkpoint.json_text import parse_object, shown
+from mergekit_px.checkpoint.json_text import read_object, shown
 from mergekit_px.errors import DiskSpaceError, InputError, OutputError
 
 STATE_FOLDER = ".pxmerge"
@@ -132,13 +132,17 @@ def check_replaceable(directory: Path) -> None:
         )
 
 
+def recorded_lock(directory: Path) -> Mapping[str, Any]:
+    """The lock file of the finished output in a folder; empty where none can be read."""
+    try:
+        return read_object(directory / LOCKFILE, folder=directory, limit=LARGEST_INDEX)
+    except InputError:
+        return {}
+
+
 def recorded_files(directory: Path) -> tuple[str, ...]:
     """The files of the finished output in a folder, its lock file first; none where no lock file can be read."""
-    path = directory / LOCKFILE
-    try:
-        files = parse_object(path.read_bytes(), str(path)).get("files") if path.is_file() else None
-    except (OSError, InputError):
-        return ()
+    files = recorded_lock(directory).get("files")
     if not isinstance(files, dict):
         return ()
     return (LOCKFILE, *(name for name in files if is_inside(name)))

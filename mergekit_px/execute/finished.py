@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mergekit_px._version import __version__
-from mergekit_px.checkpoint.destination import LOCKFILE, output_state, recorded_files
+from mergekit_px.checkpoint.destination import output_state, recorded_lock
 from mergekit_px.checkpoint.hashing import file_sha256
-from mergekit_px.checkpoint.json_text import parse_object
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.errors import InputError
 from mergekit_px.plan.model import Plan
@@ -18,7 +16,7 @@ from mergekit_px.plan.model import Plan
 
 def claims_result(plan: Plan) -> bool:
     """Whether the lock file of the output names the plan; its inputs and files may have changed since."""
-    return plan.output is not None and _lock(plan.output).get("plan_hash") == plan.hash
+    return plan.output is not None and recorded_lock(plan.output).get("plan_hash") == plan.hash
 
 
 def finished_files(plan: Plan, side_files: Mapping[str, SideFile]) -> dict[str, str] | None:
@@ -29,7 +27,7 @@ def finished_files(plan: Plan, side_files: Mapping[str, SideFile]) -> dict[str, 
     """
     if plan.output is None or output_state(plan.output).unfinished is not None:
         return None
-    lock = _lock(plan.output)
+    lock = recorded_lock(plan.output)
     try:
         if lock["plan_hash"] != plan.hash or lock["versions"]["pxmerge"] != __version__:
             return None
@@ -58,9 +56,3 @@ def finished_files(plan: Plan, side_files: Mapping[str, SideFile]) -> dict[str, 
 
 def _sha256(content: bytes | Path) -> str:
     return file_sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-
-
-def _lock(output: Path) -> Mapping[str, Any]:
-    if not recorded_files(output):
-        return {}
-    return parse_object((output / LOCKFILE).read_bytes(), str(output / LOCKFILE))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from mergekit_px.checkpoint.json_text import parse_object
-from mergekit_px.checkpoint.side_files import is_tokenizer_file, side_files
+from mergekit_px.checkpoint.side_files import LARGEST_SIDE_FILE, is_tokenizer_file, side_files
 from mergekit_px.errors import MalformedCheckpointError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Node, Rows, WorkItem
 from mergekit_px.plan.tied import is_vocabulary
+from mergekit_px.small_files import read_small_file
 
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 """Files that list a whole vocabulary; the first that is there counts."""
@@ -34,7 +36,6 @@ class Vocabularies:
     notes: list[str] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
     """Model -> how its tokens differ from the donor's, where no order of rows makes up for it."""
-    _donor_tokens: Vocabulary | None = None
 
     def arranged(self, source: ResolvedInput, nodes: Mapping[str, Node]) -> Mapping[str, Node]:
         """A model's tensors, with the rows of its vocabulary in the donor's order.
@@ -100,12 +101,20 @@ class Vocabularies:
         """The tokens of a model and of the donor; None where they need not be compared."""
         if self.donor is None or source.name == self.donor or source.is_task_vector:
             return None, None
-        raw, wanted = _raw(source), _raw(self.inputs[self.donor])
+        raw, wanted = _raw(source), self._of_donor
         if raw is None or wanted is None or raw == wanted:
             return None, None
-        if self._donor_tokens is None:
-            self._donor_tokens = _parsed(*wanted, self.inputs[self.donor].reference)
         return _parsed(*raw, source.reference), self._donor_tokens
+
+    @cached_property
+    def _of_donor(self) -> tuple[str, bytes] | None:
+        return None if self.donor is None else _raw(self.inputs[self.donor])
+
+    @cached_property
+    def _donor_tokens(self) -> Vocabulary | None:
+        if self.donor is None or self._of_donor is None:
+            return None
+        return _parsed(*self._of_donor, self.inputs[self.donor].reference)
 
     def _refuse_task_vectors(self, source: ResolvedInput) -> None:
         vectors = [name for name, other in self.inputs.items() if other.is_task_vector]
@@ -150,15 +159,17 @@ def _raw(source: ResolvedInput) -> tuple[str, bytes] | None:
     directory = source.checkpoint.directory
     if directory is not None:
         found = next((name for name in _FILES if name in source.checkpoint.side_files), None)
-        return None if found is None else (found, (directory / found).read_bytes())
+        if found is None:
+            return None
+        return found, read_small_file(directory / found, folder=directory, limit=LARGEST_SIDE_FILE)
     if source.repo is None:
         return None
     remote = next((name for name in _FILES if name in source.repo.files), None)
     if remote is None:
         return None
-    from mergekit_px.hub.files import download
+    from mergekit_px.hub.files import read_small
 
-    return remote, download(source.repo, remote).read_bytes()
+    return remote, read_small(source.repo, remote)
 
 
 def _parsed(file: str, raw: bytes, where: str) -> Vocabulary:
