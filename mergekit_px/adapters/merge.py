@@ -63,8 +63,6 @@ class MergedAdapter:
     """What the adapters call their bases, each once."""
     task_type: str | None
     fan_in_fan_out: bool = False
-    own_format: Format = "peft"
-    """The adapters' format, where they agree."""
 
     @property
     def base_model_name(self) -> str | None:
@@ -138,12 +136,11 @@ def merge_adapters(
         tuple(bases),
         task if isinstance(task, str) else None,
         any(adapter.config.flag("fan_in_fan_out") for adapter in adapters),
-        _own_format(adapters),
     )
 
 
-def _own_format(adapters: Sequence[Adapter]) -> Format:
-    """Adapters without components, and such as differ, become a PEFT folder."""
+def common_format(adapters: Sequence[Adapter]) -> Format:
+    """The format that adapters are merged into: their own, or a PEFT folder where they differ or name no component."""
     kinds = {adapter.kind for adapter in adapters}
     placed = all(module.component for adapter in adapters for module in adapter.keys.modules.values())
     if placed and kinds == {"KOHYA"}:

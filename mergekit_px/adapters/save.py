@@ -133,8 +133,7 @@ def save_diffusers(
     """
     tensors: dict[str, torch.Tensor] = {}
     groups: dict[str, list[LoraModule]] = {}
-    for each in modules:
-        module = each
+    for module in modules:
         _require_dots(module)
         if module.embedding:
             raise AdapterError(f"diffusers has no adapters on embeddings: {shown(module.name)}")
@@ -144,13 +143,13 @@ def save_diffusers(
             raise AdapterError(
                 f"{shown(module.name)} has another name in diffusers", hint="write it as kohya, or for peft as it is"
             )
-        module = _in_component(module, component)
-        own = str(module.component)
-        groups.setdefault(own, []).append(module)
-        tensors[f"{own}.{module.name}.lora_A.weight"] = module.a
-        tensors[f"{own}.{module.name}.lora_B.weight"] = module.b
-        if module.magnitude is not None:
-            tensors[f"{own}.{module.name}.lora_magnitude_vector"] = _peft_magnitude(module)
+        placed = _in_component(module, component)
+        own = str(placed.component)
+        groups.setdefault(own, []).append(placed)
+        tensors[f"{own}.{placed.name}.lora_A.weight"] = placed.a
+        tensors[f"{own}.{placed.name}.lora_B.weight"] = placed.b
+        if placed.magnitude is not None:
+            tensors[f"{own}.{placed.name}.lora_magnitude_vector"] = _peft_magnitude(placed)
     noted: dict[str, Any] = {}
     for own, group in groups.items():
         noted |= {f"{own}.{field}": value for field, value in peft_config(group).items() if field != "peft_type"}
@@ -176,14 +175,13 @@ def _refuse_wrapped(module: LoraModule) -> None:
 
 def _in_component(module: LoraModule, default: str) -> LoraModule:
     """A module with its component, which the name in a checkpoint of one file tells, and the name within."""
-    found = stored_place(module.name)
-    if found is None:
-        component, prefix, name = module.component or default, module.prefix, module.name
-    else:
-        (place, name), component = found, found[0].component or ""
-        if place.component is None:
-            raise AdapterError(f"the format has no place for {shown(module.name)}", hint="leave it out, or write peft")
-        prefix = place.prefix
+    component: str | None
+    component, prefix, name = module.component or default, module.prefix, module.name
+    if (stored := stored_place(name)) is not None:
+        place, name = stored
+        component, prefix = place.component, place.prefix
+    if component is None:
+        raise AdapterError(f"the format has no place for {shown(module.name)}", hint="leave it out, or write peft")
     if component not in COMPONENTS:
         raise AdapterError(f"unknown component {shown(component)}", hint=f"known are {', '.join(COMPONENTS)}")
     return replace(module, name=name, component=component, prefix=prefix)

@@ -121,7 +121,7 @@ def merge(
       pxmerge adapter merge ./math-lora ./code-lora --method knots --merger ties --density 0.3
       pxmerge adapter merge ./math-lora ./code-lora --method core --calibrate --into ./base -o ./both
     """
-    from mergekit_px.adapters.merge import merge_adapters
+    from mergekit_px.adapters.merge import common_format, merge_adapters
     from mergekit_px.adapters.merge_options import MergeOptions
     from mergekit_px.adapters.save import LORA_FILE
     from mergekit_px.checkpoint.identity import check_unchanged
@@ -167,6 +167,11 @@ def merge(
             require_new_folder(place, overwrite=replace, inputs=inputs)
     sink = output_for(json=options.json, quiet=options.quiet)
     opened = [find_adapter(adapter, allow_pickle=options.allow_pickle) for adapter in adapters]
+    written = to or ("peft" if into is not None else common_format(opened))
+    if is_file and written == "peft":
+        raise UsageError(
+            "these adapters become a PEFT folder", where=str(output), hint="give a folder, or --to kohya or diffusers"
+        )
     model = into or base
     checkpoint = None if model is None else find_model(model, sink, allow_pickle=options.allow_pickle)
     merged = merge_adapters(opened, settings, base=checkpoint, binding=binding.bind_options())
@@ -174,11 +179,6 @@ def merge(
     if len(merged.base_models) > 1:
         sink.warning(
             f"the adapters are for different bases ({', '.join(merged.base_models)}); the merged one names none"
-        )
-    written = to or ("peft" if into is not None else merged.own_format)
-    if is_file and written == "peft":
-        raise UsageError(
-            "these adapters become a PEFT folder", where=str(output), hint="give a folder, or --to kohya or diffusers"
         )
     if is_file or written == "peft":
         merged.save(output if is_file else folder, to=written, overwrite=replace)

@@ -11,6 +11,7 @@ from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import DiskSpaceError, HubError, InputError, OutputError
 from mergekit_px.hub.fetch import fetch, pull
 from mergekit_px.hub.reference import HubReference
+from mergekit_px.hub.repository import ResolvedRepo
 from mergekit_px.hub.resolve import remote_checkpoint, resolve
 
 Weights = Callable[..., bytes]
@@ -46,6 +47,13 @@ def test_exactly_the_needed_files_are_fetched(hub: FakeHub, sharded: Sharded) ->
     assert contents(folder) == needed
     for name in others:
         assert hub.asked("resolve", name) == []
+
+
+def cached(hub: FakeHub, body: bytes) -> tuple[ResolvedRepo, Path]:
+    """A repository of one file that is in the cache, and the file there."""
+    hub.add("org/model", {"model.safetensors": body})
+    resolved = resolve(HubReference("org/model"))
+    return resolved, (fetch(resolved) / "model.safetensors").resolve()
 
 
 def test_an_unsharded_model_opens_as_its_remote_headers_say(hub: FakeHub, weights: Weights) -> None:
@@ -138,9 +146,7 @@ def test_a_short_body_that_looks_whole_is_not_accepted(hub: FakeHub, weights: We
 
 def test_a_truncated_file_in_the_cache_is_replaced(hub: FakeHub, weights: Weights) -> None:
     body = weights("a", elements=10_000)
-    hub.add("org/model", {"model.safetensors": body})
-    resolved = resolve(HubReference("org/model"))
-    blob = (fetch(resolved) / "model.safetensors").resolve()
+    resolved, blob = cached(hub, body)
     blob.write_bytes(body[:1000])
     assert list(remote_checkpoint(resolved).tensors) == ["a"]
     assert (fetch(resolved) / "model.safetensors").read_bytes() == body
@@ -150,9 +156,7 @@ def test_a_truncated_file_in_the_cache_is_refused_offline(
     hub: FakeHub, weights: Weights, offline: Callable[[], None]
 ) -> None:
     body = weights("a", elements=10_000)
-    hub.add("org/model", {"model.safetensors": body})
-    resolved = resolve(HubReference("org/model"))
-    blob = (fetch(resolved) / "model.safetensors").resolve()
+    resolved, blob = cached(hub, body)
     blob.write_bytes(body[:1000])
     offline()
     with pytest.raises(HubError, match="has 1000 bytes where the Hub lists"):
@@ -274,9 +278,7 @@ def test_a_damaged_file_in_the_cache_is_replaced_or_refused(
     hub: FakeHub, weights: Weights, offline: Callable[[], None]
 ) -> None:
     body = weights("a", elements=10_000)
-    hub.add("org/model", {"model.safetensors": body})
-    resolved = resolve(HubReference("org/model"))
-    blob = (fetch(resolved) / "model.safetensors").resolve()
+    resolved, blob = cached(hub, body)
     blob.write_bytes(body[:-8] + bytes(8))
     assert (fetch(resolved) / "model.safetensors").read_bytes() == body
     blob.write_bytes(body[:-8] + bytes(8))
