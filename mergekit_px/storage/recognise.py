@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_px.checkpoint.dtypes import DTYPES, DType
-from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.json_text import parse_object, shown
 from mergekit_px.checkpoint.open import Checkpoint, StoredTensor
-from mergekit_px.errors import InputError
+from mergekit_px.errors import InputError, MalformedCheckpointError
+from mergekit_px.small_files import LARGEST_SMALL_FILE
 from mergekit_px.storage.encoding import Encoding
 from mergekit_px.storage.four_bit import BitsAndBytes4, Mxfp4, Nvfp4
 from mergekit_px.storage.scaled import Scaled, block_sides
@@ -24,6 +24,7 @@ _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 """Behind the name of the tensor of codes: DeepSeek's and transformers' fp8; compressed-tensors and ModelOpt."""
 _COMFY_SCALE = "scale_weight"
 _COMFY_MARKER = "scaled_fp8"
+_STATE = ".quant_state."
 _OF_ACTIVATIONS = ("input_scale", "scale_input", "output_scale", "weight_format", "input_global_scale")
 """Beside a weight, and of no meaning for its values: scales of activations, a tag of its layout."""
 _UNDECODED = {
@@ -79,6 +80,8 @@ class _Recognition:
         self.compute = _compute_dtype(checkpoint.config)
         self.block = _declared_block(checkpoint.config)
         self.found = QuantisedTensors()
+        self.states = {name.partition(_STATE)[0]: name for name in self.tensors if _STATE in name}
+        """Name of bitsandbytes' 4-bit codes -> name of the tensor with their settings."""
 
     def result(self) -> QuantisedTensors:
         for name, tensor in self.tensors.items():
@@ -184,7 +187,7 @@ class _Recognition:
         self._add(Nvfp4(name=name, shape=shape, dtype=dtype, parts=parts, where=self.where, divides=divides))
 
     def _bitsandbytes(self, name: str, codes: StoredTensor) -> None:
-        state = next((key for key in self.tensors if key.startswith(f"{name}.quant_state.")), None)
+        state = self.states.get(name)
         parts = {
             "codes": codes,
             **{
@@ -202,12 +205,16 @@ class _Recognition:
             self.found.refused[name] = "bitsandbytes 4-bit codes without their quant_state"
             return
         where = f"{self.where}: {shown(state)}"
+        if self.tensors[state].nbytes > LARGEST_SMALL_FILE:
+            raise InputError(f"settings of {self.tensors[state].nbytes} bytes are none", where=where)
         try:
-            settings = json.loads(self.read_bytes(self.tensors[state]))
+            settings = parse_object(self.read_bytes(self.tensors[state]), where, strict=False)
             shape = tuple(int(size) for size in settings["shape"])
             block, nested = int(settings["blocksize"]), int(settings.get("nested_blocksize") or 0)
             offset = float(settings.get("nested_offset") or 0.0)
             stored = str(settings.get("dtype") or "")
+        except MalformedCheckpointError as error:
+            raise InputError(f"these are no settings of bitsandbytes ({error.what})", where=where) from None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"these are no settings of bitsandbytes ({error})", where=where) from None
         elements = math.prod(shape)

@@ -167,6 +167,16 @@ def test_what_is_not_decoded_is_refused_by_name(tmp_path: Path, stored: dict[str
         merged(tmp_path, stored)
 
 
+@pytest.mark.parametrize(
+    "text", ["[" * 5000, '{"a": ' * 5000, "no", "[1]", '{"shape": [4, 32]}', b"\xff".decode("latin-1")]
+)
+def test_settings_of_bitsandbytes_that_are_none(tmp_path: Path, text: str) -> None:
+    stored, _ = bnb4(np.random.default_rng(12), (4, 32))
+    stored[".quant_state.bitsandbytes__nf4"] = torch.frombuffer(bytearray(text.encode("latin-1")), dtype=torch.uint8)
+    with pytest.raises(InputError, match="no settings of bitsandbytes"):
+        merged(tmp_path, {W + name: tensor for name, tensor in stored.items()})
+
+
 def test_two_quantisations_in_one_model(tmp_path: Path) -> None:
     rng = np.random.default_rng(11)
     codes = floats8(rng, (8, 8))
