@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from mergekit_px.plan.model import Plan
     from mergekit_px.plan.options import PlanOptions
     from mergekit_px.plan.report import plan_report
-    from mergekit_px.recipe.load import LoadedRecipe, load_recipe, parse_recipe
+    from mergekit_px.recipe.load import load_recipe, parse_recipe
+    from mergekit_px.recipe.loaded import LoadedRecipe
     from mergekit_px.recipe.model import Recipe
     from mergekit_px.state_dicts import merge_state_dicts
 
 _HOMES = {
     "build_plan": "plan.build",
     "Checkpoint": "checkpoint.open",
-    "LoadedRecipe": "recipe.load",
+    "LoadedRecipe": "recipe.loaded",
     "Method": "methods",
     "Params": "methods.declare",
     "PerSource": "methods.declare",

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,31 @@ def test_examples_run(
     monkeypatch.chdir(models.parent)
     assert main(["run", str(recipe), "--output", str(tmp_path / "out")]) == 0, capsys.readouterr().err
     assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def imported_modules(path: Path, modules: dict[str, Path]) -> set[str]:
+    """What a file imports of the package, at its head, inside functions and for types alone."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else node.module for name in names}
+    return found & modules.keys()
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    package = Path(mergekit_px.__file__).parent
+    modules = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package.rglob("*.py")
+    }
+    imports = {name: imported_modules(path, modules) - {name} for name, path in modules.items()}
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_there_are_examples() -> None:

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from mergekit_px.checkpoint.dtypes import DType
 
+CONFIG_FILE = "config.json"
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:

@@ -28,16 +28,15 @@ from mergekit_px.errors import DiskSpaceError, InputError, OutputError
 
 STATE_FOLDER = ".pxmerge"
 JOURNAL_FILE = "journal.jsonl"
-LOCK_FILE = "lock"
+DIRECTORY_LOCK = "lock"
 PUBLISHING_FILE = "publishing"
 INPUTS_FILE = "inputs.json"
 PARTS_FOLDER = "parts"
 STAGE_FOLDER = "stage"
 PART_SUFFIX = ".part"
 
-CONFIG_FILE = "config.json"
 RECIPE_FILE = "pxmerge.yaml"
-LOCKFILE = "pxmerge.lock.json"
+LOCK_FILE = "pxmerge.lock.json"
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -125,7 +124,7 @@ def check_replaceable(directory: Path) -> None:
     if foreign:
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise OutputError(
-            f"--overwrite replaces what its {LOCKFILE} lists, and the folder also holds"
+            f"--overwrite replaces what its {LOCK_FILE} lists, and the folder also holds"
             f" {', '.join(map(shown, foreign[:_NAMED]))}{more}",
             where=str(directory),
             hint="choose another output, or move them away",
@@ -135,7 +134,7 @@ def check_replaceable(directory: Path) -> None:
 def recorded_lock(directory: Path) -> Mapping[str, Any]:
     """The lock file of the finished output in a folder; empty where none can be read."""
     try:
-        return read_object(directory / LOCKFILE, folder=directory, limit=LARGEST_INDEX)
+        return read_object(directory / LOCK_FILE, folder=directory, limit=LARGEST_INDEX)
     except InputError:
         return {}
 
@@ -145,7 +144,7 @@ def recorded_files(directory: Path) -> tuple[str, ...]:
     files = recorded_lock(directory).get("files")
     if not isinstance(files, dict):
         return ()
-    return (LOCKFILE, *(name for name in files if is_inside(name)))
+    return (LOCK_FILE, *(name for name in files if is_inside(name)))
 
 
 def published_names(directory: Path) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile, FileIdentity, StoredTensor
+from mergekit_px.checkpoint.contents import CONFIG_FILE, Checkpoint, CheckpointFile, FileIdentity, StoredTensor
 from mergekit_px.checkpoint.file_kind import file_kind
 from mergekit_px.checkpoint.header import Header, parse_header, read_raw_header
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, LARGEST_INDEX, check_index, index_name, parse_index
@@ -38,8 +38,6 @@ __all__ = [
     "checkpoint_from_headers",
     "open_checkpoint",
 ]
-
-CONFIG_FILE = "config.json"
 
 
 def open_checkpoint(path: str | Path, *, label: str | None = None, allow_pickle: bool = False) -> Checkpoint:

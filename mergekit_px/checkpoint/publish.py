@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_px._version import __version__
+from mergekit_px.checkpoint.contents import CONFIG_FILE
 from mergekit_px.checkpoint.destination import (
-    CONFIG_FILE,
+    DIRECTORY_LOCK,
     JOURNAL_FILE,
     LOCK_FILE,
-    LOCKFILE,
     PARTS_FOLDER,
     PUBLISHING_FILE,
     STAGE_FOLDER,
@@ -36,7 +36,7 @@ from mergekit_px.checkpoint.positional import sync, sync_directory
 from mergekit_px.checkpoint.replacement import replacement
 from mergekit_px.errors import InputError, UsageError, WriteError
 
-_LAST = (CONFIG_FILE, LOCKFILE)
+_LAST = (CONFIG_FILE, LOCK_FILE)
 _PIECE = 1 << 20
 
 
@@ -141,12 +141,12 @@ def put_in_place(directory: Path, staged: Mapping[str, Path], replaces: Iterable
 
 def _least_complete(name: str) -> int:
     """What says that an output is complete is removed before the rest."""
-    return 0 if name == LOCKFILE else 1 if name.endswith(".json") else 2
+    return 0 if name == LOCK_FILE else 1 if name.endswith(".json") else 2
 
 
 def _remove(directory: Path, name: str) -> None:
     (directory / name).unlink(missing_ok=True)
-    if name == LOCKFILE:
+    if name == LOCK_FILE:
         sync_directory(directory)
     for folder in (directory / name).parents:
         if folder == directory:
@@ -201,7 +201,7 @@ def new_folder(directory: Path, *, overwrite: bool, record: bool = True) -> Iter
     try:
         check_mode(directory, mode, "")
         directory.mkdir(parents=True, exist_ok=True)
-        lock = DirectoryLock.take(state / LOCK_FILE, str(directory))
+        lock = DirectoryLock.take(state / DIRECTORY_LOCK, str(directory))
     except OSError as error:
         raise cannot_use(directory, error) from error
     stage_folder = state / STAGE_FOLDER
@@ -222,8 +222,8 @@ def new_folder(directory: Path, *, overwrite: bool, record: bool = True) -> Iter
         )
         if record:
             files = {name: _synced(stage_folder / name) for name in names}
-            _write_staged(folder_lock(files), stage_folder / LOCKFILE)
-            names.append(LOCKFILE)
+            _write_staged(folder_lock(files), stage_folder / LOCK_FILE)
+            names.append(LOCK_FILE)
         begun = True
         put_in_place(directory, {name: stage_folder / name for name in names}, replaces)
         begun = False

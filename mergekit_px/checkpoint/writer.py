@@ -18,10 +18,10 @@ from typing import Self
 
 from mergekit_px.checkpoint.background import Flusher, Hasher
 from mergekit_px.checkpoint.destination import (
+    DIRECTORY_LOCK,
     INPUTS_FILE,
     JOURNAL_FILE,
     LOCK_FILE,
-    LOCKFILE,
     PARTS_FOLDER,
     PUBLISHING_FILE,
     STAGE_FOLDER,
@@ -93,7 +93,7 @@ class CheckpointWriter:
             directory.mkdir(parents=True, exist_ok=True)
             if not self._state.exists():
                 check_mode(directory, mode, plan_hash)  # before a lock leaves a trace in somebody's folder
-            self._lock = DirectoryLock.take(self._state / LOCK_FILE, str(directory))
+            self._lock = DirectoryLock.take(self._state / DIRECTORY_LOCK, str(directory))
         except OSError as error:
             raise cannot_use(directory, error) from error
         try:
@@ -264,7 +264,7 @@ class CheckpointWriter:
                 shard.file: PublishedFile(shard.size, digest)
                 for shard, digest in zip(self._layout.shards, hashes, strict=True)
             }
-            published = stage(self.directory, {LOCKFILE: folder_lock, **files}, self._layout, shards)
+            published = stage(self.directory, {LOCK_FILE: folder_lock, **files}, self._layout, shards)
             stage_folder = self._state / STAGE_FOLDER
             staged = {name: self._part(name) if name in shards else stage_folder / name for name in published}
             put_in_place(self.directory, staged, self._replaces)

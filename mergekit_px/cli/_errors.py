@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import typer
 
-from mergekit_px.cli._commands import spoken_name
 from mergekit_px.cli._extras import extra_of
 from mergekit_px.errors import PxmergeError
 
@@ -27,18 +26,19 @@ class Interrupted(KeyboardInterrupt):
         super().__init__()
 
 
-def explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
+def explain(error: BaseException, words: Sequence[str], command: str = "") -> tuple[int, str]:
     """The exit code for an error, and the line that is printed for it.
 
     Args:
         words: the command line, without the program's name.
+        command: the name of its command, or of its group; empty for none.
     """
     if isinstance(error, PxmergeError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, typer.TyperException):
         text = " ".join(error.format_message().split()).replace("Value error, ", "")
-        command = f"{PROGRAM} {spoken_name(words)}".rstrip()
-        return error.exit_code, f"error: {text.rstrip('.')}; see `{command} --help`"
+        usage = f"{PROGRAM} {command}".rstrip()
+        return error.exit_code, f"error: {text.rstrip('.')}; see `{usage} --help`"
     if isinstance(error, Interrupted):
         resumed = [*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"]
         return INTERRUPTED, f"interrupted; to go on: {shlex.join([PROGRAM, *(error.command or resumed)])}"

@@ -18,7 +18,7 @@ from mergekit_px.errors import HubError
 if TYPE_CHECKING:
     from mergekit_px.execute.events import RunResult
     from mergekit_px.plan.model import Plan
-    from mergekit_px.recipe.load import LoadedRecipe
+    from mergekit_px.recipe.loaded import LoadedRecipe
     from mergekit_px.recipe.model import Push
 
 

@@ -18,7 +18,7 @@ import typer
 
 from mergekit_px._version import __version__
 from mergekit_px.cli._arguments import expand_lists
-from mergekit_px.cli._commands import GROUPS, Command, all_commands, spoken_command
+from mergekit_px.cli._commands import GROUPS, Command, all_commands, spoken_command, spoken_name
 from mergekit_px.cli._errors import PROGRAM, explain
 from mergekit_px.cli._options import list_options
 from mergekit_px.cli._output import write_error_line
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exception(error)
-        code, line = explain(error, words)
+        code, line = explain(error, words, spoken_name(words))
         write_error_line(line)
         return code
 

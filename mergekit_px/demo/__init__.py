@@ -13,27 +13,13 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from mergekit_px.demo.report import Score, markdown_table, write_data, write_picture
 from mergekit_px.errors import OutputError, RunError, UsageError
 
 BASE = "base"
 MERGED = "merged"
 TABLE, DATA, PICTURE = "accuracy.md", "accuracy.json", "accuracy.png"
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One row of the table: test accuracy in percent for each task, and their mean."""
-
-    label: str
-    kind: Literal["base", "fine-tune", "merge"]
-    command: str | None
-    accuracy: dict[str, float]
-
-    @property
-    def mean(self) -> float:
-        return sum(self.accuracy.values()) / len(self.accuracy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +47,6 @@ def run_demo(output: Path, seed: int, merge: Callable[[Sequence[str]], int], say
         RunError: a merge did not end with exit code 0.
     """
     _require_packages()
-    from mergekit_px.demo.report import markdown_table, write_data, write_picture
     from mergekit_px.demo.tasks import FINE_TUNES, load_tasks
     from mergekit_px.demo.train import Trainer
 

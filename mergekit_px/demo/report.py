@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
-if TYPE_CHECKING:
-    from mergekit_px.demo import Score
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One row of the table: test accuracy in percent for each task, and their mean."""
+
+    label: str
+    kind: Literal["base", "fine-tune", "merge"]
+    command: str | None
+    accuracy: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.accuracy.values()) / len(self.accuracy)
 
 
 def markdown_table(scores: Sequence[Score]) -> str:

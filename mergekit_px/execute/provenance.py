@@ -28,8 +28,6 @@ from mergekit_px.plan.model import Plan
 if TYPE_CHECKING:
     from mergekit_px.methods.declare import Method
 
-LOCK_FILE = "pxmerge.lock.json"
-RECIPE_FILE = "pxmerge.yaml"
 CARD_FILE = "README.md"
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mergekit_px.checkpoint.destination import check_mode
+from mergekit_px.checkpoint.destination import LOCK_FILE, RECIPE_FILE, check_mode
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
@@ -24,7 +24,7 @@ from mergekit_px.execute.events import Progress, Report, RunResult
 from mergekit_px.execute.finished import claims_result, finished_files
 from mergekit_px.execute.items import Execution, Sink
 from mergekit_px.execute.lane import Lane, pick_device
-from mergekit_px.execute.provenance import CARD_FILE, LOCK_FILE, RECIPE_FILE, InputHashes, card, lock_file
+from mergekit_px.execute.provenance import CARD_FILE, InputHashes, card, lock_file
 from mergekit_px.execute.scheduler import Routine, Scheduler
 from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.build import build_plan

@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_px.checkpoint.contents import CONFIG_FILE
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, parse_index
-from mergekit_px.checkpoint.open import CONFIG_FILE, check_numbers
+from mergekit_px.checkpoint.open import check_numbers
 from mergekit_px.checkpoint.selection import select_weights
 from mergekit_px.checkpoint.side_files import SideFiles, sort_files
 from mergekit_px.errors import HubError, InputError, InputNotFoundError

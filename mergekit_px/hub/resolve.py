@@ -142,7 +142,7 @@ def _cached_card(path: Path) -> Mapping[str, Any]:
 
 
 def _config(resolved: ResolvedRepo) -> Mapping[str, Any] | None:
-    from mergekit_px.checkpoint.open import CONFIG_FILE
+    from mergekit_px.checkpoint.contents import CONFIG_FILE
 
     if CONFIG_FILE not in resolved.files:
         return None

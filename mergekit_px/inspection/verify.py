@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mergekit_px.checkpoint.destination import LOCK_FILE
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.index import LARGEST_INDEX, is_inside
 from mergekit_px.checkpoint.json_text import read_object, shown
 from mergekit_px.errors import InputNotFoundError, MalformedCheckpointError
-
-LOCK_FILE = "pxmerge.lock.json"
 
 
 @dataclass(frozen=True)

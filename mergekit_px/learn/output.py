@@ -7,8 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.destination import CONFIG_FILE
+from mergekit_px.checkpoint.contents import CONFIG_FILE, Checkpoint
 from mergekit_px.checkpoint.dtypes import dtype_of
 from mergekit_px.checkpoint.layout import OutputTensor, plan_layout
 from mergekit_px.checkpoint.publish import SideFile

@@ -59,6 +59,10 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
 
+    def treats_by_element(self, shape: Sequence[int], name: str) -> bool:
+        """Whether a method that takes whole tensors treats this one element by element, so that it may be cut."""
+        return False
+
 
 class PerSource:
     """Marker in ``Annotated[float | tuple[float, ...], PerSource()]``: the recipe may give one value for each
@@ -151,6 +155,8 @@ class Method:
     companions: Companions | None = None
     centred: bool = False
     """Whether the mean of its sources is a base that makes sense by itself."""
+    signed: bool = False
+    """Whether its weights are coefficients of any sign and sum, which decide what comes out."""
 
     @property
     def summary(self) -> str:
@@ -208,6 +214,7 @@ def merge_method(
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     companions: Companions | None = None,
     centred: bool = False,
+    signed: bool = False,
     params: type[Params] | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
@@ -227,6 +234,8 @@ def merge_method(
         companions: what it reads beside each source, if anything; ``sources`` does not count them.
         centred: whether it may take the mean of three or more sources as the base that it is not given, rather than
             refuse.
+        signed: whether its weights are coefficients of any sign and sum: full models whose weights add up to 1 give a
+            model, to 0 a task vector. Adapters then stand for their change alone.
         params: the parameter class, where only the statistics take it; else it is read off the annotation of
             the function's ``params``.
         name: the method's name if it is not the function's.
@@ -271,6 +280,7 @@ def merge_method(
             arguments=arguments,
             companions=companions,
             centred=centred,
+            signed=signed,
         )
         return function
 

@@ -69,6 +69,9 @@ class SpectralParams(Params):
     rows (convolutions), or the mean of the updates, as the authors of most spectral methods do with convolutions.
     Automatic: experts where the name says so, else flattened."""
 
+    def treats_by_element(self, shape: Sequence[int], name: str) -> bool:
+        return cut_into_matrices(shape, name, self) is None
+
 
 class NoiseParams(SpectralParams):
     noise_floor: bool = True
@@ -170,11 +173,6 @@ def cut_into_matrices(
         return lambda tensor: view(tensor, number, start, stop)
 
     return [viewer(number, start, stop) for number in stack for start, stop in bounds]
-
-
-def is_cut_by_element(shape: Sequence[int], name: str, params: Params) -> bool:
-    """Whether a spectral method treats this tensor element by element, so that it need not be held whole."""
-    return isinstance(params, SpectralParams) and cut_into_matrices(shape, name, params) is None
 
 
 def _bounds(rows: int, split: int | str, name: str) -> Iterator[tuple[int, int]]:

@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from mergekit_px.errors import PlanError
 from mergekit_px.plan.model import Adapted, Kind, Node, Read
 
 if TYPE_CHECKING:
     from mergekit_px.adapters.patch import Patch
-    from mergekit_px.plan.expressions import Expressions
+    from mergekit_px.checkpoint.contents import Checkpoint
     from mergekit_px.plan.inputs import ResolvedInput
 
 
-def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], expressions: Expressions) -> dict[str, Node]:
+@dataclass(slots=True)
+class AdaptedModel:
+    """A model with its adapters applied.
+
+    Attributes:
+        nodes: its tensors, by name.
+        config_updates: what the adapters change in its config; None where they leave it as it is.
+        notes: what was decided, for people.
+    """
+
+    nodes: dict[str, Node]
+    config_updates: Mapping[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], checkpoint: Checkpoint) -> AdaptedModel:
     """The tensors of a model with its adapters applied in order.
+
+    Args:
+        stored: the tensors of the model itself.
+        checkpoint: where names and shapes of these are read from.
 
     Raises:
         AdapterError: an adapter does not fit the model.
     """
     from mergekit_px.adapters.patch import KeepPatch
 
-    nodes = dict(stored)
+    model = AdaptedModel(dict(stored))
+    nodes = model.nodes
     for number, adapter in enumerate(source.adapters):
-        binding = adapter.bind(expressions.view(source).checkpoint, source.bind_options)
+        binding = adapter.bind(checkpoint, source.bind_options)
         # A head that is untied is made of the embedding as it was before this adapter.
         before = dict(nodes)
         still_tied: list[str] = []
@@ -43,31 +63,36 @@ def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], expressions
                 parts = (updates, updates.get("text_config", {}))
                 for part in parts:
                     part.pop("tie_word_embeddings", None)
-                expressions.notes.append(
+                model.notes.append(
                     f"{adapter.label}: it adds rows to the embedding and holds none for the head that is tied to it; "
                     f"{still_tied[0]} stays tied, so the head changes with the embedding"
                 )
-            expressions.config_updates[source.name] = updates
-        for name in binding.left_out:
-            expressions.notes.append(f"{adapter.label}: {name} belongs to another component and is left out")
-    return nodes
+            model.config_updates = updates
+        if binding.left_out:
+            model.notes.append(_left_out(adapter.label, list(binding.left_out)))
+    return model
 
 
-def adapter_changes(source: ResolvedInput, base: str | None, expressions: Expressions) -> dict[str, Node]:
+def adapter_changes(
+    source: ResolvedInput, model: Mapping[str, Node] | None, checkpoint: Checkpoint | None
+) -> dict[str, Node]:
     """An adapter alone: its change of every tensor of the base, zero where it changes nothing.
 
+    Args:
+        model: the tensors of the base; None where there is no base model to read names and shapes from.
+        checkpoint: where the base's are read from.
+
     Raises:
-        PlanError: there is no base model to read names and shapes from.
+        PlanError: there is no base model, or the adapter is no task vector of it.
         AdapterError: the adapter does not fit the base.
     """
-    if base is None or base not in expressions.inputs:
+    if model is None or checkpoint is None:
         raise PlanError(
             f"adapter '{source.name}' needs a base model, not a step or nothing",
             where=source.reference,
             hint="give the model that it was trained on as base",
         )
-    model = expressions.namespace(base)
-    binding = source.adapters[0].bind(expressions.view(expressions.inputs[base]).checkpoint, source.bind_options)
+    binding = source.adapters[0].bind(checkpoint, source.bind_options)
     changes: dict[str, Node] = {}
     for name, node in model.items():
         patch = binding.get(name)
@@ -88,6 +113,13 @@ def adapter_changes(source: ResolvedInput, base: str | None, expressions: Expres
             hint="give it as {model: ..., adapter: ...}",
         )
     return changes
+
+
+def _left_out(adapter: str, names: list[str]) -> str:
+    """One sentence for all tensors of other components, of which there may be hundreds."""
+    if len(names) == 1:
+        return f"{adapter}: {names[0]} belongs to another component and is left out"
+    return f"{adapter}: {len(names)} tensors belong to another component and are left out, {names[0]} among them"
 
 
 def as_kind(node: Node | None, kind: Kind, name: str) -> Node | None:

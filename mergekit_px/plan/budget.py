@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mergekit_px.errors import MemoryBudgetError
-from mergekit_px.methods.matrices import is_cut_by_element
 from mergekit_px.plan.model import Budget, Leaf, Read, WorkItem
 
 BLOCK = 1 << 18
@@ -71,7 +70,7 @@ def needs_whole(item: WorkItem) -> bool:
         return item.access == "tensor"
     whole = [node for node in item.applied if node.method.access == "tensor"]
     finer = all(node.method.access != "rows" for node in item.applied)
-    return not (finer and all(is_cut_by_element(item.shape, item.name, node.params) for node in whole))
+    return not (finer and all(node.params.treats_by_element(item.shape, item.name) for node in whole))
 
 
 def whole_bytes(item: WorkItem) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from mergekit_px.plan.options import PlanOptions
 from mergekit_px.plan.texts import config_text, recipe_text
 from mergekit_px.plan.tokenizers import Vocabularies, adapter_tokenizer
 from mergekit_px.plan.views import has_decoded, plain_config, refuse_quantised_by_config
-from mergekit_px.recipe.load import LoadedRecipe
+from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
 
@@ -77,7 +77,7 @@ def build_plan(
 
     config_from = config_donor(recipe, target, resolved, loaded)
     vocabularies = Vocabularies(resolved, recipe.output.tokenizer_from or config_from)
-    expressions = Expressions(_with_recipe(loaded, recipe), resolved, vocabularies)
+    expressions = Expressions(replace(loaded, recipe=recipe), resolved, vocabularies)
     namespace = expressions.namespace(target)
     kind = _kind(recipe, namespace)
     if recipe.output.kind == "task_vector" and kind == "weights":
@@ -208,12 +208,6 @@ def _reachable(recipe: Recipe, target: str) -> set[str]:
         rules = [*step.rules, *(rule for piece in pieces for rule in piece.rules)]
         waiting += [rule.take for rule in rules if rule.take]
     return found
-
-
-def _with_recipe(loaded: LoadedRecipe, recipe: Recipe) -> LoadedRecipe:
-    changed = copy.copy(loaded)
-    object.__setattr__(changed, "recipe", recipe)
-    return changed
 
 
 def _used_inputs(items: Iterable[WorkItem]) -> list[str]:

@@ -16,7 +16,7 @@ from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import is_embedding, stack_sizes
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
-from mergekit_px.recipe.load import LoadedRecipe
+from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
 _STEMS = ("diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model")

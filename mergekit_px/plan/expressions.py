@@ -21,17 +21,15 @@ from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import depth, split_layer, stack_sizes
 from mergekit_px.plan.model import Apply, Kind, Leaf, Node
 from mergekit_px.plan.names import bridge, difference, rename_hint, renamed
-from mergekit_px.plan.rules import matching
-from mergekit_px.plan.slices import Slot, slice_slots
+from mergekit_px.plan.rules import by_source, matching, weights_by_rule
+from mergekit_px.plan.slices import slice_slots
+from mergekit_px.plan.slots import Namespace, Slot
 from mergekit_px.plan.tied import is_head, tied_copy, tied_source
 from mergekit_px.plan.tokenizers import Vocabularies
 from mergekit_px.plan.values import resolve_params, resolve_weight, varies
 from mergekit_px.plan.views import StoredView, first_rows, stored_view
-from mergekit_px.recipe.load import LoadedRecipe
+from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Rule, Step, Value
-
-Namespace = Mapping[str, Node]
-"""What a model or a step offers: tensor name -> expression, in file order."""
 
 _DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "attn.masked_bias", "embeddings.position_ids")
 """Buffers that libraries compute from the config, and that only their older versions stored."""
@@ -77,7 +75,10 @@ class Expressions:
         key = (name, base if alone else None)
         if key not in self._namespaces:
             if alone:
-                self._namespaces[key] = adapter_changes(self.inputs[name], base, self)
+                model = self.inputs.get(base or "")
+                nodes = None if model is None else self.namespace(model.name)
+                checkpoint = None if model is None else self.view(model).checkpoint
+                self._namespaces[key] = adapter_changes(self.inputs[name], nodes, checkpoint)
             elif name in self.inputs:
                 self._namespaces[key] = self._stored(self.inputs[name])
             else:
@@ -88,7 +89,11 @@ class Expressions:
         if not source.checkpoint.tensors:
             raise PlanError("the model has no tensors", where=source.reference)
         view = self.view(source)
-        nodes: Namespace = adapted_model(source, view.nodes, self)
+        adapted = adapted_model(source, view.nodes, view.checkpoint)
+        self.notes.extend(adapted.notes)
+        if adapted.config_updates is not None:
+            self.config_updates[source.name] = adapted.config_updates
+        nodes: Namespace = adapted.nodes
         if self.vocabularies is not None:
             nodes = self.vocabularies.arranged(source, nodes)
         request = self.loaded.recipe.models.get(source.name)
@@ -105,7 +110,7 @@ class Expressions:
 
     def _step(self, name: str, step: Step) -> Namespace:
         where = self.loaded.where("steps", name)
-        slots = slice_slots(name, step, self) if step.slices is not None else self._slots(name, step)
+        slots = self._stacked(name, step) if step.slices is not None else self._slots(name, step)
         sizes = stack_sizes(slot.name for slot in slots)
         nodes: dict[str, Node] = {}
         by_name = {slot.name: slot for slot in slots}
@@ -123,6 +128,12 @@ class Expressions:
                 self.layer_sources[name] = self.layer_sources[members[0]]
         return nodes
 
+    def _stacked(self, name: str, step: Step) -> list[Slot]:
+        stacked = slice_slots(name, step, self)
+        self.layer_sources[name] = stacked.layer_sources
+        self.untied.extend(head for head in stacked.untied if head not in self.untied)
+        return stacked.slots
+
     def _is_copy(self, step: str, slot: Slot, slots: Mapping[str, Slot]) -> bool:
         """Whether a tensor is a copy of another one in all models that make it, and so follows that one.
 
@@ -131,7 +142,7 @@ class Expressions:
         members = [member for member in (slot.base, *slot.sources) if member is not None]
         originals = {self._original(*member) for member in members if not self._is_change(member[0])}
         original = originals.pop() if len(originals) == 1 else None
-        if original is None or original not in slots or _models(slots[original]) != _models(slot):
+        if original is None or original not in slots or slots[original].models != slot.models:
             return False
         if is_head(slot.name):
             rules = [slot.rules[index] for index in matching(slot.rules, slot.name, None)]
@@ -227,7 +238,7 @@ class Expressions:
         method = find_method(decisive.method if decisive is not None and decisive.method else step.method)
         slot, companions = split_companions(step, method, slot, where)
         base = self._operand(*slot.base) if slot.base is not None else None
-        wanted: Kind = "delta" if method.space == "deltas" or method.name == "combine" else "weights"
+        wanted: Kind = "delta" if method.space == "deltas" or method.signed else "weights"
         operands = [as_kind(self._operand(source, name, step.base), wanted, slot.name) for source, name in slot.sources]
         if base is not None and all(is_unchanged(node) for node in operands) and method.space == "deltas":
             return base
@@ -356,9 +367,9 @@ class Expressions:
         for rule in rules:
             if rule.method is not None:
                 params, changed = {}, True
-            params |= {field: _by_source(value, params.get(field), names) for field, value in rule.params.items()}
+            params |= {field: by_source(value, params.get(field), names) for field, value in rule.params.items()}
             if rule.weights is not None:
-                weights = self._rule_weights(rule, names, weights, where)
+                weights = weights_by_rule(rule, names, weights, where)
         place = slot.position if slot.position is not None else depth(slot.name, sizes)
         moving = any(varies(value) for value in (*params.values(), *weights))
         key = (id(step), slot.part, matched, tuple(indices), place if moving else None, method.name)
@@ -382,16 +393,6 @@ class Expressions:
                     raise RecipeError(error.what, where=where, hint=error.hint) from None
             self._resolved[key] = (method, resolved, numbers)
         return self._resolved[key]
-
-    def _rule_weights(self, rule: Rule, names: list[str], weights: list[Value], where: str) -> list[Value]:
-        if isinstance(rule.weights, Mapping):
-            if unknown := rule.weights.keys() - set(names):
-                raise RecipeError(f"weights are given for {sorted(unknown)}, which are no sources here", where=where)
-            return [rule.weights.get(name, old) for name, old in zip(names, weights, strict=True)]
-        assert rule.weights is not None
-        if len(rule.weights) != len(names):
-            raise RecipeError(f"{len(rule.weights)} weights for {len(names)} sources", where=where)
-        return list(rule.weights)
 
     def _same_shape(
         self, step: Step, slot: Slot, base: Node | None, sources: list[Node], indices: Sequence[int], where: str
@@ -463,7 +464,7 @@ class Expressions:
         )
 
     def _linear_kind(self, method: Method, weights: Sequence[float], kinds: Sequence[Kind], where: str) -> Kind:
-        if method.name != "combine":
+        if not method.signed:
             if len(set(kinds)) > 1:
                 raise RecipeError(f"{method.name} cannot mix full models with task vectors", where=where)
             return kinds[0]
@@ -477,15 +478,3 @@ class Expressions:
             "and must add up to 1 (a model) or 0 (a task vector)",
             where=where,
         )
-
-
-def _models(slot: Slot) -> list[str]:
-    return [member for member, _ in (*slot.sources, *((slot.base,) if slot.base is not None else ()))]
-
-
-def _by_source(value: Value, old: Value, sources: Sequence[str]) -> Value:
-    """A rule's value; one given by source changes the sources that it names and leaves the others as they are."""
-    if not isinstance(value, Mapping):
-        return value
-    before = dict(old) if isinstance(old, Mapping) else {} if old is None else dict.fromkeys(sources, old)
-    return {**before, **value}

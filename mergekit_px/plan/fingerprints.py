@@ -62,7 +62,7 @@ def base_fingerprint(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInp
     recorded: set[str | None] = set()
     for item in items:
         for node in item.applied:
-            if node.kind == "delta" and node.method.name == "combine":
+            if node.kind == "delta" and node.method.signed:
                 for source, weight in zip(node.sources, node.weights, strict=True):
                     if isinstance(source, Read) and source.kind == "weights" and weight < 0:
                         subtracted.add(source.input)

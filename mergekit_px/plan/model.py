@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mergekit_px.adapters.patch import Patch
     from mergekit_px.plan.inputs import ResolvedInput
     from mergekit_px.plan.options import PlanOptions
-    from mergekit_px.recipe.load import LoadedRecipe
+    from mergekit_px.recipe.loaded import LoadedRecipe
 
 Kind = Literal["weights", "delta"]
 """Whether a value is a model's weights or a task vector (a difference of weights)."""

@@ -1,14 +1,15 @@
-"""Which rules of a step select a tensor, and what they change."""
+"""Which rules of a step select a tensor, and what they change of its parameters and weights."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import translate
 from functools import lru_cache
 
+from mergekit_px.errors import RecipeError
 from mergekit_px.recipe.layer_range import parse_layers
-from mergekit_px.recipe.model import Rule
+from mergekit_px.recipe.model import Rule, Value
 
 
 @lru_cache(maxsize=4096)
@@ -36,3 +37,23 @@ def selects(rule: Rule, name: str, layer: int | None) -> bool:
 def matching(rules: Sequence[Rule], name: str, layer: int | None) -> tuple[int, ...]:
     """Places of the rules that select a tensor, in the order in which they apply."""
     return tuple(index for index, rule in enumerate(rules) if selects(rule, name, layer))
+
+
+def weights_by_rule(rule: Rule, names: list[str], weights: list[Value], where: str) -> list[Value]:
+    """The weights of a step's sources where a rule changes them. Raises ``RecipeError`` where they do not fit."""
+    if isinstance(rule.weights, Mapping):
+        if unknown := rule.weights.keys() - set(names):
+            raise RecipeError(f"weights are given for {sorted(unknown)}, which are no sources here", where=where)
+        return [rule.weights.get(name, old) for name, old in zip(names, weights, strict=True)]
+    assert rule.weights is not None
+    if len(rule.weights) != len(names):
+        raise RecipeError(f"{len(rule.weights)} weights for {len(names)} sources", where=where)
+    return list(rule.weights)
+
+
+def by_source(value: Value, old: Value, sources: Sequence[str]) -> Value:
+    """A rule's value; one given by source changes the sources that it names and leaves the others as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    before = dict(old) if isinstance(old, Mapping) else {} if old is None else dict.fromkeys(sources, old)
+    return {**before, **value}

@@ -4,40 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit_px.errors import PlanError, RecipeError
 from mergekit_px.plan.config import layer_count, layer_kinds
 from mergekit_px.plan.layers import is_embedding, position, split_layer, stack_sizes
+from mergekit_px.plan.slots import Namespaces, Slot
 from mergekit_px.plan.tied import is_head, tied_source
 from mergekit_px.recipe.layer_range import parse_layers
-from mergekit_px.recipe.model import Rule, Slice, Step, Value
-
-if TYPE_CHECKING:
-    from mergekit_px.plan.expressions import Expressions
+from mergekit_px.recipe.model import Slice, Step, Value
 
 _OTHER_STACKS = ("vision", "visual", "image", "audio", "mtp")
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """One output tensor of a step before its parameters are known."""
+class Stacked:
+    """The layers of a step with slices.
 
-    name: str
-    sources: tuple[tuple[str, str], ...]
-    """(model or step, tensor name) of each source."""
-    base: tuple[str, str] | None
-    params: Mapping[str, Value]
-    weights: tuple[Value, ...]
-    rules: tuple[Rule, ...]
-    position: float | None
-    """Depth within the slice; None where depth is that of the output."""
-    part: int
-    """Number of the slice; -1 outside of slices."""
+    Attributes:
+        slots: embeddings first, then the layers, then the rest.
+        layer_sources: for each output layer, its (source, layer) pairs.
+        untied: heads that some sources tie to the embedding and that are written on their own.
+    """
+
+    slots: list[Slot]
+    layer_sources: list[list[tuple[str, int]]]
+    untied: list[str]
 
 
-def slice_slots(step_name: str, step: Step, expressions: Expressions) -> list[Slot]:
-    """The slots of a step with slices, embeddings first, then the layers, then the rest.
+def slice_slots(step_name: str, step: Step, namespaces: Namespaces) -> Stacked:
+    """The slots of a step with slices.
 
     Tensors outside the layers are made as in the first slice (embeddings, other stacks) or the last (everything else).
 
@@ -45,7 +41,7 @@ def slice_slots(step_name: str, step: Step, expressions: Expressions) -> list[Sl
         PlanError, RecipeError: layers that a source does not have, or sources that cannot be stacked.
     """
     assert step.slices is not None
-    where = expressions.loaded.where("steps", step_name, "slices")
+    where = namespaces.loaded.where("steps", step_name, "slices")
     if step.sources:
         raise RecipeError("a step has either sources or slices", where=where)
     if not step.slices:
@@ -53,8 +49,8 @@ def slice_slots(step_name: str, step: Step, expressions: Expressions) -> list[Sl
     layers: list[Slot] = []
     sources_of_layers: list[list[tuple[str, int]]] = []
     for part, piece in enumerate(step.slices):
-        here = expressions.loaded.where("steps", step_name, "slices", part)
-        stacked = [_stack(source.model, expressions, here) for source in piece.sources]
+        here = namespaces.loaded.where("steps", step_name, "slices", part)
+        stacked = [_stack(source.model, namespaces, here) for source in piece.sources]
         numbers = []
         for source, (_, count) in zip(piece.sources, stacked, strict=True):
             chosen = parse_layers(source.layers).to_list(count)
@@ -72,31 +68,31 @@ def slice_slots(step_name: str, step: Step, expressions: Expressions) -> list[Sl
                 (source.model, stack, chosen[index])
                 for source, (stack, _), chosen in zip(piece.sources, stacked, numbers, strict=True)
             ]
-            sources_of_layers.append([origin for entry in own for origin in _origins(*entry, expressions)])
-            layers.extend(_layer_slots(step, piece, part, own, len(sources_of_layers) - 1, place, expressions))
-    expressions.layer_sources[step_name] = sources_of_layers
-    _refuse_shared_embedding(sources_of_layers, where, expressions)
+            sources_of_layers.append([origin for entry in own for origin in _origins(*entry, namespaces)])
+            layers.extend(_layer_slots(step, piece, part, own, len(sources_of_layers) - 1, place, namespaces))
+    _refuse_shared_embedding(sources_of_layers, where, namespaces)
     for model in dict.fromkeys(model for own in sources_of_layers for model, _ in own):
-        _refuse_moved_ends(model, sources_of_layers, where, expressions)
-    before = _outside(step, 0, True, where, expressions)
-    after = _outside(step, len(step.slices) - 1, False, where, expressions)
-    return [*before, *layers, *after]
+        _refuse_moved_ends(model, sources_of_layers, where, namespaces)
+    heads = _heads_apart(step, namespaces)
+    before = _outside(step, 0, True, (), where, namespaces)
+    after = _outside(step, len(step.slices) - 1, False, tuple(heads), where, namespaces)
+    return Stacked([*before, *layers, *after], sources_of_layers, [head for head, stored in heads.items() if stored])
 
 
-def _origins(model: str, stack: str, layer: int, expressions: Expressions) -> list[tuple[str, int]]:
+def _origins(model: str, stack: str, layer: int, namespaces: Namespaces) -> list[tuple[str, int]]:
     """Where a source's layer comes from: through a step that is itself made of slices, the layers of its sources."""
-    inner = expressions.layer_sources.get(model)
+    inner = namespaces.layer_sources.get(model)
     return [(model, layer)] if inner is None else inner[layer]
 
 
-def _stack(model: str, expressions: Expressions, where: str) -> tuple[str, int]:
+def _stack(model: str, namespaces: Namespaces, where: str) -> tuple[str, int]:
     """The stack of layers that slices of a model speak of, and its number of layers.
 
     A model may have stacks beside it (a vision tower, layers that predict further tokens), and layers after those
     that its config counts: none of these are stacked.
     """
-    sizes = stack_sizes(expressions.namespace(model))
-    source = expressions.inputs.get(model)
+    sizes = stack_sizes(namespaces.namespace(model))
+    source = namespaces.inputs.get(model)
     config = source.config if source is not None and source.config is not None else {}
     count = layer_count(config)
     counted = {stack for stack, size in sizes.items() if count in (size, size - _predicted_layers(config))}
@@ -110,27 +106,27 @@ def _stack(model: str, expressions: Expressions, where: str) -> tuple[str, int]:
     return stack, count if count is not None and stack in counted else sizes[stack]
 
 
-def _refuse_shared_embedding(layers: list[list[tuple[str, int]]], where: str, expressions: Expressions) -> None:
+def _refuse_shared_embedding(layers: list[list[tuple[str, int]]], where: str, namespaces: Namespaces) -> None:
     """Some models have one embedding with columns for every layer; it cannot follow layers that move."""
     moved = [model for place, own in enumerate(layers) for model, layer in own if layer != place]
     for model in dict.fromkeys(name for own in layers for name, _ in own):
-        names = expressions.namespace(model)
+        names = namespaces.namespace(model)
         shared = next((name for name in names if split_layer(name) is None and "embed_tokens_per_layer" in name), None)
-        if shared is not None and (moved or len(layers) != _stack(model, expressions, where)[1]):
+        if shared is not None and (moved or len(layers) != _stack(model, namespaces, where)[1]):
             raise PlanError(f"'{shared}' of '{model}' has columns for every layer, so layers cannot move", where=where)
 
 
-def _refuse_moved_ends(model: str, layers: list[list[tuple[str, int]]], where: str, expressions: Expressions) -> None:
+def _refuse_moved_ends(model: str, layers: list[list[tuple[str, int]]], where: str, namespaces: Namespaces) -> None:
     """The first or last layer of some models has tensors of its own because of its place, and can have no other.
 
     It does if it stores other tensors than layers that are equal to it in all that the config says.
     """
-    source = expressions.inputs.get(model)
+    source = namespaces.inputs.get(model)
     if source is None or source.config is None or layer_count(source.config) is None:
         return
-    stack, count = _stack(model, expressions, where)
+    stack, count = _stack(model, namespaces, where)
     stored: list[set[str]] = [set() for _ in range(count)]
-    for name in expressions.namespace(model):
+    for name in namespaces.namespace(model):
         found = split_layer(name)
         if found is not None and found.stack == stack and found.layer < count:
             stored[found.layer].add(found.suffix)
@@ -173,7 +169,7 @@ def _layer_slots(
     own: list[tuple[str, str, int]],
     layer: int,
     place: float,
-    expressions: Expressions,
+    namespaces: Namespaces,
 ) -> list[Slot]:
     base_model = piece.base or step.base
     base_place = next((entry for entry in own if entry[0] == base_model), own[0])
@@ -181,7 +177,7 @@ def _layer_slots(
     members_and_base = [*own, (base_model, *base_place[1:])] if base_model is not None else own
     names: dict[str, None] = {}
     for model, stack, number in members_and_base:
-        for name in expressions.namespace(model):
+        for name in namespaces.namespace(model):
             found = split_layer(name)
             if found is not None and found.stack == stack and found.layer == number:
                 names[found.suffix] = None
@@ -202,22 +198,23 @@ def _layer_slots(
     ]
 
 
-def _outside(step: Step, part: int, before: bool, where: str, expressions: Expressions) -> list[Slot]:
+def _outside(
+    step: Step, part: int, before: bool, heads: tuple[str, ...], where: str, namespaces: Namespaces
+) -> list[Slot]:
     assert step.slices is not None
     piece = step.slices[part]
     base_model = piece.base or step.base
     members = [source.model for source in piece.sources if source.model != base_model]
     names: dict[str, None] = {}
     for model in ([base_model] if base_model is not None else []) + members:
-        namespace = expressions.namespace(model)
-        stack, _ = _stack(model, expressions, where)
+        namespace = namespaces.namespace(model)
+        stack, _ = _stack(model, namespaces, where)
         alone = len(stack_sizes(namespace)) == 1
         for name in namespace:
             found = split_layer(name)
             if (found is None or found.stack != stack) and _stands_before(name, stack, alone) == before:
                 names[name] = None
-    if not before:
-        names.update(dict.fromkeys(_heads_apart(step, expressions)))
+    names.update(dict.fromkeys(heads))
     params, weights = _values(step, piece, base_model)
     return [
         Slot(
@@ -234,25 +231,23 @@ def _outside(step: Step, part: int, before: bool, where: str, expressions: Expre
     ]
 
 
-def _heads_apart(step: Step, expressions: Expressions) -> list[str]:
-    """Heads that some sources tie to the embedding and others store.
+def _heads_apart(step: Step, namespaces: Namespaces) -> dict[str, bool]:
+    """Heads that some sources tie to the embedding and others store, and whether one of the last slice stores it.
 
     They stand on their own, and the config must say so: the embedding is that of the first slice, the head that of
     the last.
     """
     assert step.slices is not None
     pieces = [_models(step, piece) for piece in step.slices]
-    models = dict.fromkeys(model for piece in pieces for model in piece)
-    heads = dict.fromkeys(name for model in models for name in expressions.namespace(model) if is_head(name))
-    apart = []
+    members = dict.fromkeys(model for piece in pieces for model in piece)
+    heads = dict.fromkeys(name for model in members for name in namespaces.namespace(model) if is_head(name))
+    apart = {}
     for head in heads:
-        tying = {m for m in models if m in expressions.inputs and tied_source(head, expressions.inputs[m])}
-        storing = {model for model in pieces[-1] if head in expressions.namespace(model)}
+        tying = {m for m in members if m in namespaces.inputs and tied_source(head, namespaces.inputs[m])}
+        storing = {model for model in pieces[-1] if head in namespaces.namespace(model)}
         stays_tied = set(pieces[0]) == set(pieces[-1]) and not storing
         if tying and not stays_tied and (storing or tying & set(pieces[-1])):
-            apart.append(head)
-            if storing and head not in expressions.untied:
-                expressions.untied.append(head)
+            apart[head] = bool(storing)
     return apart
 
 

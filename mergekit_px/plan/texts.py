@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_px.errors import PlanError
-from mergekit_px.recipe.load import LoadedRecipe
+from mergekit_px.recipe.loaded import LoadedRecipe
 
 
 def config_text(config: Mapping[str, Any]) -> bytes:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
-
-if TYPE_CHECKING:
-    from mergekit_px.recipe.load import LoadedRecipe
 
 _WIDTH = 110
 

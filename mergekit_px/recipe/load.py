@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
 from mergekit_px.recipe.catalog import MethodCatalog
 from mergekit_px.recipe.check import check_recipe
-from mergekit_px.recipe.model import Recipe
+from mergekit_px.recipe.dump import dump_recipe
+from mergekit_px.recipe.loaded import Dialect, LoadedRecipe
 from mergekit_px.recipe.overrides import apply_overrides
 from mergekit_px.recipe.places import Places
 from mergekit_px.recipe.validate import validate_recipe
 from mergekit_px.recipe.yaml_text import LONGEST_TEXT, Node, Place, mapping, node_of, parse_documents
 from mergekit_px.small_files import read_small_file
-
-Dialect = Literal["pxmerge", "mergekit"]
 
 _MERGEKIT_KEYS = frozenset(
     {"merge_method", "slices", "modules", "base_model", "experts", "gate_mode", "tokenizer_source", "out_dtype"}
@@ -25,35 +24,6 @@ _MERGEKIT_KEYS = frozenset(
 _OWN_KEYS = frozenset({"pxmerge", "steps", "merge"})
 _AFTER_TRANSLATION = ("output", "seed", "steps")
 """First keys of overrides that a mergekit config has no place for; they change its translation."""
-
-
-@dataclass(frozen=True)
-class LoadedRecipe:
-    """A checked recipe, and what is known of where it came from.
-
-    Attributes:
-        recipe: what was asked.
-        source: the text as given; where overrides changed it, the recipe as it then is.
-        path: the file, if it came from one.
-        differences: for a mergekit config, each difference in meaning, as a sentence.
-        dialect: the form of the text.
-        places: where each part stands.
-    """
-
-    recipe: Recipe
-    source: str
-    path: Path | None = None
-    differences: tuple[str, ...] = ()
-    dialect: Dialect = "pxmerge"
-    places: Places | None = field(default=None, repr=False, compare=False)
-
-    def where(self, *keys: str | int) -> str:
-        """The place of a key path of the recipe in what the user wrote, as ``recipe.yaml:12:5``.
-
-        A path that the text does not have gets the place of its nearest parent; a recipe made in code has
-        ``recipe`` for all places.
-        """
-        return self.places.key(keys) if self.places is not None else "recipe"
 
 
 def load_recipe(
@@ -110,8 +80,6 @@ def recipe_from_mapping(
 def _build(
     roots: Sequence[Node], text: str | None, overrides: Sequence[str], methods: MethodCatalog | None
 ) -> LoadedRecipe:
-    from mergekit_px.recipe.dump import dump_recipe
-
     root = roots[0]
     dialects: list[Dialect] = []
     for document in roots:

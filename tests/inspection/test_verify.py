@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_px.checkpoint.destination import LOCK_FILE
 from mergekit_px.errors import InputNotFoundError, MalformedCheckpointError
-from mergekit_px.inspection.verify import LOCK_FILE, verify
+from mergekit_px.inspection.verify import verify
 
 CONTENTS = {"model.safetensors": b"weights", "config.json": b"{}", "templates/a.jinja": b"text"}
 

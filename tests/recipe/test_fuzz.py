@@ -12,7 +12,8 @@ from recipe_samples import METHODS, RECIPE
 
 from mergekit_px.errors import RecipeError
 from mergekit_px.recipe.dump import convert_text
-from mergekit_px.recipe.load import LoadedRecipe, load_recipe, parse_recipe, recipe_from_mapping
+from mergekit_px.recipe.load import load_recipe, parse_recipe, recipe_from_mapping
+from mergekit_px.recipe.loaded import LoadedRecipe
 
 PEER = (Path(__file__).parents[2] / "recipes" / "mergekit-slerp.yml").read_text(encoding="utf-8")
 

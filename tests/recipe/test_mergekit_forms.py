@@ -6,7 +6,8 @@ import pytest
 
 from mergekit_px.errors import RecipeError
 from mergekit_px.plan.method_catalog import method_catalog
-from mergekit_px.recipe.load import LoadedRecipe, parse_recipe
+from mergekit_px.recipe.load import parse_recipe
+from mergekit_px.recipe.loaded import LoadedRecipe
 
 
 def load(text: str) -> LoadedRecipe:

@@ -6,7 +6,8 @@ import pytest
 from recipe_samples import METHODS, RECIPE
 
 from mergekit_px.errors import RecipeError
-from mergekit_px.recipe.load import LoadedRecipe, parse_recipe
+from mergekit_px.recipe.load import parse_recipe
+from mergekit_px.recipe.loaded import LoadedRecipe
 
 
 def load(*overrides: str, text: str = RECIPE) -> LoadedRecipe:

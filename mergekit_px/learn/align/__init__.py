@@ -4,7 +4,7 @@ Beside it two routes that train nothing: least-squares maps between the activati
 2602.12952) and masks by the signs of gradients (GradFix, arXiv 2510.09658).
 """
 
-from mergekit_px.learn.align.run import AlignedTaskVector, AlignOptions, align_task_vector
-from mergekit_px.learn.align.settings import AlignSettings
+from mergekit_px.learn.align.run import AlignedTaskVector, align_task_vector
+from mergekit_px.learn.align.settings import AlignOptions, AlignSettings
 
 __all__ = ["AlignOptions", "AlignSettings", "AlignedTaskVector", "align_task_vector"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,10 +19,8 @@ from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import base_fingerprint
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.align.reuse import SOURCE_KEY, TARGET_KEY, find_map_file
+from mergekit_px.learn.align.settings import AlignOptions
 from mergekit_px.learn.models import find_checkpoint
-
-if TYPE_CHECKING:
-    from mergekit_px.learn.align.run import AlignOptions
 
 _HASH_VERSION = 1
 

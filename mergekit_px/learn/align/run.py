@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.align.direct import (
     MAPS_FILE,
@@ -50,7 +49,7 @@ from mergekit_px.learn.align.pieces import Piece, find_pieces
 from mergekit_px.learn.align.rebasin import find_rebasin, function_change
 from mergekit_px.learn.align.reuse import load_map
 from mergekit_px.learn.align.routes import CONTROLS, Deltas, Trial, norm
-from mergekit_px.learn.align.settings import AlignSettings
+from mergekit_px.learn.align.settings import AlignOptions
 from mergekit_px.learn.align.source import read_deltas
 from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import Batch, Examples, load_examples, split_rows, to_device
@@ -63,41 +62,6 @@ UNFINISHED = ".align"
 REPORT_FILE = "report.json"
 
 _NO_DATA = "there is no labelled data"
-
-
-@dataclass(frozen=True)
-class AlignOptions:
-    """What is transported from where to where.
-
-    Attributes:
-        target_base: the model that receives; path or Hub reference.
-        data: labelled examples of the task, npz or safetensors. May be left out where nothing is learned from them
-            (route ``permutation``, or ``maps``); then nothing is scored.
-        source_base: the model that the task vector was taken from; may be left out with ``task_vector``, unless
-            both bases are compared.
-        source_model: the fine-tune of the source base; or else:
-        task_vector: a file of differences.
-        test_data: examples for the scores of the report; None for a share of ``data``.
-        maps: what a former run transported with, or its folder; applied instead of anything new.
-        model: ``file.py:function`` of the target; None for the class that its config names.
-        source_code: the same of the source, where it differs.
-    """
-
-    target_base: str
-    data: str | None = None
-    source_base: str | None = None
-    source_model: str | None = None
-    task_vector: str | None = None
-    output: Path = Path("aligned")
-    test_data: str | None = None
-    maps: str | None = None
-    model: str | None = None
-    source_code: str | None = None
-    settings: AlignSettings = field(default_factory=AlignSettings)
-    device: str = "auto"
-    mode: Mode = "new"
-    allow_code: bool = False
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)

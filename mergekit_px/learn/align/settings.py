@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.align.head_counts import Positions
 from mergekit_px.learn.align.roles import Place, check_places
@@ -98,3 +100,38 @@ class AlignSettings:
         if self.heads is not None and self.kv_heads is not None and self.heads % self.kv_heads:
             raise UsageError(f"{self.heads} heads cannot share {self.kv_heads} key and value heads evenly")
         check_places(self.places)
+
+
+@dataclass(frozen=True)
+class AlignOptions:
+    """What is transported from where to where.
+
+    Attributes:
+        target_base: the model that receives; path or Hub reference.
+        data: labelled examples of the task, npz or safetensors. May be left out where nothing is learned from them
+            (route ``permutation``, or ``maps``); then nothing is scored.
+        source_base: the model that the task vector was taken from; may be left out with ``task_vector``, unless
+            both bases are compared.
+        source_model: the fine-tune of the source base; or else:
+        task_vector: a file of differences.
+        test_data: examples for the scores of the report; None for a share of ``data``.
+        maps: what a former run transported with, or its folder; applied instead of anything new.
+        model: ``file.py:function`` of the target; None for the class that its config names.
+        source_code: the same of the source, where it differs.
+    """
+
+    target_base: str
+    data: str | None = None
+    source_base: str | None = None
+    source_model: str | None = None
+    task_vector: str | None = None
+    output: Path = Path("aligned")
+    test_data: str | None = None
+    maps: str | None = None
+    model: str | None = None
+    source_code: str | None = None
+    settings: AlignSettings = field(default_factory=AlignSettings)
+    device: str = "auto"
+    mode: Mode = "new"
+    allow_code: bool = False
+    allow_pickle: bool = False

@@ -5,7 +5,7 @@ ensemble of the models (OFASD), labels (aTLAS), the entropy of predictions (AdaM
 on data to be forgotten. ``method: anisotropic`` applies what was learned.
 """
 
-from mergekit_px.learn.ofasd.run import LearnedCoefficients, OfasdOptions, learn_coefficients
-from mergekit_px.learn.ofasd.settings import Settings
+from mergekit_px.learn.ofasd.run import LearnedCoefficients, learn_coefficients
+from mergekit_px.learn.ofasd.settings import OfasdOptions, Settings
 
 __all__ = ["LearnedCoefficients", "OfasdOptions", "Settings", "learn_coefficients"]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit_px.errors import WriteError
 from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.batch_norm import batch_norms
 from mergekit_px.learn.ofasd.learner import Course, Learner
+from mergekit_px.learn.ofasd.settings import OfasdOptions
 from mergekit_px.methods.anisotropic_table import COEFFICIENTS_FILE, CoefficientTable, write_table
-
-if TYPE_CHECKING:
-    from mergekit_px.learn.ofasd.run import OfasdOptions
 
 RECIPE_FILE = "recipe.yaml"
 BUFFERS = "buffers"

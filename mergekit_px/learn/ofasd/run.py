@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.reader import open_reader
@@ -38,44 +37,12 @@ from mergekit_px.learn.ofasd.objective import TEACHER
 from mergekit_px.learn.ofasd.output import write_result
 from mergekit_px.learn.ofasd.proxy import check_data, load_proxy
 from mergekit_px.learn.ofasd.scores import Bench, teacher_scores, warnings_about
-from mergekit_px.learn.ofasd.settings import Settings
+from mergekit_px.learn.ofasd.settings import OfasdOptions, Settings
 
 UNFINISHED = ".ofasd"
 REPORT_FILE = "report.json"
 
 _HASH_VERSION = 1
-
-
-@dataclass(frozen=True)
-class OfasdOptions:
-    """What coefficients are learned for, from what, and where they go.
-
-    Attributes:
-        base: path or Hub reference.
-        sources: fine-tunes of the base, or task vectors taken from it.
-        data: npz or safetensors file; ``labels`` may be left out where the objective needs none.
-        control: data that must stay known, for ``negation``.
-        counts: examples that each source was trained on: their shares are the first coefficients and the weights of
-            the ensemble; None for equal ones.
-        model: ``file.py:function``; None for the class that the base's config names.
-        stream: read the task vectors from their files in every step instead of keeping them in memory.
-        compare: also learn one coefficient for each source, as a control.
-    """
-
-    base: str
-    sources: Sequence[str]
-    data: str
-    output: Path = Path("coefficients")
-    control: str | None = None
-    counts: Sequence[float] | None = None
-    model: str | None = None
-    settings: Settings = field(default_factory=Settings)
-    stream: bool = False
-    compare: bool = True
-    device: str = "auto"
-    mode: Mode = "new"
-    allow_code: bool = False
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.precision import Precision
 
@@ -105,3 +107,35 @@ class Settings:
         for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise UsageError(f"the {name} must be a finite number above 0, not {value:g}")
+
+
+@dataclass(frozen=True)
+class OfasdOptions:
+    """What coefficients are learned for, from what, and where they go.
+
+    Attributes:
+        base: path or Hub reference.
+        sources: fine-tunes of the base, or task vectors taken from it.
+        data: npz or safetensors file; ``labels`` may be left out where the objective needs none.
+        control: data that must stay known, for ``negation``.
+        counts: examples that each source was trained on: their shares are the first coefficients and the weights of
+            the ensemble; None for equal ones.
+        model: ``file.py:function``; None for the class that the base's config names.
+        stream: read the task vectors from their files in every step instead of keeping them in memory.
+        compare: also learn one coefficient for each source, as a control.
+    """
+
+    base: str
+    sources: Sequence[str]
+    data: str
+    output: Path = Path("coefficients")
+    control: str | None = None
+    counts: Sequence[float] | None = None
+    model: str | None = None
+    settings: Settings = field(default_factory=Settings)
+    stream: bool = False
+    compare: bool = True
+    device: str = "auto"
+    mode: Mode = "new"
+    allow_code: bool = False
+    allow_pickle: bool = False

@@ -1,0 +1,41 @@
+"""A checked recipe, with the text and the places that it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mergekit_px.recipe.model import Recipe
+from mergekit_px.recipe.places import Places
+
+Dialect = Literal["pxmerge", "mergekit"]
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A checked recipe, and what is known of where it came from.
+
+    Attributes:
+        recipe: what was asked.
+        source: the text as given; where overrides changed it, the recipe as it then is.
+        path: the file, if it came from one.
+        differences: for a mergekit config, each difference in meaning, as a sentence.
+        dialect: the form of the text.
+        places: where each part stands.
+    """
+
+    recipe: Recipe
+    source: str
+    path: Path | None = None
+    differences: tuple[str, ...] = ()
+    dialect: Dialect = "pxmerge"
+    places: Places | None = field(default=None, repr=False, compare=False)
+
+    def where(self, *keys: str | int) -> str:
+        """The place of a key path of the recipe in what the user wrote, as ``recipe.yaml:12:5``.
+
+        A path that the text does not have gets the place of its nearest parent; a recipe made in code has
+        ``recipe`` for all places.
+        """
+        return self.places.key(keys) if self.places is not None else "recipe"
