@@ -81,6 +81,7 @@ class Checkpoint:
         side_files: the files that travel with the weights, relative to the folder.
         left_behind: file, or folder with a slash -> why it does not travel.
         kind: how the bytes are kept.
+        parts: folder -> the checkpoint in it, for a model in several folders; ``""`` is the folder itself.
     """
 
     label: str
@@ -91,6 +92,17 @@ class Checkpoint:
     side_files: tuple[str, ...] = ()
     left_behind: Mapping[str, str] = field(default_factory=dict)
     kind: Literal["safetensors", "pickle", "memory"] = "safetensors"
+    parts: Mapping[str, Checkpoint] = field(default_factory=dict)
+
+    def part_of(self, tensor: str) -> str:
+        """The folder that a tensor is in, by its name; empty where the model has no parts."""
+        return max((folder for folder in self.parts if tensor.startswith(f"{folder}/")), key=len, default="")
+
+    @property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """The configs by the folder that they lie in."""
+        found = {folder: part.config for folder, part in self.parts.items()} if self.parts else {"": self.config}
+        return {folder: config for folder, config in found.items() if config is not None}
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -36,11 +36,20 @@ _UNITS = {
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor to be written; ``shape`` in elements as a header counts them."""
+    """One tensor to be written; ``shape`` in elements as a header counts them.
+
+    ``folder``: of a model in several folders, the one that it goes to; its name begins with it, the name in the file
+    does not.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    folder: str = ""
+
+    @property
+    def stored_name(self) -> str:
+        return self.name[len(self.folder) + 1 :] if self.folder else self.name
 
 
 @dataclass(frozen=True)
@@ -59,20 +68,13 @@ class OutputLayout:
 
     Attributes:
         shards: the files, in order.
-        index: the bytes of the JSON index; None for a single file.
+        indices: the bytes of the JSON index, by its name, of each folder whose weights are in several files.
         location: tensor name -> (position in ``shards``, absolute offset in that file, bytes).
-        stem: what the file names begin with.
     """
 
     shards: tuple[OutputShard, ...]
-    index: bytes | None
+    indices: Mapping[str, bytes]
     location: Mapping[str, tuple[int, int, int]]
-    stem: str = "model"
-
-    @property
-    def index_file(self) -> str:
-        """The name of the index."""
-        return index_name(f"{self.stem}.safetensors")
 
     @property
     def size(self) -> int:
@@ -84,36 +86,53 @@ def plan_layout(
     tensors: Sequence[OutputTensor],
     *,
     shard_size: int = DEFAULT_SHARD_SIZE,
-    stem: str = "model",
+    stems: Mapping[str, str] | None = None,
     metadata: Mapping[str, str],
+    more_metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> OutputLayout:
     """Split ``tensors``, in their order, into shards of at most ``shard_size`` bytes of data.
 
-    ``metadata`` goes into the header of every shard. Raises ``UsageError`` for a shard size below one and for
-    names used twice, ``MalformedCheckpointError`` for shapes that do not fill whole bytes.
+    Args:
+        stems: folder -> what the names of its files begin with; ``model`` where nothing is said.
+        metadata: what goes into the header of every shard.
+        more_metadata: folder -> what goes into the headers of its shards beside that.
+
+    Raises ``UsageError`` for a shard size below one and for names used twice, ``MalformedCheckpointError`` for shapes
+    that do not fill whole bytes.
     """
     if shard_size < 1:
         raise UsageError(f"a shard of {shard_size} bytes holds nothing")
-    groups = _split(tensors, shard_size)
+    folders: dict[str, list[OutputTensor]] = {}
+    for tensor in tensors:
+        folders.setdefault(tensor.folder, []).append(tensor)
     shards: list[OutputShard] = []
+    indices: dict[str, bytes] = {}
     location: dict[str, tuple[int, int, int]] = {}
-    for number, group in enumerate(groups):
-        suffix = f"-{number + 1:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-        header_bytes, header = build_header([(each.name, each.dtype, each.shape) for each in group], metadata)
-        for entry in header.entries.values():
-            if entry.name in location:
-                raise UsageError(f"the tensor name {shown(entry.name)} is used twice")
-            location[entry.name] = (number, header.data_start + entry.begin, entry.end - entry.begin)
-        size = header.data_start + header.data_size
-        shards.append(OutputShard(f"{stem}{suffix}.safetensors", header, header_bytes, size))
-    index = None
-    if len(shards) > 1:
-        index = build_index(
-            {name: shards[number].file for name, (number, _, _) in location.items()},
-            total_parameters=sum(math.prod(tensor.shape) for tensor in tensors),
-            total_size=sum(nbytes for _, _, nbytes in location.values()),
-        )
-    return OutputLayout(tuple(shards), index, location, stem)
+    for folder, members in folders.items() or [("", [])]:
+        stem = (stems or {}).get(folder, "model")
+        start = f"{folder}/" if folder else ""
+        own = {**(more_metadata or {}).get(folder, {}), **metadata}
+        groups = _split(members, shard_size)
+        held: dict[str, str] = {}
+        for number, group in enumerate(groups):
+            suffix = f"-{number + 1:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+            header_bytes, header = build_header([(each.stored_name, each.dtype, each.shape) for each in group], own)
+            file = f"{stem}{suffix}.safetensors"
+            for entry in header.entries.values():
+                if start + entry.name in location:
+                    raise UsageError(f"the tensor name {shown(entry.name)} is used twice")
+                place = (len(shards), header.data_start + entry.begin, entry.end - entry.begin)
+                location[start + entry.name] = place
+                held[entry.name] = file
+            size = header.data_start + header.data_size
+            shards.append(OutputShard(start + file, header, header_bytes, size))
+        if len(groups) > 1:
+            indices[start + index_name(f"{stem}.safetensors")] = build_index(
+                held,
+                total_parameters=sum(math.prod(tensor.shape) for tensor in members),
+                total_size=sum(location[tensor.name][2] for tensor in members),
+            )
+    return OutputLayout(tuple(shards), indices, location)
 
 
 def _split(tensors: Sequence[OutputTensor], shard_size: int) -> list[list[OutputTensor]]:

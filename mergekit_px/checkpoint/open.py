@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from mergekit_px.checkpoint.contents import CONFIG_FILE, Checkpoint, CheckpointF
 from mergekit_px.checkpoint.file_kind import file_kind
 from mergekit_px.checkpoint.header import Header, parse_header, read_raw_header
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, LARGEST_INDEX, check_index, index_name, parse_index
-from mergekit_px.checkpoint.json_text import read_object, shown
+from mergekit_px.checkpoint.json_text import parse_json, read_object, shown
+from mergekit_px.checkpoint.parts import MODULES_FILE, PIPELINE_FILE, joined, part_folders
 from mergekit_px.checkpoint.selection import (
     MODEL_FILE,
     PICKLE_SUFFIXES,
@@ -137,6 +139,34 @@ def check_numbers(files: Iterable[str], label: str, index_file: str | None) -> N
 
 def _open_folder(folder: Path, label: str, allow_pickle: bool) -> Checkpoint:
     names = [entry.name for entry in folder.iterdir()]
+    folders = _part_folders(folder, names, label)
+    if not folders:
+        return _open_plain_folder(folder, names, label, allow_pickle)
+    parts = {}
+    for name in folders:
+        inside = [entry.name for entry in (folder / name).iterdir()]
+        parts[name] = _open_plain_folder(folder / name, inside, f"{label}/{name}" if name else label, allow_pickle)
+    whole = joined(label, folder, parts, SideFiles())
+    beside = find_side_files(folder, whole.files, folders)
+    return replace(whole, side_files=beside.carried, left_behind=beside.left_behind)
+
+
+def _part_folders(folder: Path, names: Sequence[str], label: str) -> tuple[str, ...]:
+    if PIPELINE_FILE not in names and MODULES_FILE not in names:
+        return ()
+    files = []
+    for name in names:
+        inside = folder / name
+        files += [f"{name}/{entry.name}" for entry in inside.iterdir()] if inside.is_dir() else [name]
+
+    def read(name: str) -> Any:
+        where = f"{label}/{name}"
+        return parse_json(read_small_file(folder / name, where, folder=folder), where, strict=False)
+
+    return part_folders(files, read, label)
+
+
+def _open_plain_folder(folder: Path, names: Sequence[str], label: str, allow_pickle: bool) -> Checkpoint:
     chosen = select_weights(names)
     if chosen is None:
         raise _no_weights(folder, names, label)

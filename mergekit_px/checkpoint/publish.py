@@ -60,11 +60,11 @@ SideFile = bytes | Path | Callable[[Mapping[str, PublishedFile]], bytes]
 """What a side file is made from: its bytes; a file to copy; or a function of the files published before it."""
 
 
-def publication_order(names: Iterable[str], index_file: str | None) -> list[str]:
-    """Side files in their order, then the index, then ``config.json`` and the lock file."""
+def publication_order(names: Iterable[str], indices: Collection[str]) -> list[str]:
+    """Side files in their order, then the indices, then ``config.json`` and the lock file."""
     given = list(names)
-    first = [name for name in given if name not in _LAST and name != index_file]
-    return [*first, *([index_file] if index_file else []), *(name for name in _LAST if name in given)]
+    first = [name for name in given if name not in _LAST and name not in indices]
+    return [*first, *indices, *(name for name in _LAST if name in given)]
 
 
 def stage(
@@ -77,11 +77,9 @@ def stage(
     """
     stage_folder = directory / STATE_FOLDER / STAGE_FOLDER
     shutil.rmtree(stage_folder, ignore_errors=True)
-    sources: dict[str, SideFile] = dict(files)
-    if layout.index is not None:
-        sources[layout.index_file] = layout.index
+    sources: dict[str, SideFile] = {**files, **layout.indices}
     published = dict(shards)
-    for name in publication_order(files, layout.index_file if layout.index is not None else None):
+    for name in publication_order(files, layout.indices):
         if not is_inside(name) or name in shards or name.split("/")[0] == STATE_FOLDER:
             raise UsageError(f"{shown(name)} is not a name for a file beside the weights")
         target = stage_folder / name

@@ -44,7 +44,7 @@ def open_reader(checkpoint: Checkpoint, *, portable: bool = False) -> TensorRead
             raise InputError("its tensors are in memory", where=checkpoint.label, hint="read them by MemoryReader")
         raise InputError("its files are not on this machine", where=checkpoint.label, hint="fetch them first")
     if checkpoint.kind == "pickle":
-        return PickleReader(checkpoint)
+        return PartsReader(checkpoint) if checkpoint.parts else PickleReader(checkpoint)
     return FileReader(checkpoint, portable=portable)
 
 
@@ -124,3 +124,20 @@ class PickleReader:
     def close(self) -> None:
         with self._lock:
             self._readers.clear()
+
+
+class PartsReader:
+    """Reads a model in several folders of which some hold pickles, each by a reader of its own."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._readers = {folder: open_reader(part) for folder, part in checkpoint.parts.items()}
+
+    def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
+        folder = self._checkpoint.part_of(tensor.name)
+        stored = self._checkpoint.parts[folder].tensors[tensor.name[len(folder) + 1 :] if folder else tensor.name]
+        self._readers[folder].read_into(stored, start, buffer)
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()

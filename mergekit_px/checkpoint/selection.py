@@ -1,7 +1,8 @@
 """Which files of a folder or a repository are its weights, by their names alone.
 
 In the order in which it is looked at: an index and its shards; ``model.safetensors``; an adapter's
-``adapter_model.safetensors``; one safetensors file of any name; several without an index. Pickles (``.bin``, ``.pt``,
+``adapter_model.safetensors``; ``diffusion_pytorch_model.safetensors``, beside which its variants may lie; one
+safetensors file of any name; several without an index. Pickles (``.bin``, ``.pt``,
 ``.pth``, ``.ckpt``) only where there is no safetensors file.
 """
 
@@ -16,12 +17,13 @@ from mergekit_px.checkpoint.index import INDEX_SUFFIX, index_name
 SAFETENSORS_SUFFIX = ".safetensors"
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+DIFFUSION_FILE = "diffusion_pytorch_model.safetensors"
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # The Hub's libraries number shards; a variant (fp16) is named before the numbers, or after them.
 _NUMBERED = re.compile(r"(?P<before>.+-)(?P<number>\d{3,})-of-(?P<count>\d{3,})(?P<after>(\.\w+)?\.\w+)")
 _MOST_SHARDS = 10_000
-_PICKLE_FILES = ("pytorch_model.bin", "adapter_model.bin")
+_PICKLE_FILES = ("pytorch_model.bin", "adapter_model.bin", "diffusion_pytorch_model.bin")
 TRAINER_STATE = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states")
 
 
@@ -51,9 +53,10 @@ def select_weights(names: Iterable[str]) -> Selection | None:
     held = sorted(names)
     weights = tuple(name for name in held if name.endswith(SAFETENSORS_SUFFIX))
     indices = [name for name in held if name.endswith(SAFETENSORS_SUFFIX + INDEX_SUFFIX)]
-    if index_name(MODEL_FILE) in indices:
-        return Selection(index=index_name(MODEL_FILE), rival=MODEL_FILE if MODEL_FILE in weights else None)
-    for single in (MODEL_FILE, ADAPTER_FILE):
+    for model in (MODEL_FILE, DIFFUSION_FILE):
+        if index_name(model) in indices:
+            return Selection(index=index_name(model), rival=model if model in weights else None)
+    for single in (MODEL_FILE, ADAPTER_FILE, DIFFUSION_FILE):
         if single in weights:
             return Selection((single,))
     if len(indices) == 1:

@@ -85,6 +85,8 @@ def sort_files(sizes: Mapping[str, int], weights: Collection[str] = (), parts: C
         parts: the folders whose weights are merged; other folders with weights are models of their own.
     """
     others = _folders_of_other_weights(sizes, parts)
+    # Of a model whose weights are all in folders, nothing is edited in the folder that holds them.
+    own = _OUR_OWN[1:] if parts and "" not in parts else _OUR_OWN
     carried: list[str] = []
     left: dict[str, str] = {}
     for name, size in sizes.items():
@@ -93,7 +95,7 @@ def sort_files(sizes: Mapping[str, int], weights: Collection[str] = (), parts: C
             left[name] = WEIGHTS
         elif reason is not None:
             left.setdefault(place, reason)
-        elif name not in _OUR_OWN:
+        elif name not in own:
             carried.append(name)
     return SideFiles(tuple(sorted(carried)), dict(sorted(left.items())))
 

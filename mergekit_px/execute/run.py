@@ -220,6 +220,7 @@ def _settled_files(plan: Plan) -> dict[str, SideFile]:
             files[name] = Path(directory) / name
     if plan.loaded.recipe.output.chat_template is not None:
         files["chat_template.jinja"] = plan.loaded.recipe.output.chat_template.encode()
+    files.update({name: config_text(config) for name, config in plan.part_configs.items()})
     if plan.config is not None:
         files["config.json"] = config_text(plan.config)
     return files

@@ -18,13 +18,15 @@ from mergekit_px.methods import find_method
 from mergekit_px.plan.agreement import disagreements
 from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
+from mergekit_px.plan.components import check_components
 from mergekit_px.plan.donors import (
     config_donor,
     donated_files,
-    file_stem,
+    file_stems,
     fitting_donor,
     left_behind,
     output_config,
+    part_configs,
     side_file_notes,
 )
 from mergekit_px.plan.expressions import Expressions
@@ -78,6 +80,7 @@ def build_plan(
     config_from = config_donor(recipe, target, resolved, loaded)
     vocabularies = Vocabularies(resolved, recipe.output.tokenizer_from or config_from)
     expressions = Expressions(replace(loaded, recipe=recipe), resolved, vocabularies)
+    notes.extend(check_components([recipe.steps[name] for name in recipe.steps if name in needed], resolved))
     namespace = expressions.namespace(target)
     kind = _kind(recipe, namespace)
     if recipe.output.kind == "task_vector" and kind == "weights":
@@ -97,6 +100,8 @@ def build_plan(
         if kind == "weights"
         else (None, [])
     )
+    configs, said = part_configs(config_from if kind == "weights" else None, resolved, items, dtype)
+    config_notes += said
     tokenizer_from = recipe.output.tokenizer_from or config_from
     left = left_behind(resolved, config_from) if kind == "weights" else {}
     side_files = donated_files(resolved, config_from, tokenizer_from) if kind == "weights" else {}
@@ -117,10 +122,14 @@ def build_plan(
     metadata = {"format": "pt"}
     if kind == "delta":
         metadata |= task_vector_metadata(base_fingerprint(items, resolved))
+    donor = resolved[config_from].checkpoint if config_from is not None and kind == "weights" else None
     layout = plan_layout(
-        [OutputTensor(item.name, item.dtype, item.shape) for item in items],
+        [
+            OutputTensor(item.name, item.dtype, item.shape, "" if donor is None else donor.part_of(item.name))
+            for item in items
+        ],
         shard_size=parse_size(options.shard_size or recipe.output.shard_size),
-        stem=file_stem(resolved, config_from) if kind == "weights" else "model",
+        stems=file_stems(donor),
         metadata=metadata,
     )
     items.sort(key=lambda item: layout.location[item.name][:2])
@@ -132,6 +141,7 @@ def build_plan(
         notes=tuple(dict.fromkeys(notes)),
         config_notes=tuple(config_notes),
         config=config,
+        part_configs=configs,
         side_files=side_files,
         left_behind=left,
         config_from=config_from,

@@ -71,11 +71,15 @@ def update(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
             config[key] = value
 
 
-def set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Set the storage dtype under whichever of ``dtype`` and ``torch_dtype`` the config has."""
+def set_dtype(config: dict[str, Any], dtype: str, *, add: bool = True) -> None:
+    """Set the storage dtype under whichever of ``dtype`` and ``torch_dtype`` the config has.
+
+    Args:
+        add: say it where the config says nothing; not every library takes an entry that it does not know.
+    """
     for part in _parts(config):
         present = [key for key in ("dtype", "torch_dtype") if isinstance(part.get(key), str)]
-        for key in present or (["dtype"] if part is config else []):
+        for key in present or (["dtype"] if add and part is config else []):
             part[key] = dtype
 
 

@@ -6,9 +6,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.dtypes import DType
 from mergekit_px.checkpoint.file_kind import LFS_POINTER
-from mergekit_px.checkpoint.side_files import OTHER_FOLDER, SideFiles, is_tokenizer_file
+from mergekit_px.checkpoint.side_files import SideFiles, is_tokenizer_file
 from mergekit_px.errors import InputError, PlanError
 from mergekit_px.plan import config as config_edits
 from mergekit_px.plan.expressions import Expressions
@@ -16,6 +17,7 @@ from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import is_embedding, stack_sizes
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
+from mergekit_px.plan.views import has_decoded, plain_config
 from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
@@ -40,7 +42,7 @@ def config_donor(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput
             continue
         seen.add(name)
         if name in inputs:
-            if inputs[name].config is not None and not inputs[name].is_task_vector:
+            if inputs[name].checkpoint.configs and not inputs[name].is_task_vector:
                 return name
             continue
         step = recipe.steps[name]
@@ -109,7 +111,7 @@ def output_config(
     if donor is None or inputs[donor].config is None:
         return None, []
     config = copy.deepcopy(dict(inputs[donor].config or {}))
-    notes = [f"config and side files come from '{donor}'"]
+    notes = [_config_note(donor)]
     updates = expressions.config_updates.get(donor, {})
     if updates:
         config_edits.update(config, updates)
@@ -127,16 +129,52 @@ def output_config(
     apart = any(is_head(item.name) and item.applied for item in items)
     if (own_head or (apart and stated_tie(config))) and config_edits.untie(config):
         notes.append("config: tie_word_embeddings -> false")
+    notes += _follow_vocabulary(config, stored, items)
+    layers = expressions.layer_sources.get(target)
+    if layers is not None:
+        notes += _restack(config, donor, layers, inputs, expressions)
+    return config, notes
+
+
+def part_configs(
+    donor: str | None, inputs: Mapping[str, ResolvedInput], items: Sequence[WorkItem], dtype: DType | None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The configs of a model's folders that change with what is merged, by their paths; the others are copied."""
+    checkpoint = inputs[donor].checkpoint if donor is not None else None
+    if checkpoint is None or not checkpoint.parts:
+        return {}, []
+    changed: dict[str, dict[str, Any]] = {}
+    notes = [] if "" in checkpoint.configs else [_config_note(donor or "")]
+    for folder, stored in checkpoint.configs.items():
+        if not folder:
+            continue
+        own = [item for item in items if checkpoint.part_of(item.name) == folder]
+        config = copy.deepcopy(dict(stored))
+        if dtype is not None and dtype.torch_name is not None:
+            config_edits.set_dtype(config, dtype.torch_name, add=False)
+        if has_decoded(own):
+            config = plain_config(config)
+        notes += _follow_vocabulary(config, checkpoint.tensors, own)
+        if config != stored:
+            changed[f"{folder}/config.json"] = config
+    return changed, notes
+
+
+def _config_note(donor: str) -> str:
+    return f"config and side files come from '{donor}'"
+
+
+def _follow_vocabulary(
+    config: dict[str, Any], stored: Mapping[str, StoredTensor], items: Sequence[WorkItem]
+) -> list[str]:
+    notes = []
     for item in items:
         if is_embedding(item.name) and len(item.shape) == 2:
             known = stored.get(item.name)
             if known is not None and known.shape[0] != item.shape[0]:
                 config_edits.set_vocabulary(config, known.shape[0], item.shape[0])
                 notes.append(f"config: vocab_size follows {item.name}")
-    layers = expressions.layer_sources.get(target)
-    if layers is not None:
-        notes += _restack(config, donor, layers, inputs, expressions)
-    return config, notes
+    return notes
 
 
 def _restack(
@@ -172,12 +210,6 @@ def donated_files(
         checkpoint = inputs[donor].checkpoint
         files.update({name: donor for name in checkpoint.side_files if is_tokenizer_file(name) is of_tokenizer})
         for name, reason in checkpoint.left_behind.items():
-            if reason == OTHER_FOLDER and "modules.json" in checkpoint.side_files and name[0].isdigit():
-                raise PlanError(
-                    f"'{donor}' is a sentence-transformers model whose module {name} has weights of its own, and"
-                    " modules are not merged together: the result would not load",
-                    hint=f"merge {checkpoint.label}/{name} by itself, and the others without modules.json",
-                )
             if reason == LFS_POINTER.name and is_tokenizer_file(name) is of_tokenizer:
                 raise InputError(f"this is {reason}", where=f"{checkpoint.label}/{name}", hint=LFS_POINTER.hint)
     return dict(sorted(files.items()))
@@ -194,7 +226,10 @@ def side_file_notes(left: Mapping[str, str], donor: str | None) -> list[str]:
     return [f"'{name}' of '{donor}' is not copied: {reason}" for name, reason in unexpected.items()]
 
 
-def file_stem(inputs: Mapping[str, ResolvedInput], config_from: str | None) -> str:
-    """What the files of weights are called: as the donor's where its library looks for no other name."""
-    files = inputs[config_from].checkpoint.files if config_from is not None else ()
-    return next((stem for stem in _STEMS if any(name.startswith(stem) for name in files)), "model")
+def file_stems(donor: Checkpoint | None) -> dict[str, str]:
+    """What the files of weights are called in each folder: as the donor's where its library looks for no other name."""
+    parts = {} if donor is None else donor.parts or {"": donor}
+    return {
+        folder: next((stem for stem in _STEMS if any(name.startswith(stem) for name in part.files)), "model")
+        for folder, part in parts.items()
+    }

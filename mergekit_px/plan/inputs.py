@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from mergekit_px.checkpoint.selection import ADAPTER_FILE, select_weights
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
 from mergekit_px.hub.reference import parse_reference
+from mergekit_px.plan.components import component_folder
 from mergekit_px.recipe.model import ModelInput
 from mergekit_px.small_files import read_small_file
 
@@ -94,6 +95,7 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         InputError: missing, unreachable or malformed; ``where`` goes in front.
         RecipeError: options of adapters where there is none.
     """
+    request, component = _of_component(request)
     options = BindOptions(**{choice.name: getattr(request, choice.name) for choice in fields(BindOptions)})
     listed = [request.adapter] if isinstance(request.adapter, str) else request.adapter or []
     if request.model is None or (not listed and _is_adapter(request.model, allow_pickle)):
@@ -102,7 +104,7 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         if len(listed) != 1:
             raise RecipeError(f"input '{name}' needs a model, or exactly one adapter", where=where)
         return _adapter_input(name, listed[0], allow_pickle, where, options)
-    if not listed and options != BindOptions():
+    if not listed and replace(options, component=None if component else options.component) != BindOptions():
         given = next(choice.name for choice in fields(options) if getattr(options, choice.name) != choice.default)
         raise RecipeError(
             f"'{given}' is about adapters, and input '{name}' has none", where=where, hint="name one with 'adapter'"
@@ -131,6 +133,14 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
     repo = resolve(hub_reference)
     checkpoint = remote_checkpoint(repo)
     return ResolvedInput(name, request.model, checkpoint, repo, adapters=adapters, bind_options=options)
+
+
+def _of_component(request: ModelInput) -> tuple[ModelInput, bool]:
+    """The input as the component's own folder, where its model is a pipeline; and whether it is."""
+    if request.component is None or request.model is None or parse_reference(request.model) is not None:
+        return request, False
+    folder = component_folder(Path(request.model).expanduser(), request.component, request.model)
+    return (request, False) if folder is None else (request.model_copy(update={"model": str(folder)}), True)
 
 
 def _adapter_input(name: str, reference: str, allow_pickle: bool, where: str, options: BindOptions) -> ResolvedInput:

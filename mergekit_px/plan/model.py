@@ -349,6 +349,8 @@ class Plan:
     config_notes: tuple[str, ...]
     """Those of the notes that are about the config and what is copied beside the weights."""
     config: Mapping[str, Any] | None
+    part_configs: Mapping[str, Mapping[str, Any]]
+    """Of a model in several folders, the configs that are not copied as they are; path -> content."""
     side_files: Mapping[str, str]
     """File name -> the input that it is copied from."""
     left_behind: Mapping[str, str]

@@ -95,9 +95,10 @@ def refuse_quantised_by_config(items: Iterable[WorkItem], inputs: Mapping[str, R
         PlanError
     """
     packed = {
-        name: source.config["quantization_config"].get("quant_method", "quantized")
+        name: config["quantization_config"].get("quant_method", "quantized")
         for name, source in inputs.items()
-        if source.config is not None and isinstance(source.config.get("quantization_config"), dict)
+        for config in source.checkpoint.configs.values()
+        if isinstance(config.get("quantization_config"), dict)
     }
     if not packed:
         return

@@ -86,7 +86,7 @@ def write_components(
     layout = plan_layout(
         [tensor for one in merges for tensor in _planned(one, parts[one.name])],
         shard_size=parse_size(plan.options.shard_size or plan.loaded.recipe.output.shard_size),
-        stem=STEM,
+        stems={"": STEM},
         metadata=metadata,
     )
     tensors: dict[str, TensorRecord] = {}

@@ -47,8 +47,8 @@ class ModelInput(RecipeModel):
     residual_base: bool = False
     """The model is the residual one that a start such as PiSSA's left behind, not the original."""
     component: str | None = None
-    """Of an adapter for a whole pipeline, the part that the model is: ``unet``, ``transformer``, ``text_encoder``,
-    ``text_encoder_2``."""
+    """One component of a pipeline: ``unet``, ``transformer``, ``vae``, ``text_encoder``, ``text_encoder_2``. Left out,
+    all are merged. For a model that is one already: the part of its adapters that it takes."""
     rename: dict[str, str] = Field(default_factory=dict)
     """Other names for its tensors, after its adapters: ``{"model.*": "model.language_model.*"}``. Each ``*`` keeps
     what it matches; of several patterns that match a name, the last counts."""

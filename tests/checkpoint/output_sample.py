@@ -54,9 +54,7 @@ def expected_files(layout: OutputLayout) -> dict[str, bytes]:
     for shard in layout.shards:
         data = (content(entry.name, entry.end - entry.begin) for entry in shard.header.entries.values())
         files[shard.file] = shard.header_bytes + b"".join(data)
-    if layout.index is not None:
-        files[layout.index_file] = layout.index
-    return files
+    return files | layout.indices
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -34,9 +34,9 @@ def test_the_split_is_that_of_the_hub(sizes, shard_size) -> None:
     assert {shard.file: sorted(shard.header.entries) for shard in layout.shards} == {
         file: sorted(names) for file, names in hub.filename_to_tensors.items()
     }
-    assert (layout.index is not None) == hub.is_sharded
-    if layout.index is not None:
-        assert json.loads(layout.index) == {
+    assert bool(layout.indices) == hub.is_sharded
+    for index in layout.indices.values():
+        assert json.loads(index) == {
             "metadata": {"total_parameters": sum(sizes), "total_size": hub.metadata["total_size"]},
             "weight_map": hub.tensor_to_filename,
         }
@@ -49,12 +49,12 @@ def test_places_and_sizes_agree_with_the_headers() -> None:
         OutputTensor("packed", DTYPES["F4"], (2, 8)),
         OutputTensor("scalar", DTYPES["I64"], ()),
     ]
-    layout = plan_layout(tensors, shard_size=70, stem="adapter_model", metadata={"format": "pt"})
+    layout = plan_layout(tensors, shard_size=70, stems={"": "adapter_model"}, metadata={"format": "pt"})
     assert [shard.file for shard in layout.shards] == [
         "adapter_model-00001-of-00002.safetensors",
         "adapter_model-00002-of-00002.safetensors",
     ]
-    assert layout.index_file == "adapter_model.safetensors.index.json"
+    assert [*layout.indices] == ["adapter_model.safetensors.index.json"]
     for number, shard in enumerate(layout.shards):
         assert parse_header(shard.header_bytes[8:], shard.size, shard.file) == shard.header
         for entry in shard.header.entries.values():
@@ -62,8 +62,8 @@ def test_places_and_sizes_agree_with_the_headers() -> None:
             assert layout.location[entry.name] == place
     assert layout.location["b"][0] == 0 and layout.location["scalar"][0] == 1
     assert layout.size == sum(shard.size for shard in layout.shards)
-    assert layout.index is not None
-    assert json.loads(layout.index)["metadata"] == {"total_parameters": 52, "total_size": 60 + 20 + 8 + 8}
+    (index,) = layout.indices.values()
+    assert json.loads(index)["metadata"] == {"total_parameters": 52, "total_size": 60 + 20 + 8 + 8}
 
 
 def test_index_text_is_sorted_indented_and_ends_with_a_newline() -> None:
@@ -72,7 +72,10 @@ def test_index_text_is_sorted_indented_and_ends_with_a_newline() -> None:
         "metadata": {"total_parameters": 2, "total_size": 2},
         "weight_map": {"a": "model-00002-of-00002.safetensors", "b": "model-00001-of-00002.safetensors"},
     }
-    assert layout.index == (json.dumps(expected, indent=2, sort_keys=True) + "\n").encode()
+    assert (
+        layout.indices["model.safetensors.index.json"]
+        == (json.dumps(expected, indent=2, sort_keys=True) + "\n").encode()
+    )
 
 
 def test_fifty_thousand_tensors_are_laid_out_in_a_moment() -> None:

@@ -1,0 +1,106 @@
+"""Models in several folders: one component of a pipeline as an input, and whether the parts of two models are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.errors import InputNotFoundError, PlanError
+
+if TYPE_CHECKING:
+    from mergekit_px.plan.inputs import ResolvedInput
+    from mergekit_px.recipe.model import Step
+
+
+def component_folder(pipeline: Path, component: str, label: str) -> Path | None:
+    """Where a component of a pipeline is; None if the folder is a model without such folders.
+
+    Raises:
+        InputNotFoundError: there are others; it names them.
+    """
+    folder = pipeline / component
+    if folder.is_dir() and "/" not in component and component not in ("", ".", ".."):
+        return folder
+    if not pipeline.is_dir():
+        return None
+    parts = open_checkpoint(pipeline, label=label, allow_pickle=True).parts if _has_list(pipeline) else {}
+    if not parts:
+        return None
+    raise InputNotFoundError(
+        f"no component {shown(component)} is there", where=label, hint=f"it has {', '.join(filter(None, parts))}"
+    )
+
+
+def _has_list(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file() or (folder / "modules.json").is_file()
+
+
+def check_components(steps: Iterable[Step], inputs: Mapping[str, ResolvedInput]) -> list[str]:
+    """Refuse to merge models whose parts are not the same; notes about those that only some have, if that is allowed.
+
+    Raises:
+        PlanError: a component is missing in one, or of another class; a pipeline and a model that is none.
+    """
+    notes: list[str] = []
+    for step in steps:
+        members = [name for name in (step.base, *step.source_names()) if name is not None and name in inputs]
+        models = [inputs[name] for name in members if not inputs[name].is_task_vector]
+        for other in models[1:]:
+            _check_classes(models[0], other)
+            if step.missing == "error":
+                _check_folders(models[0], other)
+            elif different := sorted(models[0].checkpoint.parts.keys() ^ other.checkpoint.parts.keys()):
+                notes.append(f"{', '.join(different)} is only in one of '{models[0].name}' and '{other.name}'")
+    return notes
+
+
+def _check_folders(one: ResolvedInput, other: ResolvedInput) -> None:
+    first, second = set(one.checkpoint.parts), set(other.checkpoint.parts)
+    if first == second:
+        return
+    if not first or not second:
+        whole, single = (one, other) if first else (other, one)
+        raise PlanError(
+            f"'{whole.name}' is a model in several folders ({_listed(whole.checkpoint)}), and '{single.name}' is not",
+            where=whole.reference,
+            hint="give the one that is meant: {model: ..., component: "
+            f"{next(iter(filter(None, whole.checkpoint.parts)))}}}, or only models of this kind",
+        )
+    having, lacking = (one, other) if first - second else (other, one)
+    missing = next(folder for folder in having.checkpoint.parts if folder not in lacking.checkpoint.parts)
+    raise PlanError(
+        f"'{lacking.name}' has no component {missing or 'in the folder itself'}, which '{having.name}' has",
+        where=lacking.reference,
+        hint="give a model that has it, keep what only the base has by `missing: base`, or merge one component alone: "
+        "{model: ..., component: ...}",
+    )
+
+
+def _listed(checkpoint: Checkpoint) -> str:
+    return ", ".join(folder or "the folder itself" for folder in checkpoint.parts)
+
+
+def _check_classes(one: ResolvedInput, other: ResolvedInput) -> None:
+    """Parts of pipelines, and single components of diffusers, are loaded by the class that their configs name."""
+    first, second = one.checkpoint.configs, other.checkpoint.configs
+    for folder in first.keys() & second.keys():
+        classes = [_class_of(configs[folder], in_pipeline=bool(folder)) for configs in (first, second)]
+        if None not in classes and classes[0] != classes[1]:
+            raise PlanError(
+                f"{folder or 'the component'} is {classes[0]} in '{one.name}' and {classes[1]} in '{other.name}', "
+                "so they are not the same component",
+                where=other.reference,
+                hint="merge components of one class",
+            )
+
+
+def _class_of(config: Mapping[str, Any], *, in_pipeline: bool) -> str | None:
+    named = config.get("_class_name")
+    listed = config.get("architectures")
+    if named is None and in_pipeline and isinstance(listed, list) and len(listed) == 1:
+        named = listed[0]
+    return shown(named) if isinstance(named, str) else None
