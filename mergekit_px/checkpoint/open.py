@@ -17,7 +17,7 @@ from typing import Any
 from mergekit_px.checkpoint.contents import CONFIG_FILE, Checkpoint, CheckpointFile, FileIdentity, StoredTensor
 from mergekit_px.checkpoint.file_kind import file_kind
 from mergekit_px.checkpoint.header import Header, parse_header, read_raw_header
-from mergekit_px.checkpoint.index import INDEX_SUFFIX, LARGEST_INDEX, check_index, index_name, parse_index
+from mergekit_px.checkpoint.index import INDEX_SUFFIX, LARGEST_INDEX, check_index, index_name, is_inside, parse_index
 from mergekit_px.checkpoint.json_text import parse_json, read_object, shown
 from mergekit_px.checkpoint.parts import MODULES_FILE, PIPELINE_FILE, joined, part_folders
 from mergekit_px.checkpoint.selection import (
@@ -122,6 +122,23 @@ def checkpoint_from_headers(
         for file, header in headers.items()
     }
     return Checkpoint(label, directory, files, tensors, config, side_files.carried, side_files.left_behind)
+
+
+def component_folder(pipeline: Path, component: str, label: str) -> Path | None:
+    """Where a component of a pipeline is; None if the folder is no model in several folders.
+
+    Raises:
+        InputNotFoundError: there are others; it names them.
+    """
+    folder = pipeline / component
+    if is_inside(component) and folder.is_dir():
+        return folder
+    if not any((pipeline / name).is_file() for name in (PIPELINE_FILE, MODULES_FILE)):
+        return None
+    parts = open_checkpoint(pipeline, label=label, allow_pickle=True).parts
+    raise InputNotFoundError(
+        f"no component {shown(component)} is there", where=label, hint=f"it has {', '.join(filter(None, parts))}"
+    )
 
 
 def check_numbers(files: Iterable[str], label: str, index_file: str | None) -> None:

@@ -1,42 +1,17 @@
-"""Models in several folders: one component of a pipeline as an input, and whether the parts of two models are alike."""
+"""Models in several folders: whether the parts of two are the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.json_text import shown
-from mergekit_px.checkpoint.open import open_checkpoint
-from mergekit_px.errors import InputNotFoundError, PlanError
+from mergekit_px.errors import PlanError
 
 if TYPE_CHECKING:
     from mergekit_px.plan.inputs import ResolvedInput
     from mergekit_px.recipe.model import Step
-
-
-def component_folder(pipeline: Path, component: str, label: str) -> Path | None:
-    """Where a component of a pipeline is; None if the folder is a model without such folders.
-
-    Raises:
-        InputNotFoundError: there are others; it names them.
-    """
-    folder = pipeline / component
-    if folder.is_dir() and "/" not in component and component not in ("", ".", ".."):
-        return folder
-    if not pipeline.is_dir():
-        return None
-    parts = open_checkpoint(pipeline, label=label, allow_pickle=True).parts if _has_list(pipeline) else {}
-    if not parts:
-        return None
-    raise InputNotFoundError(
-        f"no component {shown(component)} is there", where=label, hint=f"it has {', '.join(filter(None, parts))}"
-    )
-
-
-def _has_list(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file() or (folder / "modules.json").is_file()
 
 
 def check_components(steps: Iterable[Step], inputs: Mapping[str, ResolvedInput]) -> list[str]:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mergekit_px.adapters.binder import BindOptions
-from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
+from mergekit_px.checkpoint.open import Checkpoint, component_folder, open_checkpoint
 from mergekit_px.checkpoint.selection import ADAPTER_FILE, select_weights
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
 from mergekit_px.hub.reference import parse_reference
-from mergekit_px.plan.components import component_folder
 from mergekit_px.recipe.model import ModelInput
 from mergekit_px.small_files import read_small_file
 
