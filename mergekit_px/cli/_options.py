@@ -117,7 +117,7 @@ class RunOptions:
 
         Raises ``UsageError`` for ``--private`` without ``--push``.
         """
-        from mergekit_px.recipe.overrides import FlagOverride
+        from mergekit_px.located.overrides import FlagOverride
 
         found = list(self.assignments or ())
         if self.dtype is not None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 from mergekit_px.errors import RecipeError
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.located.places import Places
 from mergekit_px.recipe.catalog import MethodCatalog
 from mergekit_px.recipe.check_methods import check_methods
 from mergekit_px.recipe.check_step import check_step
 from mergekit_px.recipe.graph import check_graph, check_reference
 from mergekit_px.recipe.model import Output, Recipe
-from mergekit_px.recipe.nearest import hint_for
-from mergekit_px.recipe.places import Places
 
 HIGHEST_SEED = 2**63 - 1
 

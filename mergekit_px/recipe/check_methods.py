@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_px.errors import RecipeError
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.located.places import Path, Places
+from mergekit_px.located.validate import shown, unknown_key
 from mergekit_px.recipe.catalog import MethodCatalog, MethodFacts
 from mergekit_px.recipe.model import Recipe, Rule, Slice, Step, Value
-from mergekit_px.recipe.nearest import hint_for
-from mergekit_px.recipe.places import Path, Places
-from mergekit_px.recipe.validate import shown, unknown_key
 
 
 def check_methods(recipe: Recipe, places: Places, methods: MethodCatalog) -> None:

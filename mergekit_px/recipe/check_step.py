@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergekit_px.errors import RecipeError
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.located.places import Path, Places
+from mergekit_px.located.validate import shown
 from mergekit_px.recipe.layer_range import parse_layers
 from mergekit_px.recipe.model import Rule, Slice, SliceSource, Step, Value
-from mergekit_px.recipe.nearest import hint_for
-from mergekit_px.recipe.places import Path, Places
-from mergekit_px.recipe.validate import shown
 
 
 def check_step(step: Step, path: Path, places: Places) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 
 from mergekit_px.errors import RecipeError
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.located.places import Path, Places
 from mergekit_px.recipe.model import MEAN, Recipe, Rule, Step
-from mergekit_px.recipe.nearest import hint_for
-from mergekit_px.recipe.places import Path, Places
 
 LONGEST_CHAIN = 64
 """Steps that may depend on one another in a row; what reads the graph later is recursive."""

@@ -7,16 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
+from mergekit_px.errors import RecipeError
+from mergekit_px.located.overrides import apply_overrides
+from mergekit_px.located.places import Places
+from mergekit_px.located.text import read_text
+from mergekit_px.located.validate import shown, validate, wanted
+from mergekit_px.located.yaml_text import Node, mapping, node_of, parse_documents
 from mergekit_px.recipe.catalog import MethodCatalog
 from mergekit_px.recipe.check import check_recipe
 from mergekit_px.recipe.dump import dump_recipe
 from mergekit_px.recipe.loaded import Dialect, LoadedRecipe
-from mergekit_px.recipe.overrides import apply_overrides
-from mergekit_px.recipe.places import Places
-from mergekit_px.recipe.validate import validate_recipe
-from mergekit_px.recipe.yaml_text import LONGEST_TEXT, Node, Place, mapping, node_of, parse_documents
-from mergekit_px.small_files import read_small_file
+from mergekit_px.recipe.model import Recipe
 
 _MERGEKIT_KEYS = frozenset(
     {"merge_method", "slices", "modules", "base_model", "experts", "gate_mode", "tokenizer_source", "out_dtype"}
@@ -33,14 +34,14 @@ def load_recipe(
 
     Args:
         path: the file.
-        overrides: ``key=value`` changes, see :mod:`mergekit_px.recipe.overrides`.
+        overrides: ``key=value`` changes, see :mod:`mergekit_px.located.overrides`.
         methods: the merge methods; without them their names and parameters are not checked.
 
     Raises:
         RecipeError: there is no such file, or it holds no recipe that can be meant.
     """
     path = Path(path)
-    return parse_recipe(_read(path), name=str(path), overrides=overrides, methods=methods, path=path)
+    return parse_recipe(read_text(path, "recipe"), name=str(path), overrides=overrides, methods=methods, path=path)
 
 
 def parse_recipe(
@@ -107,7 +108,10 @@ def _build(
     else:
         root = _written_out(apply_overrides(root, overrides))
     places = Places(root)
-    recipe = validate_recipe(root.data(), places)
+    if isinstance(version := root.data().get("pxmerge"), (bool, float)):  # equal to 1 for Python and for pydantic
+        what = f"'pxmerge' must be {wanted(Recipe, 'pxmerge').words}, not {shown(version)}"
+        raise RecipeError(what, where=places.value(("pxmerge",)))
+    recipe = validate(Recipe, root.data(), places, "the recipe")
     check_recipe(recipe, places, methods)
     if text is None:
         text = dump_recipe(recipe)
@@ -145,21 +149,3 @@ def _is_mergekit(entries: Mapping[str, Node]) -> bool:
         return False
     models = entries.get("models")
     return bool(_MERGEKIT_KEYS & entries.keys()) or (models is not None and isinstance(models.value, list))
-
-
-def _read(path: Path) -> str:
-    if path.is_dir():
-        raise RecipeError("a folder is no recipe", where=str(path), hint="give the file in it")
-    try:
-        data = read_small_file(path, limit=4 * LONGEST_TEXT + 4)
-    except InputNotFoundError:
-        raise RecipeError("there is no such recipe", where=str(path)) from None
-    except InputError as error:
-        raise RecipeError(error.what, where=str(path)) from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start]
-        column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
-        place = Place(str(path), before.count(b"\n") + 1, column)
-        raise RecipeError("not UTF-8 text", where=str(place), hint="save the file as UTF-8") from None

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mergekit_px.located.places import Places
 from mergekit_px.recipe.model import Recipe
-from mergekit_px.recipe.places import Places
 
 Dialect = Literal["pxmerge", "mergekit"]
 

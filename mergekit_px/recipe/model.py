@@ -6,9 +6,11 @@ Values that may vary are kept as written; the plan resolves them for each tensor
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from mergekit_px.located.validate import Part, Wanted
 
 Scalar = bool | int | float | str | None
 
@@ -24,160 +26,179 @@ MEAN = "mean"
 """As a step's base: the mean of its sources, unless a model or step has that name."""
 
 
-class RecipeModel(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True, defer_build=True
-    )
+_LAYERS = Wanted("layers: 7, '8-15', [0, 5, 9], '20-' or 'none'")
+_NAME = Wanted("the name of a model or step", text=True)
+_PARAMS = Wanted("a mapping from parameters to values")
+_RULES = Wanted("a list of rules")
+_TEXT = Wanted("text", text=True)
+_YES_OR_NO = Wanted("true or false")
 
 
-class ModelInput(RecipeModel):
+class ModelInput(Part):
     """One input checkpoint, with an adapter on top of it if one is named."""
 
-    model: str | None = None
+    written: ClassVar[Wanted] = Wanted("a path or {model: path, adapter: path}", text=True)
+
+    model: Annotated[str | None, Wanted("a path or a name on the Hub", text=True)] = None
     """A folder, a safetensors file, ``org/name`` or ``org/name@revision``. Left out for an adapter alone.
     Relative paths are relative to the current directory."""
-    adapter: str | list[str] | None = None
+    adapter: Annotated[str | list[str] | None, Wanted("a path or a name on the Hub, or a list of them", text=True)] = (
+        None
+    )
     """A PEFT adapter (or several, applied in order) on top of the model."""
-    keep_tied: bool = False
+    keep_tied: Annotated[bool, _YES_OR_NO] = False
     """An adapter that changes one of a tied embedding and head changes both alike, instead of untying them. Not
     what was trained, but the model keeps its size."""
-    attention_output: Literal["as_trained", "once"] = "as_trained"
+    attention_output: Annotated[Literal["as_trained", "once"], Wanted("as_trained or once")] = "as_trained"
     """PEFT adds the LoRA of the out_proj of an ``nn.MultiheadAttention`` twice, in training as in merging, and so
     does ``as_trained``; ``once`` is for adapters that were trained otherwise."""
-    residual_base: bool = False
+    residual_base: Annotated[bool, _YES_OR_NO] = False
     """The model is the residual one that a start such as PiSSA's left behind, not the original."""
-    component: str | None = None
+    component: Annotated[str | None, Wanted("the name of a part of a pipeline, such as unet", text=True)] = None
     """One component of a pipeline: ``unet``, ``transformer``, ``vae``, ``text_encoder``, ``text_encoder_2``. Left out,
     all are merged. For a model that is one already: the part of its adapters that it takes."""
-    rename: dict[str, str] = Field(default_factory=dict)
+    rename: Annotated[dict[str, str], Wanted("a mapping of name patterns to name patterns")] = Field(
+        default_factory=dict
+    )
     """Other names for its tensors, after its adapters: ``{"model.*": "model.language_model.*"}``. Each ``*`` keeps
     what it matches; of several patterns that match a name, the last counts."""
 
 
-class Rule(RecipeModel):
+class Rule(Part):
     """What changes for the tensors that it selects; of several rules that match, the later wins key by key."""
 
-    match: str | list[str] | None = None
+    match: Annotated[str | list[str] | None, Wanted("a glob on tensor names, or a list of them")] = None
     """Globs on output tensor names; any may match."""
-    layers: LayerRange | None = None
+    layers: Annotated[LayerRange | None, _LAYERS] = None
     """Layers by number: 7, '8-15' (both ends included), [0, 5, 9], '20-' for the rest, or 'none' for the tensors
     outside the numbered layers."""
-    method: str | None = None
+    method: Annotated[str | None, Wanted("the name of a merge method", text=True)] = None
     """Another method for these tensors (its parameters start from their defaults)."""
-    params: dict[str, Value] = Field(default_factory=dict)
+    params: Annotated[dict[str, Value], _PARAMS] = Field(default_factory=dict)
     """Other values of the method's parameters; values by source change only the sources that they name."""
-    weights: dict[str, Value] | list[Value] | None = None
+    weights: Annotated[
+        dict[str, Value] | list[Value] | None,
+        Wanted("a mapping from sources to weights, or a list with one weight for each source"),
+    ] = None
     """Other weights of the sources: by name, which leaves the others as they are, or one for each in order."""
-    take: str | None = None
+    take: Annotated[str | None, _NAME] = None
     """Take these tensors from this model or step, unmerged."""
-    drop: bool = False
+    drop: Annotated[bool, _YES_OR_NO] = False
     """Leave these tensors out of the output."""
 
 
-class SliceSource(RecipeModel):
+class SliceSource(Part):
     """Some layers of one source of a slice."""
 
-    model: str
+    model: Annotated[str, _NAME]
     """A model or step."""
-    layers: LayerRange
+    layers: Annotated[LayerRange, _LAYERS]
     """Which of its layers, as many as of the other sources."""
-    weight: Value = None
+    weight: Annotated[Value, Wanted("a number, or a list of numbers")] = None
     """Its weight; a list of numbers is interpolated over the layers of the slice."""
-    params: dict[str, Value] = Field(default_factory=dict)
+    params: Annotated[dict[str, Value], _PARAMS] = Field(default_factory=dict)
     """Its values of the parameters that may differ between sources."""
 
 
-class Slice(RecipeModel):
+class Slice(Part):
     """Consecutive output layers, made from as many layers of each of its sources.
 
     Lists of values are interpolated over the layers of the slice. Tensors outside the numbered layers are made as
     in the first slice where they belong to an embedding, else as in the last.
     """
 
-    sources: list[SliceSource] = Field(min_length=1)
+    sources: Annotated[list[SliceSource], Wanted("a list of one source or more, each {model: name, layers: range}")] = (
+        Field(min_length=1)
+    )
     """What the layers are made from."""
-    base: str | None = None
+    base: Annotated[str | None, _NAME] = None
     """The base of this slice where it differs from the step's; it takes part with the layers given in
     ``sources`` if it is listed there, else with those of the first source."""
-    params: dict[str, Value] = Field(default_factory=dict)
+    params: Annotated[dict[str, Value], _PARAMS] = Field(default_factory=dict)
     """Values of the method's parameters in this slice."""
-    rules: list[Rule] = Field(default_factory=list)
+    rules: Annotated[list[Rule], _RULES] = Field(default_factory=list)
     """Rules of this slice, after those of the step. Names and layer numbers are those of the output."""
 
 
-class Step(RecipeModel):
+class Step(Part):
     """One node of the graph: a method over sources, evaluated tensor by tensor."""
 
-    method: str
+    written: ClassVar[Wanted] = Wanted("a step such as {method: linear, sources: [a, b]}")
+
+    method: Annotated[str, Wanted("the name of a merge method", text=True)]
     """The merge method."""
-    base: str | None = None
+    base: Annotated[str | None, _NAME] = None
     """The base model (a model or a step). Methods on task vectors subtract it from each source.
     ``mean`` stands for the mean of the sources."""
-    sources: dict[str, Value] | list[str] = Field(default_factory=list)
+    sources: Annotated[
+        dict[str, Value] | list[str], Wanted("a list of names of models or steps, or a mapping from names to weights")
+    ] = Field(default_factory=list)
     """Models or steps, in order; as a mapping, with their weights."""
-    params: dict[str, Value] = Field(default_factory=dict)
+    params: Annotated[dict[str, Value], _PARAMS] = Field(default_factory=dict)
     """Values of the method's parameters: one value, a list of numbers interpolated over the layers, or one of these
     for each source by name."""
-    like: str | None = None
+    like: Annotated[str | None, Wanted("the name of a variant such as mergekit", text=True)] = None
     """Start from another implementation's variant of the method: ``mergekit`` or ``peft``."""
-    rules: list[Rule] = Field(default_factory=list)
+    rules: Annotated[list[Rule], _RULES] = Field(default_factory=list)
     """Changes for some tensors, by glob on their names, by layer, or both; later rules win."""
-    slices: list[Slice] | None = None
+    slices: Annotated[list[Slice] | None, Wanted("a list of slices")] = None
     """Layers stacked anew: the output's layers are those of the slices in order. Replaces ``sources``."""
-    missing: Literal["error", "present", "base"] = "error"
+    missing: Annotated[Literal["error", "present", "base"], Wanted("error, present or base")] = "error"
     """A tensor that only some inputs have: refuse, merge it over the inputs that have it, or take it from
     the base (from the first source that has it, where the base does not)."""
-    vocabulary: Literal["error", "truncate"] = "error"
+    vocabulary: Annotated[Literal["error", "truncate"], Wanted("error or truncate")] = "error"
     """Sources with different numbers of rows in an embedding or head: refuse, or keep the common rows."""
 
     def source_names(self) -> list[str]:
         return list(self.sources)
 
 
-class Push(RecipeModel):
+class Push(Part):
     """Where the result is uploaded once it is complete."""
 
-    repo: str
+    repo: Annotated[str, Wanted("a repository such as org/name")]
     """The repository, ``org/name``; made if it does not exist."""
-    private: bool = False
+    private: Annotated[bool, _YES_OR_NO] = False
     """Whether a repository that is made is private."""
-    revision: str | None = None
+    revision: Annotated[str | None, _TEXT] = None
     """The branch; the default one if left out."""
 
 
-class Output(RecipeModel):
+class Output(Part):
     """What is written, and where."""
 
-    from_: str | None = Field(default=None, alias="from")
+    from_: Annotated[str | None, _NAME] = Field(default=None, alias="from")
     """The step (or model) to write; the last step if left out."""
-    path: str = "./merged"
+    path: Annotated[str, Wanted("a folder", text=True)] = "./merged"
     """The folder of the result."""
-    dtype: str | None = None
+    dtype: Annotated[str | None, Wanted("a dtype such as bfloat16")] = None
     """Storage dtype of merged floating-point tensors; that of the base or first source if left out."""
-    shard_size: str | int = "5GB"
+    shard_size: Annotated[str | int, Wanted("a size such as 5GB")] = "5GB"
     """Largest size of one file of weights, as 5GB, 512MiB or a number of bytes."""
-    config_from: str | None = None
+    config_from: Annotated[str | None, Wanted("the name of a model", text=True)] = None
     """The model whose config and other side files go with the result; the base or first source if left out."""
-    tokenizer_from: str | None = None
+    tokenizer_from: Annotated[str | None, Wanted("the name of a model", text=True)] = None
     """The model whose tokenizer and chat template go with the result; ``config_from`` if left out."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, Wanted("Jinja text")] = None
     """Jinja text that is written as the chat template, in place of the tokenizer's own."""
-    kind: Literal["model", "task_vector"] | None = None
+    kind: Annotated[Literal["model", "task_vector"] | None, Wanted("model or task_vector")] = None
     """``task_vector`` writes the difference to the base instead of the model."""
-    push: Push | None = None
+    push: Annotated[Push | None, Wanted("a mapping with the repo to push to")] = None
     """Where to upload the result."""
 
 
-class Recipe(RecipeModel):
+class Recipe(Part):
     """A merge: inputs, a graph of steps, an output."""
 
-    pxmerge: Literal[1] = 1
+    short_forms: ClassVar[tuple[str, ...]] = ("merge",)
+
+    pxmerge: Annotated[Literal[1], Wanted("1, the version of the recipe format that this release reads")] = 1
     """Version of the recipe format."""
-    models: dict[str, ModelInput]
+    models: Annotated[dict[str, ModelInput], Wanted("a mapping from names to models")]
     """The inputs by name: a path, ``org/name``, ``org/name@revision``, or a mapping with an adapter."""
-    steps: dict[str, Step]
+    steps: Annotated[dict[str, Step], Wanted("a mapping from names to steps")]
     """The graph of merges by name, evaluated tensor by tensor; a single one may be written as ``merge:``."""
-    output: Output = Field(default_factory=Output)
+    output: Annotated[Output, Wanted("a mapping that says what is written, and where")] = Field(default_factory=Output)
     """What is written, and where."""
-    seed: int = 0
+    seed: Annotated[int, Wanted("a whole number from 0 to 9223372036854775807")] = 0
     """Seed of the methods that draw random numbers."""

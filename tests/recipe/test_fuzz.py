@@ -113,7 +113,7 @@ def test_parts_of_recipes_replaced_by_any_data(parts: list[tuple[str, Any]], tex
 
 
 def parse_yaml_data(text: str) -> Any:
-    from mergekit_px.recipe.yaml_text import parse_yaml
+    from mergekit_px.located.yaml_text import parse_yaml
 
     return parse_yaml(text, "r").data()
 

@@ -11,10 +11,10 @@ from jsonschema import Draft202012Validator
 from recipe_samples import METHODS, RECIPE
 
 from mergekit_px.errors import RecipeError
+from mergekit_px.located.yaml_text import parse_yaml
 from mergekit_px.plan.method_catalog import method_catalog
 from mergekit_px.recipe.load import parse_recipe
 from mergekit_px.recipe.schema import recipe_schema
-from mergekit_px.recipe.yaml_text import parse_yaml
 
 EXAMPLES = sorted(
     path

@@ -33,7 +33,7 @@ from mergekit_px.learn.transfer.state import (
     restore_side,
     side_state,
 )
-from mergekit_px.recipe.nearest import hint_for
+from mergekit_px.located.nearest import hint_for
 
 Kind = Literal["transfer"] | Control
 

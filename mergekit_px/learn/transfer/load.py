@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
-
-from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
-from mergekit_px.learn.transfer.plan import Transfer, TransferPlan, Wanted
+from mergekit_px.errors import RecipeError
+from mergekit_px.learn.transfer.plan import Transfer, TransferPlan
 from mergekit_px.learn.transfer.presets import PRESETS
 from mergekit_px.learn.transfer.ranks import pair_ranks
-from mergekit_px.recipe.nearest import hint_for
-from mergekit_px.recipe.overrides import apply_overrides
-from mergekit_px.recipe.places import Path as KeyPath
-from mergekit_px.recipe.places import Places
-from mergekit_px.recipe.validate import shown
-from mergekit_px.recipe.yaml_text import LONGEST_TEXT, Node, mapping, parse_yaml
-from mergekit_px.small_files import read_small_file
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.located.overrides import apply_overrides
+from mergekit_px.located.places import Path as KeyPath
+from mergekit_px.located.places import Places
+from mergekit_px.located.text import read_text
+from mergekit_px.located.validate import validate
+from mergekit_px.located.yaml_text import Node, mapping, parse_yaml
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 
@@ -44,13 +39,13 @@ def load_transfer_plan(path: str | Path, *, overrides: Sequence[str] = (), compl
     """Read a plan. Paths in it are relative to the current directory.
 
     Args:
-        overrides: ``key=value`` changes, as `mergekit_px.recipe.overrides` takes them.
+        overrides: ``key=value`` changes, as `mergekit_px.located.overrides` takes them.
         complete: whether pairs must be there; without, a plan that only names models will do.
 
     Raises:
         RecipeError: there is no such file, or it holds no plan that can be meant.
     """
-    text = _read(Path(path))
+    text = read_text(Path(path), "plan")
     root = parse_yaml(text, str(path))
     if not isinstance(root.value, dict):
         raise RecipeError("a plan is a mapping with models and transfers", where=str(path))
@@ -58,29 +53,10 @@ def load_transfer_plan(path: str | Path, *, overrides: Sequence[str] = (), compl
         raise RecipeError("this is a recipe, not a plan of a transfer", where=str(path), hint="use `pxmerge run`")
     root = _written_out(apply_overrides(root, overrides))
     places = Places(root)
-    data = root.data()
-    try:
-        plan = TransferPlan.model_validate(data, strict=True)
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        first = next((issue for issue in found if issue["type"] == "extra_forbidden"), found[0])
-        raise _in_words(first, data, places) from None
+    plan = validate(TransferPlan, root.data(), places, "the plan")
     _check(plan, places, complete=complete)
     text = "".join(f"# --set {' '.join(override.split())}\n" for override in overrides) + text
     return LoadedTransferPlan(plan, text, places)
-
-
-def _read(path: Path) -> str:
-    if path.is_dir():
-        raise RecipeError("a folder is no plan", where=str(path), hint="give the file in it")
-    try:
-        return read_small_file(path, limit=4 * LONGEST_TEXT).decode("utf-8-sig")
-    except InputNotFoundError:
-        raise RecipeError("there is no such plan", where=str(path)) from None
-    except UnicodeDecodeError:
-        raise RecipeError("not UTF-8 text", where=str(path), hint="save the file as UTF-8") from None
-    except InputError as error:
-        raise RecipeError(error.what, where=str(path)) from None
 
 
 def _written_out(root: Node) -> Node:
@@ -176,70 +152,3 @@ def _check_pairs(transfer: Transfer, path: KeyPath, places: Places) -> None:
             if ranks.setdefault((owner, tensor), rank) != rank:
                 what = f"'{tensor}' has one rank in this pair and another in one before it"
                 raise RecipeError(what, where=where, hint="a tensor has one factorisation")
-
-
-def _in_words(issue: ErrorDetails, data: Any, places: Places) -> RecipeError:
-    location: KeyPath = issue["loc"]
-    owner, name, path = _owner(location)
-    if issue["type"] == "extra_forbidden":
-        inside = f" in '{_dotted(location[:-1])}'" if location[:-1] else ""
-        key, known = str(location[-1]), [*owner.model_fields, *(["transfer"] if owner is TransferPlan else [])]
-        return RecipeError(f"unknown key '{key[:80]}'{inside}", where=places.key(location), hint=hint_for(key, known))
-    if issue["type"] == "missing":
-        return RecipeError(f"'{_dotted(location)}' is missing", where=places.key(_existing(location[:-1], data)))
-    path = _existing(path, data)
-    value = data
-    for part in path:
-        value = value[part]
-    wanted = _wanted(owner, name) if name is not None else "a mapping"
-    return RecipeError(f"'{_dotted(path)}' must be {wanted}, not {shown(value)}", where=places.value(path))
-
-
-def _owner(location: KeyPath) -> tuple[type[BaseModel], str | None, KeyPath]:
-    """The class and field that a pydantic location is in, and the path to that field.
-
-    The field is None for an entry of a mapping or list that should have been of the class itself.
-    """
-    owner: type[BaseModel] = TransferPlan
-    place = 0
-    while place < len(location):
-        name = str(location[place])
-        if name not in owner.model_fields:
-            break
-        inner, many = _inner(owner.model_fields[name].annotation)
-        end = place + 1
-        if inner is None or end == len(location):
-            return owner, name, location[:end]
-        owner, place = inner, end + many
-    return owner, None, location[:place]
-
-
-def _inner(annotation: Any) -> tuple[type[BaseModel] | None, int]:
-    """The part of a plan that a field holds, and 1 where it holds several of them."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, 0
-    several = int(typing.get_origin(annotation) in (dict, list))
-    for argument in typing.get_args(annotation):
-        found, deeper = _inner(argument)
-        if found is not None:
-            return found, several + deeper
-    return None, 0
-
-
-def _wanted(owner: type[BaseModel], name: str) -> str:
-    marks = [mark for mark in owner.model_fields[name].metadata if isinstance(mark, Wanted)]
-    return marks[0].words
-
-
-def _dotted(path: KeyPath) -> str:
-    return ".".join(map(str, path)) or "the plan"
-
-
-def _existing(path: KeyPath, data: Any) -> KeyPath:
-    """The part of a path that the data has (pydantic appends the arms of unions)."""
-    for depth, key in enumerate(path):
-        is_entry = isinstance(data, list) and isinstance(key, int) and key < len(data)
-        if not is_entry and not (isinstance(data, dict) and key in data):
-            return path[:depth]
-        data = data[key]
-    return path

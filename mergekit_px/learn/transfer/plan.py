@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mergekit_px.recipe.model import RecipeModel
+from mergekit_px.located.validate import Part, Wanted
 
 Mode = Literal["joint", "frozen", "mutual", "self"]
 Control = Literal["none", "sham", "dense"]
 Form = Literal["rr", "rc", "cr", "cc"]
 Rank = int | Literal["full"]
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a key may hold, in words, for messages."""
-
-    words: str
 
 
 _PATH = Wanted("a folder, a file, or org/name on the Hub")
@@ -36,7 +28,7 @@ NotNegative = Annotated[float, Field(ge=0), _NOT_NEGATIVE]
 Schedule = Annotated[Literal["constant", "cosine"], Wanted("constant or cosine")]
 
 
-class Data(RecipeModel):
+class Data(Part):
     """Where a model's examples come from."""
 
     train: Annotated[str, Wanted("a .npz or .safetensors file, file.py:function, or digits")]
@@ -49,7 +41,7 @@ class Data(RecipeModel):
     """Train on so many examples at most."""
 
 
-class Optimizer(RecipeModel):
+class Optimizer(Part):
     """How a model learns. What is left out comes from the preset, then from the defaults."""
 
     name: Annotated[Literal["adamw", "sgd"], Wanted("adamw or sgd")] = "adamw"
@@ -65,7 +57,7 @@ class Optimizer(RecipeModel):
     """Largest norm of the gradient."""
 
 
-class Model(RecipeModel):
+class Model(Part):
     """A model that takes part, with its own data and loss."""
 
     weights: Annotated[str | None, _PATH] = None
@@ -91,7 +83,7 @@ class Model(RecipeModel):
         return given
 
 
-class Pair(RecipeModel):
+class Pair(Part):
     """A tensor that receives, and the tensor that it receives from."""
 
     target: Annotated[str, Wanted("the name of a tensor of the target")]
@@ -100,7 +92,7 @@ class Pair(RecipeModel):
     """Ranks of the two factorisations. Default: a quarter of the shorter side, 1 to 64. ``full`` exchanges W itself."""
 
 
-class Adapter(RecipeModel):
+class Adapter(Part):
     """The network that makes the target's factor from both factors, and how it learns."""
 
     kind: Annotated[Literal["lpka", "mlp"], Wanted("lpka or mlp")] = "lpka"
@@ -136,7 +128,7 @@ class Adapter(RecipeModel):
     """``cosine`` goes from ``lr`` to 0 over all transfers."""
 
 
-class Transfer(RecipeModel):
+class Transfer(Part):
     """One transfer: which models, which tensors, how long."""
 
     target: Annotated[str, Wanted("the name of a model")]
@@ -168,8 +160,10 @@ class Transfer(RecipeModel):
     """Steps between two saved states. Default: a tenth of the steps, and not within seconds of the one before."""
 
 
-class TransferPlan(RecipeModel):
+class TransferPlan(Part):
     """Models, and transfers between them."""
+
+    short_forms: ClassVar[tuple[str, ...]] = ("transfer",)
 
     pxmerge_transfer: Annotated[Literal[1], Wanted("1, the version of the format that this release reads")] = 1
     models: Annotated[dict[str, Model], Wanted("a mapping from names to models")]

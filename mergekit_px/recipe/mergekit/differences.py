@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mergekit_px.errors import RecipeError
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.located.yaml_text import Node
 from mergekit_px.recipe.mergekit.pieces import Piece, entries_of
 from mergekit_px.recipe.mergekit.table import ALL_PARAMETERS, PeerMethod
-from mergekit_px.recipe.nearest import hint_for
-from mergekit_px.recipe.yaml_text import Node
 
 
 def parameter_differences(peer: PeerMethod, pieces: Iterable[Piece], parameters: Node | None) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from mergekit_px.errors import RecipeError
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.located.validate import shown
+from mergekit_px.located.yaml_text import Node, Place
 from mergekit_px.recipe.mergekit.pieces import entries_of
 from mergekit_px.recipe.mergekit.references import Reference, read_reference
-from mergekit_px.recipe.nearest import hint_for
-from mergekit_px.recipe.validate import shown
-from mergekit_px.recipe.yaml_text import Node, Place
 
 CHAT_TEMPLATES = {
     "chatml": (

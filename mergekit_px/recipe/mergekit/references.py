@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_px.errors import RecipeError
-from mergekit_px.recipe.nearest import hint_for
-from mergekit_px.recipe.validate import shown
-from mergekit_px.recipe.yaml_text import Node
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.located.validate import shown
+from mergekit_px.located.yaml_text import Node
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mergekit_px.errors import RecipeError
-from mergekit_px.recipe.nearest import hint_for
-from mergekit_px.recipe.validate import shown
-from mergekit_px.recipe.yaml_text import Node, Place, mapping, sequence
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.located.validate import shown
+from mergekit_px.located.yaml_text import Node, Place, mapping, sequence
 
 Kind = Literal["number", "boolean"]
 

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mergekit_px.errors import RecipeError
+from mergekit_px.located.nearest import hint_for, nearest
+from mergekit_px.located.validate import shown
+from mergekit_px.located.yaml_text import Node, mapping, sequence
 from mergekit_px.recipe.mergekit.differences import method_differences, parameter_differences
 from mergekit_px.recipe.mergekit.output import (
     not_yet,
@@ -21,9 +24,6 @@ from mergekit_px.recipe.mergekit.pieces import Piece, Source, entries_of, read_m
 from mergekit_px.recipe.mergekit.references import Reference, read_reference, short_name
 from mergekit_px.recipe.mergekit.settings import Choice, Settings, read_choices
 from mergekit_px.recipe.mergekit.table import ALL_PARAMETERS, METHODS, NOT_YET, Parameter, PeerMethod
-from mergekit_px.recipe.nearest import hint_for, nearest
-from mergekit_px.recipe.validate import shown
-from mergekit_px.recipe.yaml_text import Node, mapping, sequence
 
 STEP = "merge"
 """The name of the step that a config becomes; of several documents, the one without a name."""

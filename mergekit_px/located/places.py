@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergekit_px.recipe.yaml_text import Node
+from mergekit_px.located.yaml_text import Node
 
 Path = tuple[str | int, ...]
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_px.errors import RecipeError
-from mergekit_px.recipe.yaml_text import DEEPEST, MOST_NODES, node_of, parse_yaml
+from mergekit_px.located.yaml_text import DEEPEST, MOST_NODES, node_of, parse_yaml
 
 
 def data(text: str) -> object:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergekit_px.errors import RecipeError
-from mergekit_px.recipe.nearest import hint_for
-from mergekit_px.recipe.places import Path
-from mergekit_px.recipe.yaml_text import Node, Place, mapping, parse_yaml, sequence
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.located.places import Path
+from mergekit_px.located.yaml_text import Node, Place, mapping, parse_yaml, sequence
 
 
 class FlagOverride(str):
