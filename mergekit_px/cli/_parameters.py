@@ -14,10 +14,9 @@ import typer
 
 from mergekit_px.cli._arguments import Several, is_numbers
 from mergekit_px.cli._prose import plain
+from mergekit_px.declare.fields import Schema, bounds_of, breach, fields, forms, in_words
 from mergekit_px.errors import UsageError
 from mergekit_px.methods.declare import Method
-
-_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class ParameterOption:
         kind: how it is written: ``flag``, ``choice``, ``numbers`` or ``text``.
         per_source: takes one value, or one for each source.
         is_list: the value itself is a list.
-        bounds: comparison -> number that every value must satisfy.
+        bounds: that every number keeps, by key of JSON Schema.
         words: a number may also be a word such as ``10%``, whose form the declaration checks.
     """
 
@@ -101,9 +100,9 @@ class ParameterOption:
 
     def _check(self, value: Any) -> Any:
         for number in value if isinstance(value, list) else [value]:
-            for comparison, bound in self.bounds.items():
-                if not _holds(number, comparison, bound):
-                    raise UsageError(f"{self.flag} must be {comparison} {bound:g}, not {number:g}")
+            problem = breach(number, self.bounds)
+            if problem is not None:
+                raise UsageError(f"{self.flag} {problem}, not {number:g}")
         return value
 
     def _metavar(self) -> str:
@@ -114,7 +113,7 @@ class ParameterOption:
         notes = []
         if self.default is not None:
             notes.append(f"default: {_shown_default(self)}")
-        notes += [f"{comparison} {bound:g}" for comparison, bound in self.bounds.items()]
+        notes += [in_words(self.bounds)] if self.bounds else []
         if self.per_source:
             notes.append("one value, or one for each source")
         return f"{self.help}  [{'; '.join(notes)}]" if notes else self.help
@@ -122,13 +121,8 @@ class ParameterOption:
 
 def parameter_options(method: Method) -> list[ParameterOption]:
     """The parameters of a method in the order of their declaration."""
-    schema = method.params.model_json_schema()
-    definitions = schema.get("$defs", {})
     per_source = method.per_source_fields()
-    return [
-        _option(name, entry, list(_alternatives(entry, definitions)), name in per_source)
-        for name, entry in schema.get("properties", {}).items()
-    ]
+    return [_option(name, entry, forms(entry), name in per_source) for name, entry in fields(method.params).items()]
 
 
 def choice(words: Sequence[str]) -> Any:
@@ -158,10 +152,10 @@ def _number(text: str, flag: str, whole: bool) -> float | int:
     return int(value) if value.is_integer() and text.lstrip("+-").isdigit() else value
 
 
-def _option(name: str, entry: Mapping[str, Any], forms: list[Mapping[str, Any]], per_source: bool) -> ParameterOption:
-    scalars = [form for form in forms if form.get("type") != "array"]
+def _option(name: str, entry: Schema, alternatives: Sequence[Schema], per_source: bool) -> ParameterOption:
+    scalars = [form for form in alternatives if form.get("type") != "array"]
     if per_source or not scalars:
-        scalars = scalars or [form.get("items", {}) for form in forms]
+        scalars = scalars or [form.get("items", {}) for form in alternatives]
     types = {form.get("type") for form in scalars}
     choices = tuple(str(choice) for form in scalars for choice in _choices(form))
     numeric = types & {"number", "integer"}
@@ -172,41 +166,22 @@ def _option(name: str, entry: Mapping[str, Any], forms: list[Mapping[str, Any]],
         kind = "flag"
     else:
         kind = "choice" if choices else "text"
-    bounds = {sign: float(form[key]) for form in scalars for key, sign in _BOUNDS.items() if form.get(key) is not None}
     return ParameterOption(
         name=name,
         kind=kind,
         help=plain(str(entry.get("description", ""))),
         default=entry.get("default"),
         per_source=per_source,
-        is_list=not per_source and all(form.get("type") == "array" for form in forms),
+        is_list=not per_source and all(form.get("type") == "array" for form in alternatives),
         choices=choices,
-        bounds=bounds,
+        bounds=bounds_of(scalars),
         whole=numeric == {"integer"},
         words=bool(numeric) and any("pattern" in form for form in scalars),
     )
 
 
-def _alternatives(entry: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The forms that a value may have, null aside."""
-    if "$ref" in entry:
-        return _alternatives(definitions[entry["$ref"].rsplit("/", 1)[-1]], definitions)
-    if "anyOf" in entry:
-        return [form for part in entry["anyOf"] for form in _alternatives(part, definitions)]
-    return [] if entry.get("type") == "null" else [entry]
-
-
 def _choices(form: Mapping[str, Any]) -> Sequence[Any]:
     return [form["const"]] if "const" in form else form.get("enum", ())
-
-
-def _holds(number: float, comparison: str, bound: float) -> bool:
-    return {
-        ">=": number >= bound,
-        ">": number > bound,
-        "<=": number <= bound,
-        "<": number < bound,
-    }[comparison]
 
 
 def _shown_default(option: ParameterOption) -> str:

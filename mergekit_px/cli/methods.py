@@ -12,6 +12,7 @@ from mergekit_px.cli._parameters import ParameterOption, parameter_options
 from mergekit_px.cli._prose import paragraphs, plain
 from mergekit_px.cli._width import terminal_width
 from mergekit_px.cli.method import example
+from mergekit_px.declare.fields import in_words
 from mergekit_px.methods import find_method, load_methods
 from mergekit_px.methods.declare import Method
 
@@ -114,7 +115,7 @@ def _sources(method: Method) -> str:
 
 
 def _range(option: ParameterOption) -> str:
-    parts = [*option.choices, *(f"{comparison} {bound:g}" for comparison, bound in option.bounds.items())]
+    parts = [*option.choices, *([in_words(option.bounds)] if option.bounds else [])]
     if option.kind == "flag":
         parts = ["true", "false"]
     if option.per_source:

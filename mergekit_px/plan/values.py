@@ -8,7 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mergekit_px.declare.fields import problems
 from mergekit_px.errors import RecipeError
+from mergekit_px.located.validate import shown
 from mergekit_px.methods.declare import Method, Params
 from mergekit_px.recipe.model import Value
 
@@ -109,11 +111,9 @@ def resolve_params(
     try:
         return method.params(**values)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in issue['loc'][:1])}: {issue['msg'].lower()}, got {issue['input']!r}"
-            for issue in error.errors()[:2]
-        )
-        raise RecipeError(f"{method.name}: {problems}", where=where) from None
+        name, breach = problems(method.params, error)[0]
+        what = f"'{name}' of {method.name}: {breach}, not {shown(values.get(name))}"
+        raise RecipeError(what, where=where) from None
 
 
 def resolve_weight(value: Value, default: float, position: float, source: str, where: str) -> float:

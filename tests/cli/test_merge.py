@@ -118,7 +118,7 @@ def test_keys_of_the_recipe_can_be_set(run, models) -> None:
         ("slerp --sources math", 2, "slerp takes exactly 2 sources, 1 given"),
         ("linear --sources math code --weights 1", 2, "--weights has 1 values for 2 sources"),
         ("ties --base base --sources math code --density 0.1 0.2 0.3", 2, "--density has 3 values"),
-        ("ties --base base --sources math code --density 2", 2, "--density must be <= 1, not 2"),
+        ("ties --base base --sources math code --density 2", 2, "--density must be from 0 to 1, not 2"),
         ("linear --sources math nowhere", 3, "nowhere"),
         ("linear --sources math code --set merge.methud=ties", 2, "method"),
         ("linear --sources math code --set output.dtype", 2, "not key=value"),

@@ -90,15 +90,15 @@ def test_words_become_values(options: dict[str, ParameterOption], name: str, giv
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("rate", "0", "--rate must be > 0, not 0"),
-        ("rate", "1,3", "--rate must be < 2, not 3"),
+        ("rate", "0", "--rate must be above 0 and below 2, not 0"),
+        ("rate", "1,3", "--rate must be above 0 and below 2, not 3"),
         ("rate", "fast", "--rate: 'fast' is not a number"),
-        ("steps", "0", "--steps must be >= 1"),
+        ("steps", "0", "--steps must be at least 1"),
         ("steps", "1.5", "'1.5' is not a whole number"),
-        ("density", ["0.5", "1.5"], "--density must be <= 1, not 1.5"),
+        ("density", ["0.5", "1.5"], "--density must be from 0 to 1, not 1.5"),
         ("density", ["0.1", "0.2", "0.3"], "--density has 3 values for 2 sources"),
         ("rank", "best", "'best' is not a number"),
-        ("share", "0", "--share must be >= 1"),
+        ("share", "0", "--share must be at least 1"),
         ("share", "0.5", "'0.5' is not a whole number"),
     ],
 )
@@ -111,9 +111,9 @@ def test_a_bad_word_is_named_with_its_flag(
 
 def test_help_tells_defaults_and_bounds(options: dict[str, ParameterOption]) -> None:
     helps = {name: option.as_parameter().annotation.__metadata__[0].help for name, option in options.items()}
-    assert helps["rate"] == "How fast.  [default: 0.5; > 0; < 2]"
+    assert helps["rate"] == "How fast.  [default: 0.5; above 0 and below 2]"
     assert helps["fair"] == "  [default: fair]"
-    assert helps["density"] == "  [default: 0.2; >= 0; <= 1; one value, or one for each source]"
+    assert helps["density"] == "  [default: 0.2; from 0 to 1; one value, or one for each source]"
     assert helps["bins"] == "  [default: 1, 2]"
     assert helps["limit"] == ""
 

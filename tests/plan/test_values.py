@@ -43,7 +43,7 @@ def test_one_value_serves_every_source() -> None:
     ("written", "message"),
     [
         ({"densty": 0.5}, "no parameter 'densty'"),
-        ({"density": 1.5}, "less than or equal to 1"),
+        ({"density": 1.5}, "from 0 to 1"),
         ({"density": ["x"]}, "numbers"),
     ],
 )

@@ -260,7 +260,7 @@ def test_memory_does_not_depend_on_the_number_of_sources(svd, monkeypatch: pytes
         (("--as", "components", "--calibrate", "svc"), 2, "--calibrate goes with a checkpoint"),
         (("--as", "components", "--scale", 0), 2, "components of scale 0"),
         (("--as", "components", "--dry-run"), 2, "--dry-run goes with --as checkpoint only"),
-        (("--as", "components", "--top-k", 0), 2, "--top-k must be >= 1, not 0"),
+        (("--as", "components", "--top-k", 0), 2, "--top-k must be at least 1, not 0"),
         (("--as", "components", "--top-k", "0%"), 2, "must be a whole number of at least 1, or a percentage"),
         (("--as", "components", "--base", "base", "-o", "pool"), 4, "the output folder is not empty"),
         (("--as", "lora", "-o", "adapter"), 4, "an adapter is of one base, and the sources have none"),

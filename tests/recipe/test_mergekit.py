@@ -439,7 +439,7 @@ SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {
         ("merge_method: linear\nmodels: {a: 1}", "'models' must be a list, not a mapping"),
         (SLERP.replace("base_model: a\n", ""), "slerp needs a base_model"),
         (SLERP.replace("{t: 0.5}", "{}"), "slerp needs the parameter 't'"),
-        (SLERP.replace("t: 0.5", "t: 1.5"), "'t' of slerp: must be less than or equal to 1, not 1.5"),
+        (SLERP.replace("t: 0.5", "t: 1.5"), "'t' of slerp: must be from 0 to 1, not 1.5"),
         (
             SLERP.replace("[{model: b}]", "[{model: b}, {model: c}]"),
             "slerp takes two sources, the base_model counted, and",

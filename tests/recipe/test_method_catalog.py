@@ -43,7 +43,7 @@ def test_values_of_one_source() -> None:
     [
         ("ties", {"density": 0.5, "trim_scope": "tensor"}, []),
         ("ties", {"density": 1}, []),
-        ("ties", {"density": 1.5}, [("density", "must be less than or equal to 1")]),
+        ("ties", {"density": 1.5}, [("density", "must be from 0 to 1")]),
         ("ties", {"density": "0.5"}, [("density", "must be a valid number")]),
         ("ties", {"density": True}, [("density", "must be a valid number")]),
         ("ties", {"trim_scope": "row"}, [("trim_scope", "must be 'model' or 'tensor'")]),

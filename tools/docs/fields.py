@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from mergekit_px.declare.fields import bounds_of, in_words
 from tools.docs.markdown import docstring
 
 _ANYTHING = 5
@@ -47,7 +48,7 @@ def value_text(entry: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in entry["enum"])
     kind = entry.get("type")
     if kind in ("number", "integer"):
-        return _number(entry, "integer" if kind == "integer" else "number")
+        return f"{kind} {in_words(bounds_of([entry]))}".strip()
     if kind == "array":
         items = dict.fromkeys(value_text(form, definitions) for form in _items(entry))
         return "list of " + " or ".join(items) if any(items) else "list"
@@ -63,19 +64,6 @@ def _items(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return list(entry["prefixItems"])
     items = entry.get("items", {})
     return [items] if items else []
-
-
-def _number(entry: Mapping[str, Any], word: str) -> str:
-    if "minimum" in entry and "maximum" in entry:
-        return f"{word} from {entry['minimum']:g} to {entry['maximum']:g}"
-    bounds = {
-        "minimum": "at least {}",
-        "exclusiveMinimum": "above {}",
-        "maximum": "at most {}",
-        "exclusiveMaximum": "below {}",
-    }
-    said = [text.format(f"{entry[key]:g}") for key, text in bounds.items() if key in entry]
-    return " ".join([word, " and ".join(said)]).strip()
 
 
 def _default(entry: Mapping[str, Any], required: bool) -> str:
