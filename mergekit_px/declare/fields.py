@@ -76,7 +76,8 @@ def problems(model: type[BaseModel], error: ValidationError) -> list[tuple[str, 
     """pydantic's findings as (field, what is wrong with it), one for each field."""
     kinds: Sequence[str] = [kind for kind, _, _ in _BOUNDS.values()]
     worded: dict[str, str] = {}
-    for issue in error.errors(include_url=False):
+    # Of a field with several forms each one has its finding; a breach says most.
+    for issue in sorted(error.errors(include_url=False), key=lambda issue: issue["type"] not in kinds):
         name = str(issue["loc"][0]) if issue["loc"] else ""
         if issue["type"] in kinds:
             problem = f"must be {in_words(bounds_of(_scalars(fields(model)[name])))}"

@@ -48,7 +48,7 @@ def test_values_of_one_source() -> None:
         ("ties", {"density": True}, [("density", "must be a valid number")]),
         ("ties", {"trim_scope": "row"}, [("trim_scope", "must be 'model' or 'tensor'")]),
         ("linear", {"normalize": 1}, [("normalize", "must be a valid boolean")]),
-        ("slerp", {"t": -0.1}, [("t", "must be greater than or equal to 0")]),
+        ("slerp", {"t": -0.1}, [("t", "must be from 0 to 1")]),
     ],
 )
 def test_single_values(method: str, params: dict[str, object], found: list[tuple[str, str]]) -> None:
