@@ -74,6 +74,8 @@ def _inputs(report: Mapping[str, Any], output: Output) -> None:
         for name, entry in report["inputs"].items()
     ]
     output.table(columns, rows)
+    for name, entry in report["artefacts"].items():
+        output.text(f"with the {entry['kind']} of {name} (sha256 {entry['sha256'][:12]})")
 
 
 def _steps(report: Mapping[str, Any], output: Output) -> None:

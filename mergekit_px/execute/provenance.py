@@ -20,7 +20,7 @@ from mergekit_px.checkpoint.json_text import read_object
 from mergekit_px.checkpoint.publish import PublishedFile
 from mergekit_px.checkpoint.replacement import replacement
 from mergekit_px.errors import InputError
-from mergekit_px.hub.card import CardInput, CardMethod, model_card
+from mergekit_px.hub.card import CardArtefact, CardInput, CardMethod, model_card
 from mergekit_px.hub.files import not_as_listed
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
@@ -181,6 +181,10 @@ def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: M
         "plan_hash": plan.hash,
         "seed": plan.seed,
         "inputs": inputs,
+        "artefacts": {
+            artefact.reference: {"kind": artefact.kind, "size": artefact.size, "sha256": artefact.sha256}
+            for artefact in plan.artefacts
+        },
         "versions": {
             "pxmerge": __version__,
             "torch": version("torch"),
@@ -244,6 +248,7 @@ def card(plan: Plan) -> bytes:
         title=title or "merge",
         inputs=inputs,
         methods=list(used.values()),
+        artefacts=[CardArtefact(artefact.reference, artefact.kind, artefact.sha256) for artefact in plan.artefacts],
         recipe=dump_recipe(recipe),
         lock_hash=plan.hash,
         version=__version__,

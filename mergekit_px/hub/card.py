@@ -61,6 +61,20 @@ class CardMethod:
     meanings: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class CardArtefact:
+    """A small file that a parameter names.
+
+    Attributes:
+        source: its path, as the recipe writes it.
+        kind: what it holds.
+    """
+
+    source: str
+    kind: str
+    sha256: str
+
+
 def model_card(
     *,
     title: str,
@@ -69,6 +83,7 @@ def model_card(
     recipe: str,
     lock_hash: str,
     version: str,
+    artefacts: Sequence[CardArtefact] = (),
     notes: Sequence[str] = (),
     library_name: str = "transformers",
     pipeline_tag: str | None = None,
@@ -78,6 +93,7 @@ def model_card(
 
     Args:
         recipe: the whole recipe as YAML; paths of the local machine in it are cut to their last part.
+        artefacts: small files that the merge was made with.
         lock_hash: the plan's hash as ``pxmerge.lock.json`` records it, in hex.
         version: of pxmerge.
         notes: what was said aloud on the way, one sentence each.
@@ -88,6 +104,7 @@ def model_card(
         f"A merge of {_count(len(inputs), 'model')}, made with pxmerge {version} from the recipe below.",
         _methods(methods),
         _inputs(inputs),
+        _artefacts(artefacts),
         _licences(inputs),
         _notes(notes),
         _reproduction(recipe, lock_hash, inputs),
@@ -153,6 +170,16 @@ def _inputs(inputs: Sequence[CardInput]) -> str:
         cells = [name, _model(card_input), _commit(card_input), card_input.weight, card_input.license]
         rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "## Inputs\n\n" + "\n".join(rows)
+
+
+def _artefacts(artefacts: Sequence[CardArtefact]) -> str:
+    if not artefacts:
+        return ""
+    rows = ["| file | holds | sha256 |", "|---|---|---|"]
+    for artefact in artefacts:
+        cells = [f"`{escaped_line(_last_part(artefact.source))}`", artefact.kind, f"`{artefact.sha256}`"]
+        rows.append("| " + " | ".join(map(_cell, cells)) + " |")
+    return "\n".join(rows)
 
 
 def _model(card_input: CardInput) -> str:

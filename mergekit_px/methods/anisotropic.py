@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import PrivateAttr, field_serializer
+from pydantic import InstanceOf
+from pydantic.json_schema import SkipJsonSchema
 
+from mergekit_px.artefacts.coefficients import CoefficientTable, group_numbers, read_table
 from mergekit_px.errors import UsageError
-from mergekit_px.methods.anisotropic_table import CoefficientTable, group_numbers, read_table
-from mergekit_px.methods.declare import Params, merge_method
+from mergekit_px.methods.declare import ArtefactFile, Params, merge_method
 
 if TYPE_CHECKING:
     import torch
 
 
 class AnisotropicParams(Params):
-    coefficients: str | None = None
+    coefficients: Annotated[
+        str | SkipJsonSchema[InstanceOf[CoefficientTable]] | None, ArtefactFile("coefficients", read_table)
+    ] = None
     """File of learned coefficients, or its folder; left out, each coefficient is 1 / number of sources."""
-
-    _table: CoefficientTable | None = PrivateAttr(default=None)
-
-    def model_post_init(self, context: Any) -> None:
-        """Read the file, so that what it holds is fixed when the merge is planned. Raises ``InputError``."""
-        if self.coefficients is not None:
-            self._table = read_table(self.coefficients)
-
-    @field_serializer("coefficients")
-    def _with_content(self, path: str | None) -> str | None:
-        """A plan's hash is made of what is written here: the content counts, not only the name."""
-        return path if self._table is None else f"{path} (sha256 {self._table.digest})"
 
     def of_tensor(self, name: str, sources: int) -> tuple[tuple[float, ...], ...]:
         """For each source the coefficients of a tensor's blocks. Raises ``UsageError``."""
-        if self._table is None:
+        if not isinstance(self.coefficients, CoefficientTable):
             return ((1.0 / sources,),) * sources
-        return self._table.of_tensor(name, sources)
+        return self.coefficients.of_tensor(name, sources)
 
     @property
     def seed(self) -> int:
         """Of the draw that puts elements into blocks."""
-        return 0 if self._table is None else self._table.seed
+        return self.coefficients.seed if isinstance(self.coefficients, CoefficientTable) else 0
 
 
 @merge_method(space="deltas", access="elementwise", paper="arXiv:2407.02880", scratch=1.0)

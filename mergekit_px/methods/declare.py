@@ -36,6 +36,7 @@ import inspect
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -67,6 +68,22 @@ class Params(BaseModel):
 class PerSource:
     """Marker in ``Annotated[float | tuple[float, ...], PerSource()]``: the recipe may give one value for each
     source; the method then receives a tuple with one value for each source, whatever was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArtefactFile:
+    """Marker of a parameter that names a small file: the method gets what the file holds.
+
+    The file is an input of the merge: it is read while planning, hashed, and named in the lock file.
+
+    Attributes:
+        kind: what it holds, for people.
+        read: from a path to the file that was read (of a folder, the one in it), its content and its sha256; raises
+            ``InputError``.
+    """
+
+    kind: str
+    read: Callable[[Path], tuple[Path, Any, str]]
 
 
 class RandomStream(Protocol):
@@ -188,6 +205,15 @@ class Method:
             for name, info in self.params.model_fields.items()
             if any(isinstance(mark, PerSource) or mark is PerSource for mark in info.metadata)
         )
+
+    def artefact_fields(self) -> dict[str, ArtefactFile]:
+        """The parameters that name small files."""
+        return {
+            name: mark
+            for name, info in self.params.model_fields.items()
+            for mark in info.metadata
+            if isinstance(mark, ArtefactFile)
+        }
 
 
 REGISTRY: dict[str, Method] = {}

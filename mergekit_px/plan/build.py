@@ -136,6 +136,7 @@ def build_plan(
     plan = Plan(
         inputs={name: resolved[name] for name in resolved if name in {*used, config_from, tokenizer_from}},
         items=tuple(items),
+        artefacts=expressions.artefacts.all(),
         layout=layout,
         dropped=_dropped(items, resolved, expressions, left_out, used),
         notes=tuple(dict.fromkeys(notes)),
@@ -182,6 +183,7 @@ def check_output(plan: Plan, output: Path) -> None:
         if source.repo is None and source.checkpoint.directory is not None and not places[0].exists():
             places.append(source.checkpoint.directory)
         check_apart(output, [place for place in places if place.exists()])
+    check_apart(output, [artefact.path for artefact in plan.artefacts])
     if output.suffix == ".safetensors" and not output.is_dir():
         raise OutputError(
             "the output is a folder, and this is the name of a file",

@@ -16,6 +16,7 @@ from mergekit_px.methods import find_method
 from mergekit_px.methods.declare import Companions, Method, Params, check_source_count
 from mergekit_px.methods.weighting import total_weight
 from mergekit_px.plan.adapters import adapted_model, adapter_changes, as_kind, is_unchanged
+from mergekit_px.plan.artefacts import Artefacts
 from mergekit_px.plan.companions import Companion, companion_nodes, model_names, split_companions
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import depth, split_layer, stack_sizes
@@ -56,11 +57,15 @@ class Expressions:
     """Input with adapters -> what they change in its config."""
     tied: dict[str, dict[str, str]] = field(default_factory=dict)
     """Step -> the copies that it leaves out, each with the tensor that it is a copy of."""
+    artefacts: Artefacts = field(init=False)
     companions: set[str] = field(default_factory=set)
     """Inputs that hold statistics of others."""
     _namespaces: dict[tuple[str, str | None], Namespace] = field(default_factory=dict)
     _views: dict[str, StoredView] = field(default_factory=dict)
     _resolved: dict[Any, tuple[Method, Params, tuple[float, ...]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.artefacts = Artefacts(self.loaded.path)
 
     def namespace(self, name: str, base: str | None = None) -> Namespace:
         """The tensors of a model or step.
@@ -380,7 +385,7 @@ class Expressions:
             except UsageError as error:
                 raise RecipeError(error.what, where=where) from None
             like = None if changed else step.like
-            resolved = resolve_params(method, params, like, chosen, place, where)
+            resolved = resolve_params(method, params, like, chosen, place, where, self.artefacts)
             if not method.uses_weights and not changed and any(weights[index] is not None for index in indices):
                 raise RecipeError(f"{method.name} takes no weights", where=where)
             numbers = tuple(

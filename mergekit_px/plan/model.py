@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mergekit_px.adapters.patch import Patch
+    from mergekit_px.plan.artefacts import Artefact
     from mergekit_px.plan.inputs import ResolvedInput
     from mergekit_px.plan.options import PlanOptions
     from mergekit_px.recipe.loaded import LoadedRecipe
@@ -343,6 +344,8 @@ class Plan:
 
     inputs: Mapping[str, ResolvedInput]
     items: tuple[WorkItem, ...]
+    artefacts: tuple[Artefact, ...]
+    """Small files that parameters name, as they were read."""
     layout: OutputLayout
     dropped: tuple[Dropped, ...]
     notes: tuple[str, ...]
@@ -388,37 +391,41 @@ class Plan:
         put([self.seed, self.kind, self.options.allow_nonfinite])
         for name, source in sorted(self.inputs.items()):
             put([name, source.identity()])
+        hashes = {id(artefact.content): artefact.sha256 for artefact in self.artefacts}
         described: dict[int, str] = {}
         for item in self.items:
-            put([item.name, item.dtype.name, item.shape, _digest(item.node, described)])
+            put([item.name, item.dtype.name, item.shape, _digest(item.node, described, hashes)])
         for shard in self.layout.shards:
             put([shard.file, hashlib.sha256(shard.header_bytes).hexdigest()])
         return digest.hexdigest()
 
 
-def _digest(node: Node, known: dict[int, str]) -> str:
+def _digest(node: Node, known: dict[int, str], artefacts: Mapping[int, str]) -> str:
+    """sha256 of an expression, where the contents of artefacts count by their hashes."""
     if id(node) in known:
         return known[id(node)]
     if isinstance(node, Read):
         text = json.dumps([node.input, node.tensor.name, node.shape, node.kind])
     elif isinstance(node, View):
         how = node.index_hash if isinstance(node, Rows) else node.encoding.title
-        inner_digests = [_digest(operand, known) for operand in node.operands]
+        inner_digests = [_digest(operand, known, artefacts) for operand in node.operands]
         text = json.dumps([how, inner_digests, node.shape, node.dtype.name, node.kind])
     elif isinstance(node, Adapted):
         factors = sorted((role, tensor.name) for role, tensor in node.patch.factors.items()) if node.patch else None
-        inner = None if node.base is None else _digest(node.base, known)
+        inner = None if node.base is None else _digest(node.base, known, artefacts)
         text = json.dumps([node.input, node.number, factors, inner, node.kind, node.shape])
     else:
+        files = node.method.artefact_fields()
         text = json.dumps(
             [
                 node.method.name,
-                node.params.model_dump(mode="json"),
+                node.params.model_dump(mode="json", exclude=set(files)),
+                [artefacts.get(id(getattr(node.params, name))) for name in files],
                 node.weights,
                 node.source_indices,
                 node.kind,
-                None if node.base is None else _digest(node.base, known),
-                [_digest(source, known) for source in node.sources],
+                None if node.base is None else _digest(node.base, known, artefacts),
+                [_digest(source, known, artefacts) for source in node.sources],
             ],
             sort_keys=True,
         )

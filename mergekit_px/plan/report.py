@@ -27,6 +27,10 @@ def plan_report(plan: Plan, *, seconds_bound: float | None = None) -> dict[str, 
         "plan_hash": plan.hash,
         "kind": "task vector" if plan.kind == "delta" else "model",
         "inputs": {name: _input(source, plan) for name, source in plan.inputs.items()},
+        "artefacts": {
+            artefact.reference: {"kind": artefact.kind, "bytes": artefact.size, "sha256": artefact.sha256}
+            for artefact in plan.artefacts
+        },
         "steps": dict(plan.steps),
         "tensors": {
             "output": len(plan.items),

@@ -12,6 +12,7 @@ from mergekit_px.declare.fields import problems
 from mergekit_px.errors import RecipeError
 from mergekit_px.located.validate import shown
 from mergekit_px.methods.declare import Method, Params
+from mergekit_px.plan.artefacts import Artefacts
 from mergekit_px.recipe.model import Value
 
 _LARGEST = 3.4028234663852886e38
@@ -62,15 +63,18 @@ def resolve_params(
     sources: Sequence[str],
     position: float,
     where: str,
+    artefacts: Artefacts,
 ) -> Params:
     """The parameter object of one tensor: defaults, then the ``like`` preset, then what was written.
 
     Args:
         sources: names of the sources that take part, for values given by source.
         position: depth in [0, 1].
+        artefacts: reads the files that parameters name.
 
     Raises:
         RecipeError: a parameter that does not exist, cannot vary, or is out of bounds.
+        InputError: a file that a parameter names is missing or is of another kind.
     """
     values: dict[str, Any] = {}
     if like is not None:
@@ -101,6 +105,9 @@ def resolve_params(
             raise RecipeError(f"parameter '{field}' has no value for source {missing}", where=where) from None
         except ValueError as problem:
             raise RecipeError(f"parameter '{field}': {problem}", where=where) from None
+    for field, declared in method.artefact_fields().items():
+        if isinstance(reference := values.get(field), str):
+            values[field] = artefacts.read(declared, reference).content
     for field in per_source - values.keys():
         default = method.params.model_fields[field].get_default()
         if not isinstance(default, tuple) and default is not None:

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,7 +98,11 @@ def merge_tensors(
 
 def resolve_params(method: Method, params: Mapping[str, Any], sources: int) -> Any:
     """The parameters with one value for each source where the method wants that."""
-    resolved = method.params.model_validate(dict(params))
+    opened = {
+        name: declared.read(Path(params[name]))[1] if isinstance(params.get(name), str) else params.get(name)
+        for name, declared in method.artefact_fields().items()
+    }
+    resolved = method.params.model_validate({**params, **opened})
     spread = {
         name: (value,) * sources
         for name in method.per_source_fields()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mergekit_px.artefacts.coefficients import group_numbers
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import PlanError, TensorMismatchError, UsageError
@@ -22,7 +23,6 @@ from mergekit_px.learn.ofasd.blocks import Parameter, make_blocks
 from mergekit_px.learn.ofasd.learner import Learner
 from mergekit_px.learn.ofasd.objective import cross_entropy, distillation, entropy, penalty
 from mergekit_px.learn.ofasd.settings import Settings
-from mergekit_px.methods.anisotropic_table import group_numbers
 from mergekit_px.testing.checkpoints import fine_tune, write_checkpoint
 
 SETTINGS = [

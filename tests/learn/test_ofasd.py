@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mergekit_px.artefacts.coefficients import read_table
 from mergekit_px.cli import main
 from mergekit_px.errors import DivergedError, InputError, OutputError, UsageError
 from mergekit_px.learn.data import split_rows
 from mergekit_px.learn.models import find_checkpoint, load_model
 from mergekit_px.learn.ofasd import OfasdOptions, Settings, learn_coefficients
 from mergekit_px.learn.ofasd.learner import Course, Learner
-from mergekit_px.methods.anisotropic_table import read_table
 from mergekit_px.testing.checkpoints import write_checkpoint
 
 MODEL = """
@@ -123,7 +123,7 @@ def test_distillation_learns_writes_and_applies(world: Path, tmp_path: Path) -> 
     assert {"accuracy", "agreement", "entropy", "sources"} == set(report["teacher"])
     assert len(report["inputs"][str(world / "plain" / "base")]["model.safetensors"]) == 64
     assert not (tmp_path / "out" / ".ofasd").exists()
-    table = read_table(tmp_path / "out")
+    _, table, _ = read_table(tmp_path / "out")
     assert set(table.blocks) == {"first.weight", "first.bias", "second.weight", "second.bias"}
     merged = applied(tmp_path / "out", tmp_path)
     base, *clients = [
@@ -138,7 +138,7 @@ def test_distillation_learns_writes_and_applies(world: Path, tmp_path: Path) -> 
 def test_the_start_is_the_average_and_no_steps_leave_it(world: Path, tmp_path: Path) -> None:
     report = learn_coefficients(options(world, tmp_path / "out", steps=0, counts=[30, 10])).report
     assert report["test"]["learned"] == report["test"]["weighted average"] != report["test"]["average"]
-    assert read_table(tmp_path / "out").values[0][0] == 0.75
+    assert read_table(tmp_path / "out")[1].values[0][0] == 0.75
 
 
 def test_the_first_loss_is_that_of_the_average(world: Path, tmp_path: Path) -> None:
@@ -180,14 +180,14 @@ def test_bfloat16_is_for_passes_alone_and_resumes(world: Path, tmp_path: Path) -
         learn_coefficients(replace(halved, mode="resume"))
     record.write_text(text)
     learn_coefficients(replace(halved, mode="resume"))
-    assert read_table(tmp_path / "halved").digest == read_table(tmp_path / "whole").digest
+    assert read_table(tmp_path / "halved")[1:] == read_table(tmp_path / "whole")[1:]
 
 
 def test_the_order_of_clients_orders_rows_only(world: Path, tmp_path: Path) -> None:
     plain = options(world, tmp_path / "one", compare=False)
     learn_coefficients(plain)
     learn_coefficients(replace(plain, output=tmp_path / "two", sources=plain.sources[::-1]))
-    first, second = read_table(tmp_path / "one"), read_table(tmp_path / "two")
+    first, second = read_table(tmp_path / "one")[1], read_table(tmp_path / "two")[1]
     np.testing.assert_allclose(first.values, second.values[::-1], rtol=1e-4, atol=1e-6)
 
 
@@ -195,8 +195,8 @@ def test_streaming_gives_the_same_file(world: Path, tmp_path: Path) -> None:
     for name, stream in (("kept", False), ("streamed", True)):
         changes: dict[str, Any] = {"granularity": "random", "random_groups": 4, "compare": False}
         learn_coefficients(options(world, tmp_path / name, stream=stream, **changes))
-    one, two = (read_table(tmp_path / name) for name in ("kept", "streamed"))
-    assert one.digest == two.digest and len(one.blocks) == 10
+    one, two = (read_table(tmp_path / name)[1] for name in ("kept", "streamed"))
+    assert one == two and len(one.blocks) == 10
     assert "anisotropic_groups" in (tmp_path / "kept" / "recipe.yaml").read_text()
     applied(tmp_path / "kept", tmp_path)
 
@@ -218,7 +218,7 @@ def test_resumed_is_uninterrupted(world: Path, tmp_path: Path, stop: int) -> Non
         learn_coefficients(replace(halved, mode="resume", settings=replace(halved.settings, seed=1)))
     report = learn_coefficients(replace(halved, mode="resume")).report
     assert report["trace"] == whole["trace"] and report["test"] == whole["test"]
-    assert read_table(tmp_path / "halved").digest == read_table(tmp_path / "whole").digest
+    assert read_table(tmp_path / "halved")[1:] == read_table(tmp_path / "whole")[1:]
 
 
 @pytest.mark.parametrize("policy", ["reestimate", "mean"])
@@ -265,7 +265,7 @@ def test_entropy_stays_within_bounds(world: Path, tmp_path: Path) -> None:
     learned = learn_coefficients(
         options(world, tmp_path / "out", objective="entropy", data=str(world / "unlabelled.npz"), learning_rate=0.3)
     )
-    values = np.array(read_table(learned.output).values)
+    values = np.array(read_table(learned.output)[1].values)
     assert values.min() >= 0 and values.max() <= 1 and not np.allclose(values, 0.3)
 
 
@@ -290,7 +290,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_before(world: Path, tmp_path: 
     wild = options(world, tmp_path / "out", learning_rate=1e36, clip=None, steps=100, compare=False)
     with pytest.raises(DivergedError, match="the best before, are kept"):
         learn_coefficients(wild)
-    assert np.isfinite(read_table(tmp_path / "out").values).all()
+    assert np.isfinite(read_table(tmp_path / "out")[1].values).all()
     applied(tmp_path / "out", tmp_path)
 
 

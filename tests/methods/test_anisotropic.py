@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergekit_px.cli import main
-from mergekit_px.errors import InputError, InputNotFoundError, UsageError
-from mergekit_px.methods.anisotropic_table import (
+from mergekit_px.artefacts.coefficients import (
     COEFFICIENTS_FILE,
     HEADER_KEY,
     CoefficientTable,
@@ -21,6 +20,8 @@ from mergekit_px.methods.anisotropic_table import (
     read_table,
     write_table,
 )
+from mergekit_px.cli import main
+from mergekit_px.errors import InputError, InputNotFoundError, UsageError
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.method_catalog import method_catalog
 from mergekit_px.recipe.load import recipe_from_mapping
@@ -59,10 +60,11 @@ def test_conformance(tmp_path: Path) -> None:
 
 
 def test_a_table_comes_back_as_it_was_written(written: Path) -> None:
-    found = read_table(written)
-    assert found == read_table(written / COEFFICIENTS_FILE)
+    path, found, sha256 = read_table(written)
+    assert (path, found, sha256) == read_table(written / COEFFICIENTS_FILE)
+    assert path == written / COEFFICIENTS_FILE and sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.values == ((0.25, -1.0), (1.5, 0.1), (0.0, 3.0)) and found.seed == 3
-    assert dict(found.tensors) == TENSORS and found.sources[2] == "source 2" and len(found.digest) == 64
+    assert dict(found.tensors) == TENSORS and found.sources[2] == "source 2"
 
 
 def test_each_block_has_its_own_coefficients(written: Path) -> None:
@@ -126,6 +128,36 @@ def test_the_hash_of_a_plan_follows_the_content(written: Path, tmp_path: Path) -
     assert plan_hash() != first
 
 
+def test_the_file_is_pinned_and_sought_beside_the_recipe(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [str(write_checkpoint(tmp_path / f"m{n}", tensors)) for n, tensors in enumerate(models(4))]
+    (tmp_path / "elsewhere").mkdir()
+    recipe = {
+        "pxmerge": 1,
+        "models": {f"m{n}": name for n, name in enumerate(names)},
+        "merge": {"method": "anisotropic", "base": "m0", "sources": ["m1", "m2", "m3"]},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    recipe["merge"]["params"] = {"coefficients": COEFFICIENTS_FILE}  # type: ignore[index]
+    (written / "recipe.yaml").write_text(json.dumps(recipe))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sha256 = hashlib.sha256((written / COEFFICIENTS_FILE).read_bytes()).hexdigest()
+    assert main(["plan", str(written / "recipe.yaml")]) == 0
+    assert sha256[:12] in capsys.readouterr().out
+    assert main(["run", str(written / "recipe.yaml"), "-q"]) == 0
+    pinned = json.loads((tmp_path / "out" / "pxmerge.lock.json").read_text())["artefacts"]
+    size = (written / COEFFICIENTS_FILE).stat().st_size
+    assert pinned == {COEFFICIENTS_FILE: {"kind": "coefficients", "size": size, "sha256": sha256}}
+    assert sha256 in (tmp_path / "out" / "README.md").read_text()
+    assert main(["run", str(written / "recipe.yaml")]) == 0
+    assert "up to date" in capsys.readouterr().err
+    write_table(table([[0.25, -1.0], [1.5, 0.1], [0.0, 3.5]]), written / COEFFICIENTS_FILE)
+    assert main(["run", str(written / "recipe.yaml"), "-q"]) == 4
+    assert main(["run", str(written / "recipe.yaml"), "-o", str(written), "--overwrite", "-q"]) == 4
+    assert read_table(written)[1].values[2] == (0.0, 3.5)
+
+
 def test_a_command(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, *sources = [write_checkpoint(tmp_path / f"m{n}", tensors) for n, tensors in enumerate(models(4))]
     words = ["anisotropic", "--base", str(base), "--sources", *map(str, sources), "-o", str(tmp_path / "out")]
@@ -163,7 +195,7 @@ def test_damaged_headers_are_refused(change: dict[str, Any], tmp_path: Path) -> 
     values = {"coefficients": torch.ones(2, 1, dtype=torch.float64)}
     path = tmp_path / "table.safetensors"
     save_file(values, path, metadata={HEADER_KEY: json.dumps(header)})
-    assert read_table(path).values == ((1.0,), (1.0,))
+    assert read_table(path)[1].values == ((1.0,), (1.0,))
     save_file(values, path, metadata={HEADER_KEY: json.dumps(header | change)})
     with pytest.raises(InputError):
         read_table(path)

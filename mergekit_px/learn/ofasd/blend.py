@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_px.artefacts.coefficients import group_numbers
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.json_text import shown
@@ -24,7 +25,6 @@ from mergekit_px.errors import PlanError, TensorMismatchError
 from mergekit_px.kernels.reduction import weighted_sum
 from mergekit_px.learn.models import LearningModel, read_tensor
 from mergekit_px.learn.ofasd.blocks import Blocks, Parameter
-from mergekit_px.methods.anisotropic_table import group_numbers
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mergekit_px.artefacts.coefficients import COEFFICIENTS_FILE, CoefficientTable, write_table
 from mergekit_px.errors import WriteError
 from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.batch_norm import batch_norms
 from mergekit_px.learn.ofasd.learner import Course, Learner
 from mergekit_px.learn.ofasd.settings import OfasdOptions
-from mergekit_px.methods.anisotropic_table import COEFFICIENTS_FILE, CoefficientTable, write_table
 
 RECIPE_FILE = "recipe.yaml"
 BUFFERS = "buffers"
@@ -55,7 +55,7 @@ def _write_buffers(options: OfasdOptions, model: LearningModel, names: list[str]
 
 
 def _recipe(options: OfasdOptions, learner: Learner, estimated: list[str]) -> str:
-    """The merge as a recipe, with the inputs as they were named."""
+    """The merge as a recipe, with the inputs as they were named and the coefficients beside it."""
     import yaml
 
     sources = {f"source{number}": reference for number, reference in enumerate(options.sources)}
@@ -64,7 +64,7 @@ def _recipe(options: OfasdOptions, learner: Learner, estimated: list[str]) -> st
         "method": "anisotropic_groups" if split else "anisotropic",
         "base": "base",
         "sources": list(sources),
-        "params": {"coefficients": str(options.output / COEFFICIENTS_FILE)},
+        "params": {"coefficients": COEFFICIENTS_FILE},
     }
     models = {"base": options.base, **sources}
     if estimated:

@@ -42,7 +42,6 @@ class CoefficientTable:
             of them, drawn at random by `group_numbers`.
         seed: of that draw.
         values: for each source one coefficient for each block.
-        digest: sha256 of the file; empty for a table that is in no file.
     """
 
     sources: tuple[str, ...]
@@ -50,7 +49,6 @@ class CoefficientTable:
     tensors: Mapping[str, tuple[int, int]]
     seed: int
     values: tuple[tuple[float, ...], ...]
-    digest: str = ""
 
     def of_tensor(self, name: str, sources: int) -> tuple[tuple[float, ...], ...]:
         """For each source the coefficients of a tensor's blocks.
@@ -98,11 +96,11 @@ def write_table(table: CoefficientTable, path: Path) -> None:
         file.write(save({_TENSOR: values}, metadata={HEADER_KEY: json.dumps(header, ensure_ascii=False)}))
 
 
-def read_table(place: str | Path) -> CoefficientTable:
-    """The table in a file, or in a folder's ``coefficients.safetensors``.
+def read_table(place: str | Path) -> tuple[Path, CoefficientTable, str]:
+    """The table in a file, or in a folder's ``coefficients.safetensors``: the file, what it holds, and its sha256.
 
     Raises:
-        InputError: no such file, or not one of coefficients.
+        InputError: no such file, not one of coefficients, or one that changes while it is read.
     """
     path = Path(place).expanduser()
     if path.is_dir():
@@ -129,7 +127,12 @@ def read_table(place: str | Path) -> CoefficientTable:
         raise _not_coefficients(path)
     if not all(abs(value) < float("inf") for row in values for value in row):
         raise InputError("a coefficient is not finite", where=str(path))
-    return CoefficientTable(sources, blocks, tensors, header["seed"], values, file_sha256(path))
+    file = next(iter(checkpoint.files.values()))
+    return (
+        path,
+        CoefficientTable(sources, blocks, tensors, header["seed"], values),
+        file_sha256(path, expected=file.identity),
+    )
 
 
 def _header(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
