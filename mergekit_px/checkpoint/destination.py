@@ -1,4 +1,4 @@
-"""The folder that a run writes into: what is in it, and whether a run may begin there.
+"""The folder or file that a run writes: what is there, and whether a run may begin.
 
 <folder>/.pxmerge/lock             held by the run that is writing
 <folder>/.pxmerge/journal.jsonl    there as long as a run is unfinished
@@ -8,12 +8,15 @@
 <folder>/.pxmerge/stage/           other files on their way
 <folder>/pxmerge.lock.json         lists every file of a finished output; it comes last and goes first
 
+An output that is one file, NAME.safetensors, has .NAME.pxmerge/ and NAME.pxmerge.lock.json beside it in their place.
+
 What the lock file lists, and nothing else, is removed when an output is replaced. A folder that holds anything more is
 left alone, and so is every input.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -44,19 +47,59 @@ _NAMED = 3  # of the files that are in the way
 _UNRELATED = {"lost+found", ".DS_Store", STATE_FOLDER}  # in folders that their owner calls empty
 
 
+FILE_SUFFIX = ".safetensors"
+"""Of an output that is one file."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where an output and what belongs to it are.
+
+    Attributes:
+        folder: that the names of its files are relative to.
+        state: the folder of an unfinished run.
+        lock_file: the name of the file that lists a finished output.
+        file: the name of the one file that the output is; None for a whole folder.
+    """
+
+    folder: Path
+    state: Path
+    lock_file: str
+    file: str | None = None
+
+
+def destination(output: Path) -> Destination:
+    """A path that ends in .safetensors, and is no folder already, is one file."""
+    if output.suffix != FILE_SUFFIX or output.is_dir():
+        return Destination(output, output / STATE_FOLDER, LOCK_FILE)
+    folder, stem = output.parent, output.stem
+    return Destination(folder, folder / f".{stem}.pxmerge", f"{stem}.{LOCK_FILE}", output.name)
+
+
+def require_folder(output: Path) -> None:
+    """Raise ``OutputError`` for the name of one file, where a folder is written."""
+    if destination(output).file is not None:
+        raise OutputError(
+            "the output is a folder, and this is the name of a file", where=str(output), hint="give another with -o"
+        )
+
+
 @dataclass(frozen=True)
 class OutputState:
-    """What an output folder holds. ``unfinished``: the run that was left there; ``occupied``: anything else."""
+    """What an output holds. ``unfinished``: the run that was left there; ``occupied``: anything else."""
 
     occupied: bool
     unfinished: JournalHead | None
 
 
 def output_state(directory: Path) -> OutputState:
-    """Look at an output folder, which need not exist.
+    """Look at an output, which need not exist.
 
     Raises ``OutputError`` where it is no folder, cannot be read, or holds a journal that cannot be read.
     """
+    place = destination(directory)
+    if place.file is not None:
+        return OutputState(os.path.lexists(directory), read_head(place.state / JOURNAL_FILE))
     try:
         names = {entry.name for entry in directory.iterdir()} - _UNRELATED
     except FileNotFoundError:
@@ -65,11 +108,11 @@ def output_state(directory: Path) -> OutputState:
         raise OutputError("the output is a file, not a folder", where=str(directory)) from None
     except OSError as error:
         raise cannot_use(directory, error) from error
-    return OutputState(bool(names), read_head(directory / STATE_FOLDER / JOURNAL_FILE))
+    return OutputState(bool(names), read_head(place.state / JOURNAL_FILE))
 
 
 def check_mode(directory: Path, mode: Mode, plan_hash: str) -> JournalHead | None:
-    """Whether a run of the plan may begin in a folder; the unfinished run that it continues, if any.
+    """Whether a run of the plan may write an output; the unfinished run that it continues, if any.
 
     Raises ``OutputError`` with the flag that would help. Reads only, so a plan can ask it too.
     """
@@ -78,6 +121,7 @@ def check_mode(directory: Path, mode: Mode, plan_hash: str) -> JournalHead | Non
         return None
     state = output_state(directory)
     where = str(directory)
+    full = "there is such a file already" if destination(directory).file else "the output folder is not empty"
     if mode == "new":
         if state.unfinished is not None and state.unfinished.plan_hash:
             raise OutputError(
@@ -90,14 +134,12 @@ def check_mode(directory: Path, mode: Mode, plan_hash: str) -> JournalHead | Non
                 "a command was killed while it put its files there", where=where, hint="start over with --overwrite"
             )
         if state.occupied:
-            raise OutputError(
-                "the output folder is not empty", where=where, hint="choose another or allow it with --overwrite"
-            )
+            raise OutputError(full, where=where, hint="choose another or allow it with --overwrite")
         return None
     if state.unfinished is None:
         if state.occupied:
             raise OutputError(
-                "there is no unfinished run to resume, and the folder is not empty",
+                f"there is no unfinished run to resume, and {full}",
                 where=where,
                 hint="it may be complete already; --overwrite starts over",
             )
@@ -112,10 +154,11 @@ def check_mode(directory: Path, mode: Mode, plan_hash: str) -> JournalHead | Non
 
 
 def check_replaceable(directory: Path) -> None:
-    """Raise ``OutputError`` if a folder holds anything that no lock file and no unfinished run in it lists."""
+    """Raise ``OutputError`` if an output holds anything that no lock file and no unfinished run of it lists."""
+    place = destination(directory)
     own = {*recorded_files(directory), *published_names(directory)}
     with suppress(OutputError):  # a journal that cannot be read is what starting over is for
-        head = read_head(directory / STATE_FOLDER / JOURNAL_FILE)
+        head = read_head(place.state / JOURNAL_FILE)
         own.update(head.replaces if head is not None else ())
     try:
         foreign = [name for name in _files(directory) if name not in own]
@@ -123,8 +166,9 @@ def check_replaceable(directory: Path) -> None:
         raise cannot_use(directory, error) from error
     if foreign:
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
+        also = "the folder also holds" if place.file is None else "that does not list"
         raise OutputError(
-            f"--overwrite replaces what its {LOCK_FILE} lists, and the folder also holds"
+            f"--overwrite replaces what its {place.lock_file} lists, and {also}"
             f" {', '.join(map(shown, foreign[:_NAMED]))}{more}",
             where=str(directory),
             hint="choose another output, or move them away",
@@ -132,32 +176,36 @@ def check_replaceable(directory: Path) -> None:
 
 
 def recorded_lock(directory: Path) -> Mapping[str, Any]:
-    """The lock file of the finished output in a folder; empty where none can be read."""
+    """The lock file of a finished output; empty where none can be read."""
     try:
-        return read_object(directory / LOCK_FILE, folder=directory, limit=LARGEST_INDEX)
+        place = destination(directory)
+        return read_object(place.folder / place.lock_file, folder=place.folder, limit=LARGEST_INDEX)
     except InputError:
         return {}
 
 
 def recorded_files(directory: Path) -> tuple[str, ...]:
-    """The files of the finished output in a folder, its lock file first; none where no lock file can be read."""
+    """The files of a finished output, its lock file first; none where no lock file can be read."""
+    place = destination(directory)
     files = recorded_lock(directory).get("files")
     if not isinstance(files, dict):
         return ()
-    return (LOCK_FILE, *(name for name in files if is_inside(name)))
+    return (place.lock_file, *(name for name in files if is_inside(name) and place.file in (None, name)))
 
 
 def published_names(directory: Path) -> tuple[str, ...]:
     """The files that a killed run was putting in place."""
     try:
-        text = (directory / STATE_FOLDER / PUBLISHING_FILE).read_text(encoding="utf-8")
+        text = (destination(directory).state / PUBLISHING_FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ()
     return tuple(name for name in text.split("\0") if name and is_inside(name))
 
 
 def _files(directory: Path) -> list[str]:
-    """Everything in a folder that is no folder itself, but for the state of a run; links are not followed."""
+    """Everything of an output that is no folder itself, but for the state of a run; links are not followed."""
+    if (file := destination(directory).file) is not None:
+        return [file] if os.path.lexists(directory) else []
     if not directory.is_dir():
         return []
     names = []
@@ -196,7 +244,7 @@ def check_apart(output: Path, inputs: Iterable[Path]) -> None:
 def cannot_use(directory: Path, error: OSError) -> OutputError:
     """The error for an output folder that the system refuses."""
     return OutputError(
-        f"the output folder cannot be used: {error.strerror or error}",
+        f"the output cannot be used: {error.strerror or error}",
         where=str(directory),
         hint="choose another with -o",
     )

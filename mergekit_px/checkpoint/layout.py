@@ -95,7 +95,7 @@ def plan_layout(
     Args:
         stems: folder -> what the names of its files begin with; ``model`` where nothing is said.
         metadata: what goes into the header of every shard.
-        more_metadata: folder -> what goes into the headers of its shards beside that.
+        more_metadata: folder -> what goes into the headers of its shards beside that, or in its place.
 
     Raises ``UsageError`` for a shard size below one and for names used twice, ``MalformedCheckpointError`` for shapes
     that do not fill whole bytes.
@@ -111,7 +111,7 @@ def plan_layout(
     for folder, members in folders.items() or [("", [])]:
         stem = (stems or {}).get(folder, "model")
         start = f"{folder}/" if folder else ""
-        own = {**(more_metadata or {}).get(folder, {}), **metadata}
+        own = {**metadata, **(more_metadata or {}).get(folder, {})}
         groups = _split(members, shard_size)
         held: dict[str, str] = {}
         for number, group in enumerate(groups):

@@ -23,9 +23,11 @@ from mergekit_px.checkpoint.destination import (
     Mode,
     cannot_use,
     check_mode,
+    destination,
     output_state,
     published_names,
     recorded_files,
+    require_folder,
 )
 from mergekit_px.checkpoint.index import is_inside
 from mergekit_px.checkpoint.journal import Journal
@@ -36,7 +38,6 @@ from mergekit_px.checkpoint.positional import sync, sync_directory
 from mergekit_px.checkpoint.replacement import replacement
 from mergekit_px.errors import InputError, UsageError, WriteError
 
-_LAST = (CONFIG_FILE, LOCK_FILE)
 _PIECE = 1 << 20
 
 
@@ -60,11 +61,11 @@ SideFile = bytes | Path | Callable[[Mapping[str, PublishedFile]], bytes]
 """What a side file is made from: its bytes; a file to copy; or a function of the files published before it."""
 
 
-def publication_order(names: Iterable[str], indices: Collection[str]) -> list[str]:
+def publication_order(names: Iterable[str], indices: Collection[str], lock_file: str) -> list[str]:
     """Side files in their order, then the indices, then ``config.json`` and the lock file."""
     given = list(names)
-    first = [name for name in given if name not in _LAST and name not in indices]
-    return [*first, *indices, *(name for name in _LAST if name in given)]
+    last = [name for name in (CONFIG_FILE, lock_file) if name in given]
+    return [*(name for name in given if name not in last and name not in indices), *indices, *last]
 
 
 def stage(
@@ -75,11 +76,12 @@ def stage(
     Returns all files of the output in the order in which they are to be published, shards first. Raises
     ``UsageError`` for names that leave the folder, ``InputError`` for paths that cannot be read, ``OSError``.
     """
-    stage_folder = directory / STATE_FOLDER / STAGE_FOLDER
+    place = destination(directory)
+    stage_folder = place.state / STAGE_FOLDER
     shutil.rmtree(stage_folder, ignore_errors=True)
     sources: dict[str, SideFile] = {**files, **layout.indices}
     published = dict(shards)
-    for name in publication_order(files, layout.indices):
+    for name in publication_order(files, layout.indices, place.lock_file):
         if not is_inside(name) or name in shards or name.split("/")[0] == STATE_FOLDER:
             raise UsageError(f"{shown(name)} is not a name for a file beside the weights")
         target = stage_folder / name
@@ -122,29 +124,30 @@ def put_in_place(directory: Path, staged: Mapping[str, Path], replaces: Iterable
     The names are noted first, for ``withdraw`` and for whoever starts over. The older output's lock file goes first
     and the new one comes last, so that at no moment files of both look like one output. Raises ``OSError``.
     """
-    state = directory / STATE_FOLDER
-    with replacement(state / PUBLISHING_FILE) as file:
+    place = destination(directory)
+    folder = place.folder
+    with replacement(place.state / PUBLISHING_FILE) as file:
         file.write("\0".join(staged).encode())
     for name in sorted(replaces, key=_least_complete):
-        _remove(directory, name)
-    folders = {directory / name for name in staged}
+        _remove(folder, name)
+    written = {folder / name for name in staged}
     for name, source in staged.items():
-        target = directory / name
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name in _LAST:
-            _sync_all(folders, directory)
+        if name in (CONFIG_FILE, place.lock_file):
+            _sync_all(written, folder)
         source.replace(target)
-    _sync_all(folders, directory)
+    _sync_all(written, folder)
 
 
 def _least_complete(name: str) -> int:
     """What says that an output is complete is removed before the rest."""
-    return 0 if name == LOCK_FILE else 1 if name.endswith(".json") else 2
+    return 0 if name.endswith(LOCK_FILE) else 1 if name.endswith(".json") else 2
 
 
 def _remove(directory: Path, name: str) -> None:
     (directory / name).unlink(missing_ok=True)
-    if name == LOCK_FILE:
+    if name.endswith(LOCK_FILE):
         sync_directory(directory)
     for folder in (directory / name).parents:
         if folder == directory:
@@ -161,14 +164,15 @@ def _sync_all(files: Iterable[Path], directory: Path) -> None:
 
 def withdraw(directory: Path, shards: Collection[str]) -> None:
     """Undo a publication that was cut short: shards become parts again, the rest goes. Raises ``OSError``."""
-    state = directory / STATE_FOLDER
+    place = destination(directory)
+    state = place.state
     for name in sorted(published_names(directory), key=_least_complete):
-        final, part = directory / name, state / PARTS_FOLDER / name
+        final, part = place.folder / name, state / PARTS_FOLDER / name
         if name in shards and final.exists() and not part.exists():
             part.parent.mkdir(parents=True, exist_ok=True)
             final.replace(part)
         elif name not in shards:
-            _remove(directory, name)
+            _remove(place.folder, name)
     (state / PUBLISHING_FILE).unlink(missing_ok=True)
 
 
@@ -193,6 +197,7 @@ def new_folder(directory: Path, *, overwrite: bool, record: bool = True) -> Iter
         OutputError, OutputLockedError: as for a run.
         WriteError: the disk refuses.
     """
+    require_folder(directory)
     mode: Mode = "overwrite" if overwrite else "new"
     state = directory / STATE_FOLDER
     made = not directory.exists()

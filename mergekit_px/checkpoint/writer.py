@@ -21,17 +21,17 @@ from mergekit_px.checkpoint.destination import (
     DIRECTORY_LOCK,
     INPUTS_FILE,
     JOURNAL_FILE,
-    LOCK_FILE,
     PARTS_FOLDER,
     PUBLISHING_FILE,
     STAGE_FOLDER,
-    STATE_FOLDER,
     Mode,
     cannot_use,
     check_mode,
     check_space,
+    destination,
     published_names,
     recorded_files,
+    require_folder,
 )
 from mergekit_px.checkpoint.file_pool import FilePool
 from mergekit_px.checkpoint.journal import FinishedRange, Journal, read_head, read_ranges
@@ -60,7 +60,7 @@ class CheckpointWriter:
     """Writes one output as its layout says.
 
     Args:
-        directory: the output folder; made if it is missing.
+        directory: the output: a folder, made if it is missing, or the name of one file.
         layout: what goes where.
         plan_hash: names the plan; a run is continued only by the same plan.
         mode: ``new`` wants an empty folder; ``resume`` continues an unfinished run, or begins in an empty
@@ -76,7 +76,8 @@ class CheckpointWriter:
     ) -> None:
         self.directory = directory
         self._layout = layout
-        self._state = directory / STATE_FOLDER
+        self._place = destination(directory)
+        self._state = self._place.state
         self._mutex = threading.Lock()
         self._finished = [RangeSet() for _ in layout.shards]
         self._written = 0
@@ -88,9 +89,12 @@ class CheckpointWriter:
         self._journal: Journal | None = None
         self._hasher: Hasher | None = None
         self._flusher: Flusher | None = None
-        made_directory = not directory.exists()
+        if self._place.file is not None and {self._place.file} != {shard.file for shard in layout.shards}:
+            require_folder(directory)
+        folder = self._place.folder
+        made_directory = not folder.exists()
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             if not self._state.exists():
                 check_mode(directory, mode, plan_hash)  # before a lock leaves a trace in somebody's folder
             self._lock = DirectoryLock.take(self._state / DIRECTORY_LOCK, str(directory))
@@ -103,7 +107,7 @@ class CheckpointWriter:
             self._end(discard=self._disposable)
             if made_directory:
                 with suppress(OSError):
-                    directory.rmdir()
+                    folder.rmdir()
             if isinstance(error, OSError):
                 raise cannot_use(directory, error) from error
             raise
@@ -264,7 +268,7 @@ class CheckpointWriter:
                 shard.file: PublishedFile(shard.size, digest)
                 for shard, digest in zip(self._layout.shards, hashes, strict=True)
             }
-            published = stage(self.directory, {LOCK_FILE: folder_lock, **files}, self._layout, shards)
+            published = stage(self.directory, {self._place.lock_file: folder_lock, **files}, self._layout, shards)
             stage_folder = self._state / STAGE_FOLDER
             staged = {name: self._part(name) if name in shards else stage_folder / name for name in published}
             put_in_place(self.directory, staged, self._replaces)
@@ -272,7 +276,7 @@ class CheckpointWriter:
             raise self._refused(error, str(error.filename or self.directory)) from error
         self._torn = False
         self._end(discard=True)
-        return PublishedCheckpoint(self.directory, published)
+        return PublishedCheckpoint(self._place.folder, published)
 
     def _check_complete(self) -> None:
         missing = self.remaining_bytes

@@ -59,7 +59,12 @@ class RunOptions:
 
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="DIR", help="Where the result is written.  [default: ./merged]"),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="Where the result is written: a folder, or one .safetensors file.  [default: ./merged]",
+        ),
     ] = None
     assignments: Annotated[
         list[str] | None,
@@ -80,10 +85,8 @@ class RunOptions:
     shard_size: Annotated[
         str | None, typer.Option("--shard-size", metavar="SIZE", help="Largest file of the result, as 5GB.")
     ] = None
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the output folder.")] = (
-        False
-    )
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the output.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of before.")] = False
     push: Annotated[
         str | None, typer.Option("--push", metavar="REPO", help="Upload the result to org/name on the Hub.")
     ] = None

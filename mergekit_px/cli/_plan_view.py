@@ -124,7 +124,7 @@ def _output(report: Mapping[str, Any], output: Output) -> None:
     files = shards[0]["file"] if len(shards) == 1 else f"{len(shards)} shards, the largest {show_bytes(largest)}"
     output.pairs(
         [
-            ("folder", report["output"]["path"]),
+            ("file" if report["output"]["one_file"] else "folder", report["output"]["path"]),
             ("holds", report["kind"]),
             ("files", files),
             ("config from", report["config_from"]),

@@ -1,4 +1,4 @@
-"""``pxmerge verify``: a merged folder against its lock file."""
+"""``pxmerge verify``: a merged model against its lock file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mergekit_px.cli._options import Json, Quiet
 from mergekit_px.cli._output import output_for
 from mergekit_px.cli._progress import progress_on
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of a merge.")]
+MergeOutput = Annotated[Path, typer.Argument(metavar="PATH", help="The output of a merge: a folder or a file.")]
 
 DIFFERENT = 3
 """Exit code where a file is changed, missing or extra."""
 
 
-def verify(directory: Folder, json: Json = False, quiet: Quiet = False) -> int:
+def verify(directory: MergeOutput, json: Json = False, quiet: Quiet = False) -> int:
     """Hash every file of a merged model and compare with its lock file.
 
     Files that are changed, missing or extra are listed, and the exit code is then 3.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mergekit_px._version import __version__
-from mergekit_px.checkpoint.destination import output_state, recorded_lock
+from mergekit_px.checkpoint.destination import destination, output_state, recorded_lock
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.errors import InputError
@@ -47,7 +47,7 @@ def finished_files(plan: Plan, side_files: Mapping[str, SideFile]) -> dict[str, 
         for name, content in side_files.items():
             if not callable(content) and listed[name] != _sha256(content):
                 return None
-        if any(file_sha256(plan.output / name) != sha256 for name, sha256 in listed.items()):
+        if any(file_sha256(destination(plan.output).folder / name) != sha256 for name, sha256 in listed.items()):
             return None
     except (InputError, LookupError, TypeError, ValueError, AttributeError):
         return None  # a file that is gone, or a lock file of another make

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_px._version import __version__
 from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile
+from mergekit_px.checkpoint.destination import destination
 from mergekit_px.checkpoint.hashing import HashingStopped, file_sha256
 from mergekit_px.checkpoint.identity import check_unchanged
 from mergekit_px.checkpoint.index import LARGEST_INDEX
@@ -24,6 +25,7 @@ from mergekit_px.hub.card import CardArtefact, CardInput, CardMethod, model_card
 from mergekit_px.hub.files import not_as_listed
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
+from mergekit_px.plan.texts import recipe_text
 
 if TYPE_CHECKING:
     from mergekit_px.methods.declare import Method
@@ -193,6 +195,8 @@ def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: M
         },
         "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in files.items()},
     }
+    if plan.output is not None and destination(plan.output).file is not None:
+        document["recipe"] = recipe_text(plan.loaded).decode()  # which has no file of its own there
     return (json.dumps(document, indent=2) + "\n").encode()
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mergekit_px.checkpoint.destination import LOCK_FILE, RECIPE_FILE, check_mode
+from mergekit_px.checkpoint.destination import RECIPE_FILE, check_mode, destination
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
@@ -202,16 +202,21 @@ def _depth(node: Apply) -> int:
 
 
 def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
+    assert plan.output is not None
     files = _settled_files(plan)
-    files[CARD_FILE] = card(plan)
-    files[RECIPE_FILE] = recipe_text(plan.loaded)
-    files[LOCK_FILE] = lambda published: lock_file(plan, hashes.result(), published)
+    place = destination(plan.output)
+    if place.file is None:
+        files[CARD_FILE] = card(plan)
+        files[RECIPE_FILE] = recipe_text(plan.loaded)
+    files[place.lock_file] = lambda published: lock_file(plan, hashes.result(), published)
     return files
 
 
 def _settled_files(plan: Plan) -> dict[str, SideFile]:
     """What lies beside the weights and follows from the plan and the inputs alone."""
     files: dict[str, SideFile] = {}
+    if plan.output is not None and destination(plan.output).file is not None:
+        return files
     for name, donor in plan.side_files.items():
         model, _, number = donor.partition("#")
         source = plan.inputs[model]

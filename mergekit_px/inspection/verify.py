@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit_px.checkpoint.destination import LOCK_FILE
+from mergekit_px.checkpoint.destination import LOCK_FILE, destination
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.index import LARGEST_INDEX, is_inside
 from mergekit_px.checkpoint.json_text import read_object, shown
@@ -41,9 +41,11 @@ def verify(directory: Path, progress: Callable[[int, int], None] | None = None) 
         MalformedCheckpointError: a lock file that cannot be read.
         InputError: a file that cannot be read.
     """
+    place = destination(directory)
     lock = read_lock(directory)
     expected: dict[str, dict[str, Any]] = lock["files"]
-    there = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    paths = directory.rglob("*") if place.file is None else [directory]
+    there = {path.relative_to(place.folder).as_posix(): path for path in paths if path.is_file()}
     total = sum(path.stat().st_size for name, path in there.items() if name in expected)
     matching: list[str] = []
     changed: list[str] = []
@@ -68,14 +70,15 @@ def verify(directory: Path, progress: Callable[[int, int], None] | None = None) 
 
 def read_lock(directory: Path) -> dict[str, Any]:
     """The lock file of a merged folder, its list of files checked. Raises as ``verify`` does."""
-    path = directory / LOCK_FILE
-    if not directory.is_dir():
-        raise InputNotFoundError("no such folder", where=str(directory))
+    place = destination(directory)
+    path = place.folder / place.lock_file
+    if not (directory.is_dir() if place.file is None else directory.exists()):
+        raise InputNotFoundError(f"no such {'folder' if place.file is None else 'file'}", where=str(directory))
     try:
-        lock = read_object(path, folder=directory, limit=LARGEST_INDEX)
+        lock = read_object(path, folder=place.folder, limit=LARGEST_INDEX)
     except InputNotFoundError:
         raise InputNotFoundError(
-            f"there is no {LOCK_FILE}", where=str(directory), hint="only what pxmerge has merged can be verified"
+            f"there is no {place.lock_file}", where=str(directory), hint="only what pxmerge has merged can be verified"
         ) from None
     files = lock.get("files")
     if not isinstance(files, dict) or not files:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_px.checkpoint.destination import check_apart
+from mergekit_px.checkpoint.destination import FILE_SUFFIX, check_apart, destination
 from mergekit_px.checkpoint.dtypes import DType, parse_dtype
 from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
-from mergekit_px.checkpoint.side_files import is_tokenizer_file
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, UsageError
 from mergekit_px.methods import find_method
@@ -19,24 +19,16 @@ from mergekit_px.plan.agreement import disagreements
 from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
 from mergekit_px.plan.components import check_components
-from mergekit_px.plan.donors import (
-    config_donor,
-    donated_files,
-    file_stems,
-    fitting_donor,
-    left_behind,
-    output_config,
-    part_configs,
-    side_file_notes,
-)
+from mergekit_px.plan.donors import Beside, beside_weights, config_donor, file_stems, header_donor
 from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.fingerprints import base_fingerprint, check_base_fingerprints
+from mergekit_px.plan.headers import describing_metadata
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, WorkItem
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.plan.texts import config_text, recipe_text
-from mergekit_px.plan.tokenizers import Vocabularies, adapter_tokenizer
-from mergekit_px.plan.views import has_decoded, plain_config, refuse_quantised_by_config
+from mergekit_px.plan.tokenizers import Vocabularies
+from mergekit_px.plan.views import refuse_quantised_by_config
 from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
@@ -90,63 +82,58 @@ def build_plan(
     if not items:
         raise PlanError("the output would have no tensors", where=loaded.where("output"))
     vocabularies.check(items)
-    if kind == "weights":
-        fitting = fitting_donor(config_from, recipe.output.config_from, resolved, items)
-        if fitting != config_from:
-            notes.append(f"'{config_from}' has ids for rows that are cut, so the tokenizer is that of '{fitting}' too")
-        config_from = fitting
-    config, config_notes = (
-        output_config(recipe, target, config_from, resolved, items, dtype, expressions)
-        if kind == "weights"
-        else (None, [])
-    )
-    configs, said = part_configs(config_from if kind == "weights" else None, resolved, items, dtype)
-    config_notes += said
-    tokenizer_from = recipe.output.tokenizer_from or config_from
-    left = left_behind(resolved, config_from) if kind == "weights" else {}
-    side_files = donated_files(resolved, config_from, tokenizer_from) if kind == "weights" else {}
-    if kind == "weights" and tokenizer_from is not None:
-        brought, said = adapter_tokenizer(resolved[tokenizer_from], items)
-        if brought:
-            side_files = {name: donor for name, donor in side_files.items() if not is_tokenizer_file(name)} | brought
-        notes.extend(said)
-    notes.extend(expressions.notes + vocabularies.notes + config_notes + side_file_notes(left, config_from))
+    output = None if _in_memory(resolved) else Path(options.output or recipe.output.path).expanduser()
+    file = None if output is None else destination(output).file
+    described = header_donor(recipe, target, resolved, config_from) if kind == "weights" else None
+    beside = Beside()
+    if kind == "weights" and file is None:
+        beside = beside_weights(recipe, target, config_from, resolved, items, dtype, expressions)
+    notes.extend(expressions.notes + vocabularies.notes + list(beside.notes))
     notes.extend(note for source in resolved.values() for note in source.notes)
     refuse_quantised_by_config(items, resolved)
-    if config is not None and has_decoded(items):
-        config = plain_config(config)
     used = _used_inputs(items)
     notes.extend(disagreements(resolved, used, strict=options.strict))
-    output = None if _in_memory(resolved) else Path(options.output or recipe.output.path).expanduser()
     check_base_fingerprints(items, resolved, options)
+    headers = describing_metadata(
+        None if described is None else resolved[described].checkpoint, [resolved[name].reference for name in used]
+    )
     metadata = {"format": "pt"}
     if kind == "delta":
         metadata |= task_vector_metadata(base_fingerprint(items, resolved))
-    donor = resolved[config_from].checkpoint if config_from is not None and kind == "weights" else None
+    donor = resolved[beside.config_from].checkpoint if beside.config_from is not None else None
+    stems, shard_size = file_stems(donor), options.shard_size or recipe.output.shard_size
+    if output is not None and file is not None:
+        _check_file(output, recipe, resolved)
+        stems, shard_size = {"": file.removesuffix(FILE_SUFFIX)}, sys.maxsize
+        if config_from is not None and kind == "weights":
+            notes.append(f"one file holds the weights alone: config and side files of '{config_from}' are not written")
     layout = plan_layout(
         [
             OutputTensor(item.name, item.dtype, item.shape, "" if donor is None else donor.part_of(item.name))
             for item in items
         ],
-        shard_size=parse_size(options.shard_size or recipe.output.shard_size),
-        stems=file_stems(donor),
+        shard_size=parse_size(shard_size),
+        stems=stems,
         metadata=metadata,
+        more_metadata=headers,
     )
     items.sort(key=lambda item: layout.location[item.name][:2])
     plan = Plan(
-        inputs={name: resolved[name] for name in resolved if name in {*used, config_from, tokenizer_from}},
+        inputs={
+            name: resolved[name] for name in resolved if name in {*used, beside.config_from, beside.tokenizer_from}
+        },
         items=tuple(items),
         artefacts=expressions.artefacts.all(),
         layout=layout,
         dropped=_dropped(items, resolved, expressions, left_out, used),
         notes=tuple(dict.fromkeys(notes)),
-        config_notes=tuple(config_notes),
-        config=config,
-        part_configs=configs,
-        side_files=side_files,
-        left_behind=left,
-        config_from=config_from,
-        tokenizer_from=tokenizer_from,
+        config_notes=beside.config_notes,
+        config=beside.config,
+        part_configs=beside.part_configs,
+        side_files=beside.side_files,
+        left_behind=beside.left_behind,
+        config_from=beside.config_from,
+        tokenizer_from=beside.tokenizer_from,
         output=output,
         kind=kind,
         seed=recipe.seed,
@@ -157,8 +144,8 @@ def build_plan(
         options=options,
     )
     if output is not None:
-        if config is not None:
-            config_text(config)
+        if beside.config is not None:
+            config_text(beside.config)
         recipe_text(loaded)
         _require_unicode(output)
         check_output(plan, output)
@@ -170,6 +157,18 @@ def _require_unicode(output: Path) -> None:
         str(output).encode()
     except UnicodeEncodeError:
         raise OutputError("the name of the output is not UTF-8", where=str(output), hint="choose another") from None
+
+
+def _check_file(output: Path, recipe: Recipe, inputs: Mapping[str, ResolvedInput]) -> None:
+    if recipe.output.push is not None:
+        raise OutputError("only a folder is uploaded", where=str(output), hint="give one with -o, or leave out --push")
+    parts = next((source.checkpoint.parts for source in inputs.values() if source.checkpoint.parts), {})
+    if parts:
+        raise OutputError(
+            f"a model in several folders ({', '.join(folder or 'its own' for folder in parts)}) cannot be one file",
+            where=str(output),
+            hint="give a folder with -o",
+        )
 
 
 def check_output(plan: Plan, output: Path) -> None:
@@ -184,13 +183,7 @@ def check_output(plan: Plan, output: Path) -> None:
             places.append(source.checkpoint.directory)
         check_apart(output, [place for place in places if place.exists()])
     check_apart(output, [artefact.path for artefact in plan.artefacts])
-    if output.suffix == ".safetensors" and not output.is_dir():
-        raise OutputError(
-            "the output is a folder, and this is the name of a file",
-            where=str(output),
-            hint="give a folder; with --shard-size 1TB its model.safetensors is one file of any size",
-        )
-    if output.exists() and not output.is_dir():
+    if output.exists() and not output.is_dir() and destination(output).file is None:
         raise OutputError("the output is a file, not a folder", where=str(output), hint="give a folder with -o")
     existing = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free

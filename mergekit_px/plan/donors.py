@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
@@ -17,12 +18,75 @@ from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import is_embedding, stack_sizes
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
+from mergekit_px.plan.tokenizers import adapter_tokenizer
 from mergekit_px.plan.views import has_decoded, plain_config
 from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
 _STEMS = ("diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model")
 """Names that diffusers and OpenCLIP look for; everything else finds ``model``."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is written beside the weights of a model, and whose it is; see the fields of a plan by these names."""
+
+    config_from: str | None = None
+    tokenizer_from: str | None = None
+    config: Mapping[str, Any] | None = None
+    part_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    side_files: Mapping[str, str] = field(default_factory=dict)
+    left_behind: Mapping[str, str] = field(default_factory=dict)
+    config_notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Those about the config among them."""
+
+
+def beside_weights(
+    recipe: Recipe,
+    target: str,
+    donor: str | None,
+    inputs: Mapping[str, ResolvedInput],
+    items: Sequence[WorkItem],
+    dtype: DType | None,
+    expressions: Expressions,
+) -> Beside:
+    """Decide what goes with the weights.
+
+    Args:
+        donor: the input whose config goes along, as far as it is known.
+
+    Raises:
+        PlanError: a config that does not fit the weights.
+        InputError: a side file that is only a git-lfs pointer.
+    """
+    notes: list[str] = []
+    fitting = _fitting_donor(donor, recipe.output.config_from, inputs, items)
+    if fitting != donor:
+        notes.append(f"'{donor}' has ids for rows that are cut, so the tokenizer is that of '{fitting}' too")
+    config, config_notes = _output_config(recipe, target, fitting, inputs, items, dtype, expressions)
+    if config is not None and has_decoded(items):
+        config = plain_config(config)
+    part_configs, said = _part_configs(fitting, inputs, items, dtype)
+    config_notes += said
+    tokenizer_from = recipe.output.tokenizer_from or fitting
+    side_files = _donated_files(inputs, fitting, tokenizer_from)
+    if tokenizer_from is not None:
+        brought, said = adapter_tokenizer(inputs[tokenizer_from], items)
+        if brought:
+            side_files = {name: giver for name, giver in side_files.items() if not is_tokenizer_file(name)} | brought
+        notes.extend(said)
+    left = {} if fitting is None else dict(inputs[fitting].checkpoint.left_behind)
+    return Beside(
+        config_from=fitting,
+        tokenizer_from=tokenizer_from,
+        config=config,
+        part_configs=part_configs,
+        side_files=side_files,
+        left_behind=left,
+        config_notes=tuple(config_notes),
+        notes=(*notes, *config_notes, *_side_file_notes(left, fitting)),
+    )
 
 
 def config_donor(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput], loaded: LoadedRecipe) -> str | None:
@@ -34,6 +98,17 @@ def config_donor(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput
                 f"config_from names '{donor}', which is no model", where=loaded.where("output", "config_from")
             )
         return donor
+    models = _models(recipe, target, inputs)
+    return next((name for name in models if inputs[name].checkpoint.configs), None)
+
+
+def header_donor(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput], donor: str | None) -> str | None:
+    """The input whose headers describe the model: the config's donor, else the base or the first source."""
+    return donor or next(_models(recipe, target, inputs), None)
+
+
+def _models(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput]) -> Iterator[str]:
+    """The models that a step or input is made of, bases first."""
     queue = [target]
     seen: set[str] = set()
     while queue:
@@ -42,17 +117,16 @@ def config_donor(recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput
             continue
         seen.add(name)
         if name in inputs:
-            if inputs[name].checkpoint.configs and not inputs[name].is_task_vector:
-                return name
+            if not inputs[name].is_task_vector:
+                yield name
             continue
         step = recipe.steps[name]
         pieces = step.slices or []
         queue += [step.base] if step.base else []
         queue += step.source_names() + [source.model for piece in pieces for source in piece.sources]
-    return None
 
 
-def fitting_donor(
+def _fitting_donor(
     donor: str | None, asked: str | None, inputs: Mapping[str, ResolvedInput], items: Sequence[WorkItem]
 ) -> str | None:
     """The donor; where rows of its vocabulary are cut, the model whose vocabulary has the rows that are left.
@@ -99,7 +173,7 @@ def _ids_beyond(source: ResolvedInput, rows: int, old: int) -> str:
     return "ids of the tokenizer" if any(is_tokenizer_file(name) for name in source.checkpoint.side_files) else ""
 
 
-def output_config(
+def _output_config(
     recipe: Recipe,
     target: str,
     donor: str | None,
@@ -136,7 +210,7 @@ def output_config(
     return config, notes
 
 
-def part_configs(
+def _part_configs(
     donor: str | None, inputs: Mapping[str, ResolvedInput], items: Sequence[WorkItem], dtype: DType | None
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The configs of a model's folders that change with what is merged, by their paths; the others are copied."""
@@ -199,7 +273,7 @@ def _restack(
     return notes
 
 
-def donated_files(
+def _donated_files(
     inputs: Mapping[str, ResolvedInput], config_from: str | None, tokenizer_from: str | None
 ) -> dict[str, str]:
     """Side file -> the input that gives it. Raises ``InputError`` for one that is only a git-lfs pointer."""
@@ -215,12 +289,7 @@ def donated_files(
     return dict(sorted(files.items()))
 
 
-def left_behind(inputs: Mapping[str, ResolvedInput], config_from: str | None) -> dict[str, str]:
-    """What the donor has beside its weights that does not go along -> why."""
-    return {} if config_from is None else dict(inputs[config_from].checkpoint.left_behind)
-
-
-def side_file_notes(left: Mapping[str, str], donor: str | None) -> list[str]:
+def _side_file_notes(left: Mapping[str, str], donor: str | None) -> list[str]:
     """One line for each file that its owner may miss."""
     unexpected = SideFiles(left_behind=left).unexpected
     return [f"'{name}' of '{donor}' is not copied: {reason}" for name, reason in unexpected.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from mergekit_px.checkpoint.destination import destination
 from mergekit_px.plan.fingerprints import local_fingerprint
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
@@ -53,6 +54,7 @@ def plan_report(plan: Plan, *, seconds_bound: float | None = None) -> dict[str, 
         "left_behind": dict(plan.left_behind),
         "output": {
             "path": str(plan.output) if plan.output is not None else None,
+            "one_file": plan.output is not None and destination(plan.output).file is not None,
             "shards": [{"file": shard.file, "bytes": shard.size} for shard in plan.layout.shards],
             "bytes": plan.bytes_written,
         },

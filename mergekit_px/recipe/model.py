@@ -169,8 +169,8 @@ class Output(Part):
 
     from_: Annotated[str | None, _NAME] = Field(default=None, alias="from")
     """The step (or model) to write; the last step if left out."""
-    path: Annotated[str, Wanted("a folder", text=True)] = "./merged"
-    """The folder of the result."""
+    path: Annotated[str, Wanted("a folder or a .safetensors file", text=True)] = "./merged"
+    """The folder of the result; or one file, if it ends in ``.safetensors``: the weights alone, whatever their size."""
     dtype: Annotated[str | None, Wanted("a dtype such as bfloat16")] = None
     """Storage dtype of merged floating-point tensors; that of the base or first source if left out."""
     shard_size: Annotated[str | int, Wanted("a size such as 5GB")] = "5GB"
