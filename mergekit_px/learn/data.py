@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,12 @@ UNREADABLE_NPZ = (
 LABELS = "labels"
 IGNORED = -100
 """The label that losses leave out, as in ``torch.nn.functional.cross_entropy``."""
+TARGETS = "targets of the predictions"
+COUNTED = "predictions that count"
+TEACHER = "teacher log-probabilities"
+TEACHER_CLASSES = "classes of the teacher"
+BESIDE = frozenset((LABELS, TARGETS, COUNTED, TEACHER, TEACHER_CLASSES))
+"""Arrays that lie beside the inputs of a model. But for the labels, no forward pass has arguments of such names."""
 
 Batch = dict[str, Tensor]
 
@@ -55,7 +62,7 @@ class Examples:
     where: str
 
     def __len__(self) -> int:
-        return len(self.arrays[LABELS])
+        return len(next(iter(self.arrays.values())))
 
     def take(self, rows: Tensor) -> Examples:
         """The examples of the given row numbers, in that order."""
@@ -167,7 +174,13 @@ def _require_several_labels(labels: Tensor, where: str) -> None:
         raise InputError(f"every label is {value}: nothing can be learnt from one class", where=where)
 
 
-def forward_names(module: nn.Module) -> tuple[set[str], set[str], bool]:
+class HasForward(Protocol):
+    """A module, or what stands for one."""
+
+    forward: Callable[..., Any]
+
+
+def forward_names(module: HasForward) -> tuple[set[str], set[str], bool]:
     """Of a module's forward pass: all keyword arguments, those it must have, and whether it takes any others."""
     kinds = inspect.Parameter
     parameters = inspect.signature(module.forward).parameters.values()
@@ -178,7 +191,7 @@ def forward_names(module: nn.Module) -> tuple[set[str], set[str], bool]:
 
 def require_arguments(module: nn.Module, names: Iterable[str], where: str) -> None:
     """Raise ``InputError`` where data does not hold what the forward pass takes."""
-    given = set(names) - {LABELS}
+    given = set(names) - BESIDE
     known, required, takes_any = forward_names(module)
     problems = []
     if missing := sorted(required - given - {LABELS}):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mergekit_px.errors import InputError, UsageError
-from mergekit_px.learn.data import IGNORED, LABELS, Batch, forward_names, require_arguments
+from mergekit_px.learn.data import BESIDE, IGNORED, LABELS, TARGETS, Batch
+from mergekit_px.learn.labels import target_count
 from mergekit_px.learn.models import user_function
+from mergekit_px.learn.outputs import forward, logits_of, loss_of
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 Metric = Callable[[nn.Module, Iterable[Batch]], float]
@@ -20,20 +20,23 @@ LOSSES = ("auto", "cross_entropy", "mse")
 METRICS = ("accuracy", "loss")
 
 
-def loss_function(name: str, *, allow_code: bool) -> Loss:
-    """A function of (module, batch) to a scalar.
+def loss_function(name: str, *, allow_code: bool, own_loss: bool = False) -> Loss:
+    """A function of (module, batch) to a scalar; batches are as `mergekit_px.learn.labels` makes them.
+
+    Args:
+        own_loss: whether ``auto`` is the loss that the model returns.
 
     Raises:
         UsageError: no such name, or code that is not allowed.
     """
     if name in LOSSES:
-        return lambda module, batch: _loss(name, module, batch)
+        return lambda module, batch: _loss(name, module, batch, own_loss=own_loss)
     if ":" not in name:
         raise UsageError(f"there is no loss {name!r}", hint=f"give {', '.join(LOSSES)} or file.py:function")
     function = user_function(name, allow_code=allow_code)
 
     def checked(module: nn.Module, batch: Batch) -> Tensor:
-        found = function(module, batch)
+        found = function(module, _as_given(batch))
         if not isinstance(found, Tensor) or found.numel() != 1:
             raise UsageError("a loss is a tensor with one value", where=name)
         return found.reshape(())
@@ -56,7 +59,7 @@ def metric_function(name: str, loss: Loss, *, allow_code: bool) -> Metric:
     function = user_function(name, allow_code=allow_code)
 
     def checked(module: nn.Module, batches: Iterable[Batch]) -> float:
-        found = function(module, batches)
+        found = function(module, map(_as_given, batches))
         try:
             return float(found)
         except (TypeError, ValueError):
@@ -65,116 +68,51 @@ def metric_function(name: str, loss: Loss, *, allow_code: bool) -> Metric:
     return checked
 
 
-def forward(module: nn.Module, batch: Batch) -> Any:
-    """The module's output for a batch; labels are passed on where its forward pass names them."""
-    names, _, _ = forward_names(module)
-    given = {name: array for name, array in batch.items() if name != LABELS or LABELS in names}
-    return module(**given)
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets that are not left out; 0 where all are."""
+    if not bool((targets != IGNORED).any()):
+        return logits.sum() * 0.0
+    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
 
 
-def logits_of(output: Any) -> Tensor:
-    """The scores in what a forward pass returned: a tensor, or its ``logits``, or its first part; float32 at least.
-
-    Raises:
-        InputError: none of these.
-    """
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("logits")
-    elif not isinstance(output, Tensor):
-        found = getattr(output, "logits", None)
-        if found is None and isinstance(output, (tuple, list)) and output:
-            found = output[0]
-    if not isinstance(found, Tensor):
-        raise InputError(
-            f"the model returned {type(output).__name__} without logits", hint="give a loss of yours: file.py:function"
-        )
-    return found.float() if found.element_size() < 4 else found
+def right_predictions(logits: Tensor, targets: Tensor) -> int:
+    """How many of the targets, ignored ones aside, have the highest logit."""
+    return int(((logits.argmax(dim=-1) == targets) & (targets != IGNORED)).sum())
 
 
-def check_fit(module: nn.Module, batch: Batch, where: str, *, reads_logits: bool) -> int | None:
-    """Try a batch: do its arrays suit the forward pass, and its labels the outputs?
-
-    Args:
-        batch: a few examples, on the device of the module.
-        reads_logits: whether a built-in loss or metric compares logits with labels.
-
-    Returns:
-        the number of classes, for labels that are classes of logits. A label beyond them would stop a CUDA device
-        for good, so it is to be looked for (`require_classes`) before any loss is computed.
-
-    Raises:
-        InputError: names, shapes or labels that do not fit.
-    """
-    require_arguments(module, batch, where)
-    if not reads_logits:
-        return None
-    inputs = {name: array for name, array in batch.items() if name != LABELS}
-    given = batch if LABELS in forward_names(module)[1] else inputs
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            output = module(**given)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = ", ".join(f"{name} {list(array.shape[1:])}" for name, array in inputs.items())
-        lines = str(error).splitlines() or [type(error).__name__]
-        what = f"the model cannot take the arrays ({shapes} for an example): {lines[0]}"
-        raise InputError(what, where=where) from error
-    finally:
-        module.train(was_training)
-    logits = _logits_of_head(module, output, where)
-    labels = batch[LABELS]
-    if labels.is_floating_point():
-        return None
-    if logits.ndim < 2 or logits.shape[:-1] != labels.shape:
-        raise InputError(
-            f"labels of shape {list(labels.shape)} do not fit logits of shape {list(logits.shape)}", where=where
-        )
-    return int(logits.shape[-1])
+def _as_given(batch: Batch) -> Batch:
+    """Without what only learners need: the code of users sees inputs and labels."""
+    return {name: array for name, array in batch.items() if name == LABELS or name not in BESIDE}
 
 
-def _logits_of_head(module: nn.Module, output: Any, where: str) -> Tensor:
-    try:
-        return logits_of(output)
-    except InputError:
-        last = ", ".join(list(module.state_dict())[-2:])
-        raise InputError(
-            f"{type(module).__name__} has no head that scores classes: it returned {type(output).__name__} without"
-            f" logits, and its last tensors are {last}",
-            where=where,
-            hint="give a checkpoint with a head, whose config.json names the class that has it",
-        ) from None
-
-
-def _loss(name: str, module: nn.Module, batch: Batch) -> Tensor:
-    output = forward(module, batch)
-    if name == "auto":
-        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if isinstance(own, Tensor):
-            return own
-    logits, labels = logits_of(output), batch[LABELS]
-    if name == "mse" or (name == "auto" and labels.is_floating_point()):
-        return functional.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype))
-    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+def _loss(name: str, module: nn.Module, batch: Batch, *, own_loss: bool) -> Tensor:
+    own_loss = own_loss and name == "auto"
+    output = forward(module, batch, with_labels=own_loss)
+    if own_loss and (own := loss_of(output)) is not None:
+        return own
+    logits, targets = logits_of(output), batch[TARGETS]
+    if name == "mse" or (name == "auto" and targets.is_floating_point()):
+        return functional.mse_loss(logits.reshape(targets.shape), targets.to(logits.dtype))
+    return cross_entropy(logits, targets)
 
 
 def _accuracy(module: nn.Module, batches: Iterable[Batch]) -> float:
     """Percent of the labels (ignored ones aside) that have the highest logit."""
     right, counted = 0, 0
     for batch in batches:
-        labels = batch[LABELS]
-        if labels.is_floating_point():
+        if batch[TARGETS].is_floating_point():
             raise InputError("accuracy needs labels that are classes", hint="write metric: loss")
-        found = logits_of(forward(module, batch)).argmax(dim=-1)
-        right += int(((found == labels) & (labels != IGNORED)).sum())
-        counted += int((labels != IGNORED).sum())
+        right += right_predictions(logits_of(forward(module, batch)), batch[TARGETS])
+        counted += target_count(batch)
     return 100.0 * right / counted if counted else float("nan")
 
 
 def _mean_loss(loss: Loss, module: nn.Module, batches: Iterable[Batch]) -> float:
+    """Over all labels that count, however they are spread over batches."""
     total, counted = 0.0, 0
     for batch in batches:
-        total += float(loss(module, batch)) * len(batch[LABELS])
-        counted += len(batch[LABELS])
+        count = target_count(batch)
+        if count:
+            total += float(loss(module, batch)) * count
+            counted += count
     return total / counted if counted else float("nan")

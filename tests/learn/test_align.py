@@ -21,6 +21,7 @@ from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import Piece, find_pieces
 from mergekit_px.learn.align.rotations import Rotations
 from mergekit_px.learn.align.routes import CONTROLS
+from mergekit_px.learn.data import TARGETS
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.ofasd.blend import find_sites
 from mergekit_px.testing.checkpoints import write_checkpoint
@@ -190,7 +191,7 @@ def test_gradient_of_the_rotations_by_finite_differences(world: Path, parametris
     pieces = find_pieces(model, sites, "all", square=False)
     rotations = turned(Rotations(pieces, settings, torch.device("cpu"), torch.float64))
     with np.load(world / "task.npz") as data:
-        batch = {"x": torch.from_numpy(data["x"][:8]).double(), "labels": torch.from_numpy(data["labels"][:8])}
+        batch = {"x": torch.from_numpy(data["x"][:8]).double(), TARGETS: torch.from_numpy(data["labels"][:8])}
 
     def loss() -> Tensor:
         return changed.loss(rotations.transport(delta(world)), batch) + rotations.penalty()
@@ -212,7 +213,7 @@ def test_gradfix_only_lowers_the_loss_to_first_order(world: Path, majority: bool
     model = target(world)
     changed = ChangedModel(model, find_sites(model))
     with np.load(world / "task.npz") as data:
-        batch = {"x": torch.from_numpy(data["x"][:7]).double(), "labels": torch.from_numpy(data["labels"][:7])}
+        batch = {"x": torch.from_numpy(data["x"][:7]).double(), TARGETS: torch.from_numpy(data["labels"][:7])}
     deltas = delta(world)
     masked = gradfix(deltas, gradient_signs(changed, [batch], deltas, majority=majority))
     model.module.requires_grad_(True)

@@ -17,11 +17,13 @@ from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import PlanError, TensorMismatchError, UsageError
 from mergekit_px.learn.data import IGNORED, LABELS, Examples, shuffled
+from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import load_model
+from mergekit_px.learn.objective import cross_entropy
 from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, parameters_of
 from mergekit_px.learn.ofasd.blocks import Parameter, make_blocks
 from mergekit_px.learn.ofasd.learner import Learner
-from mergekit_px.learn.ofasd.objective import cross_entropy, distillation, entropy, penalty
+from mergekit_px.learn.ofasd.objective import distillation, entropy, penalty
 from mergekit_px.learn.ofasd.settings import Settings
 from mergekit_px.testing.checkpoints import fine_tune, write_checkpoint
 
@@ -171,10 +173,11 @@ def test_one_value_everywhere_is_that_value_for_the_whole_model(folders: list[Pa
 
 def test_learning_is_that_of_a_plain_loop_with_all_task_vectors_resident(folders: list[Path]) -> None:
     inputs, _, labels = losses()
-    data = Examples({"x": inputs, LABELS: labels}, "data")
+    given = Examples({"x": inputs, LABELS: labels}, "data")
     settings = Settings(objective="cross-entropy", batch=3, steps=12, learning_rate=0.1, clip=0.05, batch_norm="mean")
     base, *tuned = map(stored, folders)
     with blended(folders, settings) as (blend, module):
+        data, _ = read_labels(module, given, torch.device("cpu"), inputs.dtype)
         start = torch.zeros(3, len(blend.blocks.names), dtype=torch.float64)
         filled = settings.filled(labelled=True)
         parts = {"train": data, "validation": data}

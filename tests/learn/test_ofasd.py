@@ -120,7 +120,7 @@ def test_distillation_learns_writes_and_applies(world: Path, tmp_path: Path) -> 
     trace = report["trace"]
     assert trace[0][:2] == [0, None] and report["best_validation_score"] < trace[0][2]
     assert report["test"]["learned"]["divergence"] < report["test"]["average"]["divergence"]
-    assert {"accuracy", "agreement", "entropy", "sources"} == set(report["teacher"])
+    assert {"accuracy", "agreement", "entropy", "kept", "sources"} == set(report["teacher"])
     assert len(report["inputs"][str(world / "plain" / "base")]["model.safetensors"]) == 64
     assert not (tmp_path / "out" / ".ofasd").exists()
     _, table, _ = read_table(tmp_path / "out")

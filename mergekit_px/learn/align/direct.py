@@ -15,8 +15,9 @@ from mergekit_px.errors import PlanError
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import pieces_of
 from mergekit_px.learn.data import Batch
+from mergekit_px.learn.labels import real_rows
 from mergekit_px.learn.models import LearningModel
-from mergekit_px.learn.ofasd.objective import predict
+from mergekit_px.learn.outputs import predict
 from mergekit_px.learn.precision import Precision
 
 MAPS_FILE = "maps.safetensors"
@@ -50,7 +51,8 @@ def crossed_activations(
         with _recorded({name: other for name, (_, other) in pairs.items()}) as of_target:
             predict(target.module, batch, precision)
         for name in of_source.keys() & of_target.keys():
-            products = [a.T @ b for a, b in zip(of_source[name], of_target[name], strict=True)]
+            seen = zip(of_source[name], of_target[name], strict=True)
+            products = [real_rows(a, batch).T @ real_rows(b, batch) for a, b in seen]
             before = found.get(name)
             found[name] = (products[0], products[1]) if before is None else (
                 before[0] + products[0], before[1] + products[1]
@@ -159,12 +161,12 @@ def _shared_layers(source: LearningModel, target: LearningModel) -> list[tuple[s
 
 @contextmanager
 def _recorded(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """What the layers take and give in the next forward pass, one row for each token."""
+    """What the layers take and give in the next forward pass."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = inputs[0].flatten(0, -2).float(), output.flatten(0, -2).float()
+            seen[name] = inputs[0].float(), output.float()
 
         return hook
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mergekit_px.errors import DivergedError
 from mergekit_px.learn.align.settings import AlignSettings
-from mergekit_px.learn.data import LABELS, Batch, Examples, shuffled, to_device
+from mergekit_px.learn.data import Batch, Examples, shuffled, to_device
+from mergekit_px.learn.labels import target_count
 from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.state import load_state, save_state, under
 
@@ -108,10 +109,10 @@ class Fit:
     ) -> None:
         total, count = 0.0, 0
         for batch in parts["validation"].batches(self._settings.batch):
-            rows = len(batch[LABELS])
-            total += float(self._score(to_device(batch, device, dtype))) * rows
-            count += rows
-        score = total / count
+            targets = target_count(batch)
+            total += float(self._score(to_device(batch, device, dtype))) * targets
+            count += targets
+        score = total / count if count else math.nan
         self.trace.append((self.step, loss, score))
         if score < self.best_score:
             self.best_score, self.best_step = score, self.step

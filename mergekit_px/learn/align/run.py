@@ -54,9 +54,9 @@ from mergekit_px.learn.align.source import read_deltas
 from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import Batch, Examples, load_examples, split_rows, to_device
 from mergekit_px.learn.folder import working_folder
+from mergekit_px.learn.labels import find_reading, read_labels
 from mergekit_px.learn.models import LearningModel, load_model
 from mergekit_px.learn.ofasd.blend import Site, find_sites
-from mergekit_px.learn.ofasd.proxy import check_data
 
 UNFINISHED = ".align"
 REPORT_FILE = "report.json"
@@ -134,8 +134,11 @@ def _with_data(
     base = checkpoints["target base"]
     model, sites = _prepared(base, options.model, options, device)
     dtype = sites[0].base.dtype
-    for part in parts.values():
-        check_data(model.module, part, labelled=True, device=device, dtype=dtype)
+    read = {name: read_labels(model.module, part, device, dtype) for name, part in parts.items()}
+    parts = {name: part for name, (part, _) in read.items()}
+    reading = read["train"][1]
+    if reading.kind == "values":
+        raise InputError("the labels are values, not classes", where=options.data, hint="number the classes from 0")
     deltas = read_deltas(checkpoints, device, dtype)
     shapes = {site.name: tuple(site.base.shape) for site in sites}
     fitting = {name: one for name, one in deltas.items() if shapes.get(name) == tuple(one.shape)}
@@ -175,6 +178,7 @@ def _with_data(
     moved = outcome.pop("transported")
     known = {name for site in sites if site.name in moved for name in site.names}
     return {
+        "labels": reading.kind,
         "left_out": sorted(name for name in deltas if name not in known),
         **outcome,
         "not_scored": {},
@@ -274,7 +278,7 @@ def _crossed(
     def batches() -> list[Batch]:
         return [to_device(batch, device, sites[0].base.dtype) for batch in train.batches(options.settings.batch)]
 
-    check_data(source.module, train, labelled=True, device=device, dtype=sites[0].base.dtype)
+    find_reading(source.module, dict(train.arrays), train.where, device, sites[0].base.dtype)
     return crossed_activations(source, target, batches(), options.settings.precision)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergekit_px.learn.data import Batch
-from mergekit_px.learn.ofasd.objective import predict
+from mergekit_px.learn.outputs import predict
 from mergekit_px.learn.precision import Precision
 
 

@@ -121,6 +121,11 @@ class Blend:
         other.blocks = blocks
         return other
 
+    @property
+    def source_count(self) -> int:
+        """How many task vectors there are."""
+        return len(self._sources)
+
     def close(self) -> None:
         """Release the files."""
         for reader in self._readers:

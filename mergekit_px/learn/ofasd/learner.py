@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_px.errors import DivergedError
-from mergekit_px.learn.data import LABELS, Batch, Examples, shuffled, to_device
+from mergekit_px.learn.data import COUNTED, TARGETS, Batch, Examples, shuffled, to_device
+from mergekit_px.learn.labels import target_count
+from mergekit_px.learn.objective import cross_entropy, right_predictions
 from mergekit_px.learn.ofasd.batch_norm import batch_norms, batch_statistics, reestimate
 from mergekit_px.learn.ofasd.blend import Blend
-from mergekit_px.learn.ofasd.objective import TEACHER, cross_entropy, distillation, entropy, penalty, predict
+from mergekit_px.learn.ofasd.objective import counted, distillation_from, entropy, penalty
 from mergekit_px.learn.ofasd.settings import Settings
 from mergekit_px.learn.optimizer import take_step
+from mergekit_px.learn.outputs import predict
 from mergekit_px.learn.state import load_state, save_state
 
 Tell = Callable[[int, float], None]
@@ -118,7 +121,7 @@ class Learner:
             loss = self.loss(self._moved(self._stream.next()))
             if self._control is not None:
                 control = self._moved(self._control.next())
-                loss = cross_entropy(self.predict(control), control[LABELS]) - loss
+                loss = cross_entropy(self.predict(control), control[TARGETS]) - loss
             settings = self.settings
             extra, slope = penalty(course.values, self._initial, self._learned, settings.penalty, settings.penalty_norm)
             value = float(loss.detach()) + extra
@@ -144,14 +147,14 @@ class Learner:
         """The objective on a batch, without the penalty; for negation the loss that is to grow."""
         logits = self.predict(batch)
         if self.settings.objective == "entropy":
-            return entropy(logits)
+            return entropy(counted(logits, batch))
         if self.settings.objective != "distill":
-            return cross_entropy(logits, batch[LABELS])
+            return cross_entropy(logits, batch[TARGETS])
         share = self.settings.label_share or 0.0
         loss = logits.sum() * 0.0
         if share < 1:
-            loss = loss + (1 - share) * distillation(logits, batch[TEACHER], self.settings.temperature)
-        return loss + share * cross_entropy(logits, batch[LABELS]) if share > 0 else loss
+            loss = loss + (1 - share) * distillation_from(batch, counted(logits, batch), self.settings.temperature)
+        return loss + share * cross_entropy(logits, batch[TARGETS]) if share > 0 else loss
 
     def settle(self, coefficients: Tensor) -> None:
         """Set the model to coefficients as it would be used: running statistics estimated anew where asked.
@@ -205,11 +208,12 @@ class Learner:
             lacking = max(self._control_goal - kept, 0.0)
             return self._accuracy("validation") + (_UNFIT + lacking if lacking else 0.0)
         total, count = 0.0, 0
+        by_label = self.settings.objective == "cross-entropy"
         for batch in self.batches("validation"):
-            rows = len(batch[LABELS])
-            total += float(self.loss(batch)) * rows
-            count += rows
-        return total / count
+            weight = target_count(batch) if by_label else int(batch[COUNTED].sum())
+            total += float(self.loss(batch)) * weight
+            count += weight
+        return total / count if count else math.nan
 
     def _set_control_goal(self) -> None:
         if self._control is not None:
@@ -220,9 +224,9 @@ class Learner:
     def _accuracy(self, part: str) -> float:
         right, count = 0, 0
         for batch in self.batches(part):
-            right += int((self.predict(batch).argmax(dim=-1) == batch[LABELS]).sum())
-            count += batch[LABELS].numel()
-        return 100.0 * right / count
+            right += right_predictions(self.predict(batch), batch[TARGETS])
+            count += target_count(batch)
+        return 100.0 * right / count if count else math.nan
 
     def _moved(self, batch: Mapping[str, Tensor]) -> Batch:
         return to_device(batch, self._device, self._dtype)

@@ -3,49 +3,59 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from mergekit_px.learn.data import IGNORED, LABELS, Batch, forward_names
-from mergekit_px.learn.objective import logits_of
-from mergekit_px.learn.precision import Precision, passes
-
-TEACHER = "teacher log-probabilities"
-"""An array beside the data: no forward pass has an argument of that name."""
+from mergekit_px.learn.data import COUNTED, TEACHER, TEACHER_CLASSES, Batch
 
 
-def predict(module: nn.Module, batch: Batch, precision: Precision = "float32") -> Tensor:
-    """Logits, shape (..., classes), float32 at least."""
-    required = forward_names(module)[1]
-    inputs = {name: array for name, array in batch.items() if name in required or _is_input(name)}
-    with passes(next(iter(inputs.values())).device, precision):
-        return logits_of(module(**inputs))
+def counted(values: Tensor, batch: Batch) -> Tensor:
+    """(n, ...): what belongs to the predictions that count, of padding and prompts nothing."""
+    return values[batch[COUNTED]]
 
 
-def _is_input(name: str) -> bool:
-    return name not in (LABELS, TEACHER)
+def kept_log_probabilities(logits: Tensor, classes: Tensor | None) -> Tensor:
+    """Log-probabilities, (n, classes); where some classes are named, theirs and that of all others together."""
+    log_probabilities = functional.log_softmax(logits, dim=-1)
+    if classes is None:
+        return log_probabilities
+    classes = classes.long()
+    kept = log_probabilities.gather(-1, classes)
+    others = log_probabilities.scatter(-1, classes, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([kept, others], dim=-1)
 
 
-def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T^2 KL(q_T || p_T)``, mean over examples (Hinton et al., arXiv 1503.02531).
+def distillation_from(batch: Batch, predictions: Tensor, temperature: float) -> Tensor:
+    """The `distillation` of the predictions that count from what the teacher said of them; 0 where none counts."""
+    if not len(predictions):
+        return predictions.sum() * 0.0
+    classes = counted(batch[TEACHER_CLASSES], batch) if TEACHER_CLASSES in batch else None
+    return distillation(predictions, counted(batch[TEACHER], batch), temperature, classes)
+
+
+def best_of_teacher(batch: Batch) -> Tensor:
+    """The teacher's best class for each prediction that counts."""
+    if TEACHER_CLASSES in batch:  # in falling order
+        return counted(batch[TEACHER_CLASSES], batch)[..., 0].long()
+    return counted(batch[TEACHER], batch).argmax(dim=-1)
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float, classes: Tensor | None = None) -> Tensor:
+    """``T^2 KL(q_T || p_T)``, mean over predictions (Hinton et al., arXiv 1503.02531).
 
     Args:
         logits: of the student, (..., classes).
-        teacher: log q_T of the same shape.
+        teacher: log q_T of the same shape; or of some classes, and of all others together.
+        classes: which these are; None for all.
     """
-    student = functional.log_softmax(logits / temperature, dim=-1).flatten(0, -2)
+    student = kept_log_probabilities(logits / temperature, classes).flatten(0, -2)
     return temperature**2 * functional.kl_div(student, teacher.flatten(0, -2), reduction="batchmean", log_target=True)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labels that are not left out; 0 where all are."""
-    if not bool((labels != IGNORED).any()):
-        return logits.sum() * 0.0
-    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Mean entropy of the predictions, in nats (AdaMerging, arXiv 2310.02575)."""
+    if not logits.shape[0]:
+        return logits.sum() * 0.0
     log_probabilities = functional.log_softmax(logits, dim=-1)
     return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
 
@@ -57,9 +67,3 @@ def penalty(values: Tensor, initial: Tensor, learned: Tensor, factor: float, nor
     value = factor * float(offset.abs().pow(norm).sum()) / count
     slope = offset.sign() if norm == 1 else norm * offset
     return value, factor * slope / count
-
-
-@torch.no_grad()
-def agreement(first: Tensor, second: Tensor) -> float:
-    """Percent of the predictions with the same best class; shapes (..., classes)."""
-    return 100.0 * float((first.argmax(dim=-1) == second.argmax(dim=-1)).double().mean())

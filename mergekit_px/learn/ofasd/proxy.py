@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergekit_px.errors import InputError
-from mergekit_px.learn.data import (
-    IGNORED,
-    LABELS,
-    Examples,
-    examples,
-    read_arrays,
-    require_classes,
-    to_device,
-)
-from mergekit_px.learn.objective import check_fit
+from mergekit_px.learn.data import IGNORED, LABELS, Examples, examples, read_arrays
 
 
 def load_proxy(path: str) -> tuple[Examples, bool]:
@@ -33,16 +24,6 @@ def load_proxy(path: str) -> tuple[Examples, bool]:
     if found.arrays[LABELS].is_floating_point():
         raise InputError("the labels are values, not classes", where=path, hint="number the classes from 0")
     return found, True
-
-
-def check_data(module: nn.Module, data: Examples, *, labelled: bool, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ``InputError`` where arrays or labels do not fit the model."""
-    few = to_device(data.take(torch.arange(min(2, len(data)))).arrays, device, dtype)
-    if not labelled:
-        few[LABELS] = torch.zeros(len(few[LABELS]), device=device)  # values, which no output is compared with
-    classes = check_fit(module, few, data.where, reads_logits=True)
-    if classes is not None:
-        require_classes(data.arrays[LABELS], classes, data.where)
 
 
 def _without_labels(arrays: Mapping[str, Tensor], where: str) -> Examples:

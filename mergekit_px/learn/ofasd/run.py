@@ -28,14 +28,14 @@ from mergekit_px.errors import DivergedError, UsageError
 from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import Examples, split_rows
 from mergekit_px.learn.folder import working_folder
+from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, parameters_of
 from mergekit_px.learn.ofasd.blocks import make_blocks
 from mergekit_px.learn.ofasd.ensemble import Ensemble, ensemble
 from mergekit_px.learn.ofasd.learner import Course, Learner, Tell
-from mergekit_px.learn.ofasd.objective import TEACHER
 from mergekit_px.learn.ofasd.output import write_result
-from mergekit_px.learn.ofasd.proxy import check_data, load_proxy
+from mergekit_px.learn.ofasd.proxy import load_proxy
 from mergekit_px.learn.ofasd.scores import Bench, teacher_scores, warnings_about
 from mergekit_px.learn.ofasd.settings import OfasdOptions, Settings
 
@@ -87,9 +87,9 @@ def learn_coefficients(
             if site.is_parameter:
                 site.target.requires_grad_()
         dtype = sites[0].base.dtype
-        for one in (data, control):
-            if one is not None:
-                check_data(module, one, labelled=labelled, device=device, dtype=dtype)
+        data, reading = read_labels(module, data, device, dtype, labelled=labelled)
+        if control is not None:
+            control, _ = read_labels(module, control, device, dtype)
         parameters, buffers = parameters_of(sites)
         blend = Blend(sites, make_blocks(parameters, buffers, settings), sources, stream=options.stream)
         try:
@@ -104,6 +104,7 @@ def learn_coefficients(
             report = run.report(teacher, rows["test"], labelled=labelled)
         finally:
             blend.close()
+        report["labels"] = reading.kind if labelled else None
         report["inputs"] = _inputs(options, base, sources)
         report["seconds"] = round(time.monotonic() - started, 3)
         report = json.loads(json.dumps(report))  # plain data, as it will be read back
@@ -231,7 +232,7 @@ def _parts(
 ) -> dict[str, Examples]:
     """``train``, ``validation`` and ``test`` of the data, with what the teacher says, and of the control data."""
     if teacher is not None:
-        data = Examples({**data.arrays, TEACHER: teacher.log_probabilities}, data.where)
+        data = Examples({**data.arrays, **teacher.arrays}, data.where)
     parts = {name: data.take(numbers) for name, numbers in rows.items()}
     if control is not None:
         shares = {"control_validation": settings.validation, "control_test": settings.test}

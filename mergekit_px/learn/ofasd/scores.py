@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_px.learn.data import IGNORED, LABELS, Examples
-from mergekit_px.learn.ofasd.ensemble import Ensemble, accuracy
+from mergekit_px.learn.data import IGNORED, TARGETS, TEACHER, Examples
+from mergekit_px.learn.labels import target_count
+from mergekit_px.learn.objective import cross_entropy, right_predictions
+from mergekit_px.learn.ofasd.ensemble import Ensemble
 from mergekit_px.learn.ofasd.learner import Learner
-from mergekit_px.learn.ofasd.objective import TEACHER, agreement, distillation
+from mergekit_px.learn.ofasd.objective import best_of_teacher, counted, distillation_from
 
 Scores = dict[str, float]
 
@@ -31,40 +33,50 @@ class Bench:
 
     @torch.no_grad()
     def score(self, coefficients: Tensor) -> Scores:
-        """Percent of right labels, of agreement with the teacher, and the divergence from it, as far as known."""
+        """Loss and percent of right labels, percent of agreement with the teacher, and the divergence from it, as far
+        as known; summed up batch by batch."""
         self.learner.settle(coefficients)
-        logits, columns = self._predictions("test")
-        found: Scores = {}
-        if self.labelled:
-            found["accuracy"] = accuracy(logits, columns[LABELS], IGNORED)
-        if TEACHER in columns:
-            temperature = self.learner.settings.temperature
-            found["agreement"] = agreement(logits, columns[TEACHER])
-            found["divergence"] = float(distillation(logits, columns[TEACHER], temperature))
+        found = self._scores_of("test", labelled=self.labelled)
         if self.has_control:
-            kept, control = self._predictions("control_test")
-            found["control accuracy"] = accuracy(kept, control[LABELS], IGNORED)
+            found["control accuracy"] = self._scores_of("control_test", labelled=True)["accuracy"]
         return found
 
-    def _predictions(self, part: str) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logits, columns = [], []
+    def _scores_of(self, part: str, *, labelled: bool) -> Scores:
+        sums = {"accuracy": 0.0, "loss": 0.0, "agreement": 0.0, "divergence": 0.0}
+        targets, predictions, has_teacher = 0, 0, False
         for batch in self.learner.batches(part):
-            logits.append(self.learner.predict(batch).float().cpu())
-            columns.append({name: batch[name].cpu() for name in (LABELS, TEACHER) if name in batch})
-        return torch.cat(logits), {name: torch.cat([one[name] for one in columns]) for name in columns[0]}
+            logits = self.learner.predict(batch)
+            if labelled:
+                labels = target_count(batch)
+                targets += labels
+                sums["accuracy"] += 100.0 * right_predictions(logits, batch[TARGETS])
+                sums["loss"] += labels * float(cross_entropy(logits, batch[TARGETS]))
+            if TEACHER in batch:
+                has_teacher = True
+                said = counted(logits, batch)
+                predictions += len(said)
+                sums["agreement"] += 100.0 * int((said.argmax(dim=-1) == best_of_teacher(batch)).sum())
+                sums["divergence"] += len(said) * float(
+                    distillation_from(batch, said, self.learner.settings.temperature)
+                )
+        found = {name: sums[name] / targets for name in ("accuracy", "loss") if targets}
+        return found | {name: sums[name] / predictions for name in ("agreement", "divergence") if has_teacher}
 
 
 def teacher_scores(
     teacher: Ensemble, rows: Tensor, test: Examples, sources: Sequence[str], *, labelled: bool
 ) -> dict[str, Any]:
     """Agreement of the sources with the ensemble, its entropy, and accuracies on the test data where it has labels."""
-    found: dict[str, Any] = {"agreement": teacher.agreement, "entropy": teacher.entropy}
+    found: dict[str, Any] = {"agreement": teacher.agreement, "entropy": teacher.entropy, "kept": teacher.kept}
     if labelled:
-        labels = test.arrays[LABELS]
-        counted = labels != IGNORED
-        found["accuracy"] = accuracy(test.arrays[TEACHER], labels, IGNORED)
+        labels = test.arrays[TARGETS]
+
+        def accuracy(best: Tensor) -> float:
+            return 100.0 * float((best[rows] == labels)[labels != IGNORED].double().mean())
+
+        found["accuracy"] = accuracy(teacher.best)
         found["sources"] = [
-            {"source": name, "accuracy": 100.0 * float((best[rows] == labels)[counted].double().mean())}
+            {"source": name, "accuracy": accuracy(best)}
             for name, best in zip(sources, teacher.predictions, strict=True)
         ]
     return found

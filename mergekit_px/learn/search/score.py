@@ -8,13 +8,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from mergekit_px.errors import InputNotFoundError, RunError, UsageError
 from mergekit_px.execute.lane import pick_device
-from mergekit_px.learn.data import LABELS, Examples, require_classes, to_device
+from mergekit_px.learn.data import Examples
+from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import find_checkpoint, load_model
-from mergekit_px.learn.objective import check_fit
 from mergekit_px.learn.tune.training import evaluate
 
 Score = Callable[[Path], float]
@@ -65,19 +63,16 @@ def command_score(command: str) -> Score:
 
 
 def data_score(data: Examples, *, factory: str | None, allow_code: bool, device: str, batch: int) -> Score:
-    """Percent of right labels, or the negative squared error where labels are values."""
+    """Percent of right labels where an example has one; else the negative loss: of tokens, or of values."""
     place = pick_device(device)
 
     def score(folder: Path) -> float:
         model = load_model(find_checkpoint(str(folder)), factory, allow_code=allow_code)
         model.module.to(place).eval().requires_grad_(False)
-        sample = to_device(next(data.batches(2)), place, torch.float32)
-        classes = check_fit(model.module, sample, data.where, reads_logits=True)
-        if classes is not None:
-            require_classes(data.arrays[LABELS], classes, data.where)
-        found = evaluate(model.module, data, batch, place)
+        read, reading = read_labels(model.module, data, place)
+        found = evaluate(model.module, read, batch, place, own_loss=reading.own_loss)
         if not math.isfinite(found["loss"]):
             return math.nan
-        return found.get("accuracy", -found["loss"])
+        return found["accuracy"] if reading.kind == "examples" else -found["loss"]
 
     return score

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergekit_px.errors import UsageError
-from mergekit_px.learn.data import IGNORED, LABELS, Batch, Examples, derived_seed, to_device
+from mergekit_px.learn.data import COUNTED, IGNORED, TARGETS, Batch, Examples, derived_seed, to_device
+from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import LearningModel
-from mergekit_px.learn.objective import forward, logits_of
+from mergekit_px.learn.outputs import forward, logits_of
 from mergekit_px.learn.precision import Precision, passes
 from mergekit_px.learn.stats.sums import Tell, Tensors, add_up, require_finite
 
@@ -42,8 +43,9 @@ def fisher_information(
         UsageError: ``expected`` for a model with too many classes, or with several predictions for an example.
         NonFiniteError: a gradient is not finite.
     """
-    sums = FisherSums(model, labels=labels, seed=seed, device=device or torch.device("cpu"), precision=precision)
-    add_up(sums, data, tell)
+    device = device or torch.device("cpu")
+    sums = FisherSums(model, labels=labels, seed=seed, device=device, precision=precision)
+    add_up(sums, read_labels(model.module, data, device)[0], tell)
     return sums.means(len(data))
 
 
@@ -112,22 +114,16 @@ def _log_likelihoods(
     module: nn.Module, example: Batch, labels: Labels, generator: torch.Generator, where: str
 ) -> list[tuple[float, Tensor]]:
     """(probability, log-likelihood) of the labels of one example; the probabilities add up to 1."""
-    given = example[LABELS]
-    output = forward(module, example)
+    counted = example[COUNTED]
+    logits = logits_of(forward(module, example))[counted]
     if labels == "given":
-        own = getattr(output, "loss", None)
-        counted = int((given != IGNORED).sum())
-        if isinstance(own, Tensor):  # models that predict the next token shift the labels themselves
-            return [(1.0, -own * counted)]
-        logits = logits_of(output)
-        loss = functional.cross_entropy(logits.flatten(0, -2), given.flatten(), ignore_index=IGNORED, reduction="sum")
-        return [(1.0, -loss)]
-    scores = functional.log_softmax(logits_of(output).flatten(0, -2).float(), dim=-1)
-    counts = (given != IGNORED).flatten()
+        targets = example[TARGETS][counted]
+        return [(1.0, -functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"))]
+    scores = functional.log_softmax(logits, dim=-1)
     probabilities = scores.detach().exp()
     if labels == "sampled":
         drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(scores.device)
-        return [(1.0, (scores.gather(1, drawn).squeeze(1) * counts).sum())]
+        return [(1.0, scores.gather(1, drawn).sum())]
     if len(scores) > 1 or scores.shape[1] > MOST_CLASSES:
         raise UsageError(
             f"the expectation over labels takes one prediction of at most {MOST_CLASSES} classes for an example,"

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_px.learn.data import Examples, to_device
+from mergekit_px.learn.data import Batch, Examples, to_device
+from mergekit_px.learn.labels import read_labels, real_rows
 from mergekit_px.learn.models import LearningModel
-from mergekit_px.learn.objective import forward
+from mergekit_px.learn.outputs import forward
 from mergekit_px.learn.precision import Precision, passes
 from mergekit_px.learn.stats.sums import Tell, Tensors, add_up, require_finite
 
@@ -31,8 +32,9 @@ def gram_matrices(
     Raises:
         NonFiniteError: an input of a layer is not finite.
     """
-    sums = GramSums(model, batch=batch, device=device or torch.device("cpu"), precision=precision)
-    add_up(sums, data, tell)
+    device = device or torch.device("cpu")
+    sums = GramSums(model, batch=batch, device=device, precision=precision)
+    add_up(sums, read_labels(model.module, data, device)[0], tell)
     return sums.means()
 
 
@@ -54,13 +56,13 @@ class GramSums:
         ]
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
-        self._mask: Tensor | None = None
+        self._batch: Batch = {}
 
     @torch.no_grad()
     def add(self, number: int, examples: Examples) -> None:
         """Add a batch."""
         moved = to_device(examples.arrays, self._device, torch.float32)
-        self._mask = moved["attention_mask"].bool() if "attention_mask" in moved else None
+        self._batch = moved
         hooks = [module.register_forward_pre_hook(self._add) for module in self._linear]
         try:
             with passes(self._device, self._precision):
@@ -94,9 +96,7 @@ class GramSums:
     def _add(self, module: nn.Linear, arguments: tuple[Any, ...]) -> None:
         name = self._by_parameter[id(module.weight)][0]
         inputs = arguments[0].detach()
-        kept = self._mask
-        seen = inputs[kept] if kept is not None and kept.shape == inputs.shape[:-1] else inputs.flatten(0, -2)
-        seen = seen.double()
+        seen = real_rows(inputs, self._batch).double()
         product = seen.T @ seen
         self._sums[name] = self._sums[name] + product if name in self._sums else product
         self._rows[name] = self._rows.get(name, 0) + len(seen)

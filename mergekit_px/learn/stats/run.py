@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergekit_px._version import __version__
 from mergekit_px.checkpoint.destination import Mode
@@ -24,9 +24,9 @@ from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import InputError, OutputError
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.artefact import write_json
-from mergekit_px.learn.data import LABELS, Examples, derived_seed, load_examples, require_classes, to_device
+from mergekit_px.learn.data import Examples, derived_seed, load_examples
+from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
-from mergekit_px.learn.objective import check_fit
 from mergekit_px.learn.precision import Precision
 from mergekit_px.learn.state import load_state, save_state, under
 from mergekit_px.learn.stats.fisher import FisherSums, Labels
@@ -97,7 +97,9 @@ def measure(
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(derived_seed(options.seed)))
         examples = examples.take(order[: options.examples])
     model.module.to(device).eval()
-    _require_fit(model.module, examples, device)
+    examples, reading = read_labels(model.module, examples, device)
+    if reading.kind == "values":
+        raise InputError("labels are values, and statistics are taken for classes", where=examples.where)
     with closing(open_reader(checkpoint)) as reader:
         model_fingerprint = fingerprint(checkpoint, reader)
     data_hash = file_sha256(Path(data).expanduser())
@@ -111,6 +113,7 @@ def measure(
         "data": str(data),
         "data_sha256": data_hash,
         "examples": len(examples),
+        "labels": reading.kind,
         "device": str(device),
         "versions": {"pxmerge": __version__, "torch": torch.__version__},
         "options": said,
@@ -215,14 +218,6 @@ def _require_free(output: Path, mode: Mode) -> Path:
         what = "it exists already" if mode == "new" else "it exists already, and no unfinished run is beside it"
         raise OutputError(what, where=str(output), hint="replace it with --overwrite, or name another")
     return state
-
-
-def _require_fit(module: nn.Module, data: Examples, device: torch.device) -> None:
-    sample = to_device(data.take(torch.arange(min(2, len(data)))).arrays, device, torch.float32)
-    classes = check_fit(module, sample, data.where, reads_logits=True)
-    if classes is None:
-        raise InputError(f"{LABELS} are values, and statistics are taken for classes", where=data.where)
-    require_classes(data.arrays[LABELS], classes, data.where)
 
 
 def _code_hash(options: StatsOptions) -> str | None:

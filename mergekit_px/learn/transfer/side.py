@@ -18,14 +18,16 @@ from mergekit_px.learn.data import (
     Examples,
     derived_seed,
     load_examples,
+    require_arguments,
     require_classes,
     seeded,
     shuffled,
     split_rows,
     to_device,
 )
+from mergekit_px.learn.labels import Reading, find_reading
 from mergekit_px.learn.models import LearningModel, user_function
-from mergekit_px.learn.objective import Loss, Metric, check_fit, loss_function, metric_function
+from mergekit_px.learn.objective import Loss, Metric, loss_function, metric_function
 from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.transfer.exchange import all_finite
 from mergekit_px.learn.transfer.factors import Factors
@@ -145,6 +147,8 @@ class Side:
         self._steps = steps
         self._seed = seed
         self._device = device
+        self._allow_code = allow_code
+        self._reading: Reading | None = None
         self.loss: Loss = loss_function(settings.loss, allow_code=allow_code)
         self.metric: Metric = metric_function(settings.metric, self.loss, allow_code=allow_code)
         self.optimizer: torch.optim.Optimizer | None = None
@@ -179,11 +183,10 @@ class Side:
         batch = next(iter(self._data.held_out["validation"]()), None)
         if batch is None:
             raise InputError("the validation data has no batches", where=self._data.where)
-        few = self._moved({name: array[:2] for name, array in batch.items()})
-        classes = check_fit(self.module, few, self._data.where, reads_logits=reads_logits)
-        if classes is not None:
-            labels = self._data.labels if self._data.labels is not None else batch[LABELS]
-            require_classes(labels, classes, self._data.where)
+        if reads_logits:
+            self._read_labels(batch)
+        else:
+            require_arguments(self.module, batch, self._data.where)
         kept = {id(factors.weight) for factors in self.factors.values()}
         parameters = [one for one in self.module.parameters() if one.requires_grad and id(one) not in kept]
         parameters += [one for factors in self.factors.values() for one in factors.parameters]
@@ -257,8 +260,19 @@ class Side:
             return lr * 0.5 * (1 + math.cos(math.pi * step / self._steps))
         return lr
 
+    def _read_labels(self, batch: Batch) -> None:
+        """Settle what labels belong to, and with that the losses."""
+        settings, data = self._settings, self._data
+        reading = find_reading(self.module, batch, data.where, self._device, self._dtype)
+        if reading.classes is not None and data.labels is not None:
+            require_classes(data.labels, reading.classes, data.where)
+        self._reading = reading
+        self.loss = loss_function(settings.loss, allow_code=self._allow_code, own_loss=reading.own_loss)
+        self.metric = metric_function(settings.metric, self.loss, allow_code=self._allow_code)
+
     def _moved(self, batch: Mapping[str, Tensor]) -> Batch:
-        return to_device(batch, self._device, self._dtype)
+        moved = to_device(batch, self._device, self._dtype)
+        return moved if self._reading is None else self._reading.of(moved)
 
     def _own_random_numbers(self, *purpose: object) -> AbstractContextManager[None]:
         """Dropout and the like draw from (seed, model, purpose): the same with a transfer and without, and the same

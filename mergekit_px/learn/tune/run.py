@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mergekit_px._version import __version__
 from mergekit_px.checkpoint.destination import Mode
@@ -22,11 +23,10 @@ from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import DivergedError, InputError, OutputError
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.artefact import write_json
-from mergekit_px.learn.data import LABELS, Examples, load_examples, require_classes, split_rows, to_device
+from mergekit_px.learn.data import Examples, load_examples, split_rows
+from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
-from mergekit_px.learn.objective import check_fit
 from mergekit_px.learn.output import write_model
-from mergekit_px.learn.precision import Precision
 from mergekit_px.learn.tune.components import Components, read_components
 from mergekit_px.learn.tune.substitution import TunedValues
 from mergekit_px.learn.tune.training import Progress, Schedule, Tell, Training, evaluate
@@ -99,32 +99,45 @@ def run_tune(
     parts = _parts(data, options)
     model = load_model(checkpoint, options.factory, allow_code=options.allow_code)
     model.module.to(device).eval().requires_grad_(False)
-    _require_fit(model, parts, device)
+    read = {part: read_labels(model.module, held, device) for part, held in parts.items()}
+    parts = {part: held for part, (held, _) in read.items()}
+    reading = read["train"][1]
     identity, inputs = _identity(components, base_print, data, options, device)
     batch, precision = 4 * options.schedule.batch, options.schedule.precision
-    scores = {"base": _scores(model, parts, batch, device, precision)}
-    values = TunedValues(model, components, top=options.top, core=options.core, match=options.match)
-    with torch.no_grad():
-        substituted = values.substituted()
-        scores["components"] = {
-            part: evaluate(substituted, held, batch, device, precision)
+
+    def scored(module: nn.Module) -> dict[str, dict[str, float]]:
+        return {
+            part: evaluate(module, held, batch, device, precision, own_loss=reading.own_loss)
             for part, held in parts.items()
             if part != "train"
         }
+
+    scores = {"base": scored(model.module)}
+    values = TunedValues(model, components, top=options.top, core=options.core, match=options.match)
+    with torch.no_grad():
+        scores["components"] = scored(values.substituted())
     _prepare(output, options.mode)
     state = output / _STATE
     training = Training(
-        values, parts["train"], parts["validation"], options.schedule, device=device, state=state, identity=identity
+        values,
+        parts["train"],
+        parts["validation"],
+        options.schedule,
+        device=device,
+        state=state,
+        identity=identity,
+        own_loss=reading.own_loss,
     )
     progress = training.run(tell)
     artefact = values.artefact()
     values.write()
-    scores["tuned"] = _scores(model, parts, batch, device, precision)
+    scores["tuned"] = scored(model.module)
     report = {
         "components": components_path,
         "base": base,
         "data": data,
         "inputs": inputs,
+        "labels": reading.kind,
         "trained_values": values.values.numel(),
         "examples": {part: len(one) for part, one in parts.items()},
         "options": _plain(options),
@@ -163,22 +176,6 @@ def _parts(data: str, options: TuneOptions) -> dict[str, Examples]:
     if "validation" not in parts:
         raise InputError("values are chosen on validation data, and none is left", where=data, hint="--validation 0.2")
     return parts
-
-
-def _require_fit(model: LearningModel, parts: dict[str, Examples], device: torch.device) -> None:
-    for held in parts.values():
-        sample = to_device(held.take(torch.arange(min(2, len(held)))).arrays, device, torch.float32)
-        classes = check_fit(model.module, sample, held.where, reads_logits=True)
-        if classes is not None:
-            require_classes(held.arrays[LABELS], classes, held.where)
-
-
-def _scores(
-    model: LearningModel, parts: dict[str, Examples], batch: int, device: torch.device, precision: Precision
-) -> dict[str, dict[str, float]]:
-    return {
-        part: evaluate(model.module, held, batch, device, precision) for part, held in parts.items() if part != "train"
-    }
 
 
 def _plain(options: TuneOptions) -> dict[str, Any]:

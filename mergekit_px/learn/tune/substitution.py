@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import TensorMismatchError, UsageError
 from mergekit_px.learn.models import LearningModel
+from mergekit_px.learn.outputs import Substituted
 from mergekit_px.learn.tune.components import Components, Factors, as_stored, tensor_of
 
 _NOTHING = 1e-6
@@ -117,7 +118,7 @@ class TunedValues:
 
     def substituted(self) -> nn.Module:
         """What takes the model's place in a forward pass; gradients reach ``values``."""
-        return cast(nn.Module, _Substituted(self.model.module, self._tensors()))
+        return cast(nn.Module, Substituted(self.model.module, self._tensors()))
 
     def _tensors(self) -> dict[str, Tensor]:
         parameters = self.model.module.state_dict(keep_vars=True)
@@ -174,18 +175,6 @@ class TunedValues:
     def _mismatch(self, name: str, given: Sequence[int], expected: Sequence[int]) -> TensorMismatchError:
         what = f"the update of {shown(name)} is {list(given)} and the tensor {list(expected)}"
         return TensorMismatchError(what, where=self._components.where, hint="give the base that it was taken from")
-
-
-class _Substituted:
-    """A module with other tensors in the place of some of its parameters, for one forward pass."""
-
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self._module = module
-        self._tensors = tensors
-        self.forward = module.forward
-
-    def __call__(self, **given: Any) -> Any:
-        return torch.func.functional_call(self._module, dict(self._tensors), (), given)
 
 
 def decomposed(factors: Factors) -> Factors:

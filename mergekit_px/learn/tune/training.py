@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_px.errors import DivergedError
-from mergekit_px.learn.data import LABELS, Examples, shuffled, to_device
+from mergekit_px.learn.data import TARGETS, Examples, shuffled, to_device
 from mergekit_px.learn.objective import loss_function, metric_function
 from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.precision import Precision, passes
@@ -58,11 +58,17 @@ Tell = Callable[[int, int, float], None]
 
 
 def evaluate(
-    module: nn.Module, data: Examples, batch: int, device: torch.device, precision: Precision = "float32"
+    module: nn.Module,
+    data: Examples,
+    batch: int,
+    device: torch.device,
+    precision: Precision = "float32",
+    *,
+    own_loss: bool = False,
 ) -> dict[str, float]:
     """Mean loss, and percent of right labels where labels are classes."""
-    loss = loss_function("auto", allow_code=False)
-    names = ["loss"] if data.arrays[LABELS].is_floating_point() else ["loss", "accuracy"]
+    loss = loss_function("auto", allow_code=False, own_loss=own_loss)
+    names = ["loss"] if data.arrays[TARGETS].is_floating_point() else ["loss", "accuracy"]
     with torch.no_grad(), passes(device, precision):
         return {
             name: metric_function(name, loss, allow_code=False)(
@@ -73,10 +79,8 @@ def evaluate(
 
 
 def is_better(score: Mapping[str, float], best: Mapping[str, float]) -> bool:
-    """By accuracy where there is one, then by loss; what is not a number is never better."""
-    if not math.isfinite(score["loss"]):
-        return False
-    return (score.get("accuracy", 0.0), -score["loss"]) > (best.get("accuracy", 0.0), -best["loss"])
+    """By the loss, which is what is trained: accuracy is drawn from fewer numbers. What is no number never is."""
+    return score["loss"] < best["loss"] or (math.isfinite(score["loss"]) and not math.isfinite(best["loss"]))
 
 
 class Training:
@@ -87,6 +91,7 @@ class Training:
     Args:
         state: the file that keeps it, written after every epoch.
         identity: of the whole run; a state of another is refused.
+        own_loss: whether the loss is the one that the model returns.
     """
 
     def __init__(
@@ -99,7 +104,9 @@ class Training:
         device: torch.device,
         state: Path,
         identity: str,
+        own_loss: bool = False,
     ) -> None:
+        self._own_loss = own_loss
         self._values = values
         self._validation = validation
         self._schedule = schedule
@@ -110,7 +117,7 @@ class Training:
         self._epoch = max(1, len(train) // schedule.batch)
         self.steps = schedule.epochs * self._epoch
         self._optimizer = torch.optim.AdamW([values.values], lr=schedule.rate, weight_decay=schedule.decay)
-        self._loss = loss_function("auto", allow_code=False)
+        self._loss = loss_function("auto", allow_code=False, own_loss=own_loss)
         self._best = values.values.detach().clone()
         self.progress = Progress()
 
@@ -176,7 +183,10 @@ class Training:
     def _score(self) -> dict[str, float]:
         with torch.no_grad():
             module = self._values.substituted()
-        return evaluate(module, self._validation, 4 * self._schedule.batch, self._device, self._schedule.precision)
+        schedule = self._schedule
+        return evaluate(
+            module, self._validation, 4 * schedule.batch, self._device, schedule.precision, own_loss=self._own_loss
+        )
 
     def _save(self) -> None:
         self.progress.place = self._batches.place

@@ -1,0 +1,69 @@
+"""What a model says to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_px.errors import InputError
+from mergekit_px.learn.data import BESIDE, LABELS, Batch, forward_names
+from mergekit_px.learn.precision import Precision, passes
+
+
+class Substituted:
+    """A module with other tensors in the place of some of its parameters, by their names in it; for forward passes."""
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._module = module
+        self._tensors = tensors
+        self.forward = module.forward
+
+    def __call__(self, **given: Any) -> Any:
+        return torch.func.functional_call(self._module, dict(self._tensors), (), given)
+
+
+def forward(module: nn.Module | Substituted, batch: Batch, *, with_labels: bool = False) -> Any:
+    """The module's output for a batch.
+
+    Labels go to a forward pass that cannot do without, or, with ``with_labels``, to one that names them: what they
+    belong to is settled outside of the model.
+    """
+    names, required, _ = forward_names(module)
+    passed = LABELS in (names if with_labels else required)
+    given = {name: array for name, array in batch.items() if (passed if name == LABELS else name not in BESIDE)}
+    return module(**given)
+
+
+def predict(module: nn.Module | Substituted, batch: Batch, precision: Precision = "float32") -> Tensor:
+    """Logits, shape (..., classes), float32 at least."""
+    with passes(next(iter(batch.values())).device, precision):
+        return logits_of(forward(module, batch))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The scores in what a forward pass returned: a tensor, or its ``logits``, or its first part; float32 at least.
+
+    Raises:
+        InputError: none of these.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "logits", None)
+        if found is None and isinstance(output, (tuple, list)) and output:
+            found = output[0]
+    if not isinstance(found, Tensor):
+        raise InputError(
+            f"the model returned {type(output).__name__} without logits", hint="give a loss of yours: file.py:function"
+        )
+    return found.float() if found.element_size() < 4 else found
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a forward pass returned, if there is one."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return found if isinstance(found, Tensor) else None

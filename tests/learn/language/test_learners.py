@@ -1,0 +1,256 @@
+"""Each learner on language models: against plain loops, with more padding, and on texts that nothing was chosen on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from mergekit_px.cli import main
+from mergekit_px.learn.data import IGNORED, Examples, shuffled, split_rows
+from mergekit_px.learn.ofasd import ensemble
+
+from .conftest import MAKERS, padded, task
+
+NEXT = ("llama", "gpt2")
+TWO = pytest.mark.parametrize("family", ["llama", "t5"], indirect=True)
+
+
+@pytest.fixture
+def world(family: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A kind of model; in the current folder a base, two fine-tunes, and data of both tasks, once padded more."""
+    kind, folder = family
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "tuned1", "tuned2"):
+        shutil.copytree(folder / name, tmp_path / name)
+    save("data.npz", mixed(kind, 60, 7))
+    save("long.npz", padded(mixed(kind, 60, 7), label=IGNORED if kind == "t5" else 0))
+    return kind
+
+
+def mixed(kind: str, count: int, seed: int) -> dict[str, Tensor]:
+    both = [task(kind, count // 2, seed + which, which) for which in (1, 2)]
+    return {name: torch.cat([one[name] for one in both]) for name in both[0]}
+
+
+def save(path: str, arrays: dict[str, Tensor]) -> None:
+    np.savez(path, **{name: one.numpy() for name, one in arrays.items()})
+
+
+def learned(*words: str) -> None:
+    assert main([*words, "-q"]) == 0
+
+
+def ofasd(data: str, output: str, *more: str) -> dict[str, Any]:
+    learned("ofasd", "--base", "base", "--clients", "tuned1", "tuned2", "--data", data, "-o", output, "--batch", "16",
+            "--steps", "30", "--evaluate-every", "10", "--no-compare", *more)  # fmt: skip
+    return json.loads(Path(output, "report.json").read_text())
+
+
+def token_losses(kind: str, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Of every label that counts, one after another."""
+    labels = batch["labels"]
+    if kind in NEXT:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counted = labels != IGNORED
+    return functional.cross_entropy(logits[counted], labels[counted], reduction="none")
+
+
+def test_coefficients_are_those_of_a_plain_loop(world: str) -> None:
+    report = ofasd("data.npz", "out", "--objective", "cross-entropy", "--granularity", "model")
+    arrays = mixed(world, 60, 7)
+    rows = split_rows(60, {"validation": 0.2, "test": 0.2}, 0, "data")
+    parts = {name: {key: one[numbers] for key, one in arrays.items()} for name, numbers in rows.items()}
+    base, *tuned = (MAKERS[world]() for _ in range(3))
+    for model, name in zip((base, *tuned), ("base", "tuned1", "tuned2"), strict=True):
+        model.load_state_dict(type(model).from_pretrained(name).state_dict())
+    start = {name: one.detach().clone() for name, one in base.eval().named_parameters()}
+    deltas = [{name: one.detach() - start[name] for name, one in model.named_parameters()} for model in tuned]
+    free = torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.AdamW([free], lr=1e-2, weight_decay=0.1)
+
+    def losses(batch: dict[str, Tensor]) -> Tensor:
+        values = {name: one + sum(free[i].float() * deltas[i][name] for i in range(2)) for name, one in start.items()}
+        return token_losses(world, torch.func.functional_call(base, values, (), batch).logits, batch)
+
+    def validation() -> float:
+        with torch.no_grad():
+            return float(losses(parts["validation"]).mean())
+
+    stream = shuffled(Examples(parts["train"], "data"), 16, 0, "train")
+    trace, scores = [], [validation()]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+    for step in range(30):
+        loss = losses(stream.next()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([free], 1.0)
+        optimizer.step()
+        schedule.step()
+        trace.append(float(loss.detach()))
+        if step % 10 == 9:
+            scores.append(validation())
+    found = report["trace"]
+    assert [entry[2] for entry in found] == pytest.approx(scores, rel=1e-4)
+    assert [entry[1] for entry in found[1:]] == pytest.approx(np.reshape(trace, (3, 10)).mean(1).tolist(), rel=1e-4)
+    assert report["labels"] == ("next tokens" if world in NEXT else "tokens")
+
+
+@pytest.mark.parametrize("objective", ["cross-entropy", "distill", "entropy"])
+def test_padding_changes_no_coefficient(world: str, objective: str) -> None:
+    reports = [ofasd(f"{name}.npz", name, "--objective", objective) for name in ("data", "long")]
+    for first, second in zip(*(report["coefficients"].values() for report in reports), strict=True):
+        assert first == pytest.approx(second, abs=1e-6)
+    for name, scores in reports[0]["test"].items():
+        assert scores == pytest.approx(reports[1]["test"][name], abs=1e-4)
+
+
+def test_a_learned_merge_is_no_worse_than_the_average(world: str) -> None:
+    report = ofasd("data.npz", "out", "--objective", "cross-entropy", "--steps", "60")
+    learned("run", "out/recipe.yaml", "-o", "merged")
+    fresh = mixed(world, 200, 500)
+    figures = {}
+    for name in ("base", "merged", "average"):
+        model = type(MAKERS[world]()).from_pretrained("base" if name == "average" else name).eval()
+        if name == "average":
+            tuned = [load_file(f"tuned{which}/model.safetensors") for which in (1, 2)]
+            model.load_state_dict({key: (tuned[0][key] + tuned[1][key]) / 2 for key in tuned[0]}, strict=False)
+            model.tie_weights()
+        with torch.no_grad():
+            figures[name] = float(token_losses(world, model(**fresh).logits, fresh).mean())
+    assert figures["merged"] <= figures["average"] + 1e-2
+    assert report["test"]["learned"]["loss"] <= report["test"]["average"]["loss"] + 1e-3
+    assert {"loss", "accuracy"} <= report["test"]["learned"].keys()
+
+
+def test_a_teacher_of_many_classes_is_kept_in_part(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ofasd("data.npz", "whole")
+    assert whole["teacher"]["kept"] == 1.0
+    monkeypatch.setattr(ensemble, "MOST_BYTES", 1)  # a turn of all sources for each batch
+    turns = ofasd("data.npz", "turns")
+    assert turns["coefficients"] == whole["coefficients"]
+    assert numbers(turns["teacher"]) == pytest.approx(numbers(whole["teacher"]))
+    monkeypatch.setattr(ensemble, "MOST_CLASSES", 10)
+    monkeypatch.setattr(ensemble, "KEPT_CLASSES", 10)
+    part = ofasd("data.npz", "part")
+    assert 0.4 < part["teacher"]["kept"] < 1.0
+    assert part["teacher"]["agreement"] == whole["teacher"]["agreement"]
+    assert part["test"]["learned"]["agreement"] == pytest.approx(whole["test"]["learned"]["agreement"], abs=10)
+    assert 0 <= part["test"]["average"]["divergence"] <= whole["test"]["average"]["divergence"] + 1e-6
+
+
+@pytest.mark.parametrize("data", ["long.npz"])
+def test_tuning_follows_the_loss_of_the_model(world: str, data: str) -> None:
+    learned("svd", "--base", "base", "--sources", "tuned1", "tuned2", "--as", "components", "-o", "pool")
+    learned("tune", "pool", "--base", "base", "--data", data, "-o", "out", "--epochs", "3", "--batch", "16")
+    report = json.loads(Path("out/report.json").read_text())
+    arrays = mixed(world, 60, 7)
+    rows = split_rows(60, {"validation": 0.2, "test": 0.2}, 0, "data")["test"]
+    batch = {name: one[rows] for name, one in arrays.items()}
+    for name, folder in (("base", "base"), ("tuned", "out/model")):
+        model = type(MAKERS[world]()).from_pretrained(folder).eval()
+        with torch.no_grad():
+            expected = float(token_losses(world, model(**batch).logits, batch).mean())
+        assert report["scores"][name]["test"]["loss"] == pytest.approx(expected, rel=1e-4)
+    best = min([report["scores"]["components"]["validation"], *(one["validation"] for one in report["trace"])],
+               key=lambda one: one["loss"])  # fmt: skip
+    assert report["scores"]["tuned"]["validation"] == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("labels", ["given", "sampled"])
+def test_statistics_are_of_the_tokens_that_count(world: str, labels: str) -> None:
+    for name in ("data", "long"):
+        learned("stats", "tuned1", "--data", f"{name}.npz", "-o", f"{name}.safetensors", "--labels", labels,
+                "--examples", "12")  # fmt: skip
+    first, second = (load_file(f"{name}.safetensors") for name in ("data", "long"))
+    for name, one in first.items():
+        assert torch.allclose(one, second[name], rtol=1e-3, atol=1e-5), name
+    if labels == "sampled":
+        return
+    model = type(MAKERS[world]()).from_pretrained("tuned1").eval()
+    arrays = mixed(world, 60, 7)
+    learned("stats", "tuned1", "--data", "data.npz", "-o", "all.safetensors", "--labels", "given", "--what", "fisher")
+    name, parameter = next((n, p) for n, p in model.named_parameters() if p.ndim == 2)
+    total = torch.zeros_like(parameter)
+    for row in range(60):
+        one = {key: array[row : row + 1] for key, array in arrays.items()}
+        (gradient,) = torch.autograd.grad(token_losses(world, model(**one).logits, one).sum(), [parameter])
+        total += gradient.square()
+    found = load_file("all.safetensors")
+    key = next(key for key in found if key.removesuffix(".fisher").endswith(name))
+    assert torch.allclose(found[key], total / 60, rtol=1e-3, atol=1e-6)
+
+
+def align(data: str, output: str, *more: str) -> dict[str, Any]:
+    learned("align", "--source-base", "base", "--source-model", "tuned1", "--target-base", "tuned2", "--data", data,
+            "-o", output, "--steps", "4", "--batch", "16", *more)  # fmt: skip
+    return json.loads(Path(output, "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("family", "route"),
+    [("llama", "orthogonal"), ("llama", "theseus"), ("llama", "gradfix"), ("t5", "orthogonal")],
+    indirect=["family"],
+)
+def test_alignment_is_scored_on_the_tokens_that_count(world: str, route: str) -> None:
+    first, second = (align(f"{name}.npz", name, "--route", route, "--sites", "all", "--sided", "two")
+                     for name in ("data", "long"))  # fmt: skip
+    assert first["test"] == pytest.approx(second["test"], abs=1e-4)
+    assert first["norm"] == pytest.approx(second["norm"], rel=1e-4)
+    assert first["labels"] == ("next tokens" if world in NEXT else "tokens")
+
+
+@TWO
+def test_a_search_finds_the_model_that_predicts_best(world: str) -> None:
+    Path("recipe.yaml").write_text(
+        "models: {base: ./base, a: ./tuned1, b: ./tuned2}\n"
+        "merge: {method: task_arithmetic, base: base, sources: {a: 0.5, b: 0.5}}\n"
+    )
+    save("one.npz", task(world, 40, 90, 1))
+    learned("search", "recipe.yaml", "--over", "merge.sources.a=0,1", "--data", "one.npz", "-o", "found")
+    report = json.loads(Path("found/report.json").read_text())
+    trials = [json.loads(line) for line in Path("found/trials.jsonl").read_text().splitlines()]
+    assert report["scores"]["best"]["validation"] == max(one["score"] for one in trials if "score" in one)
+    assert report["scores"]["best"]["validation"] < 0  # minus the loss
+    best = type(MAKERS[world]()).from_pretrained("found/model").eval()
+    arrays = task(world, 40, 90, 1)
+    rows = split_rows(40, {"test": 0.5}, 0, "data")["test"]
+    batch = {name: one[rows] for name, one in arrays.items()}
+    with torch.no_grad():
+        expected = -float(token_losses(world, best(**batch).logits, batch).mean())
+    assert report["scores"]["best"]["test"] == pytest.approx(expected, rel=1e-4)
+
+
+@TWO
+def test_a_transfer_learns_and_scores_next_tokens(world: str) -> None:
+    tensor = next(name for name, one in load_file("base/model.safetensors").items() if one.shape == (16, 16))
+    for data in ("data", "long"):
+        Path(f"{data}.yaml").write_text(
+            f"models:\n  a: {{weights: ./base, data: {data}.npz, batch: 16}}\n"
+            f"  b: {{weights: ./tuned1, data: {data}.npz, batch: 16}}\n"
+            f"transfer: {{target: a, source: b, mode: frozen, steps: 4, cycle: 2, controls: [none],"
+            f" pairs: [{{target: {tensor}, source: {tensor}, rank: 4}}]}}\noutput: ./{data}\n"
+        )
+        learned("transfer", f"{data}.yaml")
+    reports = [json.loads(Path(f"{data}/report.json").read_text()) for data in ("data", "long")]
+    first, second = (numbers(report) for report in reports)
+    assert len(first) > 4 and first == pytest.approx(second, abs=1e-3)
+
+
+def numbers(tree: Any) -> list[float]:
+    """All scores of a report, in order."""
+    if isinstance(tree, dict):
+        return [
+            one for key, value in tree.items() if key not in ("seconds", "inputs", "plan") for one in numbers(value)
+        ]
+    if isinstance(tree, list):
+        return [one for value in tree for one in numbers(value)]
+    return [float(tree)] if isinstance(tree, float) else []
