@@ -16,7 +16,7 @@ from mergekit_px.errors import NonFiniteError
 from mergekit_px.execute.lane import Lane
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.values import Block, WholeTensor, check_finite
-from mergekit_px.execute.views import ViewValues
+from mergekit_px.execute.views import RowMeans, ViewValues
 from mergekit_px.methods.declare import Extent, Sweep
 from mergekit_px.plan.budget import BLOCK, needs_whole, row_length, unit, whole_bytes
 from mergekit_px.plan.model import Adapted, Apply, Leaf, Node, Read, View, WorkItem
@@ -47,6 +47,7 @@ class Execution:
     """Told of (tensor, bytes written or found written)."""
     statistics: dict[int, Any] = field(default_factory=dict)
     """Node -> what its method's statistics generator returned."""
+    means: RowMeans = field(default_factory=RowMeans)
 
     def routine(self, item: WorkItem) -> Routine[Lane]:
         """Everything that makes one output tensor."""
@@ -272,7 +273,7 @@ class Execution:
     def _view_values(self, item: WorkItem, view: View, lane: Lane) -> Callable[[int, int], torch.Tensor]:
         """Gives the elements of a view."""
         factors = partial(self._read_factors, lane=lane)
-        return ViewValues(self.readers, factors, self.seed, accumulation_dtype(item)).values(view)
+        return ViewValues(self.readers, factors, self.seed, accumulation_dtype(item), self.means).values(view)
 
     def _label(self, leaf: Node) -> str:
         """The checkpoint and tensor of a leaf; of a view the first that it is made of."""

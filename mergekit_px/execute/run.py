@@ -223,6 +223,7 @@ def _settled_files(plan: Plan) -> dict[str, SideFile]:
         directory = (source.adapters[int(number)] if number else source).checkpoint.directory
         if directory is not None:
             files[name] = Path(directory) / name
+    files |= plan.texts
     if plan.loaded.recipe.output.chat_template is not None:
         files["chat_template.jinja"] = plan.loaded.recipe.output.chat_template.encode()
     files.update({name: config_text(config) for name, config in plan.part_configs.items()})

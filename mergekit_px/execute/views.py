@@ -1,10 +1,11 @@
-"""The elements of views: gathered rows and decoded values, made from no more of their operands than they need."""
+"""The elements of views: rows gathered and mixed, decoded values, from no more of their operands than they need."""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,13 +13,30 @@ import torch
 from mergekit_px.checkpoint.open import StoredTensor
 from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.execute.values import Block, LoadFactors
-from mergekit_px.plan.model import Decoded, Leaf, Node, Read, Rows
+from mergekit_px.plan.budget import BLOCK
+from mergekit_px.plan.model import Decoded, Leaf, Node, Read
+from mergekit_px.plan.rows import Indices, RowMean, RowMixture, Rows
 
 Values = Callable[[int, int], torch.Tensor]
 """Gives the elements [start, stop) of a node, flat."""
 
 _LONGEST_GAP = 4096
 """Bytes that are read and thrown away rather than reading twice."""
+
+
+class RowMeans:
+    """The means of rows that a run needs, each summed once, by whichever worker comes first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._known: dict[int, torch.Tensor] = {}
+
+    def row(self, node: RowMean, summed: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The mean of a node."""
+        with self._lock:
+            if id(node) not in self._known:
+                self._known[id(node)] = summed()
+            return self._known[id(node)]
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,7 @@ class ViewValues:
     factors: LoadFactors
     seed: int
     dtype: torch.dtype
+    means: RowMeans = field(default_factory=RowMeans)
 
     def values(self, node: Node) -> Values:
         """The elements of a node."""
@@ -36,7 +55,11 @@ class ViewValues:
             return lambda start, stop: stored_values(self.readers[node.input], node.tensor, start, stop).to(self.dtype)
         if isinstance(node, Decoded):
             return self._decoded(node)
-        return self._gathered(node) if isinstance(node, Rows) else self._computed(node)
+        if isinstance(node, Rows):
+            return self._gathered(node)
+        if isinstance(node, RowMixture):
+            return self._mixed(node)
+        return self._mean(node) if isinstance(node, RowMean) else self._computed(node)
 
     def _decoded(self, node: Decoded) -> Values:
         reader = self.readers[node.parts[0].input]
@@ -55,22 +78,67 @@ class ViewValues:
     def _gathered(self, node: Rows) -> Values:
         row = math.prod(node.shape[1:])
         operand = self.values(node.operand)
-        gap = max(1, 8 * _LONGEST_GAP // max(1, row * node.dtype.bits))
 
         def values(start: int, stop: int) -> torch.Tensor:
             begin, end = start // row, -(-stop // row)
-            wanted = node.index[begin:end]
+            rows = self._gather(operand, node.index[begin:end], row, node.dtype.bits)
+            return rows.view(-1)[start - begin * row : stop - begin * row]
+
+        return values
+
+    def _gather(self, operand: Values, wanted: Indices, row: int, bits: int) -> torch.Tensor:
+        """Some rows, read by runs of neighbours; those by the number -1 are zero."""
+        gap = max(1, 8 * _LONGEST_GAP // max(1, row * bits))
+        out = torch.zeros((len(wanted), row), dtype=self.dtype)
+        order = np.argsort(wanted, kind="stable")
+        order = order[np.searchsorted(wanted[order], 0) :]
+        ends = np.flatnonzero(np.diff(wanted[order]) > gap) + 1
+        for run in np.split(order, ends) if order.size else []:
+            first, last = int(wanted[run[0]]), int(wanted[run[-1]]) + 1
+            found = operand(first * row, last * row).view(-1, row)
+            out[torch.from_numpy(run)] = found[torch.from_numpy(wanted[run] - first)]
+        return out
+
+    def _mixed(self, node: RowMixture) -> Values:
+        row = math.prod(node.shape[1:])
+        operands = [self.values(source) for source in node.sources]
+        table = node.table
+
+        def values(start: int, stop: int) -> torch.Tensor:
+            begin, end = start // row, -(-stop // row)
             out = torch.zeros((end - begin, row), dtype=self.dtype)
-            order = np.argsort(wanted, kind="stable")
-            order = order[np.searchsorted(wanted[order], 0) :]  # rows that are absent stay zero
-            ends = np.flatnonzero(np.diff(wanted[order]) > gap) + 1
-            for run in np.split(order, ends) if order.size else []:
-                first, last = int(wanted[run[0]]), int(wanted[run[-1]]) + 1
-                found = operand(first * row, last * row).view(-1, row)
-                out[torch.from_numpy(run)] = found[torch.from_numpy(wanted[run] - first)]
+            first, last = int(table.starts[begin]), int(table.starts[end])
+            counts = np.diff(table.starts[begin : end + 1])
+            target = np.repeat(np.arange(end - begin), counts)
+            for number, operand in enumerate(operands):
+                entries = np.flatnonzero(table.operand[first:last] == number)
+                # No more rows at a time than the block has, however many make up one of them.
+                for piece in range(0, len(entries), end - begin):
+                    some = entries[piece : piece + end - begin]
+                    found = self._gather(operand, table.row[first + some], row, node.sources[number].dtype.bits)
+                    weight = table.weight[first + some]
+                    if (weight != 1).any():
+                        found *= torch.from_numpy(weight).to(self.dtype)[:, None]
+                    out.index_add_(0, torch.from_numpy(target[some]), found)
             return out.view(-1)[start - begin * row : stop - begin * row]
 
         return values
+
+    def _mean(self, node: RowMean) -> Values:
+        def values(start: int, stop: int) -> torch.Tensor:
+            return self.means.row(node, lambda: self._summed(node.operand))[start:stop].to(self.dtype)
+
+        return values
+
+    def _summed(self, operand: Node) -> torch.Tensor:
+        rows, row = operand.shape[0], math.prod(operand.shape[1:])
+        elements = self.values(operand)
+        total = torch.zeros(row, dtype=torch.float64)
+        step = max(1, BLOCK // row)
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            total += elements(begin * row, end * row).view(-1, row).sum(0, dtype=torch.float64)
+        return total / max(1, rows)
 
     def _computed(self, node: Node) -> Values:
         """An adapted operand: its rows by the same evaluation as everywhere."""

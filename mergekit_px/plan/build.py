@@ -29,6 +29,7 @@ from mergekit_px.plan.options import PlanOptions
 from mergekit_px.plan.texts import config_text, recipe_text
 from mergekit_px.plan.tokenizers import Vocabularies
 from mergekit_px.plan.views import refuse_quantised_by_config
+from mergekit_px.plan.vocabulary import ChosenVocabulary
 from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
@@ -70,7 +71,7 @@ def build_plan(
     notes.extend(f"model '{name}' is not used" for name in loaded.recipe.models if name not in needed)
 
     config_from = config_donor(recipe, target, resolved, loaded)
-    vocabularies = Vocabularies(resolved, recipe.output.tokenizer_from or config_from)
+    vocabularies = _vocabularies(recipe, target, resolved, config_from, loaded)
     expressions = Expressions(replace(loaded, recipe=recipe), resolved, vocabularies)
     notes.extend(check_components([recipe.steps[name] for name in recipe.steps if name in needed], resolved))
     namespace = expressions.namespace(target)
@@ -134,6 +135,7 @@ def build_plan(
         left_behind=beside.left_behind,
         config_from=beside.config_from,
         tokenizer_from=beside.tokenizer_from,
+        texts=beside.texts,
         output=output,
         kind=kind,
         seed=recipe.seed,
@@ -194,10 +196,19 @@ def check_output(plan: Plan, output: Path) -> None:
 
 
 def _reachable(recipe: Recipe, target: str) -> set[str]:
+    """The models and steps that a plan looks at."""
+    output, tokenizer = recipe.output, recipe.tokenizer
+    beside = [output.config_from, output.tokenizer_from]
+    if tokenizer is not None:
+        beside += [tokenizer.base, *(row.model for row in tokenizer.tokens.values())]
+        beside += [tokenizer.from_] if tokenizer.from_ in recipe.models else []
+    return _merged(recipe, [target, *(name for name in beside if name is not None)])
+
+
+def _merged(recipe: Recipe, targets: Iterable[str]) -> set[str]:
+    """The models and steps that some steps are made of."""
     found: set[str] = set()
-    waiting = [target]
-    output = recipe.output
-    waiting += [name for name in (output.config_from, output.tokenizer_from) if name is not None]
+    waiting = list(targets)
     while waiting:
         name = waiting.pop()
         if name in found:
@@ -213,6 +224,26 @@ def _reachable(recipe: Recipe, target: str) -> set[str]:
         rules = [*step.rules, *(rule for piece in pieces for rule in piece.rules)]
         waiting += [rule.take for rule in rules if rule.take]
     return found
+
+
+def _vocabularies(
+    recipe: Recipe, target: str, inputs: Mapping[str, ResolvedInput], config_from: str | None, loaded: LoadedRecipe
+) -> Vocabularies | ChosenVocabulary:
+    request = recipe.tokenizer
+    if request is None:
+        return Vocabularies(inputs, recipe.output.tokenizer_from or config_from)
+    merged = _merged(recipe, [target])
+    members = [name for name, source in inputs.items() if name in merged and not source.is_task_vector]
+    where = loaded.where("tokenizer")
+    if not members:
+        raise PlanError("a tokenizer is chosen, and only task vectors are merged", where=where)
+    step = recipe.steps.get(target)
+    base = request.base or (step.base if step is not None and step.base in members else None)
+    if base is not None and base not in members:
+        where = loaded.where("tokenizer", "base")
+        raise PlanError(f"'{base}' is the base of the tokenizer, and is not merged", where=where)
+    donor = request.from_ if request.from_ in inputs else base or config_from or members[0]
+    return ChosenVocabulary(request, inputs, members, base, donor, recipe.seed, where)
 
 
 def _used_inputs(items: Iterable[WorkItem]) -> list[str]:

@@ -102,10 +102,11 @@ def tie(config: dict[str, Any]) -> bool:
 
 
 def set_vocabulary(config: dict[str, Any], old: int, new: int) -> None:
-    """Follow an embedding whose rows were cut."""
+    """Follow an embedding that has another number of rows."""
     for part in _parts(config):
-        if part.get("vocab_size") == old:
-            part["vocab_size"] = new
+        for key in ("vocab_size", "vocab_size_per_layer_input"):
+            if part.get(key) == old:
+                part[key] = new
 
 
 def restack(config: dict[str, Any], origin: Sequence[int], old_count: int) -> list[str]:

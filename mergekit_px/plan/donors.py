@@ -20,6 +20,8 @@ from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
 from mergekit_px.plan.tokenizers import adapter_tokenizer
 from mergekit_px.plan.views import has_decoded, plain_config
+from mergekit_px.plan.vocabulary import ChosenVocabulary
+from mergekit_px.plan.vocabulary_texts import followed_ids, tokenizer_texts
 from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
@@ -36,6 +38,7 @@ class Beside:
     config: Mapping[str, Any] | None = None
     part_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     side_files: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, bytes] = field(default_factory=dict)
     left_behind: Mapping[str, str] = field(default_factory=dict)
     config_notes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -61,7 +64,9 @@ def beside_weights(
         InputError: a side file that is only a git-lfs pointer.
     """
     notes: list[str] = []
-    fitting = _fitting_donor(donor, recipe.output.config_from, inputs, items)
+    fitting, vocabulary = donor, expressions.vocabularies
+    if not isinstance(vocabulary, ChosenVocabulary):
+        fitting = _fitting_donor(donor, recipe.output.config_from, inputs, items)
     if fitting != donor:
         notes.append(f"'{donor}' has ids for rows that are cut, so the tokenizer is that of '{fitting}' too")
     config, config_notes = _output_config(recipe, target, fitting, inputs, items, dtype, expressions)
@@ -70,6 +75,13 @@ def beside_weights(
     part_configs, said = _part_configs(fitting, inputs, items, dtype)
     config_notes += said
     tokenizer_from = recipe.output.tokenizer_from or fitting
+    texts: dict[str, bytes] = {}
+    if isinstance(vocabulary, ChosenVocabulary):
+        tokenizer_from = vocabulary.donor
+        texts = tokenizer_texts(inputs[tokenizer_from], vocabulary.start, vocabulary.new)
+    if fitting is not None and config is not None and vocabulary is not None:
+        config, more = followed_ids(config, inputs, fitting, tokenizer_from, vocabulary)
+        texts |= more
     side_files = _donated_files(inputs, fitting, tokenizer_from)
     if tokenizer_from is not None:
         brought, said = adapter_tokenizer(inputs[tokenizer_from], items)
@@ -83,6 +95,7 @@ def beside_weights(
         config=config,
         part_configs=part_configs,
         side_files=side_files,
+        texts=texts,
         left_behind=left,
         config_notes=tuple(config_notes),
         notes=(*notes, *config_notes, *_side_file_notes(left, fitting)),

@@ -29,6 +29,7 @@ from mergekit_px.plan.tied import is_head, tied_copy, tied_source
 from mergekit_px.plan.tokenizers import Vocabularies
 from mergekit_px.plan.values import resolve_params, resolve_weight, varies
 from mergekit_px.plan.views import StoredView, first_rows, stored_view
+from mergekit_px.plan.vocabulary import ChosenVocabulary
 from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Rule, Step, Value
 
@@ -45,7 +46,7 @@ class Expressions:
 
     loaded: LoadedRecipe
     inputs: Mapping[str, ResolvedInput]
-    vocabularies: Vocabularies | None = None
+    vocabularies: Vocabularies | ChosenVocabulary | None = None
     notes: list[str] = field(default_factory=list)
     dropped_names: dict[str, str] = field(default_factory=dict)
     """Output tensor name -> why the recipe leaves it out."""
@@ -61,6 +62,7 @@ class Expressions:
     companions: set[str] = field(default_factory=set)
     """Inputs that hold statistics of others."""
     _namespaces: dict[tuple[str, str | None], Namespace] = field(default_factory=dict)
+    _offered: dict[str, Namespace] = field(default_factory=dict)
     _views: dict[str, StoredView] = field(default_factory=dict)
     _resolved: dict[Any, tuple[Method, Params, tuple[float, ...]]] = field(default_factory=dict)
 
@@ -91,20 +93,27 @@ class Expressions:
         return self._namespaces[key]
 
     def _stored(self, source: ResolvedInput) -> Namespace:
-        if not source.checkpoint.tensors:
-            raise PlanError("the model has no tensors", where=source.reference)
-        view = self.view(source)
-        adapted = adapted_model(source, view.nodes, view.checkpoint)
-        self.notes.extend(adapted.notes)
-        if adapted.config_updates is not None:
-            self.config_updates[source.name] = adapted.config_updates
-        nodes: Namespace = adapted.nodes
+        nodes = self.offered(source.name)
         if self.vocabularies is not None:
-            nodes = self.vocabularies.arranged(source, nodes)
+            nodes = self.vocabularies.arranged(source, nodes, self.offered)
         request = self.loaded.recipe.models.get(source.name)
         if request is not None and request.rename:
             nodes = renamed(nodes, request.rename, self.loaded.where("models", source.name, "rename"))
         return nodes
+
+    def offered(self, name: str) -> Namespace:
+        """What a model offers with its adapters, before its rows are arranged and its tensors renamed."""
+        if name not in self._offered:
+            source = self.inputs[name]
+            if not source.checkpoint.tensors:
+                raise PlanError("the model has no tensors", where=source.reference)
+            view = self.view(source)
+            adapted = adapted_model(source, view.nodes, view.checkpoint)
+            self.notes.extend(adapted.notes)
+            if adapted.config_updates is not None:
+                self.config_updates[source.name] = adapted.config_updates
+            self._offered[name] = adapted.nodes
+        return self._offered[name]
 
     def view(self, source: ResolvedInput) -> StoredView:
         """What an input's checkpoint offers before its adapters."""

@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit_px.checkpoint.dtypes import DType
 from mergekit_px.checkpoint.layout import OutputLayout
 from mergekit_px.checkpoint.open import StoredTensor
-from mergekit_px.errors import PlanError
 from mergekit_px.methods.declare import Access, Method, Params
+from mergekit_px.plan.rows import RowMean, RowMixture, Rows
 from mergekit_px.storage.encoding import Encoding
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mergekit_px.adapters.patch import Patch
     from mergekit_px.plan.artefacts import Artefact
     from mergekit_px.plan.inputs import ResolvedInput
@@ -62,54 +60,6 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """Rows of an operand in another order: row ``i`` is row ``index[i]`` of the operand, and zeros where that is -1.
-
-    ``Rows(operand, index)`` is all that is needed: ``index`` is a numpy array of whole numbers, as long as the result
-    is to have rows; a row may be taken more than once. The operand is what an input offers (a stored tensor, a decoded
-    or an adapted one), never a step's result. It is read in blocks, by runs of neighbouring rows.
-
-    Raises:
-        PlanError: an index outside the operand.
-    """
-
-    operand: Node
-    index: np.ndarray[Any, np.dtype[np.int64]]
-
-    def __post_init__(self) -> None:
-        rows = self.operand.shape[0] if self.operand.shape else 0
-        if self.index.ndim != 1 or (self.index.size and not (self.index.min() >= -1 and self.index.max() < rows)):
-            raise PlanError(f"rows are gathered from {list(self.operand.shape)} by an index that does not fit it")
-
-    @property
-    def kind(self) -> Kind:
-        return self.operand.kind
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.index), *self.operand.shape[1:])
-
-    @property
-    def dtype(self) -> DType:
-        return self.operand.dtype
-
-    @property
-    def operands(self) -> tuple[Node, ...]:
-        return (self.operand,)
-
-    @property
-    def access(self) -> Access:
-        return "tensor" if getattr(self.operand, "access", "rows") == "tensor" else "rows"
-
-    @property
-    def index_hash(self) -> str:
-        return hashlib.sha256(self.index.astype("<i8").tobytes()).hexdigest()
-
-    def describe(self) -> Any:
-        return {"rows": len(self.index), "index": self.index_hash[:16], "of": self.operand.describe()}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
     """The values of a tensor that is stored in encoded form; ``parts`` are the stored tensors that hold them."""
 
@@ -132,6 +82,10 @@ class Decoded:
     @property
     def access(self) -> Access:
         return "rows"
+
+    @property
+    def digest(self) -> str:
+        return self.encoding.title
 
     def describe(self) -> Any:
         return {"decoded": self.encoding.title, "of": [part.describe() for part in self.parts]}
@@ -210,7 +164,7 @@ class Adapted:
         return {"adapter": f"{self.input}#{self.number}", "patch": kind, "base": base, "kind": self.kind}
 
 
-View = Rows | Decoded
+View = Rows | RowMixture | RowMean | Decoded
 """What stands between an input's stored tensors and what it offers; made block by block, like a read."""
 
 Leaf = Read | View
@@ -360,6 +314,8 @@ class Plan:
     """What the config's donor has beside its weights and is not copied -> why."""
     config_from: str | None
     tokenizer_from: str | None
+    texts: Mapping[str, bytes]
+    """What is written beside the weights and is no input's own file: the files of a tokenizer that was built."""
     output: Path | None
     kind: Kind
     seed: int
@@ -407,9 +363,8 @@ def _digest(node: Node, known: dict[int, str], artefacts: Mapping[int, str]) -> 
     if isinstance(node, Read):
         text = json.dumps([node.input, node.tensor.name, node.shape, node.kind])
     elif isinstance(node, View):
-        how = node.index_hash if isinstance(node, Rows) else node.encoding.title
         inner_digests = [_digest(operand, known, artefacts) for operand in node.operands]
-        text = json.dumps([how, inner_digests, node.shape, node.dtype.name, node.kind])
+        text = json.dumps([node.digest, inner_digests, node.shape, node.dtype.name, node.kind])
     elif isinstance(node, Adapted):
         factors = sorted((role, tensor.name) for role, tensor in node.patch.factors.items()) if node.patch else None
         inner = None if node.base is None else _digest(node.base, known, artefacts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -12,16 +14,86 @@ from mergekit_px.checkpoint.json_text import parse_object
 from mergekit_px.checkpoint.side_files import LARGEST_SIDE_FILE, is_tokenizer_file, side_files
 from mergekit_px.errors import MalformedCheckpointError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Node, Rows, WorkItem
+from mergekit_px.plan.model import Node, WorkItem
+from mergekit_px.plan.rows import Rows
 from mergekit_px.plan.tied import is_vocabulary
+from mergekit_px.plan.vocabulary_files import (
+    ADDED,
+    LISTINGS,
+    SENTENCEPIECE,
+    SETTINGS,
+    AddedToken,
+    Tokenizer,
+    Vocabulary,
+    read_listing,
+    with_added,
+)
 from mergekit_px.small_files import read_small_file
 
-_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
-"""Files that list a whole vocabulary; the first that is there counts."""
 _SHOWN = 5
 
-Vocabulary = dict[int, str]
-"""Id -> token."""
+
+Offered = Callable[[str], Mapping[str, Node]]
+"""The tensors of an input by its name, in the order of its own vocabulary."""
+
+
+class Tokenizers:
+    """The tokenizers of inputs, each read once, and equal files once for all that have them."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, Tokenizer | None] = {}
+        self._listings: dict[Any, Tokenizer] = {}
+
+    def of(self, source: ResolvedInput) -> Tokenizer | None:
+        """The tokenizer of a model; None where no file that is known lists its tokens.
+
+        Raises:
+            MalformedCheckpointError: a file of a tokenizer that is none.
+        """
+        if source.name not in self._of:
+            self._of[source.name] = self._read(source)
+        return self._of[source.name]
+
+    def _read(self, source: ResolvedInput) -> Tokenizer | None:
+        names = file_names(source)
+        file = next((name for name in LISTINGS if name in names), None)
+        file = file or next((name for name in sorted(names) if name.endswith(".tiktoken")), None)
+        raw = side_file(source, file) if file is not None else None
+        if file is None or raw is None:
+            return None
+        settings, listed = (_object_beside(source, name) for name in (SETTINGS, ADDED))
+        merged = "merges.txt" in names
+        key = (file, hashlib.sha256(raw).digest(), merged, settings.get("do_lower_case"))
+        if key not in self._listings:
+            self._listings[key] = read_listing(file, raw, settings, source.reference, merged=merged)
+        return with_added(self._listings[key], settings, listed)
+
+
+def file_names(source: ResolvedInput) -> Collection[str]:
+    """Names of the files beside a model's weights."""
+    if source.checkpoint.directory is not None:
+        return source.checkpoint.side_files
+    return source.repo.files if source.repo is not None else ()
+
+
+def side_file(source: ResolvedInput, name: str) -> bytes | None:
+    """A file beside a model's weights, whole; None where there is none."""
+    if name not in file_names(source):
+        return None
+    directory = source.checkpoint.directory
+    if directory is not None:
+        return read_small_file(directory / name, folder=directory, limit=LARGEST_SIDE_FILE)
+    from mergekit_px.hub.files import read_small
+
+    assert source.repo is not None
+    return read_small(source.repo, name)
+
+
+def _object_beside(source: ResolvedInput, name: str) -> dict[str, Any]:
+    raw = side_file(source, name)
+    with contextlib.suppress(MalformedCheckpointError):  # what it says of tokens is only an addition
+        return parse_object(raw, name, strict=False) if raw is not None else {}
+    return {}
 
 
 @dataclass
@@ -33,24 +105,34 @@ class Vocabularies:
 
     inputs: Mapping[str, ResolvedInput]
     donor: str | None
+    tokenizers: Tokenizers = field(default_factory=lambda: Tokenizers())
     notes: list[str] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
     """Model -> how its tokens differ from the donor's, where no order of rows makes up for it."""
 
-    def arranged(self, source: ResolvedInput, nodes: Mapping[str, Node]) -> Mapping[str, Node]:
+    def arranged(self, source: ResolvedInput, nodes: Mapping[str, Node], offered: Offered) -> Mapping[str, Node]:
         """A model's tensors, with the rows of its vocabulary in the donor's order.
 
         Raises:
             MalformedCheckpointError: a file of a tokenizer that is none.
             PlanError: the tensors to be brought into order are not known.
         """
-        tokens, target = self._compared(source)
-        if tokens is None or target is None or tokens == target:
+        own, wanted = self._compared(source)
+        if own is None or wanted is None or own.tokens == wanted.tokens:
             return nodes
+        tokens, target = own.tokens, wanted.tokens
         differing = [place for place in sorted(tokens.keys() & target.keys()) if tokens[place] != target[place]]
         if not differing and not self._moved(tokens, target):
             return nodes
         if sorted(tokens.values()) != sorted(target.values()):
+            if own.file != wanted.file and not differing:
+                return nodes  # only one of the formats lists the tokens that are added
+            if own.file != wanted.file and {own.file, wanted.file} & {*SENTENCEPIECE}:
+                self.notes.append(
+                    f"tokenizers of '{source.name}' and '{self.donor}' are in formats ({own.file}, {wanted.file}) "
+                    "between which ids may be shifted; they are taken to be equal"
+                )
+                return nodes
             places = differing or sorted(tokens.keys() ^ target.keys())
             shown = [f"{place} is {tokens.get(place)!r} and {target.get(place)!r}" for place in places[:_SHOWN]]
             self.differences[source.name] = f"{len(places)} ids differ: {'; '.join(shown)}"
@@ -72,6 +154,17 @@ class Vocabularies:
             name: Rows(node, _order(tokens, target, node.shape[0])) if name in rows else node
             for name, node in nodes.items()
         }
+
+    @property
+    def new(self) -> tuple[AddedToken, ...]:
+        """No token comes in."""
+        return ()
+
+    @property
+    def tokens(self) -> Vocabulary | None:
+        """The tokens of the result, where they are known."""
+        found = self.tokenizers.of(self.inputs[self.donor]) if self.donor is not None else None
+        return found.tokens if found is not None else None
 
     def check(self, items: Iterable[WorkItem]) -> None:
         """Refuse rows of other tokens than the result's tokenizer has.
@@ -97,24 +190,11 @@ class Vocabularies:
         places = {token: place for place, token in target.items()}
         return any(places.get(token, place) != place for place, token in tokens.items())
 
-    def _compared(self, source: ResolvedInput) -> tuple[Vocabulary | None, Vocabulary | None]:
-        """The tokens of a model and of the donor; None where they need not be compared."""
+    def _compared(self, source: ResolvedInput) -> tuple[Tokenizer | None, Tokenizer | None]:
+        """The tokenizer of a model and of the donor; None where they need not be compared."""
         if self.donor is None or source.name == self.donor or source.is_task_vector:
             return None, None
-        raw, wanted = _raw(source), self._of_donor
-        if raw is None or wanted is None or raw == wanted:
-            return None, None
-        return _parsed(*raw, source.reference), self._donor_tokens
-
-    @cached_property
-    def _of_donor(self) -> tuple[str, bytes] | None:
-        return None if self.donor is None else _raw(self.inputs[self.donor])
-
-    @cached_property
-    def _donor_tokens(self) -> Vocabulary | None:
-        if self.donor is None or self._of_donor is None:
-            return None
-        return _parsed(*self._of_donor, self.inputs[self.donor].reference)
+        return self.tokenizers.of(source), self.tokenizers.of(self.inputs[self.donor])
 
     def _refuse_task_vectors(self, source: ResolvedInput) -> None:
         vectors = [name for name, other in self.inputs.items() if other.is_task_vector]
@@ -152,47 +232,6 @@ def adapter_tokenizer(source: ResolvedInput, items: Iterable[WorkItem]) -> tuple
             note = f"{rows}; the tokenizer that lies beside {adapter.label} goes along"
             return dict.fromkeys(files, f"{source.name}#{number}"), [note]
     return {}, [f"{rows}; no tokenizer lies beside the adapter, so the model's own goes along, without the new tokens"]
-
-
-def _raw(source: ResolvedInput) -> tuple[str, bytes] | None:
-    """The file that lists a model's tokens, and its bytes."""
-    directory = source.checkpoint.directory
-    if directory is not None:
-        found = next((name for name in _FILES if name in source.checkpoint.side_files), None)
-        if found is None:
-            return None
-        return found, read_small_file(directory / found, folder=directory, limit=LARGEST_SIDE_FILE)
-    if source.repo is None:
-        return None
-    remote = next((name for name in _FILES if name in source.repo.files), None)
-    if remote is None:
-        return None
-    from mergekit_px.hub.files import read_small
-
-    return remote, read_small(source.repo, remote)
-
-
-def _parsed(file: str, raw: bytes, where: str) -> Vocabulary:
-    place = f"{where}/{file}"
-    if file == "vocab.txt":
-        return dict(enumerate(raw.decode("utf-8", "replace").rstrip("\n").split("\n")))
-    content = parse_object(raw, place, strict=False)
-    model = content.get("model") if file == "tokenizer.json" else {"vocab": content}
-    listed = model.get("vocab") if isinstance(model, dict) else None
-    added = content.get("added_tokens") if file == "tokenizer.json" else None
-    try:
-        if isinstance(listed, dict):
-            tokens = {int(place): str(token) for token, place in listed.items()}
-        elif isinstance(listed, list):
-            tokens = {place: str(entry[0]) for place, entry in enumerate(listed)}
-        else:
-            raise ValueError
-        tokens.update((int(entry["id"]), str(entry["content"])) for entry in added or ())
-    except (ValueError, TypeError, KeyError, IndexError):
-        raise MalformedCheckpointError("this is no tokenizer: it lists no tokens with their ids", where=place) from None
-    if not tokens or min(tokens) < 0:
-        raise MalformedCheckpointError("this is no tokenizer: it has no tokens, or ids below 0", where=place)
-    return tokens
 
 
 def _holds(name: str, node: Node, rows: int) -> bool:

@@ -6,12 +6,12 @@ import re
 
 from mergekit_px.errors import RecipeError
 from mergekit_px.located.nearest import hint_for
-from mergekit_px.located.places import Places
+from mergekit_px.located.places import Path, Places
 from mergekit_px.recipe.catalog import MethodCatalog
 from mergekit_px.recipe.check_methods import check_methods
 from mergekit_px.recipe.check_step import check_step
 from mergekit_px.recipe.graph import check_graph, check_reference
-from mergekit_px.recipe.model import Output, Recipe
+from mergekit_px.recipe.model import UNION, Output, Recipe, Tokenizer, TokenRow
 
 HIGHEST_SEED = 2**63 - 1
 
@@ -37,6 +37,8 @@ def check_recipe(recipe: Recipe, places: Places, methods: MethodCatalog | None) 
         check_step(step, ("steps", name), places)
     check_graph(recipe, places)
     _check_output(recipe, recipe.output, places)
+    if recipe.tokenizer is not None:
+        _check_tokenizer(recipe, recipe.tokenizer, places)
     if not 0 <= recipe.seed <= HIGHEST_SEED:
         what = f"'seed' must be a whole number from 0 to {HIGHEST_SEED}, not {recipe.seed}"
         raise RecipeError(what, where=places.value(("seed",)))
@@ -79,13 +81,7 @@ def _check_output(recipe: Recipe, output: Output, places: Places) -> None:
     if output.from_ is not None:
         check_reference(recipe, output.from_, ("output", "from"), places)
     for key in ("config_from", "tokenizer_from"):
-        name = getattr(output, key)
-        if name is None or name in recipe.models:
-            continue
-        where = places.value(("output", key))
-        if name in recipe.steps:
-            raise RecipeError(f"'{name}' is a step, and '{key}' takes a model", where=where)
-        raise RecipeError(f"no model is named '{name[:80]}'", where=where, hint=hint_for(name, recipe.models))
+        _check_model(recipe, getattr(output, key), ("output", key), places)
     if not output.path.strip():
         raise RecipeError("'output.path' is empty", where=places.value(("output", "path")))
     if output.dtype is not None and output.dtype.strip().lower().removeprefix("torch.") not in DTYPES:
@@ -103,3 +99,47 @@ def _check_output(recipe: Recipe, output: Output, places: Places) -> None:
         )
     if output.push is not None and not output.push.repo.strip():
         raise RecipeError("'output.push.repo' is empty", where=places.value(("output", "push", "repo")))
+
+
+def _check_tokenizer(recipe: Recipe, tokenizer: Tokenizer, places: Places) -> None:
+    if tokenizer.from_ != UNION or UNION in recipe.models:
+        _check_model(recipe, tokenizer.from_, ("tokenizer", "from"), places, besides=(UNION,))
+    _check_model(recipe, tokenizer.base, ("tokenizer", "base"), places)
+    if tokenizer.pad_to is not None and tokenizer.pad_to < 1:
+        what = f"'pad_to' must be a whole number from 1 on, not {tokenizer.pad_to}"
+        raise RecipeError(what, where=places.value(("tokenizer", "pad_to")), hint="leave it out to keep the rows")
+    if recipe.output.tokenizer_from is not None:
+        where = places.key(("output", "tokenizer_from"))
+        raise RecipeError("either tokenizer or output.tokenizer_from, not both", where=where)
+    for token, row in tokenizer.tokens.items():
+        path: Path = ("tokenizer", "tokens", token)
+        if not token:
+            raise RecipeError("a token cannot be empty", where=places.key(path))
+        _check_model(recipe, row.model, (*path, "model"), places)
+        _check_token_row(token, row, places.key(path))
+
+
+def _check_token_row(token: str, row: TokenRow, where: str) -> None:
+    if row.kind == "model" and row.model is None:
+        hint = "write {kind: model, model: name}, or another kind: zero, mean, random"
+        raise RecipeError(f"it is not said which model gives the row of '{token[:80]}'", where=where, hint=hint)
+    if row.kind in ("zero", "mean") and row.model is not None:
+        raise RecipeError(f"'{token[:80]}' is of kind {row.kind}, which takes no model", where=where)
+    if (row.token, row.id) != (None, None) and row.kind != "model":
+        raise RecipeError(f"'{token[:80]}' is of kind {row.kind}, which takes no row of another token", where=where)
+    if row.token is not None and row.id is not None:
+        raise RecipeError(f"'{token[:80]}': either token or id, not both", where=where)
+    if row.id is not None and row.id < 0:
+        raise RecipeError(f"'{token[:80]}': ids begin at 0, and {row.id} is given", where=where)
+
+
+def _check_model(recipe: Recipe, name: str | None, path: Path, places: Places, besides: tuple[str, ...] = ()) -> None:
+    if name is None or name in recipe.models:
+        return
+    where = places.value(path)
+    if name in recipe.steps:
+        raise RecipeError(f"'{name}' is a step, and '{path[-1]}' takes a model", where=where)
+    kinds = ("zero", "mean", "random")
+    hint = f"write {{kind: {name}}}" if name in kinds and path[-1] == "model" else None
+    hint = hint or hint_for(name, [*besides, *recipe.models])
+    raise RecipeError(f"no model is named '{name[:80]}'", where=where, hint=hint)

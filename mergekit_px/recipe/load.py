@@ -122,7 +122,7 @@ def _build(
 
 
 def _written_out(root: Node) -> Node:
-    """The tree with its short forms written out: ``merge:`` for a single step, a path for a model."""
+    """The tree with its short forms written out: ``merge:`` for one step, a path for a model, a model for a token."""
     assert isinstance(root.value, dict)
     entries: dict[str, Node | None] = dict(root.value)
     keys = dict(root.keys)
@@ -131,17 +131,23 @@ def _written_out(root: Node) -> Node:
             raise RecipeError("a recipe has either merge or steps", where=str(root.keys["merge"]))
         entries["steps"] = mapping(root.keys["merge"], {"merge": step}, {"merge": root.keys["merge"]})
         keys["steps"] = root.keys["merge"]
-    models = entries.get("models")
-    if models is not None and isinstance(models.value, dict):
-        entries["models"] = mapping(
-            models.place,
-            {
-                name: mapping(entry.place, {"model": entry}) if isinstance(entry.value, str) else entry
-                for name, entry in models.value.items()
-            },
-            models.keys,
-        )
+    entries["models"] = _with_models_written_out(entries.get("models"))
+    tokenizer = entries.get("tokenizer")
+    if tokenizer is not None and isinstance(tokenizer.value, dict):
+        section = {**tokenizer.value, "tokens": _with_models_written_out(tokenizer.value.get("tokens"))}
+        entries["tokenizer"] = mapping(tokenizer.place, section, tokenizer.keys)
     return mapping(root.place, entries, keys)
+
+
+def _with_models_written_out(entries: Node | None) -> Node | None:
+    """Entries of which text alone stands for ``{model: text}``."""
+    if entries is None or not isinstance(entries.value, dict):
+        return entries
+    written: dict[str, Node | None] = {
+        name: mapping(entry.place, {"model": entry}) if isinstance(entry.value, str) else entry
+        for name, entry in entries.value.items()
+    }
+    return mapping(entries.place, written, entries.keys)
 
 
 def _is_mergekit(entries: Mapping[str, Node]) -> bool:

@@ -25,9 +25,13 @@ LayerRange = str | int | list[int]
 MEAN = "mean"
 """As a step's base: the mean of its sources, unless a model or step has that name."""
 
+UNION = "union"
+"""As a tokenizer: that of the base with the tokens that the others have besides, unless a model has that name."""
+
 
 _LAYERS = Wanted("layers: 7, '8-15', [0, 5, 9], '20-' or 'none'")
 _NAME = Wanted("the name of a model or step", text=True)
+_MODEL = Wanted("the name of a model", text=True)
 _PARAMS = Wanted("a mapping from parameters to values")
 _RULES = Wanted("a list of rules")
 _TEXT = Wanted("text", text=True)
@@ -153,6 +157,40 @@ class Step(Part):
         return list(self.sources)
 
 
+class TokenRow(Part):
+    """Where the rows of one token come from, in embedding and head."""
+
+    written: ClassVar[Wanted] = Wanted("the name of a model or {kind: model, zero, mean or random}", text=True)
+
+    kind: Annotated[Literal["model", "zero", "mean", "random"], Wanted("model, zero, mean or random")] = "model"
+    """``model``: a model's row. ``zero``. ``mean``: of the models that have the token, or else of all rows.
+    ``random``: drawn with the mean and the spread of a model's rows."""
+    model: Annotated[str | None, _MODEL] = None
+    """The model whose row, or whose rows' spread, counts."""
+    token: Annotated[str | None, _TEXT] = None
+    """Another token, whose row of that model is taken."""
+    id: Annotated[int | None, Wanted("the number of a row")] = None
+    """The row of that model by its number."""
+    force: Annotated[bool, _YES_OR_NO] = False
+    """Also for the models that have the token themselves."""
+
+
+class Tokenizer(Part):
+    """The tokenizer of the result; every model's rows follow its tokens."""
+
+    from_: Annotated[str, Wanted("union or the name of a model", text=True)] = Field(alias="from")
+    """A model, or ``union``: the tokenizer of the base, with the tokens that the other models have besides."""
+    base: Annotated[str | None, _MODEL] = None
+    """The model that a union begins with, and whose rows stand in where another lacks a token; the base of the
+    output's step if left out. Without one, the mean of the models that have the token stands in."""
+    tokens: Annotated[
+        dict[str, TokenRow], Wanted("a mapping from tokens to models or {kind: model, zero, mean or random}")
+    ] = Field(default_factory=dict)
+    """Tokens whose rows come from elsewhere: a model, or a mapping. Those that no tokenizer has are added."""
+    pad_to: Annotated[int | None, Wanted("a whole number from 1 on")] = None
+    """The number of rows is a multiple of this, with no more rows than that needs; if left out, the model's own."""
+
+
 class Push(Part):
     """Where the result is uploaded once it is complete."""
 
@@ -175,9 +213,9 @@ class Output(Part):
     """Storage dtype of merged floating-point tensors; that of the base or first source if left out."""
     shard_size: Annotated[str | int, Wanted("a size such as 5GB")] = "5GB"
     """Largest size of one file of weights, as 5GB, 512MiB or a number of bytes."""
-    config_from: Annotated[str | None, Wanted("the name of a model", text=True)] = None
+    config_from: Annotated[str | None, _MODEL] = None
     """The model whose config and other side files go with the result; the base or first source if left out."""
-    tokenizer_from: Annotated[str | None, Wanted("the name of a model", text=True)] = None
+    tokenizer_from: Annotated[str | None, _MODEL] = None
     """The model whose tokenizer and chat template go with the result; ``config_from`` if left out."""
     chat_template: Annotated[str | None, Wanted("Jinja text")] = None
     """Jinja text that is written as the chat template, in place of the tokenizer's own."""
@@ -198,6 +236,8 @@ class Recipe(Part):
     """The inputs by name: a path, ``org/name``, ``org/name@revision``, or a mapping with an adapter."""
     steps: Annotated[dict[str, Step], Wanted("a mapping from names to steps")]
     """The graph of merges by name, evaluated tensor by tensor; a single one may be written as ``merge:``."""
+    tokenizer: Annotated[Tokenizer | None, Wanted("a mapping such as {from: union}")] = None
+    """The tokenizer of the result, where it is not simply that of ``output.tokenizer_from``."""
     output: Annotated[Output, Wanted("a mapping that says what is written, and where")] = Field(default_factory=Output)
     """What is written, and where."""
     seed: Annotated[int, Wanted("a whole number from 0 to 9223372036854775807")] = 0

@@ -38,6 +38,14 @@ def recipe_schema(methods: MethodCatalog) -> dict[str, Any]:
     definitions["Weight"] = _WEIGHT
     definitions |= {f"{name}_params": _parameters(facts) for name, facts in methods.methods.items()}
 
+    definitions["Tokenizer"]["properties"]["pad_to"] = {
+        "description": _description(definitions["Tokenizer"], "pad_to"),
+        "type": "integer",
+        "minimum": 1,
+    }
+    definitions["Tokenizer"]["properties"]["tokens"] |= {
+        "additionalProperties": {"anyOf": [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/TokenRow"}]}
+    }
     properties = schema["properties"]
     properties["models"] |= {
         "additionalProperties": {"anyOf": [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/ModelInput"}]},

@@ -17,6 +17,8 @@ _PARTS = (
     model.Rule,
     model.Slice,
     model.SliceSource,
+    model.Tokenizer,
+    model.TokenRow,
     model.Output,
     model.Push,
 )
