@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mergekit_px.errors import MemoryBudgetError
-from mergekit_px.plan.model import Budget, Leaf, Read, WorkItem
+from mergekit_px.plan.model import Leaf, Read, WorkItem
+from mergekit_px.plan.peak import Budget
 
 BLOCK = 1 << 18
 """Elements on which a method computes at a time: 1 MiB of float32, so that its temporaries stay in the cache.

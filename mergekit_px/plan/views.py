@@ -15,8 +15,7 @@ from mergekit_px.checkpoint.open import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.reader import MemoryReader, open_reader
 from mergekit_px.errors import InputError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Decoded, Kind, Node, Read, WorkItem
-from mergekit_px.plan.rows import Rows
+from mergekit_px.plan.model import Decoded, Kind, Node, Read, Rows, WorkItem
 from mergekit_px.storage.recognise import QuantisedTensors, quantised_tensors
 
 _QUANTISATION_KEYS = ("quantization_config", "compression_config")

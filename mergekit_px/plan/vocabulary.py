@@ -12,8 +12,8 @@ import numpy as np
 
 from mergekit_px.errors import PlanError
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Node, WorkItem
-from mergekit_px.plan.rows import Indices, RowMean, RowMixture, Rows, RowTable
+from mergekit_px.plan.model import Node, RowMean, RowMixture, Rows, WorkItem
+from mergekit_px.plan.rows import Indices, RowTable
 from mergekit_px.plan.tied import is_vocabulary, tied_source
 from mergekit_px.plan.tokenizers import Offered, Tokenizers
 from mergekit_px.plan.views import first_rows
@@ -369,16 +369,8 @@ def _gathered(node: Node, index: Indices) -> Node:
 def _mixture(operands: Mapping[str, Node], index: Indices, mixed: Mapping[int, Sequence[Entry]]) -> RowMixture:
     """Rows of the first operand by an index, and mixtures in the places that have them."""
     numbers = {name: number for number, name in enumerate(operands)}
-    counts = (index >= 0).astype(np.int64)
-    for place, entries in mixed.items():
-        counts[place] = len(entries)
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
-    operand = np.zeros(starts[-1], dtype=np.int16)
-    row = np.zeros(starts[-1], dtype=np.int64)
-    weight = np.ones(starts[-1], dtype=np.float32)
-    plain = np.flatnonzero(index >= 0)
-    row[starts[plain]] = index[plain]
-    for place, entries in mixed.items():
-        for number, (name, source_row, factor) in enumerate(entries, int(starts[place])):
-            operand[number], row[number], weight[number] = numbers[name], source_row, factor
-    return RowMixture(tuple(operands.values()), RowTable(starts, operand, row, weight))
+    table = RowTable.of(
+        index,
+        {place: [(numbers[name], row, factor) for name, row, factor in entries] for place, entries in mixed.items()},
+    )
+    return RowMixture(tuple(operands.values()), table)
