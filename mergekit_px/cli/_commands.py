@@ -51,6 +51,7 @@ class Command:
 _TABLE = (
     Command("run", RECIPES, "Carry out a recipe.", "run:run"),
     Command("plan", RECIPES, "Say what a recipe would read, compute and write.", "plan:plan"),
+    Command("average", RECIPES, "Average the checkpoints of one training run.", "average:average"),
     Command("convert", RECIPES, "Translate a mergekit config into a recipe.", "convert:convert"),
     Command("schema", RECIPES, "Print the JSON Schema of recipes.", "schema:schema"),
     Command("add", TASK_VECTORS, "Add task vectors to a model.", "task_vectors:add"),

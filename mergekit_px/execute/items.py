@@ -347,9 +347,8 @@ class _Totals:
 
 
 def accumulation_dtype(item: WorkItem) -> torch.dtype:
-    """float64 where an input is float64, else float32."""
-    wide = any(read.dtype.name == "F64" for read in item.reads)
-    return torch.float64 if wide else torch.float32
+    """float64 where an input is float64 or a method asks for it, else float32."""
+    return torch.float64 if item.wide else torch.float32
 
 
 def as_bytes(buffer: torch.Tensor) -> memoryview:

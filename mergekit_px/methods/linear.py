@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mergekit_px.methods.declare import Params, merge_method
 from mergekit_px.methods.weighting import finite_weights, total_weight
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 class LinearParams(Params):
     normalize: bool = True
     """Divide the weights by their sum."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Of the sum, before its one rounding into the storage type. float64 keeps a sum of hundreds of sources exact to
+    the last digit of float32; it is always used where a source is float64."""
 
 
 @merge_method(space="any", access="elementwise", paper="arXiv:2203.05482", scratch=1.0)

@@ -54,7 +54,7 @@ def _scratch(item: WorkItem) -> float:
 
 
 def _width(item: WorkItem) -> int:
-    return 2 * _ACCUMULATION if any(read.dtype.name == "F64" for read in item.reads) else _ACCUMULATION
+    return 2 * _ACCUMULATION if item.wide else _ACCUMULATION
 
 
 def chunk_bytes(item: WorkItem, chunk: int) -> int:

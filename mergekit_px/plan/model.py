@@ -377,6 +377,12 @@ class WorkItem:
         return sum(node.factor_bytes for node in self.adapted)
 
     @cached_property
+    def wide(self) -> bool:
+        """Whether it is computed in float64: an input is float64, or a method of the expression asks for it."""
+        asked = any(getattr(node.params, "precision", None) == "float64" for node in self.applied)
+        return asked or any(read.dtype.name == "F64" for read in self.reads)
+
+    @cached_property
     def access(self) -> Access:
         """The finest cut that every part of the expression allows."""
         found = {node.method.access for node in self.applied} | {node.access for node in (*self.adapted, *self.views)}

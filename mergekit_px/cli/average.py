@@ -1,0 +1,152 @@
+"""``pxmerge average``: the checkpoints of one training run, by the method ``linear`` in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergekit_px.checkpoint.side_files import TRAINING, side_files
+from mergekit_px.checkpoint.training_run import RunCheckpoint, TrainingRun, check_spacing, training_run
+from mergekit_px.cli._arguments import Several
+from mergekit_px.cli._merge import merge_mapping
+from mergekit_px.cli._naming import model_names
+from mergekit_px.cli._options import RunOptions
+from mergekit_px.cli._output import output_for
+from mergekit_px.errors import InputError, UsageError
+from mergekit_px.recipe.decay import run_weights
+
+Run = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN...", help="The folder of a run's checkpoints, a pattern, or several checkpoints."),
+]
+Last = Annotated[int | None, typer.Option("--last", metavar="N", min=1, help="Only the last N checkpoints.")]
+Every = Annotated[
+    int | None, typer.Option("--every", metavar="N", min=1, help="Only each N-th checkpoint, the last one among them.")
+]
+From = Annotated[int | None, typer.Option("--from", metavar="STEP", min=0, help="None before this step.")]
+To = Annotated[int | None, typer.Option("--to", metavar="STEP", min=0, help="None after this step.")]
+RunWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        metavar="WORD|X...",
+        help="uniform, linear, cosine, 1-sqrt, ema:DECAY; or a number for each checkpoint, oldest first.",
+    ),
+    Several("--weights", "numbers"),
+]
+
+
+def average(
+    run: Run,
+    options: RunOptions,
+    last: Last = None,
+    every: Every = None,
+    from_step: From = None,
+    to_step: To = None,
+    weights: RunWeights = None,
+) -> int:
+    """Average the checkpoints of one training run, in order of step.
+
+    The step of a checkpoint is what its trainer_state.json says, else the number in its name. What is still being
+    written (tmp-*, *.tmp) is skipped. Optimiser and other training files stay out.
+
+    A mean of checkpoints can stand for a decay of the learning rate (WSM, arXiv:2507.17634, section 3): n checkpoints
+    of a constant rate, weighted by c_j = f(j/n) - f((j+1)/n), oldest first, act as if the rate had decayed by f over
+    them.
+
+    \b
+      uniform    c_j = 1/n
+      linear     f(t) = 1 - t, which is the uniform mean
+      cosine     f(t) = (1 + cos(pi t)) / 2
+      1-sqrt     f(t) = 1 - sqrt(t)
+      ema:d      x = d x + (1 - d) x_j from the oldest on
+
+    Numbers are divided by their sum. Sums are float64 and rounded once.
+
+    \b
+    Examples:
+      pxmerge average ./run --last 5
+      pxmerge average './run/checkpoint-*' --from 1000 --to 5000 --weights 1-sqrt
+      pxmerge average ./run/checkpoint-400 ./run/checkpoint-500 --weights 0.3 0.7 -o ./averaged
+    """
+    found = training_run(run)
+    chosen = _chosen(found, run, last, every, from_step, to_step)
+    numbers = run_weights(weights or ["uniform"], len(chosen))
+    output = output_for(json=options.json, quiet=options.quiet)
+    for note in found.notes:
+        output.note(f"note: {note}")
+    output.note(f"note: {_span(chosen)}{_left_out(chosen[-1])}")
+    return merge_mapping(average_recipe(chosen, numbers), options)
+
+
+def average_recipe(checkpoints: Sequence[RunCheckpoint], weights: Sequence[float]) -> dict[str, Any]:
+    """The recipe of a weighted mean, oldest first. The newest gives config, tokenizer and storage types."""
+    references = [checkpoint.reference for checkpoint in checkpoints]
+    names = model_names(references)
+    return {
+        "pxmerge": 1,
+        "models": dict(zip(names, references, strict=True)),
+        "merge": {
+            "method": "linear",
+            "sources": dict(zip(names, weights, strict=True)),
+            "params": {"precision": "float64"},
+        },
+        "output": {"config_from": names[-1]},
+    }
+
+
+def _chosen(
+    found: TrainingRun,
+    run: Sequence[str],
+    last: int | None,
+    every: int | None,
+    from_step: int | None,
+    to_step: int | None,
+) -> tuple[RunCheckpoint, ...]:
+    """The checkpoints that the options leave, in order of step. Raises ``InputError``, ``UsageError``."""
+    chosen = found.checkpoints
+    where = run[0] if len(run) == 1 else f"{run[0]}, ..."
+    if from_step is not None or to_step is not None:
+        if not found.steps:
+            raise UsageError("--from and --to need steps, and no checkpoint tells its own", where=where)
+        if from_step is not None and to_step is not None and from_step > to_step:
+            raise UsageError(f"--from {from_step} is after --to {to_step}")
+        first, final = found.steps[0], found.steps[-1]
+        least, most = from_step or 0, to_step if to_step is not None else final
+        chosen = tuple(each for each in chosen if each.step is not None and least <= each.step <= most)
+        if not chosen:
+            raise InputError(
+                f"no checkpoint is of a step from {least} to {most}; they go from {first} to {final}",
+                where=where,
+            )
+    if last is not None:
+        if last > len(chosen):
+            raise InputError(f"--last {last} of {len(chosen)} checkpoints", where=where, hint="ask for fewer")
+        chosen = chosen[-last:] if every is None else chosen
+    if every is not None:
+        chosen = chosen[::-1][::every][::-1]
+        if last is not None:
+            if last > len(chosen):
+                raise InputError(f"--every {every} leaves {len(chosen)} checkpoints, and --last {last} asks for more")
+            chosen = chosen[-last:]
+    if len(run) == 1 and every is None:
+        check_spacing([each.step for each in chosen if each.step is not None], where)
+    return chosen
+
+
+def _span(chosen: Sequence[RunCheckpoint]) -> str:
+    count = f"{len(chosen)} checkpoint{'' if len(chosen) == 1 else 's'}"
+    if chosen[0].step is None:
+        return f"the mean of {count}"
+    if len(chosen) == 1:
+        return f"one checkpoint, of step {chosen[0].step}"
+    return f"the mean of {count}, from step {chosen[0].step} to step {chosen[-1].step}"
+
+
+def _left_out(checkpoint: RunCheckpoint) -> str:
+    folder = Path(checkpoint.reference).expanduser()
+    names = [name for name, why in side_files(folder).left_behind.items() if why == TRAINING] if folder.is_dir() else []
+    return f"; optimiser and other training files stay out ({', '.join(names)})" if names else ""

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, Weights]:
+    """The checkpoints 100, 200, ... 600 of one run, as a trainer leaves them, by step."""
+    monkeypatch.chdir(tmp_path)
+    saved = {}
+    base = tiny_llama_tensors(layers=1, dtype=torch.bfloat16)
+    for step in range(100, 700, 100):
+        saved[step] = fine_tune(base, seed=step, size=0.01)
+        folder = Path(f"run/checkpoint-{step}")
+        write_checkpoint(folder, saved[step], config=tiny_llama_config(layers=1))
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        (folder / "optimizer.pt").write_bytes(b"state")
+    Path("run/tmp-checkpoint-700").mkdir()
+    return saved
+
+
+def expect(folder: str, saved: dict[int, Weights], **weights: float) -> None:
+    """The folder holds exactly the mean with these weights (``s100=1``), made in float64 and rounded once."""
+    found = load_file(Path(folder) / "model.safetensors")
+    total = sum(weights.values())
+    for name, value in found.items():
+        wanted = sum(weight * saved[int(key[1:])][name].double() for key, weight in weights.items()) / total
+        assert torch.equal(value, wanted.to(value.dtype)), name
+
+
+def test_all_checkpoints_of_a_folder(run, training) -> None:
+    outcome = run("average", "run", "-o", "out")
+    assert outcome.code == 0, outcome.stderr
+    expect("out", training, s100=1, s200=1, s300=1, s400=1, s500=1, s600=1)
+    assert "from step 100 to step 600" in outcome.stderr and "optimizer.pt" in outcome.stderr
+    assert "run/tmp-checkpoint-700 is skipped" in outcome.stderr
+    assert not Path("out/optimizer.pt").exists() and not Path("out/trainer_state.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "weights"),
+    [
+        ("run --last 2", {"s500": 1, "s600": 1}),
+        ("run --every 2", {"s200": 1, "s400": 1, "s600": 1}),
+        ("run --every 2 --last 2", {"s400": 1, "s600": 1}),
+        ("run --from 200 --to 300", {"s200": 1, "s300": 1}),
+        ("run/checkpoint-[12]00 --weights 1 3", {"s100": 1, "s200": 3}),
+        ("run/checkpoint-600 run/checkpoint-100 --weights 0.25 0.75", {"s100": 0.25, "s600": 0.75}),
+        ("run --last 4 --weights linear", {"s300": 1, "s400": 1, "s500": 1, "s600": 1}),
+        ("run --last 3 --weights ema:0.5", {"s400": 0.25, "s500": 0.25, "s600": 0.5}),
+    ],
+)
+def test_choices(run, training, words: str, weights: dict[str, float]) -> None:
+    outcome = run("average", *words.split(), "-o", "out")
+    assert outcome.code == 0, outcome.stderr
+    expect("out", training, **weights)
+
+
+def test_the_recipe_and_the_card_say_the_weights_as_numbers(run, training) -> None:
+    assert run("average", "run", "--last", 2, "--weights", "1-sqrt", "-o", "out").code == 0
+    recipe = yaml.safe_load(Path("out/pxmerge.yaml").read_text())
+    assert list(recipe["merge"]["sources"].values()) == pytest.approx([0.5**0.5, 1 - 0.5**0.5])
+    assert "0.7071" in Path("out/README.md").read_text()
+
+
+def test_many_float32_checkpoints_are_summed_without_drift(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    saved = [{"w": 1 + torch.rand(64, generator=generator)} for _ in range(40)]
+    for step, weights in enumerate(saved):
+        write_checkpoint(Path(f"run/step-{step}"), weights, config={})
+    assert run("average", "run", "-o", "out").code == 0
+    mean = torch.stack([weights["w"].double() for weights in saved]).mean(dim=0)
+    assert torch.equal(load_file("out/model.safetensors")["w"], mean.float())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("nowhere", 3, "no such file"),
+        ("run --last 9", 3, "--last 9 of 6"),
+        ("run --from 900", 3, "they go from 100 to 600"),
+        ("run --from 300 --to 200", 2, "is after"),
+        ("run --weights 1 2", 2, "2 values for 6 checkpoints"),
+        ("run --weights sqrt", 2, "neither a number nor one of"),
+        ("run --last 0", 2, "--last"),
+    ],
+)
+def test_mistakes(run, training, words: str, code: int, message: str) -> None:
+    outcome = run("average", *words.split(), "-o", "out")
+    assert (outcome.code, outcome.stdout) == (code, "")
+    assert message in outcome.stderr and outcome.stderr.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_a_step_that_is_missing_is_named(run, training) -> None:
+    Path("run/checkpoint-300").rename("elsewhere")
+    outcome = run("average", "run", "-o", "out")
+    assert outcome.code == 3 and "step 300 is missing" in outcome.stderr
+    assert run("average", "run", "--last", 3, "-o", "out").code == 0
+
+
+def test_checkpoints_of_different_shapes_are_refused(run, training) -> None:
+    weights = dict(training[600], **{"model.norm.weight": torch.zeros(9)})
+    save_file(weights, "run/checkpoint-600/model.safetensors")
+    outcome = run("average", "run", "-o", "out")
+    assert outcome.code == 4 and "and [9] in 'checkpoint-600'" in outcome.stderr
+    assert not Path("out").exists()
+
+
+def test_a_checkpoint_that_is_cut_short_is_refused(run, training) -> None:
+    file = Path("run/checkpoint-600/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+    outcome = run("average", "run", "-o", "out")
+    assert outcome.code == 3 and "checkpoint-600" in outcome.stderr and not Path("out").exists()
