@@ -30,6 +30,7 @@ from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Apply, Plan, WorkItem
+from mergekit_px.plan.sources import equal_sources
 from mergekit_px.plan.texts import config_text, recipe_text
 
 
@@ -78,6 +79,8 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
             execute(plan, readers, writer, reporter.advance)
         reporter.phase("publishing")
         published = writer.publish(side_files)
+        read = hashes.result()
+        equal = equal_sources(plan.loaded.recipe, plan.inputs, lambda label, _, file: read.get((label, file.name)))
     seconds = time.perf_counter() - started
     reporter.phase("done")
     bound = _bound(plan) if measure_bound else None
@@ -90,7 +93,7 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
         bound_seconds=bound,
         peak_memory=peak_memory(),
         notes=plan.notes,
-        warnings=warnings.lines(),
+        warnings=(*warnings.lines(), *(line for line in equal if line not in plan.notes)),
     )
 
 

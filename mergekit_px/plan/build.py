@@ -26,6 +26,7 @@ from mergekit_px.plan.headers import describing_metadata
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, WorkItem
 from mergekit_px.plan.options import PlanOptions
+from mergekit_px.plan.sources import copied_values, equal_sources, known_content, overshoot
 from mergekit_px.plan.texts import config_text, recipe_text
 from mergekit_px.plan.tokenizers import Vocabularies
 from mergekit_px.plan.views import refuse_quantised_by_config
@@ -93,6 +94,10 @@ def build_plan(
     notes.extend(note for source in resolved.values() for note in source.notes)
     refuse_quantised_by_config(items, resolved)
     used = _used_inputs(items)
+    taking_part = {name: resolved[name] for name in used}
+    notes.extend(equal_sources(recipe, taking_part, known_content(taking_part)))
+    notes.extend(overshoot(items))
+    notes.extend(copied_values(expressions.uncomputed, resolved))
     notes.extend(disagreements(resolved, used, strict=options.strict))
     check_base_fingerprints(items, resolved, options)
     headers = describing_metadata(

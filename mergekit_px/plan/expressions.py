@@ -59,6 +59,8 @@ class Expressions:
     tied: dict[str, dict[str, str]] = field(default_factory=dict)
     """Step -> the copies that it leaves out, each with the tensor that it is a copy of."""
     artefacts: Artefacts = field(init=False)
+    uncomputed: dict[str, Sequence[Node]] = field(default_factory=dict)
+    """Tensors that are copied because they are no real numbers -> what each model has, the one that is copied first."""
     companions: set[str] = field(default_factory=set)
     """Inputs that hold statistics of others."""
     _namespaces: dict[tuple[str, str | None], Namespace] = field(default_factory=dict)
@@ -312,10 +314,11 @@ class Expressions:
 
     def _uncomputed(self, step: str, slot: Slot, base: Node | None, operands: Sequence[Node | None]) -> Node:
         """Integer, boolean and packed tensors are not averaged: the base's is kept, else the first source's."""
-        for candidate in (base, *operands):
-            if candidate is not None:
-                return candidate
-        raise PlanError(f"step '{step}': no input has '{slot.name}'")
+        candidates = [node for node in (base, *operands) if node is not None]
+        if not candidates:
+            raise PlanError(f"step '{step}': no input has '{slot.name}'")
+        self.uncomputed[slot.name] = candidates
+        return candidates[0]
 
     def _present(
         self,

@@ -13,7 +13,7 @@ import yaml
 
 from mergekit_px.adapters.binder import BindOptions
 from mergekit_px.checkpoint.open import Checkpoint, component_folder, open_checkpoint
-from mergekit_px.checkpoint.selection import ADAPTER_FILE, select_weights
+from mergekit_px.checkpoint.selection import ADAPTER_FILE, Selection, select_weights
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
 from mergekit_px.hub.reference import parse_reference
@@ -126,7 +126,9 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         if not listed and is_adapter_file(checkpoint.tensors):
             return _adapter_input(name, request.model, allow_pickle, where, options)
         notes = (_both_note(name, request.model),) if _declares_adapter(request.model) and not path.is_file() else ()
-        return ResolvedInput(name, request.model, checkpoint, adapters=adapters, bind_options=options, notes=notes)
+        return ResolvedInput(
+            name, request.model, checkpoint, adapters=adapters, bind_options=options, notes=tuple(notes)
+        )
     from mergekit_px.hub.resolve import remote_checkpoint, resolve
 
     repo = resolve(hub_reference)
@@ -144,8 +146,22 @@ def _of_component(request: ModelInput) -> tuple[ModelInput, bool]:
 
 def _adapter_input(name: str, reference: str, allow_pickle: bool, where: str, options: BindOptions) -> ResolvedInput:
     adapter = _open_adapter(name, reference, allow_pickle, where)
+    path = Path(reference).expanduser()
+    beside = _model_beside(path) if parse_reference(reference) is None and path.is_dir() else None
+    notes = []
+    if beside is not None and beside.pickled and not allow_pickle:
+        notes.append(
+            f"'{name}' holds an adapter and the PyTorch pickle {beside.index or beside.names[0]}: the adapter is"
+            " taken, and with --allow-pickle the model would be"
+        )
     return ResolvedInput(
-        name, reference, adapter.checkpoint, adapters=(adapter,), adapter_only=True, bind_options=options
+        name,
+        reference,
+        adapter.checkpoint,
+        adapters=(adapter,),
+        adapter_only=True,
+        bind_options=options,
+        notes=tuple(notes),
     )
 
 
@@ -161,8 +177,13 @@ def _is_adapter(reference: str, allow_pickle: bool) -> bool:
         return (path.parent / "adapter_config.json").is_file()
     if not _declares_adapter(reference):
         return False
-    chosen = select_weights(entry.name for entry in path.iterdir() if entry.name.startswith(_MODEL_FILES))
+    chosen = _model_beside(path)
     return chosen is None or (chosen.pickled and not allow_pickle)
+
+
+def _model_beside(folder: Path) -> Selection | None:
+    """The weights of a full model in the folder of an adapter."""
+    return select_weights(entry.name for entry in folder.iterdir() if entry.name.startswith(_MODEL_FILES))
 
 
 def _both_note(name: str, reference: str) -> str:
