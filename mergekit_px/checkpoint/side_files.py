@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from mergekit_px.checkpoint.file_kind import LFS_POINTER, file_kind
+from mergekit_px.small_files import leads_out
 
 LARGEST_SIDE_FILE = 200_000_000
 """Bytes. The largest tokenizers have a tenth; what is larger is data or weights under another name."""
@@ -148,8 +149,6 @@ def side_files(directory: Path, weights: Collection[str] = (), parts: Collection
     Links are followed within the folder and into the cache of the Hub, nowhere else: what a stranger's folder
     points at is not the stranger's. Of a folder with very many files only those directly in it are looked at.
     """
-    home = directory.resolve()
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     sizes: dict[str, int] = {}
     refused: dict[str, str] = {}
     for name in _walk(directory):
@@ -159,7 +158,7 @@ def side_files(directory: Path, weights: Collection[str] = (), parts: Collection
         path = directory / name
         try:
             target = path.resolve(strict=True)
-            if name not in weights and not any(place in target.parents for place in allowed):
+            if name not in weights and leads_out(path, directory):
                 refused[name] = "a link that leaves the folder"
                 continue
             if not target.is_file():

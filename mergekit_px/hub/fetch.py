@@ -13,7 +13,7 @@ from mergekit_px.checkpoint.destination import output_state
 from mergekit_px.checkpoint.publish import new_folder
 from mergekit_px.errors import DiskSpaceError, OutputError
 from mergekit_px.hub.client import cache_folder, is_offline, quiet_client
-from mergekit_px.hub.files import WeightFiles, download, small_files, weight_files
+from mergekit_px.hub.files import download, needed_files
 from mergekit_px.hub.reference import parse_repository
 from mergekit_px.hub.repository import ResolvedRepo
 from mergekit_px.hub.resolve import resolve
@@ -31,7 +31,7 @@ def fetch(
     progress: Progress | None = None,
     verify_cached: bool = True,
 ) -> Path:
-    """The snapshot folder of the commit, holding the weights, the index, the config and the side files.
+    """The snapshot folder of the commit, or that in it which is meant, with weights, index, config and side files.
 
     Files that the cache holds are not asked for again. What breaks off inside a file is taken up again while
     this runs; after a restart, finished files count and an unfinished one starts over. Weights come after
@@ -46,14 +46,13 @@ def fetch(
         DiskSpaceError: the cache has no room for what is missing.
     """
     folder = _snapshot(resolved)
-    weights = weight_files(resolved, allow_pickle=allow_pickle)
-    described = _described(resolved, weights)
-    names = (*described, *weights.names)
+    needed = needed_files(resolved, allow_pickle=allow_pickle)
+    names = (*needed.described, *needed.weights)
     if not is_offline():
         _check_room(resolved, folder, names)
     meter = _Meter(sum(resolved.files[name].size for name in names), progress)
     with quiet_client():
-        for group in (described, weights.names):
+        for group in (needed.described, needed.weights):
             _download_all(resolved, group, meter, verify_cached=verify_cached)
     if not is_offline():
         _remember(resolved)
@@ -84,8 +83,8 @@ def pull(
     folder = fetch(resolved, allow_pickle=allow_pickle, progress=progress)
     if local_dir is None:
         return folder
-    weights = weight_files(resolved, allow_pickle=allow_pickle)
-    return _copy(folder, local_dir, (*_described(resolved, weights), *weights.names))
+    needed = needed_files(resolved, allow_pickle=allow_pickle)
+    return _copy(folder, local_dir, (*needed.described, *needed.weights))
 
 
 class _Meter:
@@ -135,13 +134,8 @@ def _download_one(resolved: ResolvedRepo, name: str, meter: _Meter, verify_cache
     report(resolved.files[name].size - counted)
 
 
-def _described(resolved: ResolvedRepo, weights: WeightFiles) -> tuple[str, ...]:
-    index = () if weights.index_name is None else (weights.index_name,)
-    return (*small_files(resolved), *index)
-
-
 def _snapshot(resolved: ResolvedRepo) -> Path:
-    return cache_folder(resolved.repo) / "snapshots" / resolved.commit
+    return cache_folder(resolved.repo) / "snapshots" / resolved.commit / resolved.folder
 
 
 def _check_room(resolved: ResolvedRepo, folder: Path, names: tuple[str, ...]) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mergekit_px.checkpoint.contents import CONFIG_FILE
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, parse_index
+from mergekit_px.checkpoint.json_text import parse_json
 from mergekit_px.checkpoint.open import check_numbers
+from mergekit_px.checkpoint.parts import part_folders
 from mergekit_px.checkpoint.selection import select_weights
 from mergekit_px.checkpoint.side_files import SideFiles, sort_files
 from mergekit_px.errors import HubError, InputError, InputNotFoundError
@@ -38,8 +41,16 @@ class WeightFiles:
     index: bytes | None = None
 
 
+@dataclass(frozen=True)
+class NeededFiles:
+    """``weights``, and what describes them or travels with them: ``described``."""
+
+    described: tuple[str, ...]
+    weights: tuple[str, ...]
+
+
 def weight_files(resolved: ResolvedRepo, *, allow_pickle: bool = False) -> WeightFiles:
-    """The weights of a repository; reads the index, if there is one.
+    """The weights directly in a repository, or in the folder of it that is meant; reads the index, if there is one.
 
     Raises:
         InputError: no weights, only pickles that are not allowed, or weights that could mean two things.
@@ -69,18 +80,45 @@ def weight_files(resolved: ResolvedRepo, *, allow_pickle: bool = False) -> Weigh
     return indexed
 
 
-def side_files(resolved: ResolvedRepo, weights: Collection[str]) -> SideFiles:
+def parts_of(resolved: ResolvedRepo) -> tuple[str, ...]:
+    """The folders of a model in several, ``("",)`` for a plain one. Reads its list of them, if it has one.
+
+    Raises:
+        InputError: the list cannot be read, or names what is not there.
+        HubError: the list cannot be had.
+    """
+
+    def read(name: str) -> Any:
+        return parse_json(read_small(resolved, name), f"{resolved}/{name}", strict=False)
+
+    return part_folders(resolved.files, read, str(resolved)) or ("",)
+
+
+def needed_files(resolved: ResolvedRepo, *, allow_pickle: bool = False) -> NeededFiles:
+    """What a merge reads of a repository, all its parts included. Raises as ``weight_files`` and ``parts_of`` do."""
+    parts = parts_of(resolved)
+    weights: list[str] = []
+    described = list(small_files(resolved, parts))
+    for folder in parts:
+        found = weight_files(resolved.within(folder), allow_pickle=allow_pickle)
+        start = f"{folder}/" if folder else ""
+        weights += [start + name for name in found.names]
+        described += [start + found.index_name] if found.index_name is not None else []
+    return NeededFiles(tuple(described), tuple(weights))
+
+
+def side_files(resolved: ResolvedRepo, weights: Collection[str], parts: Collection[str] = ()) -> SideFiles:
     """Which files of a repository travel with the weights, and which stay behind."""
-    return sort_files({name: file.size for name, file in resolved.files.items()}, weights)
+    return sort_files({name: file.size for name, file in resolved.files.items()}, weights, parts)
 
 
-def small_files(resolved: ResolvedRepo) -> tuple[str, ...]:
+def small_files(resolved: ResolvedRepo, parts: Collection[str] = ()) -> tuple[str, ...]:
     """Everything beside weights and index that describes the model or travels with it, sorted.
 
     The model card is among them: it tells licence and base models when the Hub is out of reach.
     """
     described = {name for name in resolved.files if name in _DESCRIPTIONS}
-    return tuple(sorted(described.union(side_files(resolved, ()).carried)))
+    return tuple(sorted(described.union(side_files(resolved, (), parts).carried)))
 
 
 def read_small(resolved: ResolvedRepo, name: str) -> bytes:
@@ -131,14 +169,14 @@ def not_as_listed(name: str, where: str) -> HubError:
 def _is_cached(resolved: ResolvedRepo, name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(resolved.repo, name, revision=resolved.commit), str)
+    return isinstance(try_to_load_from_cache(resolved.repo, resolved.path(name), revision=resolved.commit), str)
 
 
 def _download(resolved: ResolvedRepo, name: str, report: Callable[[int], None], *, again: bool) -> Path:
     with hub_errors(resolved.repo, resolved.revision, f"downloading {name}"):
         path = hub_api().hf_hub_download(
             resolved.repo,
-            name,
+            resolved.path(name),
             revision=resolved.commit,
             etag_timeout=answer_timeout(),
             force_download=again,

@@ -53,7 +53,7 @@ def _request_range(resolved: ResolvedRepo, name: str, start: int, length: int) -
 
     headers = build_hf_headers(library_name=LIBRARY, library_version=__version__)
     headers |= {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
-    address = hf_hub_url(resolved.repo, name, revision=resolved.commit)
+    address = hf_hub_url(resolved.repo, resolved.path(name), revision=resolved.commit)
     with get_session().stream("GET", address, headers=headers, timeout=answer_timeout()) as response:
         hf_raise_for_status(response)
         skip = 0 if response.status_code == 206 else start
@@ -75,7 +75,7 @@ def _request_range(resolved: ResolvedRepo, name: str, start: int, length: int) -
 def _cached(resolved: ResolvedRepo, name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(resolved.repo, name, revision=resolved.commit)
+    found = try_to_load_from_cache(resolved.repo, resolved.path(name), revision=resolved.commit)
     if not isinstance(found, str) or Path(found).stat().st_size != resolved.files[name].size:
         return None
     return Path(found)

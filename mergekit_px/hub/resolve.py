@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.index import is_inside
 from mergekit_px.checkpoint.json_text import parse_object, shown
+from mergekit_px.checkpoint.parts import joined
+from mergekit_px.checkpoint.side_files import SideFiles
 from mergekit_px.errors import HubError, InputError
 from mergekit_px.hub.client import answer_timeout, cache_folder, hub_api, is_offline, patiently
 from mergekit_px.hub.errors import hub_errors
-from mergekit_px.hub.files import read_small, side_files, weight_files
+from mergekit_px.hub.files import parts_of, read_small, side_files, weight_files
 from mergekit_px.hub.ranges import read_remote_header
 from mergekit_px.hub.reference import HubReference
 from mergekit_px.hub.repository import RemoteFile, ResolvedRepo
@@ -52,6 +55,16 @@ def remote_checkpoint(resolved: ResolvedRepo) -> Checkpoint:
         HubError: something cannot be had.
         InputError: no weights in safetensors, or `MalformedCheckpointError`.
     """
+    folders = parts_of(resolved)
+    if folders == ("",):
+        return _plain_checkpoint(resolved)
+    parts = {folder: _plain_checkpoint(resolved.within(folder)) for folder in folders}
+    whole = joined(str(resolved), None, parts, SideFiles())
+    beside = side_files(resolved, whole.files, folders)
+    return replace(whole, side_files=beside.carried, left_behind=beside.left_behind)
+
+
+def _plain_checkpoint(resolved: ResolvedRepo) -> Checkpoint:
     from mergekit_px.checkpoint.open import checkpoint_from_headers
 
     weights = weight_files(resolved)

@@ -103,7 +103,9 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         if len(listed) != 1:
             raise RecipeError(f"input '{name}' needs a model, or exactly one adapter", where=where)
         return _adapter_input(name, listed[0], allow_pickle, where, options)
-    if not listed and replace(options, component=None if component else options.component) != BindOptions():
+    hub_reference = parse_reference(request.model)
+    about_adapters = options if hub_reference is None and not component else replace(options, component=None)
+    if not listed and about_adapters != BindOptions():
         given = next(choice.name for choice in fields(options) if getattr(options, choice.name) != choice.default)
         raise RecipeError(
             f"'{given}' is about adapters, and input '{name}' has none", where=where, hint="name one with 'adapter'"
@@ -115,7 +117,6 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
             hint="give the base model, and this among its adapters",
         )
     adapters = tuple(_open_adapter(name, reference, allow_pickle, where) for reference in listed)
-    hub_reference = parse_reference(request.model)
     if hub_reference is None:
         path = Path(request.model).expanduser()
         if not path.exists():
@@ -126,12 +127,15 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         if not listed and is_adapter_file(checkpoint.tensors):
             return _adapter_input(name, request.model, allow_pickle, where, options)
         notes = (_both_note(name, request.model),) if _declares_adapter(request.model) and not path.is_file() else ()
-        return ResolvedInput(
-            name, request.model, checkpoint, adapters=adapters, bind_options=options, notes=tuple(notes)
-        )
+        return ResolvedInput(name, request.model, checkpoint, adapters=adapters, bind_options=options, notes=notes)
     from mergekit_px.hub.resolve import remote_checkpoint, resolve
 
     repo = resolve(hub_reference)
+    if request.component is not None:
+        part = repo.within(request.component)
+        if not part.files and not listed:
+            raise InputNotFoundError(f"input '{name}': no component {request.component} is there", where=str(repo))
+        repo = part if part.files else repo
     checkpoint = remote_checkpoint(repo)
     return ResolvedInput(name, request.model, checkpoint, repo, adapters=adapters, bind_options=options)
 
