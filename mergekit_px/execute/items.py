@@ -242,7 +242,7 @@ class Execution:
 
     def _block(self, item: WorkItem, raw: Mapping[int, Any], origin: int, begin: int, end: int) -> Block:
         dtype = accumulation_dtype(item)
-        row = row_length(item) if any(node.method.access == "rows" for node in item.applied) else None
+        row = row_length(item) if any(node.access == "rows" for node in item.applied) else None
 
         def load(read: Leaf) -> torch.Tensor:
             value: torch.Tensor = raw[id(read)][begin - origin : end - origin].to(dtype)
@@ -380,13 +380,19 @@ def _driven(node: Apply, elements: int, total_of: Callable[[Sweep], torch.Tensor
 def _whole_statistics(item: WorkItem, node: Apply, block: WholeTensor) -> Any:
     """Statistics inside an expression that is evaluated whole, over the same blocks as elsewhere."""
     operands = block.operands(node)
-    tensors = [tensor.reshape(-1) for tensor in operands.tensors]
+    row = row_length(item) if node.access == "rows" else 1
+    shape = (-1, row) if node.access == "rows" else (-1,)
+    tensors = [tensor.reshape(shape) for tensor in operands.tensors]
+    base = None if operands.base is None else operands.base.reshape(shape)
+    step = max(1, BLOCK // row)
 
     def total(sweep: Sweep) -> torch.Tensor:
         sums = _Totals()
-        for begin in range(0, item.elements, BLOCK):
-            pieces = [tensor[begin : begin + BLOCK] for tensor in tensors]
-            sums.add((0, begin), sweep(replace(operands, tensors=pieces)))
+        for begin in range(0, item.elements // row, step):
+            part = slice(begin, begin + step)
+            pieces = [tensor[part] for tensor in tensors]
+            based = None if base is None else base[part]
+            sums.add((0, begin), sweep(replace(operands, tensors=pieces, base=based)))
         return sums.total()
 
     return _driven(node, item.elements, total)

@@ -158,6 +158,7 @@ class Method:
     params: type[Params]
     space: Space
     access: Access
+    """What it needs with default parameters; see :meth:`access_with`."""
     sources: tuple[int, int | None]
     paper: str | None
     default_weight: float
@@ -168,6 +169,7 @@ class Method:
     scratch: float
     presets: Mapping[str, Mapping[str, Any]]
     origin: str
+    coarser: Callable[[Any], Access | None]
     arguments: frozenset[str] = field(default=frozenset())
     companions: Companions | None = None
     centred: bool = False
@@ -198,6 +200,10 @@ class Method:
             "shape": operands.shape,
         }
         return self.function(**{name: available[name] for name in self.arguments})
+
+    def access_with(self, params: Any) -> Access:
+        """How finely a tensor may be cut, given the parameters."""
+        return self.coarser(params) or self.access
 
     def per_source_fields(self) -> frozenset[str]:
         return frozenset(
@@ -235,6 +241,7 @@ def merge_method(
     default_weight: float = 1.0,
     statistics: Statistics | None = None,
     scope: Callable[[Any], Literal["tensor", "model"]] | None = None,
+    coarser: Callable[[Any], Access | None] | None = None,
     random: bool = False,
     scratch: float = 2.0,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
@@ -252,8 +259,9 @@ def merge_method(
         paper: where it comes from, as ``arXiv:2306.01708``.
         sources: least and most number of sources (base not counted); None for no limit.
         default_weight: a source's weight where the recipe gives none.
-        statistics: generator of sweeps; required by ``two_pass``.
+        statistics: generator of sweeps; required by ``two_pass``, and for ``rows`` where they depend on other rows.
         scope: whether the statistics of given parameters are of one ``tensor`` or of the whole ``model``.
+        coarser: what it needs instead of ``access`` with given parameters; None where that will do.
         random: whether it draws random numbers.
         scratch: temporary memory, in tensors of the block's size in the accumulation dtype.
         presets: parameter values of other implementations' variants, by their names, for ``like:``.
@@ -277,8 +285,8 @@ def merge_method(
             raise ValueError(f"{method_name}: unknown arguments {sorted(unknown)}; known are {sorted(_ARGUMENTS)}")
         if ("deltas" in arguments) != (space == "deltas"):
             raise ValueError(f"{method_name}: methods on deltas, and only they, take `deltas`")
-        if (access == "two_pass") != (statistics is not None):
-            raise ValueError(f"{method_name}: two_pass methods, and only they, have a statistics generator")
+        if access not in (("two_pass", "rows") if statistics else ("elementwise", "rows", "tensor")):
+            raise ValueError(f"{method_name}: two_pass methods have a statistics generator; of others only rows may")
         if random != ("random" in arguments):
             raise ValueError(f"{method_name}: random methods, and only they, take `random`")
         if not inspect.getdoc(function):
@@ -302,6 +310,7 @@ def merge_method(
             random=random,
             scratch=scratch,
             presets=presets or {},
+            coarser=coarser or (lambda _: None),
             origin=function.__module__,
             arguments=arguments,
             companions=companions,

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from mergekit_px.methods.consensus import ConsensusParams, merge_by_consensus
-from mergekit_px.methods.declare import Params, RandomStream, merge_method
-from mergekit_px.methods.pruning import SharePerSource, per_source
+from mergekit_px.methods.consensus import MERGEKIT, ConsensusParams, merge_by_consensus
+from mergekit_px.methods.declare import Extent, Operands, Params, PerSource, RandomStream, Sweep, merge_method
+from mergekit_px.methods.pruning import SharePerSource, l1_factors, per_source
 from mergekit_px.methods.weighting import finite_weights, total_weight
 
 if TYPE_CHECKING:
     import torch
 
+Rescale = Literal["probability", "l1", "none"]
 Window = Annotated[float, Field(ge=0, le=0.5)]
+WindowPerSource = Annotated[Window | tuple[Window, ...], PerSource()]
 
 
-def _check_window(density: float | tuple[float, ...], epsilon: float) -> None:
-    for value in density if isinstance(density, tuple) else (density,):
-        if 0 < value < 1 and not epsilon <= value <= 1 - epsilon:
-            raise ValueError(f"density {value:g} plus or minus epsilon {epsilon:g} leaves the range from 0 to 1")
+def _check_window(density: float | tuple[float, ...], epsilon: float | tuple[float, ...]) -> None:
+    count = max((len(value) for value in (density, epsilon) if isinstance(value, tuple)), default=1)
+    densities = density if isinstance(density, tuple) else (density,) * count
+    windows = epsilon if isinstance(epsilon, tuple) else (epsilon,) * count
+    for share, window in zip(densities, windows, strict=False):  # a wrong number is told when the sources are known
+        if 0 < share < 1 and not window <= share <= 1 - window:
+            raise ValueError(f"density {share:g} plus or minus epsilon {window:g} leaves the range from 0 to 1")
 
 
 class DellaLinearParams(Params):
     density: SharePerSource = 0.5
     """Mean probability with which an element of a source is kept, 1 minus the drop rate."""
-    epsilon: Window = 0.15
+    epsilon: WindowPerSource = 0.15
     """The smallest element of a row is kept with probability density - epsilon, the largest with density + epsilon."""
-    rescale: Literal["probability", "none"] = "probability"
-    """``probability``: divide each element that is left by the probability that it had. ``none``: leave it."""
+    rescale: Rescale = "probability"
+    """``probability``: divide each element that is left by the probability that it had. ``l1``: multiply what is left
+    so that each tensor has the L1 norm that it had. ``none``: leave it."""
     scale: FiniteFloat = 1.0
     """Factor of the merged task vector (lambda)."""
     normalize: bool = False
@@ -45,10 +51,11 @@ class DellaLinearParams(Params):
 class DellaParams(ConsensusParams):
     density: SharePerSource = 0.5
     """Mean probability with which an element of a source is kept, 1 minus the drop rate."""
-    epsilon: Window = 0.15
+    epsilon: WindowPerSource = 0.15
     """The smallest element of a row is kept with probability density - epsilon, the largest with density + epsilon."""
-    rescale: Literal["probability", "none"] = "probability"
-    """``probability``: divide each element that is left by the probability that it had. ``none``: leave it."""
+    rescale: Rescale = "probability"
+    """``probability``: divide each element that is left by the probability that it had. ``l1``: multiply what is left
+    so that each tensor has the L1 norm that it had. ``none``: leave it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -76,19 +83,43 @@ def _thinned(
 
     from mergekit_px.kernels.random import bernoulli
 
-    for source, density in enumerate(per_source(params.density, len(deltas))):
+    count = len(deltas)
+    shares = zip(per_source(params.density, count), per_source(params.epsilon, count), strict=True)
+    for source, (density, epsilon) in enumerate(shares):
         delta = deltas[source]
         if density in (0, 1):
             yield delta if density else torch.zeros_like(delta)
             continue
-        probabilities = _keep_probabilities(delta, density, params.epsilon)
+        probabilities = _keep_probabilities(delta, density, epsilon)
         kept = bernoulli(random.uniform(source).view(delta.shape), probabilities).to(delta.dtype).mul_(delta)
         yield kept.div_(probabilities.clamp_(min=2.0**-24)) if params.rescale == "probability" else kept
 
 
-@merge_method(space="deltas", access="rows", paper="arXiv:2406.11617", random=True, scratch=12.0)
+def della_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[float, ...] | None]:
+    """What is left of each source is multiplied with this; None for nothing."""
+
+    def thinned(operands: Operands) -> Iterator[torch.Tensor]:
+        assert operands.random is not None
+        return _thinned(operands.tensors, operands.random, operands.params)
+
+    return (yield from l1_factors(thinned)) if extent.params.rescale == "l1" else None
+
+
+@merge_method(
+    space="deltas",
+    access="rows",
+    paper="arXiv:2406.11617",
+    statistics=della_statistics,
+    random=True,
+    scratch=12.0,
+    presets={"mergekit": {"density": 1.0, "rescale": "l1"}},
+)
 def della_linear(
-    deltas: Sequence[torch.Tensor], weights: Sequence[float], params: DellaLinearParams, random: RandomStream
+    deltas: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    params: DellaLinearParams,
+    statistics: tuple[float, ...] | None,
+    random: RandomStream,
 ) -> torch.Tensor:
     """Task arithmetic on task vectors thinned at random, by magnitude.
 
@@ -98,6 +129,8 @@ def della_linear(
     this one). Rows are the vectors along the last axis, so that a vector is one row. Equal magnitudes rank in the
     order of their places.
 
+    The ``mergekit`` variant keeps everything unless told, and rescales each tensor to the L1 norm that it had.
+
     Raises:
         UsageError: the weights add up to zero and are to be divided by their sum, one is not finite, or densities
             are given for another number of sources.
@@ -105,12 +138,26 @@ def della_linear(
     from mergekit_px.kernels.reduction import weighted_sum
 
     factor = params.scale / total_weight(weights) if params.normalize else params.scale
-    return weighted_sum(_thinned(deltas, random, params), [factor * weight for weight in finite_weights(weights)])
+    factors = statistics or (1.0,) * len(deltas)
+    coefficients = [factor * weight * rescale for weight, rescale in zip(finite_weights(weights), factors, strict=True)]
+    return weighted_sum(_thinned(deltas, random, params), coefficients)
 
 
-@merge_method(space="deltas", access="rows", paper="arXiv:2406.11617", random=True, scratch=16.0)
+@merge_method(
+    space="deltas",
+    access="rows",
+    paper="arXiv:2406.11617",
+    statistics=della_statistics,
+    random=True,
+    scratch=16.0,
+    presets={"mergekit": {"density": 1.0, "rescale": "l1", **MERGEKIT}},
+)
 def della(
-    deltas: Sequence[torch.Tensor], weights: Sequence[float], params: DellaParams, random: RandomStream
+    deltas: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    params: DellaParams,
+    statistics: tuple[float, ...] | None,
+    random: RandomStream,
 ) -> torch.Tensor:
     """Sign election and disjoint merge on task vectors thinned at random, by magnitude.
 
@@ -118,7 +165,10 @@ def della(
     A} w_i``, where A are the sources whose ``w_i d_i`` has the sign of ``sum_i w_i d_i`` (Deep et al., section 3,
     the steps drop, elect and fuse). Rows are the vectors along the last axis, so that a vector is one row.
 
+    The ``mergekit`` variant keeps everything unless told, rescales each tensor to the L1 norm that it had, and gives
+    ties to the positive sign.
+
     Raises:
         UsageError: a weight is not finite, or densities are given for another number of sources.
     """
-    return merge_by_consensus(list(_thinned(deltas, random, params)), weights, params)
+    return merge_by_consensus(list(_thinned(deltas, random, params)), weights, params, factors=statistics)

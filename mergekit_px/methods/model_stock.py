@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from mergekit_px.methods.declare import Extent, Sweep, merge_method
+from mergekit_px.methods.declare import Extent, Params, Sweep, merge_method
 from mergekit_px.methods.sphere import dots
 
 if TYPE_CHECKING:
     import torch
 
 _SINGULAR = 1e-6
+
+
+class ModelStockParams(Params):
+    along: Literal["tensor", "rows"] = "tensor"
+    """What the angles are between: whole tensors, as in the paper, or each row (the vectors along the last axis)."""
 
 
 def interpolation_ratio(gram: torch.Tensor) -> float:
@@ -29,8 +34,30 @@ def interpolation_ratio(gram: torch.Tensor) -> float:
     return count * cosine / denominator if abs(denominator) > _SINGULAR else 0.0
 
 
-def model_stock_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, float]:
-    return interpolation_ratio((yield dots))
+def row_ratios(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The ratio of each row by itself, shape (..., 1), in the deltas' dtype."""
+    import torch
+
+    count = len(deltas)
+    doubles = [delta.to(torch.float64) for delta in deltas]
+    lengths = [row.square().sum(dim=-1, keepdim=True).sqrt_() for row in doubles]
+    pairs = list(itertools.combinations(range(count), 2))
+    cosine = torch.zeros_like(lengths[0])
+    for i, j in pairs:
+        product = (doubles[i] * doubles[j]).sum(dim=-1, keepdim=True)
+        norms = lengths[i] * lengths[j]
+        cosine += torch.where(norms > 0, product / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    cosine /= len(pairs)
+    denominator = 1 + (count - 1) * cosine
+    return torch.where(denominator.abs() > _SINGULAR, count * cosine / denominator, 0.0).to(deltas[0].dtype)
+
+
+def model_stock_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, float | None]:
+    return None if extent.params.along == "rows" else interpolation_ratio((yield dots))
+
+
+def model_stock_cut(params: Any) -> Literal["rows"] | None:
+    return "rows" if params.along == "rows" else None
 
 
 @merge_method(
@@ -39,17 +66,21 @@ def model_stock_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, flo
     paper="arXiv:2403.19522",
     sources=(2, None),
     statistics=model_stock_statistics,
-    scratch=8.0,
+    coarser=model_stock_cut,
+    scratch=12.0,
 )
-def model_stock(deltas: Sequence[torch.Tensor], statistics: float) -> torch.Tensor:
+def model_stock(deltas: Sequence[torch.Tensor], params: ModelStockParams, statistics: float | None) -> torch.Tensor:
     """Part of the way from the base to the mean of the fine-tunes, the less they agree the shorter.
 
     ``base + t * mean_i d_i`` with ``t = n c / (1 + (n - 1) c)``, where ``c`` is the cosine between the task vectors
     of this tensor, the mean over all pairs if there are more than two (Jang et al., equations 2 and 3, which take
     each layer alone, as here). Orthogonal task vectors give the base, equal ones the fine-tune itself.
 
-    Tensors of every shape are taken as one vector each. Where ``1 + (n - 1) c`` vanishes, the base stays.
+    Tensors of every shape are taken as one vector each, or with ``along: rows`` each row as one. Where
+    ``1 + (n - 1) c`` vanishes, the base stays.
     """
     from mergekit_px.kernels.reduction import weighted_sum
 
+    if statistics is None:
+        return weighted_sum(deltas, [1 / len(deltas)] * len(deltas)).mul_(row_ratios(deltas))
     return weighted_sum(deltas, [statistics / len(deltas)] * len(deltas))

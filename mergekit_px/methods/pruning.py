@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -37,13 +38,15 @@ def kept_count(density: float, elements: int) -> int:
     return max(int(density * elements), math.ceil(density)) if elements else 0
 
 
-def find_ranks(search: RankSearch) -> Generator[Sweep, torch.Tensor, RankSearch]:
-    """Drive a search for order statistics to its end."""
+def find_ranks(
+    search: RankSearch, values: Callable[[Operands], Sequence[torch.Tensor]] = attrgetter("tensors")
+) -> Generator[Sweep, torch.Tensor, RankSearch]:
+    """Drive a search for order statistics to its end: of the sources, or of what is made of them."""
     while not search.done:
         current = search
 
         def count(operands: Operands, current: RankSearch = current) -> torch.Tensor:
-            return current.count(operands.tensors)
+            return current.count(values(operands))
 
         search = search.narrow((yield count))
     return search

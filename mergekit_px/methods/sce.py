@@ -12,12 +12,10 @@ from pydantic import FiniteFloat
 
 from mergekit_px.methods.consensus import ConsensusParams, merge_by_consensus
 from mergekit_px.methods.declare import Extent, Operands, Params, Sweep, merge_method
-from mergekit_px.methods.pruning import Share, kept_count
+from mergekit_px.methods.pruning import Share, find_ranks, kept_count
 
 if TYPE_CHECKING:
     import torch
-
-    from mergekit_px.kernels.selection import RankSearch
 
 
 class SceParams(Params):
@@ -66,17 +64,12 @@ def sce_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, Selection]:
     kept = kept_count(extent.params.select, extent.elements)
     cut = 0.0 if kept else math.inf
     if 0 < kept < extent.elements:
-        search = RankSearch.start([(0, kept)], extent.elements)
-        while not search.done:
-            search = search.narrow((yield partial(_count_spread, search)))
+        spreads = RankSearch.start([(0, kept)], extent.elements)
+        search = yield from find_ranks(spreads, lambda operands: [spread(operands.tensors)])
         (cut,) = search.cuts()
     energies = (yield partial(_energies, cut)).tolist()
     total = math.fsum(energies)
     return Selection(cut, tuple(energy / total if total else 1 / extent.sources for energy in energies))
-
-
-def _count_spread(search: RankSearch, operands: Operands) -> torch.Tensor:
-    return search.count([spread(operands.tensors)])
 
 
 def _energies(cut: float, operands: Operands) -> torch.Tensor:

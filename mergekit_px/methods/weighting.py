@@ -20,8 +20,8 @@ def finite_weights(weights: Sequence[float]) -> Sequence[float]:
     return weights
 
 
-def total_weight(weights: Sequence[float]) -> float:
-    """The sum of the weights, for a division by it.
+def total_weight(weights: Sequence[float], hint: str = "set normalize to false, or choose other weights") -> float:
+    """The sum of the weights, for a division by it; ``hint`` says what else the method can do.
 
     Raises:
         UsageError: they cancel (or are all zero), or one of them is not finite.
@@ -31,6 +31,6 @@ def total_weight(weights: Sequence[float]) -> float:
         shown = ", ".join(f"{weight:g}" for weight in weights)
         raise UsageError(
             f"the weights {shown} add up to zero, so they cannot be divided by their sum",
-            hint="set normalize to false, or choose other weights",
+            hint=hint,
         )
     return total

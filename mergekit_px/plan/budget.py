@@ -69,8 +69,8 @@ def needs_whole(item: WorkItem) -> bool:
     """Whether an item cannot be cut. What a spectral method averages, embeddings above all, can be."""
     if item.access != "tensor" or item.adapted or any(view.access == "tensor" for view in item.views):
         return item.access == "tensor"
-    whole = [node for node in item.applied if node.method.access == "tensor"]
-    finer = all(node.method.access != "rows" for node in item.applied)
+    whole = [node for node in item.applied if node.access == "tensor"]
+    finer = all(node.access != "rows" for node in item.applied)
     return not (finer and all(node.params.treats_by_element(item.shape, item.name) for node in whole))
 
 

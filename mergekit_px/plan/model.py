@@ -244,6 +244,10 @@ class Apply:
     def operands(self) -> tuple[Node, ...]:
         return self.sources if self.base is None else (self.base, *self.sources)
 
+    @property
+    def access(self) -> Access:
+        return self.method.access_with(self.params)
+
     def describe(self) -> Any:
         return {
             "step": self.step,
@@ -385,7 +389,7 @@ class WorkItem:
     @cached_property
     def access(self) -> Access:
         """The finest cut that every part of the expression allows."""
-        found = {node.method.access for node in self.applied} | {node.access for node in (*self.adapted, *self.views)}
+        found = {node.access for node in (*self.applied, *self.adapted, *self.views)}
         order: tuple[Access, ...] = ("tensor", "rows", "two_pass", "elementwise")
         return next((access for access in order if access in found), "elementwise")
 

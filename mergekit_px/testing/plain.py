@@ -16,7 +16,7 @@ import torch
 
 from mergekit_px.kernels.random import RandomStream
 from mergekit_px.methods import find_method
-from mergekit_px.methods.declare import Extent, Method, Operands, check_source_count
+from mergekit_px.methods.declare import Access, Extent, Method, Operands, check_source_count
 
 
 def apply_method(
@@ -115,10 +115,11 @@ def cut_blocks(method: Method, whole: Operands, seed: int, block: int | None) ->
     """The tensor cut as the method allows, in the accumulation dtype, random streams attached."""
     given = [*whole.tensors, *([] if whole.base is None else [whole.base])]
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in given) else torch.float32
-    arranged = [arrange(tensor.to(dtype), method) for tensor in given]
+    access = method.access_with(whole.params)
+    arranged = [arrange(tensor.to(dtype), access) for tensor in given]
     unit = math.prod(arranged[0].shape[1:])
     length = arranged[0].shape[0]
-    step = length if block is None or method.access == "tensor" else max(1, block // max(unit, 1))
+    step = length if block is None or access == "tensor" else max(1, block // max(unit, 1))
     for start in range(0, length, step) if length else [0]:
         cut = [tensor[start : start + step] for tensor in arranged]
         sources, base = cut[: len(whole.tensors)], cut[-1] if whole.base is not None else None
@@ -128,10 +129,10 @@ def cut_blocks(method: Method, whole: Operands, seed: int, block: int | None) ->
         yield replace(whole, tensors=sources, base=base, random=random)
 
 
-def arrange(tensor: torch.Tensor, method: Method) -> torch.Tensor:
-    if method.access in ("elementwise", "two_pass"):
+def arrange(tensor: torch.Tensor, access: Access) -> torch.Tensor:
+    if access in ("elementwise", "two_pass"):
         return tensor.reshape(-1)
-    if method.access == "rows":
+    if access == "rows":
         return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1] if tensor.dim() else 1)
     return tensor if tensor.dim() else tensor.reshape(1)
 

@@ -40,6 +40,15 @@ STEPS: dict[str, dict[str, Any]] = {
     },
     "dare_linear": {"method": "dare_linear", "base": "base", "sources": ["fine0", "fine1"], "params": {"density": 0.5}},
     "dare_ties": {"method": "dare_ties", "base": "base", "sources": ["fine0", "fine1"], "params": {"density": 0.5}},
+    "della": {
+        "method": "della",
+        "base": "base",
+        "sources": ["fine0", "fine1"],
+        "params": {"density": 0.5, "epsilon": 0.2, "rescale": "l1"},
+    },
+    "arcee_fusion": {"method": "arcee_fusion", "base": "base", "sources": ["fine0"]},
+    "nuslerp of rows": {"method": "nuslerp", "sources": ["fine0", "fine1"], "params": {"along": "rows"}},
+    "nuslerp of columns": {"method": "nuslerp", "sources": ["fine0", "fine1"], "params": {"along": "columns"}},
     "passthrough": {"method": "passthrough", "sources": ["fine1"], "params": {"scale": 0.5}},
 }
 
@@ -115,6 +124,27 @@ def test_a_graph_of_steps_is_evaluated_without_intermediate_files(
         ".safetensors",
         ".yaml",
     ]
+
+
+def test_statistics_of_rows_where_another_method_holds_the_tensor_whole(
+    models: tuple[Path, dict[str, Tensors]], tmp_path: Path
+) -> None:
+    folder, tensors = models
+    data = {
+        "pxmerge": 1,
+        "models": {name: str(folder / name) for name in tensors},
+        "steps": {
+            "fused": {"method": "arcee_fusion", "base": "base", "sources": ["fine0"]},
+            "final": {"method": "nuslerp", "sources": ["fused", "fine1"], "params": {"along": "columns"}},
+        },
+        "output": {"from": "final"},
+    }
+    merged = merge(data, tmp_path / "out")
+    widened = {name: {key: value.float() for key, value in state.items()} for name, state in tensors.items()}
+    fused = merge_tensors("arcee_fusion", [widened["fine0"]], base=widened["base"])
+    expected = merge_tensors("nuslerp", [fused, widened["fine1"]], params={"along": "columns"})
+    for key, value in merged.items():
+        assert torch.equal(value, expected[key].bfloat16()), key
 
 
 def test_the_bf16_result_is_the_float64_result_rounded_once(

@@ -46,6 +46,7 @@ def test_conformance(method: str) -> None:
     check_method(method)
     check_method(method, {"density": [0.2, 0.5, 1.0], "rescale": "none"}, weights=WEIGHTS)
     check_method(method, {"density": 0.0}, weights=WEIGHTS)
+    check_method(method, {"density": [0.2, 0.5, 1.0], "epsilon": [0.1, 0.2, 0.0], "rescale": "l1"}, weights=WEIGHTS)
     check_method(method, {"density": 0.5, "epsilon": 0.5})
 
 
@@ -60,6 +61,28 @@ def test_formulas(densities: list[float], epsilon: float, rescale: str) -> None:
     agreeing = weighted * (np.sign(weighted) == np.sign(weighted.sum(axis=0)))
     merged = apply_method("della", deltas, WEIGHTS, {**params, "divide_by": "nothing"}, seed=4)
     np.testing.assert_allclose(merged.numpy(), 0.7 * agreeing.sum(axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_norm_of_each_tensor_is_kept(method: str) -> None:
+    delta = draw(count=1)[0]
+    params = {"density": 0.5, "epsilon": 0.3, "rescale": "l1"}
+    for block in (None, 100):
+        merged = apply_method(method, [delta], params=params, seed=4, block=block)
+        kept = merged != 0
+        assert 0.4 < kept.double().mean() < 0.6
+        torch.testing.assert_close(merged.abs().sum(), delta.abs().sum())
+        ratios = (merged / delta)[kept]
+        torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
+
+
+def test_a_window_for_each_source() -> None:
+    deltas = draw()
+    params = {"density": [0.5, 0.3, 0.6], "rescale": "probability"}
+    merged = apply_method("della_linear", deltas, WEIGHTS, {**params, "epsilon": [0.1, 0.0, 0.4]}, seed=4)
+    parts = [thinned(deltas, [0.5, 0.3, 0.6], epsilon, "probability")[i] for i, epsilon in enumerate((0.1, 0.0, 0.4))]
+    expected = sum(weight * part for weight, part in zip(WEIGHTS, parts, strict=True))
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_expectation_is_task_arithmetic() -> None:

@@ -36,6 +36,7 @@ def dense(base: torch.Tensor, sources: list[torch.Tensor]) -> np.ndarray:
 def test_conformance() -> None:
     check_method("model_stock", identity=True, symmetric=True)
     check_method("model_stock", sources=2, identity=True, symmetric=True)
+    check_method("model_stock", {"along": "rows"}, identity=True, symmetric=True)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -45,6 +46,19 @@ def test_formula(count: int, shared: float) -> None:
     np.testing.assert_allclose(
         apply_method("model_stock", sources, base=base).numpy(), dense(base, sources), rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_each_row_by_itself(count: int) -> None:
+    base, sources = draw(count)
+    sources[0][3] = base[3]  # a row that one fine-tune has left alone
+    merged = apply_method("model_stock", sources, params={"along": "rows"}, base=base)
+    for row in range(base.shape[0]):
+        if row != 3:
+            np.testing.assert_allclose(merged[row].numpy(), dense(base[row], [s[row] for s in sources]), rtol=1e-12)
+    assert torch.isfinite(merged).all()
+    lone = apply_method("model_stock", [source[3] for source in sources], base=base[3])
+    torch.testing.assert_close(merged[3], lone)
 
 
 def test_two_models_by_hand() -> None:

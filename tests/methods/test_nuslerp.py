@@ -30,6 +30,36 @@ def test_conformance() -> None:
     for method in ("nuslerp", "nuslerp_deltas"):
         check_method(method, identity=True, symmetric=True)
         check_method(method, weights=[0.7, 0.2], identity=True, symmetric=True)
+        for along in ("rows", "columns"):
+            check_method(method, {"along": along}, weights=[0.7, 0.2], identity=True, symmetric=True)
+
+
+@pytest.mark.parametrize("along", ["rows", "columns"])
+@pytest.mark.parametrize("size", [1.0, 1e-5])
+def test_vectors_on_ways_of_their_own(along: str, size: float) -> None:
+    base, first, second = draw(size)
+    first[2], second[:, 3], second[4] = 2 * second[2], 0.0, -first[4]  # parallel, zero and opposite vectors
+    axis = 1 if along == "rows" else 0
+    for method, x, y in (("nuslerp", first, second), ("nuslerp_deltas", first - base, second - base)):
+        merged = apply_method(method, [x, y], [0.3, 0.9], {"along": along}).numpy()
+        pairs = zip(
+            np.moveaxis(x.numpy(), axis, -1).reshape(-1, x.shape[axis]),
+            np.moveaxis(y.numpy(), axis, -1).reshape(-1, x.shape[axis]),
+            np.moveaxis(merged, axis, -1).reshape(-1, x.shape[axis]),
+            strict=True,
+        )
+        for left, right, found in pairs:
+            straight = not right.any() or abs(np.corrcoef(left, right)[0, 1]) > 1 - 1e-14
+            expected = 0.25 * left + 0.75 * right if straight else arc(left, right, 0.75)
+            np.testing.assert_allclose(found, expected, rtol=1e-6 if size < 1 else 1e-9, atol=1e-9)
+
+
+def test_columns_of_tensors_of_more_axes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(4, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    merged = apply_method("nuslerp", [first, second], [1.0, 1.0], {"along": "columns"})
+    flat = apply_method("nuslerp", [first.reshape(4, 6), second.reshape(4, 6)], [1.0, 1.0], {"along": "columns"})
+    torch.testing.assert_close(merged, flat.reshape(4, 2, 3))
 
 
 @given(st.floats(0, 5), st.floats(0.1, 5))

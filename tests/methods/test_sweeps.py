@@ -48,6 +48,10 @@ def sweeps(method: str, params: dict[str, Any], elements: int = 2**17) -> int:
         ("model_stock", {}, 1),
         ("karcher", {}, 1),
         ("nuslerp", {}, 1),
+        ("nuslerp", {"along": "rows"}, 0),
+        ("model_stock", {"along": "rows"}, 0),
+        ("della", {}, 0),
+        ("ram_plus", {}, 1),
         ("multislerp", {}, 1),
     ],
 )

@@ -54,7 +54,7 @@ class PeerMethod:
 
     @property
     def is_random(self) -> bool:
-        return self.name.startswith("dare")
+        return self.name.startswith(("dare", "della"))
 
     @property
     def is_exact(self) -> bool:
@@ -70,8 +70,9 @@ _NORMALIZE = Parameter("normalize", "boolean")
 _DIVIDE = Parameter("divide_by", "boolean", words={True: "weights", False: "nothing"})
 _RESCALE = Parameter("rescale", "boolean", words={True: "l1", False: "none"})
 _PRUNING = {"weight": _WEIGHT, "density": _DENSITY, "lambda": _LAMBDA, "rescale": _RESCALE}
-_ONLY_OFF = Parameter("", "boolean", words={False: None})
-_ONLY_ON = Parameter("", "boolean", words={True: None})
+_IDLE = Parameter("", "boolean")
+_WINDOW = Parameter("epsilon", per_source=True, default=0.15)
+_THRESHOLD = Parameter("threshold")
 
 METHODS: Mapping[str, PeerMethod] = {
     method.name: method
@@ -83,6 +84,10 @@ METHODS: Mapping[str, PeerMethod] = {
         PeerMethod("dare_linear", "subtracted", {**_PRUNING, "normalize": _NORMALIZE}, like="mergekit"),
         PeerMethod("dare_ties", "subtracted", {**_PRUNING, "normalize": _DIVIDE}, like="mergekit"),
         PeerMethod(
+            "della_linear", "subtracted", {**_PRUNING, "epsilon": _WINDOW, "normalize": _NORMALIZE}, like="mergekit"
+        ),
+        PeerMethod("della", "subtracted", {**_PRUNING, "epsilon": _WINDOW, "normalize": _DIVIDE}, like="mergekit"),
+        PeerMethod(
             "breadcrumbs", "subtracted", {**_PRUNING, "gamma": _GAMMA, "normalize": _NORMALIZE}, like="mergekit"
         ),
         PeerMethod(
@@ -92,7 +97,7 @@ METHODS: Mapping[str, PeerMethod] = {
         PeerMethod(
             "nuslerp",
             "optional",
-            {"weight": _WEIGHT, "nuslerp_row_wise": _ONLY_OFF, "nuslerp_flatten": _ONLY_ON},
+            {"weight": _WEIGHT, "nuslerp_flatten": Parameter("along", "boolean"), "nuslerp_row_wise": _IDLE},
             sources=2,
             on_deltas="nuslerp_deltas",
         ),
@@ -103,18 +108,28 @@ METHODS: Mapping[str, PeerMethod] = {
             on_deltas="multislerp_deltas",
         ),
         PeerMethod("nearswap", "subtracted", {"t": Parameter("t", required=True)}, sources=1),
-        PeerMethod("model_stock", "subtracted", {"filter_wise": _ONLY_OFF}),
+        PeerMethod(
+            "model_stock",
+            "subtracted",
+            {"filter_wise": Parameter("along", "boolean", words={True: "rows", False: "tensor"})},
+        ),
         PeerMethod(
             "karcher",
             "ignored",
             {"max_iter": Parameter("iterations", default=10), "tol": Parameter("tolerance", default=1e-5)},
         ),
         PeerMethod("sce", "subtracted", {"select_topk": Parameter("select")}, like="mergekit"),
+        PeerMethod("arcee_fusion", "subtracted", {}, sources=1),
+        PeerMethod("ram", "subtracted", {"epsilon": _THRESHOLD}),
+        PeerMethod(
+            "ramplus_tl",
+            "subtracted",
+            {"epsilon": _THRESHOLD, "r": Parameter("growth"), "alpha": Parameter("clip")},
+            like="mergekit",
+            target="ram_plus",
+        ),
     )
 }
-
-NOT_YET = frozenset(("arcee_fusion", "della", "della_linear", "ram", "ramplus_tl"))
-"""mergekit methods without an equal here (there may be one of the name that means something else)."""
 
 ALL_PARAMETERS = frozenset(
     (

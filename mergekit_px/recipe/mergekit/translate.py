@@ -23,7 +23,7 @@ from mergekit_px.recipe.mergekit.output import (
 from mergekit_px.recipe.mergekit.pieces import Piece, Source, entries_of, read_models, read_slices
 from mergekit_px.recipe.mergekit.references import Reference, read_reference, short_name
 from mergekit_px.recipe.mergekit.settings import Choice, Settings, read_choices
-from mergekit_px.recipe.mergekit.table import ALL_PARAMETERS, METHODS, NOT_YET, Parameter, PeerMethod
+from mergekit_px.recipe.mergekit.table import ALL_PARAMETERS, METHODS, Parameter, PeerMethod
 
 STEP = "merge"
 """The name of the step that a config becomes; of several documents, the one without a name."""
@@ -152,10 +152,8 @@ class _Translator:
         if node is None:
             raise RecipeError("'merge_method' is missing", where=str(self.root.place))
         name = node.value if isinstance(node.value, str) else shown(node.data())
-        if name in NOT_YET:
-            raise not_yet(f"mergekit's method '{name}'", node.place)
         if name not in METHODS:
-            hint = hint_for(name, [*METHODS, *NOT_YET])
+            hint = hint_for(name, list(METHODS))
             raise RecipeError(f"unknown merge method '{name[:80]}'", where=str(node.place), hint=hint)
         return METHODS[name]
 
@@ -179,13 +177,26 @@ class _Translator:
         return self.names[reference]
 
     def _settled(self, peer: PeerMethod, pieces: list[Piece]) -> PeerMethod:
-        """The method with its base decided, where it may have one or not."""
+        """The method with its base decided, where it may have one or not, and with the words of flags that combine."""
+        if "nuslerp_row_wise" in peer.parameters:
+            peer = self._with_vectors(peer, pieces)
         if peer.base != "optional":
             return peer
         given = [piece.base is not None for piece in pieces]
         if any(given) != all(given):
             raise not_yet("slices with and without a base_model in one merge", pieces[given.index(False)].node.place)
         return replace(peer, base="subtracted", target=peer.on_deltas) if any(given) else replace(peer, base="ignored")
+
+    def _with_vectors(self, peer: PeerMethod, pieces: list[Piece]) -> PeerMethod:
+        """The method with ``nuslerp_flatten`` in the words of ``along``; what is not flat is rows, or else columns."""
+        flag = peer.parameters["nuslerp_row_wise"]
+        found = [choice for piece in pieces for choice in self._choices("nuslerp_row_wise", flag, piece, None)]
+        values = {bool(choice.value.value) for choice in found} or {False}
+        if len(values) > 1:
+            raise not_yet("nuslerp_row_wise of several values", found[0].value.place, "give one for the whole merge")
+        words = {True: "tensor", False: "columns" if values.pop() else "rows"}
+        along = replace(peer.parameters["nuslerp_flatten"], words=words)
+        return replace(peer, parameters={**peer.parameters, "nuslerp_flatten": along})
 
     def _with_roles(self, piece: Piece, peer: PeerMethod) -> Piece:
         """The piece with its sources as the method sees them: a base added where mergekit adds it, ends in order."""
