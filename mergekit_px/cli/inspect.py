@@ -54,6 +54,7 @@ def _show(document: dict[str, Any], output: Output) -> None:
             ("size", show_bytes(document["bytes"])),
             ("layers", layers or None),
             ("tied embeddings", tied),
+            ("stored as", ", ".join(f"{count} x {title}" for title, count in document["stored_as"].items()) or None),
             ("embedding, head", ", ".join(document["embedding_and_head"]) or None),
             ("side files", ", ".join(document["side_files"]) or None),
             ("metadata", ", ".join(f"{key}: {text}" for key, text in document["metadata"].items()) or None),
@@ -67,6 +68,27 @@ def _show(document: dict[str, Any], output: Output) -> None:
             for name, entry in document["dtypes"].items()
         ],
     )
+    if document["components"]:
+        output.heading("Components")
+        output.table(
+            [
+                Column("folder"),
+                Column("class"),
+                Column("dtype"),
+                Column("parameters", "right"),
+                Column("size", "right"),
+            ],
+            [
+                (
+                    folder or ".",
+                    entry["class"] or "",
+                    ", ".join(entry["dtypes"]),
+                    show_count(entry["parameters"]),
+                    show_bytes(entry["bytes"]),
+                )
+                for folder, entry in document["components"].items()
+            ],
+        )
     output.heading("Files")
     output.table(
         [Column("file"), Column("tensors", "right"), Column("size", "right")],

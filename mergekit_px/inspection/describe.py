@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
+from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.selection import ADAPTER_FILE
 from mergekit_px.checkpoint.task_vector import COMPONENTS_KIND, KIND_KEY, base_fingerprint, is_task_vector
+from mergekit_px.errors import InputError
 from mergekit_px.inspection.source import Source
+from mergekit_px.plan.components import class_name
 from mergekit_px.plan.layers import stack_sizes
+from mergekit_px.storage.recognise import quantised_tensors
 
 _ADAPTER_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", "lora_embedding_A", ".hada_", ".lokr_", ".oft_")
 
@@ -20,6 +26,7 @@ def describe(source: Source) -> dict[str, Any]:
 
     ``layers`` counts the layers of each numbered stack of names. ``tied_embeddings`` is what the config says, None
     where it says nothing; ``embedding_and_head`` are the names of the embeddings and heads that are stored.
+    ``components`` are the folders of a model in several, each by itself.
     """
     checkpoint = source.checkpoint
     tensors = checkpoint.tensors.values()
@@ -49,9 +56,39 @@ def describe(source: Source) -> dict[str, Any]:
             }
             for file in checkpoint.files.values()
         ],
+        "components": {folder: _component(part) for folder, part in checkpoint.parts.items()},
+        "stored_as": _encodings(checkpoint),
         "side_files": list(checkpoint.side_files),
         "metadata": checkpoint.metadata,
     }
+
+
+def _component(part: Checkpoint) -> dict[str, Any]:
+    return {
+        "class": class_name(part.config or {}),
+        "tensors": len(part.tensors),
+        "parameters": sum(tensor.elements for tensor in part.tensors.values()),
+        "bytes": part.nbytes,
+        "dtypes": list(_dtypes(part)),
+    }
+
+
+def _encodings(checkpoint: Checkpoint) -> dict[str, int]:
+    """What stands for values in encoded form -> how many tensors; of a model on the Hub as far as its headers tell."""
+    if checkpoint.kind != "safetensors":
+        return {}
+
+    def read(tensor: StoredTensor) -> bytes:
+        with closing(open_reader(checkpoint)) as reader:
+            buffer = bytearray(tensor.nbytes)
+            reader.read_into(tensor, 0, memoryview(buffer))
+        return bytes(buffer)
+
+    try:
+        found = quantised_tensors(checkpoint, read)
+    except InputError:
+        return {}
+    return dict(Counter([*(each.title for each in found.encodings.values()), *found.refused.values()]))
 
 
 def tensor_rows(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def _check_classes(one: ResolvedInput, other: ResolvedInput) -> None:
     """Parts of pipelines, and single components of diffusers, are loaded by the class that their configs name."""
     first, second = one.checkpoint.configs, other.checkpoint.configs
     for folder in first.keys() & second.keys():
-        classes = [_class_of(configs[folder], in_pipeline=bool(folder)) for configs in (first, second)]
+        classes = [class_name(configs[folder], of_diffusers=not folder) for configs in (first, second)]
         if None not in classes and classes[0] != classes[1]:
             raise PlanError(
                 f"{folder or 'the component'} is {classes[0]} in '{one.name}' and {classes[1]} in '{other.name}', "
@@ -73,9 +73,14 @@ def _check_classes(one: ResolvedInput, other: ResolvedInput) -> None:
             )
 
 
-def _class_of(config: Mapping[str, Any], *, in_pipeline: bool) -> str | None:
+def class_name(config: Mapping[str, Any], *, of_diffusers: bool = False) -> str | None:
+    """The class that loads a component, by its config.
+
+    Args:
+        of_diffusers: only one of that library, of which a config has the one class.
+    """
     named = config.get("_class_name")
     listed = config.get("architectures")
-    if named is None and in_pipeline and isinstance(listed, list) and len(listed) == 1:
+    if named is None and not of_diffusers and isinstance(listed, list) and len(listed) == 1:
         named = listed[0]
     return shown(named) if isinstance(named, str) else None

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipelines import write_pipeline
 from safetensors.torch import save_file
 
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
+from mergekit_px.cli import main
 from mergekit_px.errors import InputNotFoundError
 from mergekit_px.inspection.describe import describe, tensor_rows
 from mergekit_px.inspection.source import fetch_source, open_source
@@ -93,3 +95,26 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_local_files_need_no_fetching(folder: Path) -> None:
     source = open_source(str(folder))
     assert fetch_source(source) is source
+
+
+def test_the_components_of_a_pipeline_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = write_pipeline(tmp_path / "pipeline", 1)
+    found = describe(open_source(str(pipeline)))
+    assert found["components"]["text_encoder"] == {
+        "class": "CLIPTextModel",
+        "tensors": 2,
+        "parameters": 14,
+        "bytes": 56,
+        "dtypes": ["F32"],
+    }
+    assert list(found["components"]) == ["unet", "vae", "text_encoder"] and found["tensors"] == 6
+    assert main(["inspect", str(pipeline)]) == 0
+    assert "AutoencoderKL" in capsys.readouterr().out
+
+
+def test_encoded_tensors_are_counted_by_their_kind(tmp_path: Path) -> None:
+    codes = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    save_file({"w.weight": codes, "w.weight_scale": torch.ones(1)}, tmp_path / "a.safetensors")
+    save_file({"w.qweight": torch.ones(4, 4, dtype=torch.int32)}, tmp_path / "b.safetensors")
+    for name in "ab":
+        assert sum(describe(open_source(str(tmp_path / f"{name}.safetensors")))["stored_as"].values()) == 1
