@@ -40,7 +40,7 @@ def load_mapping(recipe: Mapping[str, Any], options: RunOptions) -> LoadedRecipe
     from mergekit_px.plan.method_catalog import method_catalog
     from mergekit_px.recipe.load import recipe_from_mapping
 
-    return recipe_from_mapping(recipe, methods=method_catalog(), name="command line", overrides=options.overrides())
+    return recipe_from_mapping(recipe, methods=method_catalog(), name="", overrides=options.overrides())
 
 
 def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
@@ -130,12 +130,10 @@ def _report(result: RunResult, plan: Plan, address: str | None, output: Output) 
         output.warning(warning)
     if result.up_to_date:
         output.note(f"up to date: {result.output} is the result of this plan already")
-    moved = f"{show_bytes(result.bytes_read)} read, {show_bytes(result.bytes_written)} written"
     if not result.up_to_date:
-        output.note(f"{len(plan.items)} tensors in {show_seconds(result.seconds)}: {moved}")
-    if result.achieved is not None and result.bound_seconds is not None:
-        bound = show_seconds(result.bound_seconds)
-        output.note(f"{result.achieved:.0%} of what this machine can move (bound {bound})")
+        moved = f"{show_bytes(result.bytes_read)} read, {show_bytes(result.bytes_written)} written"
+        speed = show_bytes((result.bytes_read + result.bytes_written) / result.seconds)
+        output.note(f"{len(plan.items)} tensors in {show_seconds(result.seconds)}: {moved} ({speed}/s)")
     if result.peak_memory:
         output.note(f"peak memory {show_bytes(result.peak_memory)}")
     if address is not None:
@@ -149,8 +147,6 @@ def _report(result: RunResult, plan: Plan, address: str | None, output: Output) 
             "seconds": result.seconds,
             "bytes_read": result.bytes_read,
             "bytes_written": result.bytes_written,
-            "seconds_bound": result.bound_seconds,
-            "achieved": result.achieved,
             "peak_memory": result.peak_memory,
             "pushed": address,
             "up_to_date": result.up_to_date,

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from mergekit_px.checkpoint.destination import Mode
     from mergekit_px.plan.options import PlanOptions
 
-RUN_PANEL = "Run"
+ARGUMENTS, OPTIONS, METHOD, MERGE, OUTPUT, RUN = "Arguments", "Options", "Method", "Merge", "Output", "Run"
+"""Headings of help texts."""
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or a mergekit config.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -39,6 +40,7 @@ Sources = Annotated[
         "--sources",
         metavar="MODEL...",
         help="The models to merge: folders, .safetensors files, org/name or org/name@revision.",
+        rich_help_panel=MERGE,
     ),
     Several("--sources"),
 ]
@@ -48,6 +50,7 @@ Weights = Annotated[
         "--weights",
         metavar="X...",
         help="One weight for each source, in their order; 0.2,0.8 is interpolated over depth.",
+        rich_help_panel=MERGE,
     ),
     Several("--weights", "numbers"),
 ]
@@ -64,49 +67,90 @@ class RunOptions:
             "--output",
             metavar="PATH",
             help="Where the result is written: a folder, or one .safetensors file.  [default: ./merged]",
+            rich_help_panel=OUTPUT,
         ),
     ] = None
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE...", help="Set keys of the recipe, as in --set output.dtype=float32."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE...",
+            help="Set keys of the recipe, as in --set output.dtype=float32.",
+            rich_help_panel=RUN,
+        ),
         Several("--set", "assignments"),
     ] = None
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")] = "auto"
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.", rich_help_panel=RUN)
+    ] = "auto"
     memory: Annotated[
-        str | None, typer.Option("--memory", metavar="SIZE", help="Peak memory of the process, as 4GB; never exceeded.")
+        str | None,
+        typer.Option(
+            "--memory", metavar="SIZE", help="Peak memory of the process, as 4GB; never exceeded.", rich_help_panel=RUN
+        ),
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option("--threads", metavar="N", min=1, help="Number of workers; the result does not depend on it."),
+        typer.Option(
+            "--threads",
+            metavar="N",
+            min=1,
+            help="Number of workers; the result does not depend on it.",
+            rich_help_panel=RUN,
+        ),
     ] = None
     dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="TYPE", help="Storage type of the result, as bfloat16.")
+        str | None,
+        typer.Option(
+            "--dtype", metavar="TYPE", help="Storage type of the result, as bfloat16.", rich_help_panel=OUTPUT
+        ),
     ] = None
     shard_size: Annotated[
-        str | None, typer.Option("--shard-size", metavar="SIZE", help="Largest file of the result, as 5GB.")
+        str | None,
+        typer.Option(
+            "--shard-size", metavar="SIZE", help="Largest file of the result, as 5GB.", rich_help_panel=OUTPUT
+        ),
     ] = None
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the output.")] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of before.")] = False
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the output.", rich_help_panel=RUN)
+    ] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output of before.", rich_help_panel=OUTPUT)
+    ] = False
     push: Annotated[
-        str | None, typer.Option("--push", metavar="REPO", help="Upload the result to org/name on the Hub.")
+        str | None,
+        typer.Option(
+            "--push", metavar="REPO", help="Upload the result to org/name on the Hub.", rich_help_panel=OUTPUT
+        ),
     ] = None
-    private: Annotated[bool, typer.Option("--private", help="With --push: make the repository private.")] = False
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: make the repository private.", rich_help_panel=OUTPUT)
+    ] = False
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity in the inputs through.")
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity in the inputs through.", rich_help_panel=RUN)
     ] = False
     allow_pickle: AllowPickle = False
     allow_base_mismatch: Annotated[
         bool,
-        typer.Option("--allow-base-mismatch", help="Use task vectors on a base that they were not taken from."),
+        typer.Option(
+            "--allow-base-mismatch",
+            help="Use task vectors on a base that they were not taken from.",
+            rich_help_panel=RUN,
+        ),
     ] = False
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="Refuse sources whose configs disagree in what the weights mean."),
+        typer.Option(
+            "--strict", help="Refuse sources whose configs disagree in what the weights mean.", rich_help_panel=RUN
+        ),
     ] = False
     no_hash_inputs: Annotated[
-        bool, typer.Option("--no-hash-inputs", help="Leave the hashes of local inputs out of the lock file.")
+        bool,
+        typer.Option(
+            "--no-hash-inputs", help="Leave the hashes of local inputs out of the lock file.", rich_help_panel=RUN
+        ),
     ] = False
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=RUN)] = False
     json: Json = False
     quiet: Quiet = False
 

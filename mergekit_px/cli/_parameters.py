@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mergekit_px.cli._arguments import Several, is_numbers
+from mergekit_px.cli._options import METHOD
 from mergekit_px.cli._prose import plain
 from mergekit_px.declare.fields import Schema, bounds_of, breach, fields, forms, in_words
 from mergekit_px.errors import UsageError
@@ -55,15 +56,17 @@ class ParameterOption:
         annotation: Any
         if self.kind == "flag":
             names = (f"{self.flag}/--no-{self.flag[2:]}",)
-            annotation = Annotated[bool | None, typer.Option(*names, help=self._help())]
+            annotation = Annotated[bool | None, typer.Option(*names, help=self._help(), rich_help_panel=METHOD)]
         elif self.takes_several:
-            option = typer.Option(self.flag, help=self._help(), metavar=f"{self._metavar()}...")
+            option = typer.Option(self.flag, help=self._help(), metavar=f"{self._metavar()}...", rich_help_panel=METHOD)
             several = Several(self.flag, "numbers" if self.kind == "numbers" and not self.choices else "text")
             annotation = Annotated[list[str] | None, option, several]
         elif self.kind == "choice":
-            annotation = Annotated[choice(self.choices) | None, typer.Option(self.flag, help=self._help())]
+            annotation = Annotated[
+                choice(self.choices) | None, typer.Option(self.flag, help=self._help(), rich_help_panel=METHOD)
+            ]
         else:
-            option = typer.Option(self.flag, help=self._help(), metavar=self._metavar())
+            option = typer.Option(self.flag, help=self._help(), metavar=self._metavar(), rich_help_panel=METHOD)
             annotation = Annotated[str | None, option]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

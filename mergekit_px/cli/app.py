@@ -18,8 +18,9 @@ import typer
 
 from mergekit_px._version import __version__
 from mergekit_px.cli._arguments import expand_lists
-from mergekit_px.cli._commands import GROUPS, Command, all_commands, spoken_command, spoken_name
+from mergekit_px.cli._commands import GROUPS, METHODS, Command, all_commands, spoken_command, spoken_name
 from mergekit_px.cli._errors import PROGRAM, explain
+from mergekit_px.cli._help import GroupedCommand
 from mergekit_px.cli._options import list_options
 from mergekit_px.cli._output import write_error_line
 from mergekit_px.cli._prose import plain
@@ -68,12 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> int:
     words = words or ["--help"]
     found = spoken_command(words)
+    if found is None and len(words) == 1 and spoken_name(words):
+        words = [*words, "--help"]
     if found is None or _COMPLETION in os.environ:
         app = _whole_app()
     else:
         command, place = found
         function = command.load()
-        rest = expand_lists(words[place.stop :], list_options(function))
+        rest = words[place.stop :]
+        if command.group == METHODS and rest and not rest[0].startswith("-"):
+            rest = ["--sources", *rest]  # A method takes nothing else by place.
+        rest = expand_lists(rest, list_options(function))
         words = [*words[: place.start], *command.name.split(), *rest]
         app = _app()
         _add(app, command, function)
@@ -113,7 +119,7 @@ def _add(app: typer.Typer, command: Command, function: Callable[..., Any]) -> No
         return functools.partial(function, **given)
 
     group, name = _group(app, command)
-    group.command(name, short_help=command.summary)(parsed)
+    group.command(name, cls=GroupedCommand, short_help=command.summary)(parsed)
 
 
 def _group(app: typer.Typer, command: Command) -> tuple[typer.Typer, str]:

@@ -53,7 +53,7 @@ def compare(
       pxmerge compare ./math ./code --base ./base --tensors "*.mlp.*" --limit 0
       pxmerge compare ./math ./code --base ./base --spectral
     """
-    from mergekit_px.errors import UsageError
+    from mergekit_px.errors import TensorMismatchError, UsageError
     from mergekit_px.inspection.compare import compare as measure
     from mergekit_px.inspection.source import fetch_source, open_source
 
@@ -73,9 +73,16 @@ def compare(
             progress=partial(advance, "comparing"),
         )
     output.document(document)
-    _show_total(document, output)
-    _show_tensors(document, limit, output)
+    if document["tensors"]:
+        _show_total(document, output)
+        _show_tensors(document, limit, output)
     _show_rest(document, output)
+    if not document["tensors"]:
+        raise TensorMismatchError(
+            "no tensor is in all models in the same shape",
+            where=", ".join(references),
+            hint="compare models of one architecture; --tensors takes a glob of names",
+        )
     return 0
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from mergekit_px.cli._merge import merge_mapping
 from mergekit_px.cli._naming import model_names
-from mergekit_px.cli._options import RunOptions, Sources, Weights
+from mergekit_px.cli._options import MERGE, METHOD, RunOptions, Sources, Weights
 from mergekit_px.cli._parameters import ParameterOption, choice, parameter_options, parse_numbers
 from mergekit_px.cli._prose import paragraphs
 from mergekit_px.cli._width import terminal_width
@@ -25,24 +26,33 @@ BaseOfDeltas = Annotated[
         metavar="MODEL",
         help="The model that the sources were fine-tuned from. If left out: the one that their cards name."
         " `mean` is the mean of the sources.",
+        rich_help_panel=MERGE,
     ),
 ]
 BaseOfWeights = Annotated[
     str | None,
-    typer.Option("--base", metavar="MODEL", help="The model that gives config, tokenizer and what --missing asks for."),
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="The model that gives config, tokenizer and what --missing asks for.",
+        rich_help_panel=MERGE,
+    ),
 ]
 Missing = Annotated[
     Literal["error", "present", "base"],
     typer.Option(
         "--missing",
         help="A tensor that only some inputs have: refuse, merge it over those that have it, or take the base's.",
+        rich_help_panel=MERGE,
     ),
 ]
 Vocabulary = Annotated[
     Literal["error", "truncate"],
-    typer.Option("--vocabulary", help="Embeddings of different length: refuse, or keep the common rows."),
+    typer.Option(
+        "--vocabulary", help="Embeddings of different length: refuse, or keep the common rows.", rich_help_panel=MERGE
+    ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the random numbers.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the random numbers.", rich_help_panel=MERGE)]
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
@@ -74,7 +84,7 @@ def _parameters(method: Method, options: Sequence[ParameterOption]) -> list[insp
         parameters.append(parameter("weights", Weights, None))
     parameters += [option.as_parameter() for option in options]
     if method.presets:
-        option = typer.Option("--like", help="Start from another implementation's variant.")
+        option = typer.Option("--like", help="Start from another implementation's variant.", rich_help_panel=METHOD)
         parameters.append(parameter("like", Annotated[choice(list(method.presets)) | None, option], None))
     if method.random:
         parameters.append(parameter("seed", Seed, 0))
@@ -85,6 +95,12 @@ def _parameters(method: Method, options: Sequence[ParameterOption]) -> list[insp
 def method_recipe(method: Method, options: Sequence[ParameterOption], given: dict[str, Any]) -> dict[str, Any]:
     """The recipe that the command line means. Raises ``UsageError``."""
     references: list[str] = given["sources"]
+    for reference in references:
+        if "," in reference and not Path(reference).exists():
+            apart = reference.replace(",", " ")
+            raise UsageError(
+                f"--sources: there is no '{reference}'", hint=f"separate models by spaces: --sources {apart}"
+            )
     check_source_count(method, len(references))
     mean = given["base"] == "mean" and method.space == "deltas"
     base_reference: Any = None if mean else given["base"]
@@ -117,8 +133,15 @@ def method_recipe(method: Method, options: Sequence[ParameterOption], given: dic
 
 
 def _weights(words: Sequence[str], count: int) -> list[Any]:
+    if len(words) == 1 and words[0].count(",") == count - 1 > 0:
+        apart = words[0].replace(",", " ")
+        raise UsageError(
+            f"--weights: {words[0]} is one weight that varies over the layers, and there are {count} sources",
+            hint=f"for one weight each, separate them by spaces: --weights {apart}",
+        )
     if len(words) != count:
-        raise UsageError(f"--weights has {len(words)} values for {count} sources", hint="give one for each source")
+        few = "1 value" if len(words) == 1 else f"{len(words)} values"
+        raise UsageError(f"--weights has {few} for {count} sources", hint="give one for each source")
     return [parse_numbers(word, "--weights") for word in words]
 
 
@@ -144,7 +167,11 @@ def example(method: Method, options: Sequence[ParameterOption]) -> str:
         words += [f"{source}-statistics.safetensors" for source in sources]
     if method.uses_weights and count == 2:
         words += ["--weights", "0.6", "0.4"]
-    for option in options:
+    own = [option for option in options if option.name in method.params.__annotations__]
+    for option in own:  # Those that it shares with its family say less about it.
+        if option.words:
+            words += [option.flag, "64"]
+            break
         if option.kind == "numbers" and option.bounds and isinstance(option.default, (int, float)):
             words += [option.flag, f"{option.default:g}"]
             break

@@ -52,6 +52,7 @@ ReportFile = Annotated[
 _OPTIONS: Mapping[str, Any] = {"form": As, "into": Into, "report": ReportFile}
 
 _EXAMPLES = """
+  pxmerge svd --sources ./a ./b ./c --top-k 64
   pxmerge svd --base ./base --sources ./math ./code --top-k 64 --as components -o ./pool
   pxmerge svd --into ./pool --sources ./law"""
 

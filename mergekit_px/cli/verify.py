@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mergekit_px.checkpoint.destination import LOCK_FILE
 from mergekit_px.cli._options import Json, Quiet
 from mergekit_px.cli._output import output_for
 from mergekit_px.cli._progress import progress_on
@@ -46,5 +47,5 @@ def verify(directory: MergeOutput, json: Json = False, quiet: Quiet = False) -> 
         for name in names:
             output.text(f"{state}: {name}")
     if found.is_intact:
-        output.note(f"{len(found.matching)} files hold the bytes that the lock file names")
+        output.text(f"OK: {len(found.matching)} files match {LOCK_FILE}")
     return 0 if found.is_intact else DIFFERENT

@@ -29,7 +29,6 @@ class RunResult:
     Attributes:
         files: published file -> sha256.
         seconds: from the first read to the last rename.
-        bound_seconds: the least time that this machine needs for the bytes moved; None where it was not measured.
         peak_memory: of the process, in bytes.
         notes: what the plan has to say.
         up_to_date: nothing was done, since the output was the result already.
@@ -41,13 +40,7 @@ class RunResult:
     seconds: float
     bytes_read: int
     bytes_written: int
-    bound_seconds: float | None
     peak_memory: int
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     up_to_date: bool = False
-
-    @property
-    def achieved(self) -> float | None:
-        """Bound over actual time; 1 is as fast as the machine can be."""
-        return self.bound_seconds / self.seconds if self.bound_seconds and self.seconds else None

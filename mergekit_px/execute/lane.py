@@ -26,7 +26,9 @@ def pick_device(text: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device '{text}' cannot be used: {reason}", hint="`pxmerge doctor` lists devices") from None
+        raise UsageError(
+            f"device '{text}' cannot be used: {reason}", hint="use --device cpu, or leave it out"
+        ) from None
     return device
 
 

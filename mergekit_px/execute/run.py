@@ -18,7 +18,6 @@ from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
 from mergekit_px.checkpoint.writer import CheckpointWriter
 from mergekit_px.errors import OutputError, PlanError, UsageError
-from mergekit_px.execute import bandwidth
 from mergekit_px.execute.allocator import keep_freed_memory
 from mergekit_px.execute.events import Progress, Report, RunResult
 from mergekit_px.execute.finished import claims_result, finished_files
@@ -34,13 +33,12 @@ from mergekit_px.plan.sources import equal_sources
 from mergekit_px.plan.texts import config_text, recipe_text
 
 
-def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool = True) -> RunResult:
+def run_plan(plan: Plan, *, progress: Report | None = None) -> RunResult:
     """Carry out a plan: fetch what is on the Hub, compute, write, publish.
 
     Args:
         plan: as :func:`build_plan` gives it; its options say whether an unfinished run is resumed.
         progress: called from worker threads, a few times a second at most.
-        measure_bound: compare with what the machine can move (measured once a week, about a second).
 
     Raises:
         InputError: an input that cannot be fetched or read.
@@ -83,14 +81,12 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
         equal = equal_sources(plan.loaded.recipe, plan.inputs, lambda label, _, file: read.get((label, file.name)))
     seconds = time.perf_counter() - started
     reporter.phase("done")
-    bound = _bound(plan) if measure_bound else None
     return RunResult(
         output=plan.output,
         files={name: file.sha256 for name, file in published.files.items()},
         seconds=seconds,
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        bound_seconds=bound,
         peak_memory=peak_memory(),
         notes=plan.notes,
         warnings=(*warnings.lines(), *(line for line in equal if line not in plan.notes)),
@@ -99,7 +95,7 @@ def run_plan(plan: Plan, *, progress: Report | None = None, measure_bound: bool 
 
 def _up_to_date(plan: Plan, files: Mapping[str, str], seconds: float) -> RunResult:
     assert plan.output is not None
-    return RunResult(plan.output, files, seconds, 0, 0, None, peak_memory(), plan.notes, up_to_date=True)
+    return RunResult(plan.output, files, seconds, 0, 0, peak_memory(), plan.notes, up_to_date=True)
 
 
 def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance: Callable[[str, int], None]) -> None:
@@ -233,18 +229,6 @@ def _settled_files(plan: Plan) -> dict[str, SideFile]:
     if plan.config is not None:
         files["config.json"] = config_text(plan.config)
     return files
-
-
-def _bound(plan: Plan) -> float | None:
-    assert plan.output is not None
-    known = bandwidth.remembered(plan.output)
-    if known is None:
-        try:
-            known = bandwidth.measure(bandwidth.existing_parent(plan.output))
-        except OSError:
-            return None
-        bandwidth.remember(plan.output, known)
-    return known.bound(plan.bytes_read, plan.bytes_written)
 
 
 class _Reporter:

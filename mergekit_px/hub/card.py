@@ -101,7 +101,7 @@ def model_card(
     parts = [
         f"---\n{_front_matter(inputs, library_name, pipeline_tag, language)}---",
         f"# {_line(title)}",
-        f"A merge of {_count(len(inputs), 'model')}, made with pxmerge {version} from the recipe below.",
+        f"{_opening(inputs)}, made with pxmerge {version} from the recipe below.",
         _methods(methods),
         _inputs(inputs),
         _artefacts(artefacts),
@@ -110,6 +110,14 @@ def model_card(
         _reproduction(recipe, lock_hash, inputs),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _opening(inputs: Sequence[CardInput]) -> str:
+    """What was merged; the base is what the others were fine-tuned from, and is not counted."""
+    merged = [card_input for card_input in inputs if not card_input.is_base] or inputs
+    base = [card_input for card_input in inputs if card_input.is_base and card_input not in merged]
+    into = f" with {_line(base[0].shown)} as their base" if len(base) == 1 else ""
+    return f"A merge of {_count(len(merged), 'model')}{into}"
 
 
 def merged_license(inputs: Sequence[CardInput]) -> str:
@@ -131,7 +139,10 @@ def _front_matter(
         data["pipeline_tag"] = pipeline_tag
     if language:
         data["language"] = list(language)
-    data["license"] = merged_license(inputs)
+    if any(card_input.license for card_input in inputs):
+        data["license"] = merged_license(inputs)
+        if data["license"] == "other":
+            data["license_name"] = "those-of-the-merged-models"
     data["tags"] = ["merge", "pxmerge"]
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 

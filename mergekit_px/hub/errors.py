@@ -106,6 +106,7 @@ def _reason(error: BaseException, repo: str, revision: str | None) -> tuple[str,
 
 def _refusal(error: HfHubHTTPError, repo: str, revision: str | None) -> tuple[str, str | None]:
     """The reason in an HTTP answer of 400 or above."""
+    from huggingface_hub import get_token
     from huggingface_hub.errors import (
         DisabledRepoError,
         EntryNotFoundError,
@@ -131,6 +132,8 @@ def _refusal(error: HfHubHTTPError, repo: str, revision: str | None) -> tuple[st
         return "the file is not in the repository", f"see {page}/tree/{revision or 'main'}"
     said = clean(error.server_message or "")
     because = f" ({said})" if said else ""
+    if status == 401 and get_token() is None:
+        return "the Hub asks who you are, and no token is set", _LOG_IN
     if status == 401:
         return f"the Hub did not accept the token{because}", f"{_LOG_IN} with a valid one"
     if status == 403:

@@ -61,7 +61,10 @@ def parse_repository(text: str) -> HubReference:
         repo, at, tail = text.removeprefix("hf://").removeprefix("models/").partition("@")
         revision = tail if at else None
     if not _is_repo(repo):
-        raise UsageError("not the name of a model repository", where=text, hint="write org/name or org/name@revision")
+        hint = "write org/name or org/name@revision"
+        if re.fullmatch(r"[\w.-]+", repo, re.ASCII):
+            hint += "; models that once had no organisation have one now, as openai-community/gpt2"
+        raise UsageError("not the name of a model repository", where=text, hint=hint)
     return HubReference(repo, None if revision is None else _revision(revision, text))
 
 

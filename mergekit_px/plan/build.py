@@ -195,9 +195,7 @@ def check_output(plan: Plan, output: Path) -> None:
     existing = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if plan.options.mode == "new" and free < plan.bytes_written:
-        raise DiskSpaceError(
-            f"{plan.bytes_written / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free", where=str(output)
-        )
+        raise DiskSpaceError(f"{plan.bytes_written:,} bytes are to be written and {free:,} are free", where=str(output))
 
 
 def _reachable(recipe: Recipe, target: str) -> set[str]:

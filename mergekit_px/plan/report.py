@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from mergekit_px.checkpoint.destination import destination
+from mergekit_px.checkpoint.side_files import is_tokenizer_file
 from mergekit_px.plan.fingerprints import local_fingerprint
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
@@ -49,7 +50,7 @@ def plan_report(plan: Plan, *, seconds_bound: float | None = None) -> dict[str, 
         "dtypes": dict(Counter(item.dtype.name for item in plan.items)),
         "tied_embeddings": _tied(plan),
         "config_from": plan.config_from,
-        "tokenizer_from": plan.tokenizer_from,
+        "tokenizer_from": plan.tokenizer_from if any(map(is_tokenizer_file, plan.side_files)) else None,
         "side_files": dict(plan.side_files),
         "left_behind": dict(plan.left_behind),
         "output": {

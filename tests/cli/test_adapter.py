@@ -274,7 +274,6 @@ def test_inspect_says_why_an_adapter_cannot_be_merged(run, models) -> None:
         ("convert one --to kohya -o other.safetensors", 4, "already"),
         ("convert prompt --to kohya -o new.safetensors", 3, "PROMPT_TUNING"),
         ("aply base one", 2, "Did you mean 'apply'"),
-        ("", 2, "pxmerge adapter --help"),
     ],
 )
 def test_a_mistake_is_one_line(run, loras, words: str, code: int, message: str) -> None:

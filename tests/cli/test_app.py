@@ -57,6 +57,12 @@ def test_a_slip_is_one_line_that_says_what_is_right(run, words: str, message: st
     assert outcome.stderr.count("\n") == 1
 
 
+def test_a_group_alone_lists_its_commands(run) -> None:
+    outcome = run("adapter")
+    assert outcome.code == 0
+    assert "extract" in outcome.stdout and "convert" in outcome.stdout
+
+
 def test_underscores_in_a_command_are_dashes(run) -> None:
     assert run("task_arithmetic", "--help").stdout == run("task-arithmetic", "--help").stdout
 

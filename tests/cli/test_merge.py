@@ -116,7 +116,7 @@ def test_keys_of_the_recipe_can_be_set(run, models) -> None:
     ("words", "code", "message"),
     [
         ("slerp --sources math", 2, "slerp takes exactly 2 sources, 1 given"),
-        ("linear --sources math code --weights 1", 2, "--weights has 1 values for 2 sources"),
+        ("linear --sources math code --weights 1", 2, "--weights has 1 value for 2 sources"),
         ("ties --base base --sources math code --density 0.1 0.2 0.3", 2, "--density has 3 values"),
         ("ties --base base --sources math code --density 2", 2, "--density must be from 0 to 1, not 2"),
         ("linear --sources math nowhere", 3, "nowhere"),
@@ -150,7 +150,7 @@ def test_run_carries_out_a_recipe(run, models, recipe: Path) -> None:
     outcome = run("run", recipe)
     assert (outcome.code, outcome.stdout) == (0, "from-recipe\n")
     assert "peak memory" in outcome.stderr
-    assert "what this machine can move" in outcome.stderr
+    assert "/s)" in outcome.stderr
     assert_equal(merged("from-recipe"), combined(models, math=0.6, code=0.4))
     assert json.loads(Path("from-recipe/config.json").read_text())["num_hidden_layers"] == 2
     assert Path("from-recipe/tokenizer.json").exists()
@@ -267,7 +267,6 @@ def test_plan_in_json_is_the_dry_run_of_a_method(run, models) -> None:
     outcome = run("linear", "--sources", "math", "code", "--dry-run", "--json")
     document = outcome.document()
     assert document["tensors"]["merged"] == 7
-    assert document["seconds_bound"] > 0
     assert not Path("merged").exists()
 
 

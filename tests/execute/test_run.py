@@ -296,7 +296,7 @@ def test_a_long_tensor_stays_within_its_budget(tmp_path: Path) -> None:
 def test_progress_ends_complete(models: tuple[Path, dict[str, Tensors]], tmp_path: Path) -> None:
     folder, tensors = models
     seen: list[Progress] = []
-    run_plan(plan_of(recipe(folder, STEPS["ties"]), tmp_path / "out"), progress=seen.append, measure_bound=False)
+    run_plan(plan_of(recipe(folder, STEPS["ties"]), tmp_path / "out"), progress=seen.append)
     last = seen[-1]
     assert last.phase == "done"
     assert last.bytes_done == last.bytes_total
@@ -318,7 +318,7 @@ def slowed(self, *args):
     time.sleep(0.05)
 items.Execution._write_chunk = slowed
 data, output, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-run_plan(build_plan(recipe_from_mapping(data), PlanOptions(output=output, mode=mode)), measure_bound=False)
+run_plan(build_plan(recipe_from_mapping(data), PlanOptions(output=output, mode=mode)))
 """
 
 
@@ -438,7 +438,7 @@ def test_an_input_that_changes_during_the_run_stops_it(keep_times: bool, tmp_pat
             _retrain(tmp_path / "models" / "fine2" / "model.safetensors", keep_times=keep_times)
 
     with pytest.raises(InputError, match=r"fine2.*changed since its header was read"):
-        run_plan(plan, progress=change_once, measure_bound=False)
+        run_plan(plan, progress=change_once)
     assert not list(out.glob("*.safetensors")) and not (out / "pxmerge.lock.json").exists()
 
 
@@ -457,16 +457,16 @@ def test_an_output_that_is_the_result_already_is_left_as_it_is(tmp_path: Path) -
     merge(data, out)
     before = (out / "model.safetensors").stat().st_mtime_ns
     for mode in ("new", "resume"):
-        result = run_plan(plan_of(data, out, mode=mode), measure_bound=False)
+        result = run_plan(plan_of(data, out, mode=mode))
         assert result.up_to_date and (out / "model.safetensors").stat().st_mtime_ns == before
         assert "model.safetensors" in result.files
     with pytest.raises(OutputError, match="not empty"):
-        run_plan(plan_of(recipe(tmp_path / "models", STEPS["slerp"]), out), measure_bound=False)
+        run_plan(plan_of(recipe(tmp_path / "models", STEPS["slerp"]), out))
     with (out / "config.json").open("a") as config:
         config.write(" ")  # the output is not what was written
     with pytest.raises(OutputError, match="not empty"):
-        run_plan(plan_of(data, out), measure_bound=False)
-    assert not run_plan(plan_of(data, out, mode="overwrite"), measure_bound=False).up_to_date
+        run_plan(plan_of(data, out))
+    assert not run_plan(plan_of(data, out, mode="overwrite")).up_to_date
     _retrain(tmp_path / "models" / "fine0" / "model.safetensors", keep_times=True)
     with pytest.raises(OutputError, match="not empty"):
-        run_plan(plan_of(data, out), measure_bound=False)
+        run_plan(plan_of(data, out))

@@ -104,7 +104,7 @@ def test_licences(licenses: list[str | None], merged: str) -> None:
     inputs = [CardInput(f"m{number}", f"org/m{number}", COMMIT, license=each) for number, each in enumerate(licenses)]
     assert merged_license(inputs) == merged
     text = card(inputs=inputs)
-    assert ModelCard(text).data.license == merged
+    assert ModelCard(text).data.license == (merged if any(licenses) else None)
     if merged == "other":
         for number, each in enumerate(licenses):
             assert f"- org/m{number}: {each or 'unknown'}" in text

@@ -70,7 +70,7 @@ def test_a_wrong_token(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fault", "what"),
     [
-        ({"status": 401, "message": "Invalid credentials in Authorization header"}, "did not accept the token"),
+        ({"status": 401, "message": "Invalid credentials in Authorization header"}, "no token is set"),
         ({"status": 403, "message": f"no rights for {SECRET}"}, "no permission"),
         ({"status": 429}, "rate limit is reached; wait some minutes"),
         ({"status": 500}, "in trouble (HTTP 500)"),

@@ -44,7 +44,7 @@ def plan_of(data: Mapping[str, Any], output: Path, **options: Any) -> Plan:
 
 def merge(data: Mapping[str, Any], output: Path, **options: Any) -> Tensors:
     """Run a recipe and load what it wrote."""
-    run_plan(plan_of(data, output, **options), measure_bound=False)
+    run_plan(plan_of(data, output, **options))
     found: Tensors = {}
     for file in sorted(output.glob("*.safetensors")):
         found.update(load_file(file))

@@ -28,7 +28,7 @@ def plan_of(tmp_path: Path, models: dict[str, Any], options: PlanOptions | None 
 
 
 def merged(tmp_path: Path, models: dict[str, Any], options: PlanOptions | None = None, **step: Any) -> Path:
-    run_plan(plan_of(tmp_path, models, options, **step), measure_bound=False)
+    run_plan(plan_of(tmp_path, models, options, **step))
     return tmp_path / "out"
 
 
@@ -91,7 +91,7 @@ def test_a_task_vector_of_pipelines_is_added_again(tmp_path: Path, pipelines: di
     models = {name: {"model": path} for name, path in pipelines.items()}
     difference = {"method": "combine", "sources": {"b": 1.0, "a": -1.0}}
     recipe = {"models": models, "steps": {"d": difference}, "output": {"path": str(tmp_path / "vector")}}
-    run_plan(build_plan(recipe_from_mapping(recipe)), measure_bound=False)
+    run_plan(build_plan(recipe_from_mapping(recipe)))
     out = merged(tmp_path, {"a": pipelines["a"], "v": str(tmp_path / "vector")}, base="a", method="task_arithmetic")
     b = all_tensors(tmp_path / "b")
     for name, tensor in all_tensors(out).items():

@@ -33,7 +33,7 @@ def plan_of_two(tmp_path: Path, first: Tensors, second: Tensors, rename: Any = N
 
 
 def written(tmp_path: Path, plan: Plan) -> dict[str, torch.Tensor]:
-    run_plan(plan, measure_bound=False)
+    run_plan(plan)
     return load_file(tmp_path / "out" / "model.safetensors")
 
 

@@ -57,7 +57,7 @@ def test_an_example_runs(example: Path, models: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(models)
     out = tmp_path / "merged"
     loaded = load_recipe(example, overrides=[f"output.path={out}"], methods=method_catalog())
-    run_plan(build_plan(loaded), measure_bound=False)
+    run_plan(build_plan(loaded))
     merged = load_file(next(out.glob("*.safetensors")))
     depth = 6 if example.stem == "stack-layers" else LAYERS
     expected = tiny_llama_tensors(layers=depth)

@@ -36,7 +36,7 @@ def merged(tmp_path: Path, stored: Mapping[str, torch.Tensor], config: Any = Non
     }
     plan = build_plan(recipe_from_mapping(recipe), PlanOptions(memory=400_000_000))
     assert any("decoded on reading" in note for note in plan.notes)
-    run_plan(plan, measure_bound=False)
+    run_plan(plan)
     return load_file(tmp_path / "out" / "model.safetensors")
 
 

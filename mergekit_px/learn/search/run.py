@@ -237,7 +237,7 @@ class _Merges:
     def score(self, plan: Plan, score: Score) -> float:
         """The score of what a plan makes; NaN where the merge is not finite."""
         try:
-            run_plan(self._with_kept(plan), measure_bound=False)
+            run_plan(self._with_kept(plan))
             return score(self._folder)
         except NonFiniteError:
             return math.nan
@@ -251,7 +251,7 @@ class _Merges:
         if self._kept is None or self._kept.output is None:
             return plan
         if not self._is_kept:  # what a killed search left there may be of another one
-            run_plan(self._kept, measure_bound=False)
+            run_plan(self._kept)
             self._is_kept = True
         return with_kept(plan, unchanged(self._kept, plan), self._kept.output)
 
