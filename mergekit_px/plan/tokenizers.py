@@ -88,6 +88,12 @@ def side_file(source: ResolvedInput, name: str) -> bytes | None:
     return read_small(source.repo, name)
 
 
+def _same_files(one: ResolvedInput, other: ResolvedInput) -> bool:
+    """Whether all files that list tokens are the same, byte for byte."""
+    listings = [name for name in (*LISTINGS, SETTINGS, ADDED) if name in {*file_names(one), *file_names(other)}]
+    return bool(listings) and all(side_file(one, name) == side_file(other, name) for name in listings)
+
+
 def _object_beside(source: ResolvedInput, name: str) -> dict[str, Any]:
     raw = side_file(source, name)
     with contextlib.suppress(MalformedCheckpointError):  # what it says of tokens is only an addition
@@ -193,7 +199,10 @@ class Vocabularies:
         """The tokenizer of a model and of the donor; None where they need not be compared."""
         if self.donor is None or source.name == self.donor or source.is_task_vector:
             return None, None
-        return self.tokenizers.of(source), self.tokenizers.of(self.inputs[self.donor])
+        donor = self.inputs[self.donor]
+        if _same_files(source, donor):
+            return None, None  # whatever they list
+        return self.tokenizers.of(source), self.tokenizers.of(donor)
 
     def _refuse_task_vectors(self, source: ResolvedInput) -> None:
         vectors = [name for name, other in self.inputs.items() if other.is_task_vector]
