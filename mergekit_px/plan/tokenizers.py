@@ -55,8 +55,7 @@ class Tokenizers:
 
     def _read(self, source: ResolvedInput) -> Tokenizer | None:
         names = file_names(source)
-        file = next((name for name in LISTINGS if name in names), None)
-        file = file or next((name for name in sorted(names) if name.endswith(".tiktoken")), None)
+        file = _listing(source)
         raw = side_file(source, file) if file is not None else None
         if file is None or raw is None:
             return None
@@ -86,6 +85,13 @@ def side_file(source: ResolvedInput, name: str) -> bytes | None:
 
     assert source.repo is not None
     return read_small(source.repo, name)
+
+
+def _listing(source: ResolvedInput) -> str | None:
+    """The file that lists a model's tokens."""
+    names = file_names(source)
+    file = next((name for name in LISTINGS if name in names), None)
+    return file or next((name for name in sorted(names) if name.endswith(".tiktoken")), None)
 
 
 def _same_files(one: ResolvedInput, other: ResolvedInput) -> bool:
@@ -200,7 +206,7 @@ class Vocabularies:
         if self.donor is None or source.name == self.donor or source.is_task_vector:
             return None, None
         donor = self.inputs[self.donor]
-        if _same_files(source, donor):
+        if _listing(source) is None or _listing(donor) is None or _same_files(source, donor):
             return None, None  # whatever they list
         return self.tokenizers.of(source), self.tokenizers.of(donor)
 
