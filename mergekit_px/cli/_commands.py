@@ -73,6 +73,7 @@ _TABLE = (
     Command("transfer", LEARNING, "Train a model on what another one knows (experimental).", "transfer:transfer"),
     Command("stats", LEARNING, "Measure Fisher information and Gram matrices of a model on data.", "stats:stats"),
     Command("tune", LEARNING, "Train the singular values of a merged update on labelled data.", "tune:tune"),
+    Command("data", LEARNING, "Write the arrays that learning would make of texts or images.", "data:data"),
     Command("search", LEARNING, "Find coefficients of a recipe by a score.", "search:search"),
     Command("inspect", INSPECTION, "Show what a checkpoint holds, from its headers.", "inspect:inspect"),
     Command("compare", INSPECTION, "Measure how models differ, tensor by tensor.", "compare:compare"),

@@ -6,6 +6,8 @@ EXTRAS = {
     "models": ("transformers",),
     "align": ("scipy",),
     "search": ("cma",),
+    "parquet": ("pyarrow",),
+    "images": ("PIL",),
     "plot": ("matplotlib",),
     "demo": ("transformers", "sklearn", "scipy", "matplotlib"),
 }

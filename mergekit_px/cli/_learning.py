@@ -5,19 +5,62 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mergekit_px.cli._arguments import Several
 from mergekit_px.cli._errors import Interrupted
 from mergekit_px.cli._output import Output
+from mergekit_px.errors import UsageError
+
+if TYPE_CHECKING:
+    from mergekit_px.learn.text_data import TextOptions
 
 INTERVAL = 5.0
 """Seconds between two lines."""
 
-LabelledData = Annotated[
-    str, typer.Option("--data", metavar="FILE", help="A .npz or .safetensors file: arrays of the forward, and labels.")
-]
+DATA_HELP = "Texts (.jsonl, .csv, .parquet), a folder of images by class, or arrays (.npz, .safetensors)"
+"""What ``--data`` takes, to which a command adds what it needs of them."""
+
+LabelledData = Annotated[str, typer.Option("--data", metavar="FILE", help=f"{DATA_HELP}, with labels.")]
+
+
+@dataclass(frozen=True, slots=True)
+class TextColumns:
+    """How rows of text are read: options of every command that takes data."""
+
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--columns",
+            metavar="ROLE=COLUMN...",
+            help="Which column is text, text_pair, label, prompt, completion or messages.  [default: so named]",
+        ),
+        Several("--columns", "assignments"),
+    ] = None
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", metavar="N", min=2, help="Cut texts to so many tokens.")
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="DIR", help="Where the tokenizer is.  [default: beside the model]"),
+    ] = None
+
+    def options(self) -> TextOptions:
+        """Raises ``UsageError`` for a word without a role or a column."""
+        from mergekit_px.learn.text_data import TextOptions
+
+        pairs = []
+        for word in self.columns or ():
+            role, _, column = word.partition("=")
+            if not role or not column:
+                raise UsageError(f"'{word}' names no column", where="--columns", hint="write text=COLUMN")
+            pairs.append((role, column))
+        return TextOptions(tuple(pairs), self.max_length, self.tokenizer)
+
+
 Factory = Annotated[
     str | None, typer.Option("--model", metavar="FILE.PY:FUNCTION", help="Makes the model; needs --allow-code.")
 ]

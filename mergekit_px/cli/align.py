@@ -10,6 +10,7 @@ import typer
 
 from mergekit_px.cli._arguments import Several
 from mergekit_px.cli._learning import (
+    DATA_HELP,
     Device,
     Every,
     Overwrite,
@@ -17,6 +18,7 @@ from mergekit_px.cli._learning import (
     Resume,
     StepSize,
     TestShare,
+    TextColumns,
     ValidationShare,
     resumable,
 )
@@ -31,7 +33,7 @@ DataFile = Annotated[
     typer.Option(
         "--data",
         metavar="FILE",
-        help="A few labelled examples of the task, .npz or .safetensors; needed unless nothing is learned from them.",
+        help=f"{DATA_HELP}: a few labelled examples of the task; needed unless nothing is learned from them.",
     ),
 ]
 Maps = Annotated[
@@ -137,6 +139,7 @@ AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the Python fu
 
 def align(
     target_base: TargetBase,
+    text: TextColumns,
     data: DataFile = None,
     source_base: SourceBase = None,
     source_model: SourceModel = None,
@@ -233,6 +236,7 @@ def align(
     options = AlignOptions(
         target_base=target_base,
         data=data,
+        text=text.options(),
         source_base=source_base,
         source_model=source_model,
         task_vector=task_vector,

@@ -11,6 +11,7 @@ import typer
 
 from mergekit_px.cli._arguments import Several
 from mergekit_px.cli._learning import (
+    DATA_HELP,
     AllowCode,
     Device,
     Every,
@@ -19,6 +20,7 @@ from mergekit_px.cli._learning import (
     Resume,
     StepSize,
     TestShare,
+    TextColumns,
     ValidationShare,
     resumable,
 )
@@ -38,9 +40,7 @@ Clients = Annotated[
 ]
 DataFile = Annotated[
     str,
-    typer.Option(
-        "--data", metavar="FILE", help="Examples, .npz or .safetensors: the model's inputs and, if known, labels."
-    ),
+    typer.Option("--data", metavar="FILE", help=f"{DATA_HELP}; labels may be left out where the objective needs none."),
 ]
 Control = Annotated[
     str | None,
@@ -120,6 +120,7 @@ def ofasd(
     base: Base,
     clients: Clients,
     data: DataFile,
+    text: TextColumns,
     output: Folder = Path("coefficients"),
     control_data: Control = None,
     counts: Counts = None,
@@ -166,7 +167,7 @@ def ofasd(
 
     \b
     Examples:
-      pxmerge ofasd --base ./base --clients ./a ./b ./c --data proxy.npz -o coefficients
+      pxmerge ofasd --base ./base --clients ./a ./b ./c --data proxy.jsonl -o coefficients
       pxmerge run coefficients/recipe.yaml -o ./merged
     """
     from mergekit_px.learn.ofasd import OfasdOptions, Settings, learn_coefficients
@@ -200,6 +201,7 @@ def ofasd(
         base=base,
         sources=clients,
         data=data,
+        text=text.options(),
         output=output,
         control=control_data,
         counts=None if counts is None else [_number(word, "--counts") for word in counts],

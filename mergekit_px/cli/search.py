@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._learning import AllowCode, Device, Factory, Overwrite, PassSize, resumable
+from mergekit_px.cli._learning import DATA_HELP, AllowCode, Device, Factory, Overwrite, PassSize, TextColumns, resumable
 from mergekit_px.cli._options import AllowPickle, Json, Quiet, RecipeFile, run_mode
 from mergekit_px.cli._output import Column, Output, output_for
 
@@ -36,7 +36,7 @@ TestCommand = Annotated[
     typer.Option("--test-score", metavar="COMMAND", help="Scores the result and the recipe as written, nothing else."),
 ]
 Data = Annotated[
-    str | None, typer.Option("--data", metavar="FILE", help="A .npz or .safetensors file: accuracy on it is the score.")
+    str | None, typer.Option("--data", metavar="FILE", help=f"{DATA_HELP}: accuracy on them is the score.")
 ]
 Test = Annotated[
     str, typer.Option("--test", metavar="SHARE|FILE", help="With --data: what is kept for the result; 0 for nothing.")
@@ -62,6 +62,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the search in
 def search(
     recipe: RecipeFile,
     over: Over,
+    text: TextColumns,
     how: Strategy = "grid",
     score: Command = None,
     test_score: TestCommand = None,
@@ -115,6 +116,7 @@ def search(
         minimize=minimize,
         test_score=test_score,
         data=data,
+        text=text.options(),
         test=held_out_share(test, "--test"),
         batch=batch,
         seed=seed,

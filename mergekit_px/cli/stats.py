@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 import typer
 
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._learning import AllowCode, Device, Factory, LabelledData, PassSize, Precision, resumable, told
+from mergekit_px.cli._learning import (
+    AllowCode,
+    Device,
+    Factory,
+    LabelledData,
+    PassSize,
+    Precision,
+    TextColumns,
+    resumable,
+    told,
+)
 from mergekit_px.cli._options import AllowPickle, Json, Quiet, run_mode
 from mergekit_px.cli._output import output_for
 from mergekit_px.errors import UsageError
@@ -36,6 +46,7 @@ def stats(
     model: Model,
     data: LabelledData,
     output: File,
+    text: TextColumns,
     what: Kinds = None,
     labels: Labels = "expected",
     examples: Count = None,
@@ -59,7 +70,7 @@ def stats(
     \b
     Examples:
       pxmerge stats ./math --data math.npz -o math-statistics.safetensors
-      pxmerge stats ./math --data math.npz -o math-statistics.safetensors --what fisher --labels sampled
+      pxmerge stats ./math --data math.jsonl -o math-statistics.safetensors --what fisher --labels sampled
       pxmerge fisher --sources ./math ./code math-statistics.safetensors code-statistics.safetensors
     """
     mode = run_mode(resume=resume, overwrite=overwrite)
@@ -77,13 +88,14 @@ def stats(
         seed=seed,
         precision=precision,
         device=device,
+        text=text.options(),
         mode=mode,
         factory=factory,
         allow_code=allow_code,
         allow_pickle=allow_pickle,
     )
     with resumable():
-        report = measure(model, data, output, options, told(sink))
+        report = measure(model, data, output, options, told(sink), sink.note)
     if report["without"]:
         sink.warning(f"{len(report['without'])} tensors have no statistics: the model keeps them in another form")
     sink.document({"output": str(output), **report})

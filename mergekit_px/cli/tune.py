@@ -17,6 +17,7 @@ from mergekit_px.cli._learning import (
     Precision,
     Resume,
     StepSize,
+    TextColumns,
     resumable,
 )
 from mergekit_px.cli._options import AllowPickle, Json, Quiet, run_mode
@@ -56,6 +57,7 @@ def tune(
     components: ComponentsFile,
     base: Base,
     data: LabelledData,
+    text: TextColumns,
     output: Folder = Path("tuned"),
     top: Top = None,
     core: Core = False,
@@ -88,7 +90,7 @@ def tune(
     \b
     Examples:
       pxmerge tune components.safetensors --base ./base --data target.npz -o ./tuned
-      pxmerge tune components.safetensors --base ./base --data target.npz --top 32 --core --overwrite
+      pxmerge tune components.safetensors --base ./base --data target.jsonl --top 32 --core --overwrite
       pxmerge tune components.safetensors --base ./base --data target.npz -o ./tuned --resume
     """
     mode = run_mode(resume=resume, overwrite=overwrite)
@@ -104,6 +106,7 @@ def tune(
         match=tuple(match or ("*",)),
         validation=shares["--validation"],
         test=shares["--test"],
+        text=text.options(),
         schedule=Schedule(epochs, batch, rate, decay, clip, seed, precision),
         device=device,
         mode=mode,

@@ -133,7 +133,10 @@ def read_arrays(path: str | Path) -> dict[str, Tensor]:
         return _read_npz(file, where)
     if file.suffix == ".safetensors":
         return read_tensors(open_checkpoint(file, label=where))
-    raise InputError("data comes as .npz or .safetensors", where=where)
+    raise InputError(
+        "data comes as .jsonl, .csv or .parquet of texts, a folder of images, or arrays in .npz or .safetensors",
+        where=where,
+    )
 
 
 def _read_npz(path: Path, where: str) -> dict[str, Tensor]:

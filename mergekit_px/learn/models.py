@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -287,17 +288,25 @@ def _transformers_model(checkpoint: Checkpoint) -> LearningModel:
 
 def _quietly(checkpoint: Checkpoint, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """A call into ``transformers`` without its log and bars; what it raises in one line."""
+    try:
+        with silence():
+            return call(*arguments, **named)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        lines = str(error).strip().splitlines()
+        what = f"transformers cannot make the model: {lines[0] if lines else type(error).__name__}"
+        raise InputError(what, where=f"{checkpoint.label}/config.json") from error
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Inside, ``transformers`` keeps its log and bars to itself."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        return call(*arguments, **named)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        lines = str(error).strip().splitlines()
-        what = f"transformers cannot make the model: {lines[0] if lines else type(error).__name__}"
-        raise InputError(what, where=f"{checkpoint.label}/config.json") from error
+        yield
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()

@@ -70,9 +70,9 @@ def test_files_that_are_no_data(tmp_path: Path) -> None:
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(InputError, match=r"broken.npz: not a readable .npz file"):
         load_examples(tmp_path / "broken.npz")
-    (tmp_path / "text.csv").write_text("1,2")
-    with pytest.raises(InputError, match=r"data comes as .npz or .safetensors"):
-        load_examples(tmp_path / "text.csv")
+    (tmp_path / "text.xyz").write_text("1,2")
+    with pytest.raises(InputError, match=r"data comes as .jsonl"):
+        load_examples(tmp_path / "text.xyz")
     np.savez(tmp_path / "words.npz", x=np.array(["a", "b"]), labels=np.array([0, 1]))
     with pytest.raises(InputError, match="x holds <U1, not numbers"):
         load_examples(tmp_path / "words.npz")

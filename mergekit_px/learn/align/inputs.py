@@ -20,6 +20,7 @@ from mergekit_px.checkpoint.task_vector import base_fingerprint
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.align.reuse import SOURCE_KEY, TARGET_KEY, find_map_file
 from mergekit_px.learn.align.settings import AlignOptions
+from mergekit_px.learn.data_files import data_sha256
 from mergekit_px.learn.models import find_checkpoint
 
 _HASH_VERSION = 1
@@ -68,6 +69,7 @@ def plan_hash(options: AlignOptions, prints: Mapping[str, str], device: torch.de
         "version": _HASH_VERSION,
         "settings": asdict(options.settings),
         "models": dict(prints),
+        "text": asdict(options.text),
         "files": _file_hashes(options),
         "device": device.type,
     }
@@ -79,8 +81,7 @@ def _file_hashes(options: AlignOptions) -> dict[str, str]:
     code = [one.rpartition(":")[0] for one in (options.model, options.source_code) if one is not None]
     maps = None if options.maps is None else str(find_map_file(options.maps))
     named = [*code, *(one for one in (options.data, options.test_data, maps) if one is not None)]
-    paths = {path: Path(path).expanduser() for path in named}
-    return {path: file_sha256(file) for path, file in sorted(paths.items()) if file.is_file()}
+    return {path: data_sha256(path) for path in sorted(named) if Path(path).expanduser().exists()}
 
 
 def input_hashes(options: AlignOptions, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:

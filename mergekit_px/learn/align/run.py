@@ -52,7 +52,8 @@ from mergekit_px.learn.align.routes import CONTROLS, Deltas, Trial, norm
 from mergekit_px.learn.align.settings import AlignOptions
 from mergekit_px.learn.align.source import read_deltas
 from mergekit_px.learn.artefact import write_json
-from mergekit_px.learn.data import Batch, Examples, load_examples, split_rows, to_device
+from mergekit_px.learn.data import Batch, Examples, split_rows, to_device
+from mergekit_px.learn.data_files import load_data
 from mergekit_px.learn.folder import working_folder
 from mergekit_px.learn.labels import find_reading, read_labels
 from mergekit_px.learn.models import LearningModel, load_model
@@ -95,7 +96,7 @@ def align_task_vector(
     _require_data(options)
     device = pick_device(options.device)
     checkpoints = find_checkpoints(options)
-    parts = _parts(options)
+    parts = _parts(options, checkpoints["target base"], say)
     prints = fingerprints(checkpoints)
     plan = plan_hash(options, prints, device)
     metadata = artefact_metadata(checkpoints, prints)
@@ -256,17 +257,17 @@ def _prepared(
     return model, find_sites(model)
 
 
-def _parts(options: AlignOptions) -> dict[str, Examples]:
+def _parts(options: AlignOptions, model: Checkpoint, say: Callable[[str], None]) -> dict[str, Examples]:
     """``train``, ``validation`` and ``test``; nothing without data."""
     if options.data is None:
         return {}
-    data, settings = load_examples(options.data), options.settings
+    data, settings = load_data(options.data, model, options.text, say), options.settings
     shares = {"validation": settings.validation}
     if options.test_data is None:
         shares["test"] = settings.test
     parts = {name: data.take(rows) for name, rows in split_rows(len(data), shares, settings.seed, data.where).items()}
     if options.test_data is not None:
-        parts["test"] = load_examples(options.test_data)
+        parts["test"] = load_data(options.test_data, model, options.text, say)
     return parts
 
 

@@ -12,6 +12,7 @@ from mergekit_px.errors import UsageError
 from mergekit_px.learn.align.head_counts import Positions
 from mergekit_px.learn.align.roles import Place, check_places
 from mergekit_px.learn.precision import Precision
+from mergekit_px.learn.text_data import NO_TEXT, TextOptions
 
 Route = Literal["orthogonal", "theseus", "gradfix", "permutation"]
 DEFAULT_SCALES = tuple(step / 4 for step in range(9))
@@ -108,12 +109,13 @@ class AlignOptions:
 
     Attributes:
         target_base: the model that receives; path or Hub reference.
-        data: labelled examples of the task, npz or safetensors. May be left out where nothing is learned from them
+        data: labelled examples of the task: texts, images or arrays. May be left out where nothing is learned from them
             (route ``permutation``, or ``maps``); then nothing is scored.
         source_base: the model that the task vector was taken from; may be left out with ``task_vector``, unless
             both bases are compared.
         source_model: the fine-tune of the source base; or else:
         task_vector: a file of differences.
+        text: how rows of text are read.
         test_data: examples for the scores of the report; None for a share of ``data``.
         maps: what a former run transported with, or its folder; applied instead of anything new.
         model: ``file.py:function`` of the target; None for the class that its config names.
@@ -126,6 +128,7 @@ class AlignOptions:
     source_model: str | None = None
     task_vector: str | None = None
     output: Path = Path("aligned")
+    text: TextOptions = NO_TEXT
     test_data: str | None = None
     maps: str | None = None
     model: str | None = None

@@ -27,6 +27,7 @@ from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.errors import DivergedError, UsageError
 from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import Examples, split_rows
+from mergekit_px.learn.data_files import data_sha256, load_data_and_labels
 from mergekit_px.learn.folder import working_folder
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
@@ -35,7 +36,6 @@ from mergekit_px.learn.ofasd.blocks import make_blocks
 from mergekit_px.learn.ofasd.ensemble import Ensemble, ensemble
 from mergekit_px.learn.ofasd.learner import Course, Learner, Tell
 from mergekit_px.learn.ofasd.output import write_result
-from mergekit_px.learn.ofasd.proxy import load_proxy
 from mergekit_px.learn.ofasd.scores import Bench, teacher_scores, warnings_about
 from mergekit_px.learn.ofasd.settings import OfasdOptions, Settings
 
@@ -71,11 +71,11 @@ def learn_coefficients(
 
     started = time.monotonic()
     device = pick_device(options.device)
-    data, labelled = load_proxy(options.data)
-    settings = options.settings.filled(labelled=labelled)
-    control = _control(options, settings)
     shares = _shares(options)
     base = find_checkpoint(options.base, allow_pickle=options.allow_pickle)
+    data, labelled = load_data_and_labels(options.data, base, options.text, say)
+    settings = options.settings.filled(labelled=labelled)
+    control = _control(options, settings, base)
     sources = [find_checkpoint(one, allow_pickle=options.allow_pickle) for one in options.sources]
     check_sources(base, sources)
     plan_hash = _plan_hash(options, settings, base, sources, device)
@@ -198,12 +198,12 @@ class _Run:
             ) from error
 
 
-def _control(options: OfasdOptions, settings: Settings) -> Examples | None:
+def _control(options: OfasdOptions, settings: Settings, base: Checkpoint) -> Examples | None:
     if (settings.objective == "negation") != (options.control is not None):
         raise UsageError("the objective negation and control data go together")
     if options.control is None:
         return None
-    control, labelled = load_proxy(options.control)
+    control, labelled = load_data_and_labels(options.control, base, options.text)
     if not labelled:
         raise UsageError("the control data needs labels", where=options.control)
     return control
@@ -257,6 +257,7 @@ def _plan_hash(
         "version": _HASH_VERSION,
         "settings": asdict(settings),
         "models": prints,
+        "text": asdict(options.text),
         "counts": None if options.counts is None else list(options.counts),
         "files": _file_hashes(options),
         "device": device.type,
@@ -267,8 +268,7 @@ def _plan_hash(
 def _file_hashes(options: OfasdOptions) -> dict[str, str]:
     """sha256 of the data and of the code that makes the model."""
     named = [options.data, options.control, options.model and options.model.rpartition(":")[0]]
-    paths = {path: Path(path).expanduser() for path in named if path}
-    return {path: file_sha256(file) for path, file in sorted(paths.items()) if file.is_file()}
+    return {path: data_sha256(path) for path in sorted(filter(None, named)) if Path(path).expanduser().exists()}
 
 
 def _inputs(options: OfasdOptions, base: Checkpoint, sources: Sequence[Checkpoint]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.precision import Precision
+from mergekit_px.learn.text_data import NO_TEXT, TextOptions
 
 Objective = Literal["distill", "cross-entropy", "entropy", "negation"]
 Granularity = Literal["tensor", "layer", "model", "groups", "random"]
@@ -116,7 +117,8 @@ class OfasdOptions:
     Attributes:
         base: path or Hub reference.
         sources: fine-tunes of the base, or task vectors taken from it.
-        data: npz or safetensors file; ``labels`` may be left out where the objective needs none.
+        data: texts, images or arrays; labels may be left out where the objective needs none.
+        text: how rows of text are read.
         control: data that must stay known, for ``negation``.
         counts: examples that each source was trained on: their shares are the first coefficients and the weights of
             the ensemble; None for equal ones.
@@ -129,6 +131,7 @@ class OfasdOptions:
     sources: Sequence[str]
     data: str
     output: Path = Path("coefficients")
+    text: TextOptions = NO_TEXT
     control: str | None = None
     counts: Sequence[float] | None = None
     model: str | None = None

@@ -16,16 +16,15 @@ import torch
 
 from mergekit_px._version import __version__
 from mergekit_px.checkpoint.destination import Mode
-from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.errors import NonFiniteError, OutputError, RecipeError, RunError, UsageError
 from mergekit_px.execute.run import run_plan
 from mergekit_px.learn.artefact import write_json
-from mergekit_px.learn.data import Examples, load_examples, split_rows
 from mergekit_px.learn.search.reuse import unchanged, with_kept
-from mergekit_px.learn.search.score import Score, command_score, data_score
+from mergekit_px.learn.search.score import DataScore, Score, command_score
 from mergekit_px.learn.search.space import Variable, overrides
 from mergekit_px.learn.search.strategies import Strategy, StrategyOptions, begin_search
 from mergekit_px.learn.search.trials import Trial, TrialLog
+from mergekit_px.learn.text_data import NO_TEXT, TextOptions
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.method_catalog import method_catalog
@@ -53,6 +52,7 @@ class SearchOptions:
         minimize: less is better.
         test_score: a command that scores the result, and nothing else.
         data: a file of examples; ``test`` is a share of it, or another file, that is kept for the result.
+        text: how rows of text are read.
         assignments: changes to the recipe that hold for all trials.
         memory, threads, device: as for a merge.
     """
@@ -65,6 +65,7 @@ class SearchOptions:
     minimize: bool = False
     test_score: str | None = None
     data: str | None = None
+    text: TextOptions = NO_TEXT
     test: float | str = 0.5
     batch: int = 256
     seed: int = 0
@@ -267,26 +268,17 @@ def _scores(options: SearchOptions) -> _Scores:
         raise UsageError("--test-score goes with --score", hint="with --data, give --test a share or a file")
     if options.minimize:
         raise UsageError("accuracy is not to be minimised", hint="leave --minimize out")
-    whole = load_examples(options.data)
-    inputs = {options.data: file_sha256(Path(options.data).expanduser())}
-    validation, test_data = whole, None
-    if isinstance(options.test, str):
-        test_data = load_examples(options.test)
-        inputs[options.test] = file_sha256(Path(options.test).expanduser())
-    elif options.test > 0:
-        rows = split_rows(len(whole), {"test": options.test}, options.seed, options.data)
-        validation, test_data = whole.take(rows["train"]), whole.take(rows["test"])
-
-    def score_on(data: Examples) -> Score:
-        return data_score(
-            data,
-            factory=options.factory,
-            allow_code=options.allow_code,
-            device=options.device,
-            batch=options.batch,
-        )
-
-    return _Scores(score_on(validation), score_on(test_data) if test_data is not None else None, inputs)
+    scores = DataScore(
+        options.data,
+        options.test,
+        text=options.text,
+        factory=options.factory,
+        allow_code=options.allow_code,
+        device=options.device,
+        batch=options.batch,
+        seed=options.seed,
+    )
+    return _Scores(scores.score("validation"), scores.score("test") if scores.has_test else None, scores.inputs)
 
 
 def _identity(plan: Plan, recipe: str, scores: _Scores, options: SearchOptions) -> str:

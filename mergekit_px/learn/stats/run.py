@@ -24,7 +24,8 @@ from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import InputError, OutputError
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.artefact import write_json
-from mergekit_px.learn.data import Examples, derived_seed, load_examples
+from mergekit_px.learn.data import Examples, derived_seed
+from mergekit_px.learn.data_files import data_sha256, load_data
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.precision import Precision
@@ -32,6 +33,7 @@ from mergekit_px.learn.state import load_state, save_state, under
 from mergekit_px.learn.stats.fisher import FisherSums, Labels
 from mergekit_px.learn.stats.gram import GramSums
 from mergekit_px.learn.stats.sums import Tensors, add_up
+from mergekit_px.learn.text_data import NO_TEXT, TextOptions
 from mergekit_px.methods.fisher import FISHER
 from mergekit_px.methods.regmean import GRAM
 
@@ -57,6 +59,7 @@ class StatsOptions:
         batch: examples in one forward pass of the Gram matrices. Fisher information goes example by example.
         seed: draws examples and labels.
         precision: of forward passes; sums are float32 and float64.
+        text: how rows of text are read.
         factory: ``file.py:function`` that makes the model.
     """
 
@@ -66,6 +69,7 @@ class StatsOptions:
     batch: int = 64
     seed: int = 0
     precision: Precision = "float32"
+    text: TextOptions = NO_TEXT
     device: str = "auto"
     mode: Mode = "new"
     factory: str | None = None
@@ -74,7 +78,12 @@ class StatsOptions:
 
 
 def measure(
-    reference: str, data: str | Path, output: Path, options: StatsOptions, tell: Callable[[str, int, int], None]
+    reference: str,
+    data: str | Path,
+    output: Path,
+    options: StatsOptions,
+    tell: Callable[[str, int, int], None],
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure a model and write ``output`` and, beside it, a report with the suffix ``.json``.
 
@@ -92,7 +101,7 @@ def measure(
     device = pick_device(options.device)
     checkpoint = find_checkpoint(reference, allow_pickle=options.allow_pickle)
     model = load_model(checkpoint, options.factory, allow_code=options.allow_code)
-    examples = load_examples(data)
+    examples = load_data(str(data), checkpoint, options.text, note)
     if options.examples is not None and options.examples < len(examples):
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(derived_seed(options.seed)))
         examples = examples.take(order[: options.examples])
@@ -102,7 +111,7 @@ def measure(
         raise InputError("labels are values, and statistics are taken for classes", where=examples.where)
     with closing(open_reader(checkpoint)) as reader:
         model_fingerprint = fingerprint(checkpoint, reader)
-    data_hash = file_sha256(Path(data).expanduser())
+    data_hash = data_sha256(str(data))
     said = {key: value for key, value in asdict(options).items() if key != "mode" and not key.startswith("allow")}
     text = json.dumps([model_fingerprint, data_hash, _code_hash(options), said, device.type], sort_keys=True)
     course = _Course(state, hashlib.sha256(text.encode()).hexdigest())

@@ -24,7 +24,7 @@ from mergekit_px.learn.transfer.exchange import Exchange, Link, all_finite, plan
 from mergekit_px.learn.transfer.factors import Factors
 from mergekit_px.learn.transfer.plan import Control, Model, Pair, Transfer
 from mergekit_px.learn.transfer.ranks import chosen_rank, pair_ranks
-from mergekit_px.learn.transfer.side import Side, load_data
+from mergekit_px.learn.transfer.side import Side, side_data
 from mergekit_px.learn.transfer.state import (
     exchange_state,
     module_state,
@@ -66,7 +66,7 @@ class Trial:
     allow_code: bool
     where: Callable[..., str]
     """The place of a key path of the plan."""
-    files: dict[str, Examples]
+    files: dict[tuple[str, str], Examples]
     """Examples already read, by path."""
 
 
@@ -251,13 +251,14 @@ class Arm:
     def _side(self, entrant: Entrant) -> Side:
         settings = entrant.settings
         assert settings.data is not None and settings.batch is not None
-        data = load_data(
+        data = side_data(
             settings.data,
             entrant.name,
             settings.batch,
             self._seed,
             allow_code=self.trial.allow_code,
             files=self.trial.files,
+            model=entrant.checkpoint,
         )
         return Side(
             entrant.name,

@@ -22,6 +22,8 @@ _SHARE = Wanted("a file, or a share between 0 and 1")
 _YES_OR_NO = Wanted("true or false")
 _RANK = Wanted("a whole number, full, or two of them for target and source, as [8, 16]")
 
+_COLUMNS = Wanted("a mapping from roles to columns, as {text: body, label: topic}")
+
 Count = Annotated[int, Field(ge=1), _COUNT]
 Positive = Annotated[float, Field(gt=0), _NUMBER]
 NotNegative = Annotated[float, Field(ge=0), _NOT_NEGATIVE]
@@ -31,14 +33,21 @@ Schedule = Annotated[Literal["constant", "cosine"], Wanted("constant or cosine")
 class Data(Part):
     """Where a model's examples come from."""
 
-    train: Annotated[str, Wanted("a .npz or .safetensors file, file.py:function, or digits")]
-    """A data file, a function of yours, or ``digits``. Parts that are not named are split off by the seed."""
+    train: Annotated[str, Wanted("a data file, a folder of images, file.py:function, or digits")]
+    """Texts (``.jsonl``, ``.csv``, ``.parquet``), a folder of images by class, arrays (``.npz``, ``.safetensors``), a
+    function of yours, or ``digits``. Parts that are not named are split off by the seed."""
     validation: Annotated[str | float, _SHARE] = 0.1
     """A file, or a share of ``train``."""
     test: Annotated[str | float, _SHARE] = 0.2
     """A file, or a share of ``train``."""
     limit: Annotated[int | None, Field(ge=1), _COUNT] = None
     """Train on so many examples at most."""
+    columns: Annotated[dict[str, str], _COLUMNS] = Field(default_factory=dict)
+    """Of texts: which column is ``text``, ``label``, ``prompt``, ``completion`` or ``messages``."""
+    max_length: Annotated[int | None, Field(ge=2), Wanted("a whole number of 2 or more")] = None
+    """Cut texts to so many tokens."""
+    tokenizer: Annotated[str | None, Wanted("a folder")] = None
+    """Left out: the one beside the weights."""
 
 
 class Optimizer(Part):

@@ -30,6 +30,7 @@ from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.errors import DivergedError, InputError, UsageError
 from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.data import Examples
+from mergekit_px.learn.data_files import data_sha256
 from mergekit_px.learn.folder import working_folder
 from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.output import write_model
@@ -208,7 +209,7 @@ def _trials(
     options: TransferOptions,
 ) -> list[Trial]:
     trials = []
-    files: dict[str, Examples] = {}
+    files: dict[tuple[str, str], Examples] = {}
     for name, given in loaded.plan.transfers.items():
         transfer = filled_transfer(given)
         target = _entrant(loaded, transfer, transfer.target, checkpoints, is_source=False)
@@ -266,7 +267,7 @@ def _file_hashes(model: Model) -> dict[str, str]:
     if model.data is not None:
         named += [one for one in (model.data.train, model.data.validation, model.data.test) if isinstance(one, str)]
     paths = {one.rpartition(":")[0] if ".py:" in one else one for one in named if one is not None}
-    return {path: file_sha256(Path(path).expanduser()) for path in sorted(paths) if Path(path).expanduser().is_file()}
+    return {path: data_sha256(path) for path in sorted(paths) if Path(path).expanduser().exists()}
 
 
 def _inputs(loaded: LoadedTransferPlan, checkpoints: Mapping[str, Checkpoint | None]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.errors import DivergedError, InputError, PlanError
 from mergekit_px.learn.data import (
     LABELS,
@@ -17,7 +18,6 @@ from mergekit_px.learn.data import (
     BatchStream,
     Examples,
     derived_seed,
-    load_examples,
     require_arguments,
     require_classes,
     seeded,
@@ -25,10 +25,12 @@ from mergekit_px.learn.data import (
     split_rows,
     to_device,
 )
+from mergekit_px.learn.data_files import load_data
 from mergekit_px.learn.labels import Reading, find_reading
 from mergekit_px.learn.models import LearningModel, user_function
 from mergekit_px.learn.objective import Loss, Metric, loss_function, metric_function
 from mergekit_px.learn.optimizer import take_step
+from mergekit_px.learn.text_data import TextOptions
 from mergekit_px.learn.transfer.exchange import all_finite
 from mergekit_px.learn.transfer.factors import Factors
 from mergekit_px.learn.transfer.plan import Data, Model
@@ -48,25 +50,39 @@ class SideData:
     """All labels, where the data came from a file."""
 
 
-def load_data(
-    data: Data, name: str, batch: int, seed: int, *, allow_code: bool, files: dict[str, Examples]
+def side_data(
+    data: Data,
+    name: str,
+    batch: int,
+    seed: int,
+    *,
+    allow_code: bool,
+    files: dict[tuple[str, str], Examples],
+    model: Checkpoint | None = None,
 ) -> SideData:
     """The parts of a model's data, split and ordered by the seed.
 
     Args:
-        files: examples already read, by path; added to.
+        files: examples already read, by the name of the model and the path; added to.
+        model: whose tokenizer or image processor is used.
 
     Raises:
         InputError, UsageError: as `mergekit_px.learn.data` does.
     """
     if ":" in data.train and data.train.rpartition(":")[0].endswith(".py"):
         return _user_data(data.train, name, seed, allow_code=allow_code)
-    found = {"train": _examples(data.train, files)}
+
+    def read(path: str) -> Examples:
+        if (name, path) not in files:
+            files[name, path] = _examples(path, data, model)
+        return files[name, path]
+
+    found = {"train": read(data.train)}
     shares: dict[str, float] = {}
     for part in PARTS[1:]:
         given = getattr(data, part)
         if isinstance(given, str):
-            found[part] = _examples(given, files)
+            found[part] = read(given)
         else:
             shares[part] = given
     whole = found["train"]
@@ -83,15 +99,12 @@ def _held_out(examples: Examples, batch: int) -> Callable[[], Iterator[Batch]]:
     return lambda: examples.batches(4 * batch)
 
 
-def _examples(path: str, files: dict[str, Examples]) -> Examples:
-    if path not in files:
-        if path == DIGITS:
-            from mergekit_px.learn.transfer.digits import digits
+def _examples(path: str, data: Data, model: Checkpoint | None) -> Examples:
+    if path == DIGITS:
+        from mergekit_px.learn.transfer.digits import digits
 
-            files[path] = digits()
-        else:
-            files[path] = load_examples(path)
-    return files[path]
+        return digits()
+    return load_data(path, model, TextOptions(tuple(data.columns.items()), data.max_length, data.tokenizer))
 
 
 def _user_data(place: str, name: str, seed: int, *, allow_code: bool) -> SideData:

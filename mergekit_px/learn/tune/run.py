@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mergekit_px._version import __version__
+from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.destination import Mode
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
@@ -23,10 +24,12 @@ from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import DivergedError, InputError, OutputError
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.artefact import write_json
-from mergekit_px.learn.data import Examples, load_examples, split_rows
+from mergekit_px.learn.data import Examples, split_rows
+from mergekit_px.learn.data_files import data_sha256, load_data
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.output import write_model
+from mergekit_px.learn.text_data import NO_TEXT, TextOptions
 from mergekit_px.learn.tune.components import Components, read_components
 from mergekit_px.learn.tune.substitution import TunedValues
 from mergekit_px.learn.tune.training import Progress, Schedule, Tell, Training, evaluate
@@ -46,6 +49,7 @@ class TuneOptions:
         core: train a full matrix between the vectors instead of a diagonal.
         match: globs on the matrices that are trained.
         validation, test: shares of the data that are held out, or files.
+        text: how rows of text are read.
         factory: ``file.py:function`` that makes the model.
     """
 
@@ -55,6 +59,7 @@ class TuneOptions:
     validation: float | str = 0.2
     test: float | str = 0.2
     schedule: Schedule = field(default_factory=Schedule)
+    text: TextOptions = NO_TEXT
     device: str = "auto"
     mode: Mode = "new"
     factory: str | None = None
@@ -96,7 +101,7 @@ def run_tune(
             hint="give the base that it was taken from, or --allow-base-mismatch",
         )
     device = pick_device(options.device)
-    parts = _parts(data, options)
+    parts = _parts(data, options, checkpoint, note)
     model = load_model(checkpoint, options.factory, allow_code=options.allow_code)
     model.module.to(device).eval().requires_grad_(False)
     read = {part: read_labels(model.module, held, device) for part, held in parts.items()}
@@ -166,13 +171,13 @@ def _conclude(progress: Progress, state: Path, output: Path, note: Callable[[str
         note("no step made the validation score better: the components are kept as they came")
 
 
-def _parts(data: str, options: TuneOptions) -> dict[str, Examples]:
-    whole = load_examples(data)
+def _parts(data: str, options: TuneOptions, model: Checkpoint, note: Callable[[str], None]) -> dict[str, Examples]:
+    whole = load_data(data, model, options.text, note)
     given = {"validation": options.validation, "test": options.test}
     shares = {part: share for part, share in given.items() if not isinstance(share, str) and share > 0}
     rows = split_rows(len(whole), shares, options.schedule.seed, data)
     parts = {part: whole.take(numbers) for part, numbers in rows.items()}
-    parts |= {part: load_examples(path) for part, path in given.items() if isinstance(path, str)}
+    parts |= {part: load_data(path, model, options.text, note) for part, path in given.items() if isinstance(path, str)}
     if "validation" not in parts:
         raise InputError("values are chosen on validation data, and none is left", where=data, hint="--validation 0.2")
     return parts
@@ -193,7 +198,7 @@ def _identity(
     place = Path(components.where).expanduser()
     for file in [*sorted(place.glob("*.safetensors")), *([place] if place.is_file() else [])]:
         inputs[str(file)] = file_sha256(file)
-    inputs |= {file: file_sha256(Path(file).expanduser()) for file in files}
+    inputs |= {file: data_sha256(file) for file in files}
     text = json.dumps([inputs, _plain(options), device.type], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest(), inputs
 

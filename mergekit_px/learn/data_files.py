@@ -1,0 +1,110 @@
+"""Examples from whatever people keep them in: tables of text, folders of images, arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.hashing import file_sha256
+from mergekit_px.errors import InputError, UsageError
+from mergekit_px.learn.data import IGNORED, LABELS, Examples, examples, read_arrays
+from mergekit_px.learn.images import image_arrays, image_files
+from mergekit_px.learn.tables import SUFFIXES, read_table
+from mergekit_px.learn.text_data import NO_TEXT, TextOptions, text_arrays
+from mergekit_px.learn.tokenizers import Tokenizer
+
+
+def load_data(
+    path: str,
+    model: Checkpoint | None = None,
+    options: TextOptions = NO_TEXT,
+    note: Callable[[str], None] = lambda line: None,
+) -> Examples:
+    """The examples of a file or folder.
+
+    Args:
+        model: whose tokenizer, processor and head texts and images are made for.
+        note: gets lines about what is not used or was cut.
+
+    Raises:
+        InputError, UsageError: what cannot be read, or does not fit the model.
+    """
+    return examples(data_arrays(path, model, options, note), path)
+
+
+def load_data_and_labels(
+    path: str,
+    model: Checkpoint | None = None,
+    options: TextOptions = NO_TEXT,
+    note: Callable[[str], None] = lambda line: None,
+) -> tuple[Examples, bool]:
+    """The examples and whether they have labels; without, every label is the ignored one.
+
+    Raises:
+        InputError: as `load_data` does, and for labels that are not classes.
+    """
+    arrays = data_arrays(path, model, options, note)
+    if LABELS not in arrays:
+        return _without_labels(arrays, path), False
+    found = examples(arrays, path)
+    if found.arrays[LABELS].is_floating_point():
+        raise InputError("the labels are values, not classes", where=path, hint="number the classes from 0")
+    return found, True
+
+
+def data_arrays(
+    path: str, model: Checkpoint | None, options: TextOptions, note: Callable[[str], None] = lambda line: None
+) -> dict[str, Tensor]:
+    """The arrays of the forward pass, and labels, as a run would use them. Raises as `load_data` does."""
+    place = Path(path).expanduser()
+    folder = None if model is None else model.directory
+    config = None if model is None else model.config
+    if place.suffix in SUFFIXES and place.is_file():
+        where = options.tokenizer or (model.label if model is not None else None)
+        beside = Path(options.tokenizer).expanduser() if options.tokenizer is not None else folder
+        if beside is None or where is None:
+            raise UsageError("texts need a tokenizer", where=path, hint="give the folder of one: --tokenizer FOLDER")
+        table = read_table(place, path)
+        return text_arrays(table, options, Tokenizer(beside, where), config, note)
+    if options != NO_TEXT:
+        raise UsageError(
+            "--columns, --max-length and --tokenizer are for texts",
+            where=path,
+            hint=f"texts come as {', '.join(SUFFIXES)}",
+        )
+    if place.is_dir():
+        return image_arrays(place, path, folder, config)
+    return read_arrays(path)
+
+
+def needs_model(path: str) -> bool:
+    """Whether what arrays data become depends on a model."""
+    place = Path(path).expanduser()
+    return place.is_dir() or place.suffix in SUFFIXES
+
+
+def data_sha256(path: str) -> str:
+    """Of a file; of a folder of images, of the names and contents of all that are used."""
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return file_sha256(place)
+    found = hashlib.sha256()
+    for name, files in image_files(place).items():
+        for file in files:
+            found.update(f"{name}\0{file.relative_to(place).as_posix()}\0{file_sha256(file)}\n".encode())
+    return found.hexdigest()
+
+
+def _without_labels(arrays: Mapping[str, Tensor], where: str) -> Examples:
+    if not arrays:
+        raise InputError("it holds no arrays", where=where)
+    rows = max((len(array) for array in arrays.values() if array.ndim), default=0)
+    if rows < 2:
+        raise InputError("it holds fewer than two examples", where=where)
+    checked = examples({**arrays, LABELS: torch.arange(rows)}, where)
+    return Examples({**checked.arrays, LABELS: torch.full((rows,), IGNORED)}, where)
