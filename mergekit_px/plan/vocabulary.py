@@ -307,16 +307,15 @@ class ChosenVocabulary:
 
     def _rows(self, tensor: str) -> int:
         """How many rows a tensor of the result has."""
-        needed = max(self.tokens) + 1
-        if self.request.pad_to is not None:
-            return -(-needed // self.request.pad_to) * self.request.pad_to
         model = self.donor if self.donor in self.members else self.base or self.members[0]
         stored = self._find(model, tensor)
-        if stored is None:
-            return needed
-        # Tokenizers may list more tokens than their models have rows; only what comes in must have one.
-        beyond = max(token.id for token in self.new) + 1 if self.new else 0
-        return max(stored.shape[0], beyond if model == self.donor else needed)
+        needed = max(self.tokens) + 1
+        if stored is not None and model == self.donor and not self.new:
+            # Tokenizers may list more tokens than their models have rows; only what comes in must have one.
+            needed = max(place for place in self.tokens if place < stored.shape[0]) + 1
+        if self.request.pad_to is not None:
+            return -(-needed // self.request.pad_to) * self.request.pad_to
+        return needed if stored is None else max(needed, stored.shape[0])
 
     def _embedding_rows(self, name: str) -> int | None:
         own = self.tokenizers.of(self.inputs[name])

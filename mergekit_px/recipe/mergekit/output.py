@@ -1,4 +1,4 @@
-"""What a mergekit config says of the result: dtype, config, tokenizer."""
+"""What a mergekit config says of the result: dtype and chat template."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from mergekit_px.errors import RecipeError
 from mergekit_px.located.nearest import hint_for
 from mergekit_px.located.validate import shown
 from mergekit_px.located.yaml_text import Node, Place
-from mergekit_px.recipe.mergekit.pieces import entries_of
-from mergekit_px.recipe.mergekit.references import Reference, read_reference
 
 CHAT_TEMPLATES = {
     "chatml": (
@@ -71,33 +69,6 @@ def precision_differences(exact: bool, dtype: Node | None, out_dtype: Node | Non
             f"once; mergekit rounds the inputs to {dtype.value} first and computes in {dtype.value}."
         )
     return told
-
-
-def read_tokenizer(
-    source: Node | None, tokenizer: Node | None, base: Reference | None
-) -> tuple[Reference, Place] | None:
-    """The model whose tokenizer goes with the result, if the config names one.
-
-    Raises:
-        RecipeError: both keys are given, or the vocabulary would have to change.
-    """
-    if source is not None and tokenizer is not None:
-        raise RecipeError("either tokenizer_source or tokenizer, not both", where=str(tokenizer.place))
-    if tokenizer is not None:
-        entries = entries_of(tokenizer, "'tokenizer'", ("source", "tokens", "pad_to_multiple_of"))
-        for key, what in (("tokens", "embeddings for single tokens"), ("pad_to_multiple_of", "a padded vocabulary")):
-            if key in entries:
-                raise not_yet(f"{what} (tokenizer.{key})", tokenizer.keys[key])
-        source = entries.get("source") or Node("union", tokenizer.place)
-    if source is None:
-        return None
-    if source.value == "union":
-        raise not_yet("tokenizer union", source.place, "name one model: tokenizer_source: base")
-    if source.value != "base":
-        return read_reference(source), source.place
-    if base is None:
-        raise RecipeError("the tokenizer of the base is wanted, and there is no base_model", where=str(source.place))
-    return base, source.place
 
 
 def read_chat_template(node: Node | None) -> Node | None:

@@ -18,12 +18,13 @@ from mergekit_px.recipe.mergekit.output import (
     precision_differences,
     read_chat_template,
     read_dtype,
-    read_tokenizer,
 )
 from mergekit_px.recipe.mergekit.pieces import Piece, Source, entries_of, read_models, read_slices
 from mergekit_px.recipe.mergekit.references import Reference, read_reference, short_name
 from mergekit_px.recipe.mergekit.settings import Choice, Settings, read_choices
 from mergekit_px.recipe.mergekit.table import ALL_PARAMETERS, METHODS, Parameter, PeerMethod
+from mergekit_px.recipe.mergekit.tokenizer import DIFFERENCE, read_tokenizer
+from mergekit_px.recipe.model import UNION
 
 STEP = "merge"
 """The name of the step that a config becomes; of several documents, the one without a name."""
@@ -60,6 +61,7 @@ def translate(roots: Sequence[Node]) -> Translation:
     graph: dict[str, Node | None] = {}
     differences: list[str] = []
     output: Node | None = None
+    tokenizer: Node | None = None
     final = next((root for root in roots if _document_name(root) is None), roots[-1])
     for root in roots:
         translator = _Translator(root, frozenset(steps.values()), names=names, models=models)
@@ -67,6 +69,7 @@ def translate(roots: Sequence[Node]) -> Translation:
         graph[steps[name] if (name := _document_name(root)) in steps else STEP] = step
         differences += translator.differences
         output = written if root is final else output
+        tokenizer = translator.tokenizer if root is final or tokenizer is None else tokenizer
     assert output is not None and isinstance(output.value, dict)
     if len(roots) > 1:
         last = steps.get(_document_name(final) or "", STEP)
@@ -74,7 +77,12 @@ def translate(roots: Sequence[Node]) -> Translation:
         differences.append("Nothing is written between the documents, so nothing is rounded there; mergekit rounds.")
     recipe = mapping(
         final.place,
-        {"models": mapping(roots[0].place, models), "steps": mapping(roots[0].place, graph), "output": output},
+        {
+            "models": mapping(roots[0].place, models),
+            "steps": mapping(roots[0].place, graph),
+            "tokenizer": tokenizer,
+            "output": output,
+        },
     )
     return Translation(recipe, list(dict.fromkeys(differences)))
 
@@ -113,6 +121,8 @@ class _Translator:
     names: dict[Reference, str] = field(default_factory=dict)
     models: dict[str, Node | None] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
+    tokenizer: Node | None = None
+    """The section of the recipe by that name."""
 
     def run(self) -> tuple[Node, Node]:
         """The step, and the output if this is the last."""
@@ -169,7 +179,7 @@ class _Translator:
     def _name(self, reference: Reference, node: Node) -> str:
         """The name of a model in the recipe; models get one when they are first seen."""
         if reference not in self.names:
-            name = short_name(reference, [*self.models, *self.steps, STEP])
+            name = short_name(reference, [*self.models, *self.steps, STEP, UNION])
             self.names[reference] = name
             adapter = Node(reference.adapter, node.place) if reference.adapter is not None else None
             model = Node(reference.model, node.place)
@@ -354,20 +364,12 @@ class _Translator:
         computed = read_dtype(self.entries.get("dtype"), "dtype")
         stored = read_dtype(self.entries.get("out_dtype"), "out_dtype")
         self.differences += precision_differences(peer.is_exact, computed, stored)
-        tokenizer = read_tokenizer(self.entries.get("tokenizer_source"), self.entries.get("tokenizer"), base)
+        self._read_tokenizer(peer, pieces, base)
         template = read_chat_template(self.entries.get("chat_template"))
         config_from = None
         if base is not None and peer.base == "ignored" and self.names[base] not in self.steps:
             config_from = Node(self.names[base], self.entries["base_model"].place)
-        tokenizer_from = None
-        if tokenizer is not None:
-            reference, place = tokenizer
-            tokenizer_from = Node(self._name(reference, Node(None, place)), place)
-            self.differences.append(
-                f"The tokenizer of '{tokenizer_from.value}' is copied, and rows of embeddings stay where they are; "
-                "mergekit moves them where the vocabularies of the models differ, and cuts rows without a token."
-            )
-        elif base is None and len(self.names) > 1:
+        if self.tokenizer is None and base is None and len(self.names) > 1:
             first = self.names[pieces[0].sources[0].reference]
             self.differences.append(
                 f"Config and tokenizer come from '{first}', the first model; without a base_model, mergekit takes "
@@ -383,10 +385,23 @@ class _Translator:
             {
                 "dtype": stored or computed,
                 "config_from": config_from,
-                "tokenizer_from": tokenizer_from,
                 "chat_template": template,
             },
         )
+
+    def _read_tokenizer(self, peer: PeerMethod, pieces: list[Piece], base: Reference | None) -> None:
+        merged = {source.reference for piece in pieces for source in piece.sources}
+        in_merge = base is not None and (base in merged or peer.base == "subtracted")
+        base_name = self.names[base] if base is not None and in_merge else None
+        self.tokenizer = read_tokenizer(
+            self.entries.get("tokenizer_source"),
+            self.entries.get("tokenizer"),
+            base,
+            base_name if base_name not in self.steps else None,
+            self._name,
+        )
+        if self.tokenizer is not None:
+            self.differences.append(DIFFERENCE)
 
 
 def _members(peer: PeerMethod, piece: Piece) -> list[Source]:

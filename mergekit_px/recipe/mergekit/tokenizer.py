@@ -1,0 +1,85 @@
+"""What a mergekit config says of the tokenizer: its source, the embeddings of single tokens, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mergekit_px.errors import RecipeError
+from mergekit_px.located.validate import shown
+from mergekit_px.located.yaml_text import Node, mapping
+from mergekit_px.recipe.mergekit.pieces import entries_of
+from mergekit_px.recipe.mergekit.references import Reference, read_reference
+from mergekit_px.recipe.model import UNION
+
+DIFFERENCE = (
+    "A token that none of the models has gets the mean of the rows, where mergekit leaves zeros; tokenizers of "
+    "different kinds are refused, as are unions of tokenizers whose normalisers disagree, where mergekit takes equal "
+    "tokens for equal text."
+)
+
+Named = Callable[[Reference, Node], str]
+"""Gives a model its name in the recipe."""
+
+
+def read_tokenizer(
+    source: Node | None, tokenizer: Node | None, base: Reference | None, base_name: str | None, named: Named
+) -> Node | None:
+    """The section of a recipe that says the same; None where the config says nothing.
+
+    Args:
+        source: the older key, ``tokenizer_source``.
+        base: the ``base_model``.
+        base_name: its name in the recipe, where it is merged.
+
+    Raises:
+        RecipeError: both keys are given, or what cannot be meant.
+    """
+    if source is not None and tokenizer is not None:
+        raise RecipeError("either tokenizer_source or tokenizer, not both", where=str(tokenizer.place))
+    entries: dict[str, Node] = {}
+    if tokenizer is not None:
+        entries = entries_of(tokenizer, "'tokenizer'", ("source", "tokens", "pad_to_multiple_of"))
+        source = entries.get("source") or Node(UNION, tokenizer.place)
+    if source is None:
+        return None
+    place = source.place
+    if source.value == "base" and base is None:
+        raise RecipeError("the tokenizer of the base is wanted, and there is no base_model", where=str(place))
+    reference = base if source.value == "base" else None if source.value == UNION else read_reference(source)
+    return mapping(
+        place,
+        {
+            "from": Node(UNION if reference is None else named(reference, source), place),
+            "base": Node(base_name, place) if base_name is not None else None,
+            "tokens": _tokens(entries["tokens"], named) if "tokens" in entries else None,
+            # Rows without a token are cut there.
+            "pad_to": entries.get("pad_to_multiple_of", Node(1, place)),
+        },
+    )
+
+
+def _tokens(node: Node, named: Named) -> Node:
+    read = {token: _token(token, entry, named) for token, entry in entries_of(node, "'tokens'").items()}
+    return mapping(node.place, {**read}, node.keys)
+
+
+def _token(token: str, node: Node, named: Named) -> Node:
+    entries = entries_of(node, f"the entry of '{token[:80]}'", ("source", "force"))
+    source = entries.get("source")
+    if source is None:
+        raise RecipeError(f"'source' is missing for '{token[:80]}'", where=str(node.place))
+    row: dict[str, Node | None] = {"force": entries.get("force")}
+    if not isinstance(source.value, dict) or "kind" not in source.value:
+        row["model"] = Node(named(read_reference(source), source), source.place)
+        return mapping(node.place, row)
+    said = entries_of(source, "'source'", ("kind", "model", "token", "token_id"))
+    kind = said["kind"].value if "kind" in said else None
+    if kind == "zero":
+        row["kind"] = said["kind"]
+    elif kind == "model_token" and "model" in said and ("token" in said) != ("token_id" in said):
+        row |= {"token": said.get("token"), "id": said.get("token_id")}
+        row["model"] = Node(named(read_reference(said["model"]), said["model"]), said["model"].place)
+    else:
+        what = "{kind: zero}, or {kind: model_token} with a model and either a token or a token_id"
+        raise RecipeError(f"'source' of '{token[:80]}' must be {what}, not {shown(kind)}", where=str(source.place))
+    return mapping(node.place, row)
