@@ -322,17 +322,13 @@ def test_the_output_has_the_dtype_that_is_asked_for(lines: str, dtype: str | Non
 @pytest.mark.parametrize(
     ("lines", "expected", "told"),
     [
-        ("tokenizer_source: base", "c", "tokenizer of 'c' is copied"),
-        ("tokenizer_source: a", "a", "tokenizer of 'a' is copied"),
-        ("tokenizer: {source: base}", "c", "tokenizer of 'c' is copied"),
-        ("tokenizer_source: org/other", "other", "tokenizer of 'other' is copied"),
         ("chat_template: auto", None, "the one that most models share"),
         ("chat_template: ''", None, ""),
     ],
 )
-def test_tokenizers(lines: str, expected: str | None, told: str) -> None:
+def test_chat_templates_that_come_along(lines: str, expected: str | None, told: str) -> None:
     loaded = load(f"merge_method: task_arithmetic\nbase_model: c\nmodels: {PAIR}\n{lines}\n")
-    assert loaded.recipe.output.tokenizer_from == expected
+    assert loaded.recipe.output.chat_template == expected
     assert told in " ".join(loaded.differences)
 
 

@@ -22,19 +22,6 @@ def error(text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            SLERP + "tokenizer_source: union",
-            "m.yml:5:19: not supported yet: tokenizer union; name one model: tokenizer",
-        ),
-        (SLERP + "tokenizer: {}", "m.yml:5:12: not supported yet: tokenizer union"),
-        (
-            SLERP + "tokenizer: {source: base, tokens: {x: {source: a}}}",
-            "m.yml:5:27: not supported yet: embeddings for single tokens (tokenizer.tokens)",
-        ),
-        (
-            SLERP + "tokenizer: {source: base, pad_to_multiple_of: 8}",
-            "not supported yet: a padded vocabulary (tokenizer.pad_to_multiple_of)",
-        ),
         (SLERP + "chat_template: chatlm", "there is no chat template 'chatlm'; did you mean 'chatml'?"),
         (SLERP + "modules: {}", "m.yml:5:1: not supported yet: parts of a model with slices of their own (modules)"),
         (
@@ -120,8 +107,6 @@ def error(text: str) -> str:
             "[{model: a, layer_range: [0, 3]}, {model: b, layer_range: [0, 2]}]}]",
             "the sources of a slice must have as many layers each, not 3, 2",
         ),
-        (SLERP + "tokenizer_source: a\ntokenizer: {source: a}", "either tokenizer_source or tokenizer, not both"),
-        (LINEAR + "tokenizer_source: base", "the tokenizer of the base is wanted, and there is no base_model"),
     ],
 )
 def test_what_is_refused(text: str, message: str) -> None:
