@@ -6,13 +6,16 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test pytest lint format types imports docs docs-check quality bench clean
+.PHONY: demo test quick pytest lint format types imports docs docs-check quality bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo  ## train small models on real digits, merge them with every method, print the table
 	$(BIN)/pxmerge demo --output demo
 
 test: lint types imports docs-check pytest  ## everything that must hold before a change goes in
+
+quick: lint types imports  ## the checks of an inner loop, under a minute
+	$(BIN)/python -m pytest -n 2 -q tests/declare tests/located tests/kernels tests/methods/test_linear.py tests/plan/test_values.py
 
 pytest: .venv/.dev
 	$(BIN)/python -m pytest -n 2 -q

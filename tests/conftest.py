@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside the tests
+
 _HOME = tempfile.mkdtemp(prefix="pxmerge-tests-")
 
 # Libraries read these when they are imported, processes that tests start inherit them.

@@ -6,11 +6,11 @@ import ast
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from project_pages import marked_blocks
 
 import mergekit_px
 from mergekit_px.cli import main
@@ -33,12 +33,6 @@ def tracked() -> list[Path]:
         pytest.skip("not a git checkout")
     paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
     return [path for path in paths if path.is_file()]
-
-
-def marked_blocks(page: str) -> Iterator[tuple[str, str, str]]:
-    """(mark, language, text) of each code block that a comment marks to be run or to be a file."""
-    pattern = r"<!-- (run|file: [\w.]+) -->\n```(\w+)\n(.*?)```\n"
-    return ((found[1], found[2], found[3]) for found in re.finditer(pattern, page, re.DOTALL))
 
 
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 
 from mergekit_px.adapters import (
     adalora,
@@ -77,10 +80,32 @@ REFUSED: dict[str, str] = {
 }
 
 
+@cache
+def families() -> Mapping[str, Family]:
+    """The kinds that can be merged, by ``peft_type``: those above, and those of other packages.
+
+    Other packages name a :class:`Family` under the entry-point group ``pxmerge.adapters``, by its ``peft_type``.
+    """
+    known = dict(FAMILIES)
+    for entry in entry_points(group="pxmerge.adapters"):
+        try:
+            found = entry.load()
+        except Exception as error:  # a plug-in may fail in any way, and must not take the rest with it
+            reason = " ".join(str(error).split())
+        else:
+            if isinstance(found, Family) and entry.name not in known:
+                known[entry.name] = found
+                continue
+            reason = "it is no Family" if not isinstance(found, Family) else "there is such a kind already"
+        warnings.warn(f"plug-in '{entry.name}' ({entry.value}) is left out: {reason}", stacklevel=2)
+    return known
+
+
 def family(config: AdapterConfig) -> Family:
     """The family of a configuration. Raises AdapterError with the reason where it cannot be merged."""
     if config.kind in REFUSED:
         raise config.error(f"{config.kind} cannot be merged: {REFUSED[config.kind]}")
-    if config.kind not in FAMILIES:
-        raise config.error(f"unknown peft_type {shown(config.kind)}", hint=f"known are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[config.kind]
+    known = families()
+    if config.kind not in known:
+        raise config.error(f"unknown peft_type {shown(config.kind)}", hint=f"known are {', '.join(sorted(known))}")
+    return known[config.kind]

@@ -249,3 +249,8 @@ def list_options(command: Callable[..., Any]) -> dict[str, Several]:
         for mark in getattr(parameter.annotation, "__metadata__", ())
     )
     return {mark.flag: mark for mark in marks if isinstance(mark, Several)}
+
+
+def has_option(command: Callable[..., Any], name: str) -> bool:
+    """Whether a command has a parameter of that name."""
+    return name in inspect.signature(command).parameters

@@ -23,6 +23,7 @@ from mergekit_px.cli._errors import PROGRAM, explain
 from mergekit_px.cli._help import GroupedCommand
 from mergekit_px.cli._options import list_options
 from mergekit_px.cli._output import write_error_line
+from mergekit_px.cli._plugins import load_plugins
 from mergekit_px.cli._prose import plain
 from mergekit_px.cli._width import terminal_width
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(stdout, io.TextIOWrapper):
         stdout.reconfigure(errors="backslashreplace")  # A terminal may not know every letter of a name.
     try:
+        words = load_plugins(words)
         code = _dispatch(words)
         sys.stdout.flush()
         return code
@@ -149,6 +151,10 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", metavar="FILE.PY", help="Methods of your own, from a file; goes with --allow-code."),
+    ] = None,
 ) -> None:
     """Options of ``pxmerge`` itself."""
 

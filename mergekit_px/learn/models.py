@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,12 +22,11 @@ from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
 from mergekit_px.errors import (
     InputError,
-    InputNotFoundError,
     NonFiniteError,
-    PxmergeError,
     TensorMismatchError,
     UsageError,
 )
+from mergekit_px.user_code import user_function
 
 _NAMES_SHOWN = 3
 
@@ -155,57 +151,6 @@ def load_model(
     if checkpoint is None:
         raise UsageError("a model needs weights or a function that makes it", hint="name one of the two")
     return _transformers_model(checkpoint)
-
-
-def user_function(place: str, *, allow_code: bool) -> Callable[..., Any]:
-    """The function at ``file.py:function``; what it raises becomes a ``UsageError`` of one line.
-
-    Raises:
-        UsageError: not allowed, not of that form, no such function, or a file that cannot be imported.
-    """
-    file, colon, name = place.rpartition(":")
-    if not colon or not file.endswith(".py") or not name.isidentifier():
-        raise UsageError(f"{shown(place)!r} names no function", hint="write file.py:function")
-    if not allow_code:
-        raise UsageError(f"{place} is code, which is not run unless asked for", hint="allow it with --allow-code")
-    module = _import_file(Path(file).expanduser(), place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UsageError(f"the file has no function {name}", where=file)
-
-    @functools.wraps(function)
-    def guarded(*arguments: Any, **named: Any) -> Any:
-        try:
-            return function(*arguments, **named)
-        except PxmergeError:
-            raise
-        except Exception as error:
-            raise _raised(error, place) from error
-
-    return guarded
-
-
-def _raised(error: Exception, place: str) -> UsageError:
-    what = f"it raised {type(error).__name__}: {error}"
-    return UsageError(what, where=place, hint="PXMERGE_DEBUG=1 shows the traceback")
-
-
-def _import_file(path: Path, place: str) -> ModuleType:
-    if not path.is_file():
-        raise InputNotFoundError("no such file", where=str(path))
-    name = f"pxmerge_user_{path.resolve().as_posix().replace('/', '_').replace('.', '_')}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise _raised(error, place) from error
-    return module
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, where: str) -> None:

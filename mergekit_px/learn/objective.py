@@ -10,8 +10,8 @@ from torch.nn import functional
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.data import BESIDE, IGNORED, LABELS, TARGETS, Batch
 from mergekit_px.learn.labels import target_count
-from mergekit_px.learn.models import user_function
 from mergekit_px.learn.outputs import forward, logits_of, loss_of
+from mergekit_px.user_code import user_function
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 Metric = Callable[[nn.Module, Iterable[Batch]], float]

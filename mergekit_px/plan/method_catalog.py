@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, cached_property
+from functools import cache, lru_cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,9 +16,9 @@ from mergekit_px.recipe.catalog import MethodFacts
 class DeclaredMethods:
     """A :class:`~mergekit_px.recipe.catalog.MethodCatalog` of all declared methods. Imports no torch."""
 
-    @cached_property
+    @property
     def methods(self) -> Mapping[str, MethodFacts]:
-        return {name: facts_of(method) for name, method in load_methods().items()}
+        return _facts(tuple(load_methods()))
 
     def validate(self, method: str, params: Mapping[str, Any]) -> list[tuple[str, str]]:
         declared = load_methods()[method].params
@@ -27,6 +27,12 @@ class DeclaredMethods:
         except ValidationError as error:
             return [(name, problem) for name, problem in problems(declared, error) if name in params]
         return []
+
+
+@lru_cache(maxsize=1)
+def _facts(names: tuple[str, ...]) -> Mapping[str, MethodFacts]:
+    """The facts of the methods that there are; a plug-in may declare more of them later."""
+    return {name: facts_of(load_methods()[name]) for name in names}
 
 
 @cache

@@ -27,13 +27,14 @@ from mergekit_px.learn.data import (
 )
 from mergekit_px.learn.data_files import load_data
 from mergekit_px.learn.labels import Reading, find_reading
-from mergekit_px.learn.models import LearningModel, user_function
+from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.objective import Loss, Metric, loss_function, metric_function
 from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.text_data import TextOptions
 from mergekit_px.learn.transfer.exchange import all_finite
 from mergekit_px.learn.transfer.factors import Factors
 from mergekit_px.learn.transfer.plan import Data, Model
+from mergekit_px.user_code import user_function
 
 PARTS = ("train", "validation", "test")
 DIGITS = "digits"

@@ -1,0 +1,97 @@
+"""The page on methods of one's own works as it is written."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from project_pages import marked_blocks
+
+from mergekit_px.adapters import registry
+from mergekit_px.cli import main
+from mergekit_px.methods import load_methods
+from mergekit_px.methods.declare import REGISTRY
+from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    known = dict(load_methods())
+    base = tiny_llama_tensors()
+    for name, tensors in {"base": base, "math": fine_tune(base, 1), "code": fine_tune(base, 2)}.items():
+        write_checkpoint(tmp_path / name, tensors, config=tiny_llama_config())
+    yield
+    REGISTRY.clear()
+    REGISTRY.update(known)
+    for name in [name for name in sys.modules if name.startswith("pxmerge_user") or name == "lerp_clip"]:
+        del sys.modules[name]
+
+
+def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for mark, language, text in marked_blocks(PAGE.read_text()):
+        if mark != "run":
+            Path(mark.removeprefix("file: ")).write_text(text)
+        elif language == "python":
+            subprocess.run([sys.executable, "-c", text], check=True)
+        else:
+            for line in text.splitlines():
+                words = shlex.split(line)
+                assert main(words[1:]) == 0, (line, capsys.readouterr().err)
+    assert Path("clipped/model.safetensors").is_file() and Path("unit/model.safetensors").is_file()
+
+
+METHOD = "from mergekit_px import merge_method\n@merge_method(space='any', access='elementwise')\ndef {0}(sources):\n"
+METHOD += '    """First of all."""\n    return sources[0]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "code", "message"),
+    [
+        (METHOD, "first-of --sources math code -o out --plugin p.py", 2, "allow it with --allow-code"),
+        ("x = 1\n", "first-of --sources math code --plugin p.py --allow-code", 2, "p.py: it declares no merge method"),
+        ("1 / 0\n", "first-of --sources math --plugin=p.py --allow-code", 2, "p.py: it raised ZeroDivisionError"),
+        (METHOD, "first-of --sources math --plugin other.py --allow-code", 3, "other.py: no such file"),
+        (METHOD, "first-of --sources math --plugin p.txt --allow-code", 2, "takes a Python file"),
+        (METHOD, "first-of --sources math --allow-code --plugin", 2, "takes a Python file"),
+        (METHOD, "first-of --sources math code -o out --plugin p.py --allow-code", 0, ""),
+    ],
+)
+def test_a_plug_in_runs_only_where_it_is_allowed(
+    text: str, words: str, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("p.py").write_text(text.replace("{0}", "first_of"))
+    assert main(words.split()) == code
+    assert message in capsys.readouterr().err
+
+
+class Entry:
+    name = "GAIN"
+    value = "package:GAIN"
+
+    def __init__(self, found: object) -> None:
+        self.found = found
+
+    def load(self) -> object:
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+def test_adapter_kinds_of_other_packages_are_known_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = registry.FAMILIES["HRA"]
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry(family)])
+    registry.families.cache_clear()
+    assert registry.families()["GAIN"] is family
+    for found, reason in ((ImportError("no such package"), "no such package"), ("a word", "it is no Family")):
+        monkeypatch.setattr(registry, "entry_points", lambda group, found=found: [Entry(found)])
+        registry.families.cache_clear()
+        with pytest.warns(UserWarning, match=reason):
+            assert "GAIN" not in registry.families()
+    registry.families.cache_clear()
