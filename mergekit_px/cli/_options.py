@@ -141,7 +141,9 @@ class RunOptions:
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict", help="Refuse sources whose configs disagree in what the weights mean.", rich_help_panel=RUN
+            "--strict",
+            help="Refuse sources whose configs disagree in meaning, and keys without effect.",
+            rich_help_panel=RUN,
         ),
     ] = False
     no_hash_inputs: Annotated[

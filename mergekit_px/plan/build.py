@@ -13,7 +13,7 @@ from mergekit_px.checkpoint.destination import FILE_SUFFIX, check_apart, destina
 from mergekit_px.checkpoint.dtypes import DType, parse_dtype
 from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
-from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, UsageError
+from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, RecipeError, UsageError
 from mergekit_px.methods import find_method
 from mergekit_px.plan.agreement import disagreements
 from mergekit_px.plan.bases import complete_bases
@@ -66,6 +66,9 @@ def build_plan(
         if name in needed
     }
     notes = list(loaded.differences)
+    if options.strict and loaded.idle:
+        sentence, place = loaded.idle[0]
+        raise RecipeError(sentence.rstrip("."), where=place, hint="take it out, or leave out --strict")
     recipe, added, said = complete_bases(recipe, {**known, **resolved}, allow_pickle=options.allow_pickle)
     resolved.update({name: known.get(name, source) for name, source in added.items()})
     notes.extend(said)

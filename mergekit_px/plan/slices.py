@@ -54,7 +54,7 @@ def slice_slots(step_name: str, step: Step, namespaces: Namespaces) -> Stacked:
         numbers = []
         for source, (_, count) in zip(piece.sources, stacked, strict=True):
             chosen = parse_layers(source.layers).to_list(count)
-            if not chosen or chosen[-1] >= count or chosen[0] < 0:
+            if source.layers != "none" and (not chosen or chosen[-1] >= count or chosen[0] < 0):
                 raise PlanError(
                     f"layers {source.layers} of '{source.model}', which has {count} (0-{count - 1})", where=here
                 )
@@ -70,6 +70,8 @@ def slice_slots(step_name: str, step: Step, namespaces: Namespaces) -> Stacked:
             ]
             sources_of_layers.append([origin for entry in own for origin in _origins(*entry, namespaces)])
             layers.extend(_layer_slots(step, piece, part, own, len(sources_of_layers) - 1, place, namespaces))
+    if not sources_of_layers:
+        raise PlanError("the slices have no layers at all", where=where)
     _refuse_shared_embedding(sources_of_layers, where, namespaces)
     for model in dict.fromkeys(model for own in sources_of_layers for model, _ in own):
         _refuse_moved_ends(model, sources_of_layers, where, namespaces)

@@ -55,8 +55,6 @@ def _check_slice(piece: Slice, path: Path, places: Places) -> None:
 def _check_slice_source(source: SliceSource, path: Path, places: Places) -> int | None:
     """Returns the number of layers, where it does not depend on the model."""
     selection = parse_layers(source.layers, where=places.value((*path, "layers")))
-    if not selection.parts:
-        raise RecipeError("a slice is made of numbered layers", where=places.value((*path, "layers")))
     _check_weight(source.weight, (*path, "weight"), places)
     for name, value in source.params.items():
         at = (*path, "params", name)

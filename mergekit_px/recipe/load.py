@@ -95,6 +95,7 @@ def _build(
             hint="give it several steps; only mergekit's configs may be several documents",
         )
     differences: tuple[str, ...] = ()
+    idle: tuple[tuple[str, str], ...] = ()
     if dialect == "mergekit":
         from mergekit_px.recipe.mergekit import translate
 
@@ -105,6 +106,7 @@ def _build(
         translation = translate([apply_overrides(document, earlier) for document in roots])
         root = apply_overrides(translation.recipe, later)
         differences = tuple(translation.differences)
+        idle = tuple((sentence, str(place)) for sentence, place in translation.idle.items())
     else:
         root = _written_out(apply_overrides(root, overrides))
     places = Places(root)
@@ -118,7 +120,7 @@ def _build(
     elif overrides:
         notes = "".join(f"# --set {' '.join(override.split())}\n" for override in overrides)
         text = f"{notes}{dump_recipe(recipe)}"
-    return LoadedRecipe(recipe, text, None, differences, dialect, places)
+    return LoadedRecipe(recipe, text, None, differences, idle, dialect, places)
 
 
 def _written_out(root: Node) -> Node:

@@ -21,6 +21,7 @@ class LoadedRecipe:
         source: the text as given; where overrides changed it, the recipe as it then is.
         path: the file, if it came from one.
         differences: for a mergekit config, each difference in meaning, as a sentence.
+        idle: of these, what is said of keys that mean nothing, each with where it stands.
         dialect: the form of the text.
         places: where each part stands.
     """
@@ -29,6 +30,7 @@ class LoadedRecipe:
     source: str
     path: Path | None = None
     differences: tuple[str, ...] = ()
+    idle: tuple[tuple[str, str], ...] = ()
     dialect: Dialect = "pxmerge"
     places: Places | None = field(default=None, repr=False, compare=False)
 

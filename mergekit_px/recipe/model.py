@@ -97,7 +97,8 @@ class SliceSource(Part):
     model: Annotated[str, _NAME]
     """A model or step."""
     layers: Annotated[LayerRange, _LAYERS]
-    """Which of its layers, as many as of the other sources."""
+    """Which of its layers, as many as of the other sources; 'none' for a slice that only stands at the beginning or
+    the end, for what is outside the layers."""
     weight: Annotated[Value, Wanted("a number, or a list of numbers")] = None
     """Its weight; a list of numbers is interpolated over the layers of the slice."""
     params: Annotated[dict[str, Value], _PARAMS] = Field(default_factory=dict)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from models import plan_of, recipe
 
-from mergekit_px.errors import PlanError
+from mergekit_px.errors import PlanError, RecipeError
 from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 
@@ -54,3 +54,16 @@ def test_entries_that_change_what_weights_mean_are_named(
 )
 def test_two_spellings_of_one_thing_agree(tmp_path: Path, one: dict[str, Any], other: dict[str, Any]) -> None:
     assert notes_of(tmp_path, one, other, strict=True) == []
+
+
+def test_keys_without_effect_are_told_or_refused(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        write_checkpoint(tmp_path / name, tiny_llama_tensors(), config=tiny_llama_config())
+    models = [
+        {"model": str(tmp_path / "one"), "revision": "main", "parameters": {"weight": 1}},
+        {"model": str(tmp_path / "other"), "parameters": {"weight": 1}},
+    ]
+    config = {"merge_method": "linear", "models": models}
+    assert any("'revision' in an entry of 'models'" in note for note in plan_of(config, tmp_path / "out").notes)
+    with pytest.raises(RecipeError, match=r"'revision' .* has no effect.*leave out --strict"):
+        plan_of(config, tmp_path / "out", strict=True)

@@ -44,6 +44,17 @@ def test_embeddings_come_from_the_first_slice_and_the_head_from_the_last(folder:
     assert origin["model.norm.weight"] == origin["lm_head.weight"] == "fine1"
 
 
+def test_a_slice_without_layers_gives_only_what_is_outside_of_them(folder: Path, tmp_path: Path) -> None:
+    plan = plan_of(recipe(folder, stack(("fine0", "none"), ("fine1", "0-2"), ("fine0", "none"))), tmp_path / "out")
+    origin = {item.name: item.reads[0].input for item in plan.items}
+    assert {origin[name] for name in origin if "layers" not in name} == {"fine0"}
+    assert {origin[name] for name in origin if "layers" in name} == {"fine1"}
+    assert plan.config is not None
+    assert plan.config["num_hidden_layers"] == 3
+    with pytest.raises(PlanError, match="no layers at all"):
+        plan_of(recipe(folder, stack(("fine0", "none"))), tmp_path / "out")
+
+
 def test_per_layer_lists_of_the_config_follow_the_layers(folder: Path, tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     for name in ("fine0", "fine1"):

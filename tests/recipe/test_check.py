@@ -151,7 +151,6 @@ def test_slices() -> None:
         ("  slices:", "  sources: [a]\n  slices:", "8:3: a step has either sources or slices"),
         (SLICES[SLICES.index("  slices:") :], "  slices: []", "7:3: 'slices' is empty"),
         ("layers: 2-5", "layers: 2-4", "8:7: the sources of a slice must have as many layers each, not 4 of 'a', 3 of"),
-        ("layers: 0-3", "layers: none", "8:36: a slice is made of numbered layers"),
         ("layers: 0-3", "layers: 3-0", "8:36: '3-0' ends before it begins"),
         ("model: c, layers: 2-5", "model: cc, layers: 2-5", "8:87: no model or step is named 'cc'"),
         ("base: b\n", "base: d\n", "10:13: no model or step is named 'd'"),

@@ -21,7 +21,7 @@ def test_keys_that_mean_nothing_to_mergekit_are_told() -> None:
     loaded = load(f"merge_method: linear\n{TWO}normalize: true\nrandom_seed: 0\nx-shared: &x {{weight: 1}}\n")
     told = " ".join(loaded.differences)
     for key in ("normalize", "random_seed", "x-shared"):
-        assert f"'{key}' at the top level has no effect" in told
+        assert f"'{key}' in the config has no effect" in told
     assert "belongs under 'parameters'" in told
 
 
@@ -29,6 +29,70 @@ def test_keys_that_mean_nothing_to_mergekit_are_told() -> None:
 def test_slips_of_the_pen_are_no_dead_keys(slip: str) -> None:
     with pytest.raises(RecipeError, match="did you mean"):
         load(f"merge_method: linear\n{TWO}{slip}: x\n")
+
+
+def test_idle_keys_below_the_top_level() -> None:
+    text = (
+        "merge_method: sce\nbase_model: c\nparameters: {int_space: cs}\nslices:\n  - depth_note: x\n    sources:\n"
+        "      - {model: a, layer_range: [0, 2], revision: main, weight: 1}\n"
+        "      - {model: b, layer_range: [0, 2], parameters: {dtype: x}}\n      - {model: c, layer_range: [0, 2]}\n"
+    )
+    loaded = load(text)
+    told = {sentence: place for sentence, place in loaded.idle}
+    assert told == {
+        "'int_space' in 'parameters' has no effect, there or here.": "m.yml:3:14",
+        "'depth_note' in a slice has no effect, there or here.": "m.yml:5:5",
+        "'revision' in a source has no effect, there or here; write model@revision.": "m.yml:7:41",
+        "'weight' in a source has no effect, there or here; it belongs under 'parameters'.": "m.yml:7:57",
+        "'dtype' in 'parameters' has no effect, there or here.": "m.yml:8:54",
+    }
+    assert set(told) <= set(loaded.differences)
+    assert load(f"merge_method: linear\n{TWO}").idle == ()
+
+
+def test_a_base_alone_is_the_result() -> None:
+    config = "merge_method: {}\nbase_model: {}\nmodels: [{{model: {}, parameters: {{weight: 1, density: 0.5}}}}]\n"
+    for method in ("task_arithmetic", "dare_ties", "sce", "ramplus_tl"):
+        loaded = load(config.format(method, "b+lora", "b+lora"))
+        assert loaded.recipe.steps["merge"].method == "passthrough"
+        assert loaded.recipe.models["b-lora"].adapter == "lora"
+        assert any("the result is 'b+lora' itself" in sentence for sentence in loaded.differences)
+
+
+def test_a_slice_without_layers_gives_what_is_outside_of_them() -> None:
+    slices = "[{sources: [{model: a, layer_range: [0, 4]}]}, {sources: [{model: b, layer_range: [6, 2]}]}]"
+    step = load(f"merge_method: passthrough\nslices: {slices}\n").recipe.steps["merge"]
+    assert step.slices is not None
+    assert [piece.sources[0].layers for piece in step.slices] == ["0-3", "none"]
+
+
+def test_the_default_module_is_the_whole_model() -> None:
+    inner = "{default: {models: [{model: a, parameters: {weight: 1}}, {model: b}], parameters: {weight: 2}}}"
+    loaded = load(f"merge_method: linear\nparameters: {{weight: 3, normalize: false}}\nmodules: {inner}\n")
+    step = loaded.recipe.steps["merge"]
+    assert (step.sources, step.params) == ({"a": 1, "b": 2}, {"normalize": False})
+
+
+def test_modules_become_steps_and_are_put_together() -> None:
+    text = """\
+merge_method: linear
+modules:
+  multi_modal_projector: {models: [{model: b, parameters: {weight: 1}}, {model: a, parameters: {weight: 0}}]}
+  audio: {models: [{model: a, parameters: {weight: 1}}]}
+  vision_tower: {models: [{model: c, parameters: {weight: 1}}, {model: a, parameters: {weight: 0}}]}
+  text_decoder:
+    slices: [{sources: [{model: a, layer_range: [0, 2], parameters: {weight: 1}}]}]
+"""
+    recipe = load(text).recipe
+    assert list(recipe.steps) == [
+        *("merge-text_decoder", "merge-audio", "merge-vision_tower", "merge-multi_modal_projector", "merge"),
+    ]
+    assert recipe.steps["merge-text_decoder"].slices is not None
+    assert recipe.steps["merge"].source_names() == ["merge-text_decoder"]
+    taken = {rule.take: rule.match for rule in recipe.steps["merge"].rules}
+    assert taken["merge-audio"] == ["audio.*", "*.audio.*"]
+    assert list(taken)[-1] == "merge-multi_modal_projector"
+    assert any("in none of the modules" in sentence for sentence in load(text).differences)
 
 
 def test_documents_become_steps() -> None:

@@ -23,7 +23,17 @@ def error(text: str) -> str:
     ("text", "message"),
     [
         (SLERP + "chat_template: chatlm", "there is no chat template 'chatlm'; did you mean 'chatml'?"),
-        (SLERP + "modules: {}", "m.yml:5:1: not supported yet: parts of a model with slices of their own (modules)"),
+        (SLERP + "modules: {default: {models: []}}", "m.yml:3:1: either modules or models, not both"),
+        ("merge_method: linear\nmodules: {}", "m.yml:2:10: 'modules' is empty"),
+        (
+            "merge_method: linear\nmodules: {default: {modls: []}}",
+            "unknown key 'modls' in the module 'default'; did you",
+        ),
+        ("merge_method: linear\nmodules: {default: {}}", "'models' or 'slices' is missing"),
+        (
+            "merge_method: linear\nmodules: {default: {models: []}, vision_tower: {models: []}}",
+            "the module 'default' is the whole model, and stands alone",
+        ),
         (
             "base_model: a\nexperts: []\ngate_mode: hidden",
             "m.yml:2:1: not supported yet: building a mixture of experts",
@@ -59,7 +69,7 @@ def error(text: str) -> str:
             "m.yml:3:1: unknown key 'tokeniser_source' in the config; did you mean 'token",
         ),
         (LINEAR + "parametrs: {}", "unknown key 'parametrs' in the config; did you mean 'parameters'?"),
-        (LINEAR.replace("density", "densty"), "unknown parameter 'densty'; did you mean 'density'?"),
+        (LINEAR.replace("density", "densty"), "unknown key 'densty' in 'parameters'; did you mean 'density'?"),
         (
             LINEAR.replace("merge_method", "merge_methd"),
             "unknown key 'merge_methd' in the config; did you mean 'merge_m",
@@ -76,6 +86,10 @@ def error(text: str) -> str:
         (LINEAR.replace("weight: 1", "weight: {filter: x}"), "'value' is missing in 'weight'"),
         (LINEAR.replace("weight: 1", "weight: {filter: 3, value: 1}"), "a filter is text, not 3"),
         (LINEAR.replace("weight: 1", "density: 1"), "linear needs the parameter 'weight' for 'a'"),
+        (
+            "merge_method: linear\nmodels: [{model: a, weight: 1}]",
+            "m.yml:2:10: linear needs the parameter 'weight' for 'a'; write 'weight' under 'parameters:'",
+        ),
         (LINEAR + "parameters: {normalize: perhaps}", "'normalize' must be true or false, not 'perhaps'"),
         (LINEAR + "dtype: bfloat", "'dtype' cannot be 'bfloat'; did you mean 'bfloat16'?"),
         (LINEAR + "slices: []", "m.yml:3:1: either models or slices, not both"),
@@ -89,7 +103,10 @@ def error(text: str) -> str:
             SLERP.replace("[{model: b}]", "[{model: b}, {model: c}]"),
             "slerp takes two sources, the base_model counted, and",
         ),
-        (SLERP.replace("slerp", "ties").replace("[{model: b}]", "[{model: a}]"), "ties needs a model besides the base"),
+        (
+            SLERP.replace("slerp", "nearswap").replace("[{model: b}]", "[{model: a}]"),
+            "nearswap needs a model besides the base",
+        ),
         (
             "merge_method: passthrough\nmodels: [{model: a}, {model: b}]",
             "passthrough takes one source, and 2 are given",
@@ -99,7 +116,10 @@ def error(text: str) -> str:
             "base_model 'a' is not among the sources of the slice",
         ),
         ("merge_method: linear\nslices: [{sources: [{model: b}]}]", "'layer_range' is missing"),
-        ("merge_method: linear\nslices: [{sources: [{model: b, layer_range: [3, 3]}]}]", "'layer_range' [3, 3] has no"),
+        (
+            "merge_method: linear\nslices: [{sources: [{model: b, layer_range: [3, 3]}]}]",
+            "the slices have no layers at all",
+        ),
         ("merge_method: linear\nslices: [{sources: [{model: b, layer_range: [-1, 3]}]}]", "must be [first, end] with"),
         ("merge_method: linear\nslices: [{sources: [{model: b, layer_range: 0-3}]}]", "must be [first, end] with"),
         (

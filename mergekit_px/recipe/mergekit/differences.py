@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from mergekit_px.errors import RecipeError
-from mergekit_px.located.nearest import hint_for
 from mergekit_px.located.yaml_text import Node
-from mergekit_px.recipe.mergekit.pieces import Piece, entries_of
+from mergekit_px.recipe.mergekit.entries import IdleKeys, entries_of
+from mergekit_px.recipe.mergekit.pieces import Piece
 from mergekit_px.recipe.mergekit.table import ALL_PARAMETERS, PeerMethod
 
 
-def parameter_differences(peer: PeerMethod, pieces: Iterable[Piece], parameters: Node | None) -> list[str]:
+def parameter_differences(
+    peer: PeerMethod, pieces: Iterable[Piece], parameters: Sequence[Node | None], idle: IdleKeys
+) -> list[str]:
     """Check the names of all parameters, and tell which of them change nothing.
 
+    Args:
+        parameters: those of the whole merge.
+        idle: takes up those that mergekit does not have.
+
     Raises:
-        RecipeError: a parameter that mergekit does not have.
+        RecipeError: a parameter that is like one that mergekit has.
     """
     told: list[str] = []
     known = [*peer.parameters, *sorted(ALL_PARAMETERS - peer.parameters.keys())]
 
     def look(node: Node | None, source: str | None, is_base: bool) -> None:
-        for name in entries_of(node, "'parameters'") if node is not None else {}:
-            assert node is not None
-            if name not in ALL_PARAMETERS:
-                hint = hint_for(name, known)
-                raise RecipeError(f"unknown parameter '{name[:80]}'", where=str(node.keys[name]), hint=hint)
+        for name in entries_of(node, "'parameters'", known, idle) if node is not None else {}:
             if name not in peer.parameters:
                 told.append(f"'{name}' has no effect on the result of {peer.name}, there or here.")
             elif is_base:
@@ -35,7 +36,8 @@ def parameter_differences(peer: PeerMethod, pieces: Iterable[Piece], parameters:
                     f"'{name}' of '{source}' has no effect, there or here: {peer.name} has one value for all models."
                 )
 
-    look(parameters, None, False)
+    for node in parameters:
+        look(node, None, False)
     for piece in pieces:
         look(piece.parameters, None, False)
         for source in piece.sources:

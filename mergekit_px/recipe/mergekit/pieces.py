@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mergekit_px.errors import RecipeError
-from mergekit_px.located.nearest import hint_for
 from mergekit_px.located.validate import shown
 from mergekit_px.located.yaml_text import Node
+from mergekit_px.recipe.mergekit.entries import IdleKeys, entries_of
 from mergekit_px.recipe.mergekit.references import Reference, read_reference
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model that takes part in a slice, with layers [first, last] of it, both included."""
+    """A model that takes part in a slice, with layers [first, last] of it, both included; last < first is none."""
 
     reference: Reference
     node: Node
@@ -37,41 +36,26 @@ class Piece:
     residual_weight: bool = False
 
 
-def entries_of(node: Node, what: str, known: Sequence[str] | None = None) -> dict[str, Node]:
-    """A mapping's entries, without those that are null.
-
-    Raises:
-        RecipeError: not a mapping, or a key that is not among ``known``.
-    """
-    if not isinstance(node.value, dict):
-        raise RecipeError(f"{what} must be a mapping, not {shown(node.value)}", where=str(node.place))
-    for key in node.value:
-        if known is not None and key not in known:
-            where = str(node.keys[key])
-            raise RecipeError(f"unknown key '{key[:80]}' in {what}", where=where, hint=hint_for(key, known))
-    return {key: child for key, child in node.value.items() if child.value is not None}
-
-
-def read_models(node: Node, base: Reference | None) -> list[Piece]:
+def read_models(node: Node, base: Reference | None, idle: IdleKeys) -> list[Piece]:
     """The one piece of a config with ``models``."""
     sources = []
     for item in _items(node, "'models'"):
-        entries = entries_of(item, "an entry of 'models'", ("model", "parameters"))
+        entries = entries_of(item, "an entry of 'models'", ("model", "parameters"), idle)
         sources.append(Source(_model(item, entries), item, entries.get("parameters")))
     return [Piece(node, _distinct(sources), base)]
 
 
-def read_slices(node: Node, base: Reference | None) -> list[Piece]:
+def read_slices(node: Node, base: Reference | None, idle: IdleKeys) -> list[Piece]:
     """The pieces of a config with ``slices``."""
     pieces: list[Piece] = []
     first = 0
     for item in _items(node, "'slices'"):
-        entries = entries_of(item, "a slice", ("sources", "base_model", "parameters", "residual_weight"))
+        entries = entries_of(item, "a slice", ("sources", "base_model", "parameters", "residual_weight"), idle)
         if "sources" not in entries:
             raise RecipeError("a slice without 'sources'", where=str(item.place))
         sources = []
         for source in _items(entries["sources"], "'sources'"):
-            inner = entries_of(source, "a source", ("model", "layer_range", "parameters"))
+            inner = entries_of(source, "a source", ("model", "layer_range", "parameters"), idle)
             reference = _model(source, inner)
             if "layer_range" not in inner:
                 raise RecipeError("'layer_range' is missing", where=str(source.place))
@@ -85,6 +69,8 @@ def read_slices(node: Node, base: Reference | None) -> list[Piece]:
             Piece(item, _distinct(sources), own_base, entries.get("parameters"), first, "residual_weight" in entries)
         )
         first += lengths[0]
+    if first == 0:
+        raise RecipeError("the slices have no layers at all", where=str(node.place))
     return pieces
 
 
@@ -117,6 +103,4 @@ def _layers(node: Node) -> tuple[int, int]:
     if len(values) != 2 or len(numbers) != 2:
         what = f"'layer_range' must be [first, end] with the end left out, not {shown(node.data())}"
         raise RecipeError(what, where=str(node.place))
-    if numbers[1] <= numbers[0]:
-        raise RecipeError(f"'layer_range' {numbers} has no layers", where=str(node.place))
-    return numbers[0], numbers[1] - 1
+    return numbers[0], max(numbers[1], numbers[0]) - 1

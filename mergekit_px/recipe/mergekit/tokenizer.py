@@ -7,7 +7,7 @@ from collections.abc import Callable
 from mergekit_px.errors import RecipeError
 from mergekit_px.located.validate import shown
 from mergekit_px.located.yaml_text import Node, mapping
-from mergekit_px.recipe.mergekit.pieces import entries_of
+from mergekit_px.recipe.mergekit.entries import entries_of
 from mergekit_px.recipe.mergekit.references import Reference, read_reference
 from mergekit_px.recipe.model import UNION
 

@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mergekit_px.errors import RecipeError
-from mergekit_px.located.nearest import hint_for, nearest
+from mergekit_px.located.nearest import hint_for
 from mergekit_px.located.validate import shown
 from mergekit_px.located.yaml_text import Node, mapping, sequence
 from mergekit_px.recipe.mergekit.differences import method_differences, parameter_differences
+from mergekit_px.recipe.mergekit.entries import IdleKeys, entries_of
+from mergekit_px.recipe.mergekit.modules import join_modules, read_modules
 from mergekit_px.recipe.mergekit.output import (
     not_yet,
     precision_differences,
     read_chat_template,
     read_dtype,
 )
-from mergekit_px.recipe.mergekit.pieces import Piece, Source, entries_of, read_models, read_slices
+from mergekit_px.recipe.mergekit.pieces import Piece, Source, read_models, read_slices
 from mergekit_px.recipe.mergekit.references import Reference, read_reference, short_name
 from mergekit_px.recipe.mergekit.settings import Choice, Settings, read_choices
-from mergekit_px.recipe.mergekit.table import ALL_PARAMETERS, METHODS, Parameter, PeerMethod
+from mergekit_px.recipe.mergekit.table import METHODS, Parameter, PeerMethod
 from mergekit_px.recipe.mergekit.tokenizer import DIFFERENCE, read_tokenizer
 from mergekit_px.recipe.model import UNION
 
@@ -30,11 +32,10 @@ STEP = "merge"
 """The name of the step that a config becomes; of several documents, the one without a name."""
 
 _KEYS = (
-    *("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype"),
+    *("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"),
     *("tokenizer_source", "tokenizer", "chat_template", "name"),
 )
 _REFUSED = {
-    "modules": "parts of a model with slices of their own (modules)",
     **dict.fromkeys(
         ("experts", "gate_mode", "shared_experts", "experts_per_token"), "building a mixture of experts (mergekit-moe)"
     ),
@@ -43,10 +44,15 @@ _REFUSED = {
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """A recipe whose parts have the places of what they were made from, and how it differs in meaning."""
+    """A recipe whose parts have the places of what they were made from, and how it differs in meaning.
+
+    Attributes:
+        idle: what is said of keys that mean nothing, and where they stand.
+    """
 
     recipe: Node
     differences: list[str]
+    idle: IdleKeys
 
 
 def translate(roots: Sequence[Node]) -> Translation:
@@ -55,6 +61,8 @@ def translate(roots: Sequence[Node]) -> Translation:
     Raises:
         RecipeError: the config is wrong, or asks for something that is not supported.
     """
+    idle: IdleKeys = {}
+    modules = [read_modules(root, idle) for root in roots]
     steps = _step_names(roots)
     names = {Reference(name): step for name, step in steps.items()}
     models: dict[str, Node | None] = {}
@@ -63,13 +71,24 @@ def translate(roots: Sequence[Node]) -> Translation:
     output: Node | None = None
     tokenizer: Node | None = None
     final = next((root for root in roots if _document_name(root) is None), roots[-1])
-    for root in roots:
-        translator = _Translator(root, frozenset(steps.values()), names=names, models=models)
-        step, written = translator.run()
-        graph[steps[name] if (name := _document_name(root)) in steps else STEP] = step
-        differences += translator.differences
-        output = written if root is final else output
-        tokenizer = translator.tokenizer if root is final or tokenizer is None else tokenizer
+    for root, parts in zip(roots, modules, strict=True):
+        own = steps.get(_document_name(root) or "", STEP)
+        become = {part.name or "": own if len(parts) == 1 else f"{own}-{part.name}" for part in parts}
+        taken = frozenset((*steps.values(), *become.values()))
+        for part in parts:
+            translator = _Translator(part.config, taken, part.parameters, names=names, models=models, idle=idle)
+            step, written = translator.run()
+            graph[become[part.name or ""]] = step
+            differences += translator.differences
+            if part is parts[0]:
+                output = written if root is final else output
+                tokenizer = translator.tokenizer if root is final or tokenizer is None else tokenizer
+        if len(parts) > 1:
+            graph[own] = join_modules(parts, become, root.place)
+            differences.append(
+                f"Tensors that are in none of the modules are made as those of '{parts[0].name}'; mergekit leaves out "
+                "what is in no module that is listed."
+            )
     assert output is not None and isinstance(output.value, dict)
     if len(roots) > 1:
         last = steps.get(_document_name(final) or "", STEP)
@@ -84,7 +103,7 @@ def translate(roots: Sequence[Node]) -> Translation:
             "output": output,
         },
     )
-    return Translation(recipe, list(dict.fromkeys(differences)))
+    return Translation(recipe, list(dict.fromkeys([*differences, *idle])), idle)
 
 
 def _document_name(root: Node) -> str | None:
@@ -116,7 +135,10 @@ def _step_names(roots: Sequence[Node]) -> dict[str, str]:
 class _Translator:
     root: Node
     steps: frozenset[str] = frozenset()
-    """What the other documents become."""
+    """What the documents and their modules become."""
+    module: Node | None = None
+    """The parameters of the module that is translated."""
+    idle: IdleKeys = field(default_factory=dict)
     entries: dict[str, Node] = field(default_factory=dict)
     names: dict[Reference, str] = field(default_factory=dict)
     models: dict[str, Node | None] = field(default_factory=dict)
@@ -129,33 +151,23 @@ class _Translator:
         for key, place in self.root.keys.items():
             if key in _REFUSED:
                 raise not_yet(_REFUSED[key], place)
-        self.entries = entries_of(self._without_dead_keys(), "the config", _KEYS)
+        self.entries = entries_of(self.root, "the config", _KEYS, self.idle)
         peer = self._method()
         base = read_reference(self.entries["base_model"]) if "base_model" in self.entries else None
         if base is not None:
             self._name(base, self.entries["base_model"])
         pieces = self._pieces(base)
         peer = self._settled(peer, pieces)
-        self.differences += parameter_differences(peer, pieces, self.entries.get("parameters"))
+        parameters = [self.module, self.entries.get("parameters")]
+        self.differences += parameter_differences(peer, pieces, parameters, self.idle)
+        if peer.base == "subtracted" and peer.sources is None and peer.name != "model_stock" and _alone(pieces):
+            self.differences.append(f"There is no model besides the base_model, so that the result is '{base}' itself.")
+            peer = METHODS["passthrough"]
         pieces = [self._with_roles(piece, peer) for piece in pieces]
         step = self._step(peer, pieces, base)
         output = self._output(peer, pieces, base)
         self.differences += method_differences(peer, pieces, step)
         return step, output
-
-    def _without_dead_keys(self) -> Node:
-        """The config without keys that mean nothing to mergekit; what is like a key that it has is a slip."""
-        entries = self.root.value
-        if not isinstance(entries, dict):
-            return self.root
-        dead = [key for key in entries if key not in _KEYS and (key in ALL_PARAMETERS or nearest(key, _KEYS) is None)]
-        self.differences += [
-            f"'{key[:80]}' at the top level has no effect, there or here"
-            + ("; it belongs under 'parameters'." if key in ALL_PARAMETERS else ".")
-            for key in dead
-        ]
-        kept: dict[str, Node | None] = {key: child for key, child in entries.items() if key not in dead}
-        return mapping(self.root.place, kept, self.root.keys)
 
     def _method(self) -> PeerMethod:
         node = self.entries.get("merge_method")
@@ -173,8 +185,8 @@ class _Translator:
             what = "either models or slices, not both" if both else "'models' or 'slices' is missing"
             raise RecipeError(what, where=str(self.root.keys["slices"] if both else self.root.place))
         if "models" in self.entries:
-            return read_models(self.entries["models"], base)
-        return read_slices(self.entries["slices"], base)
+            return read_models(self.entries["models"], base, self.idle)
+        return read_slices(self.entries["slices"], base, self.idle)
 
     def _name(self, reference: Reference, node: Node) -> str:
         """The name of a model in the recipe; models get one when they are first seen."""
@@ -287,7 +299,9 @@ class _Translator:
         for member, choices in zip(members, found, strict=True):
             if not choices and parameter.required:
                 what = f"{peer.name} needs the parameter '{name}' for '{member.reference}'"
-                raise RecipeError(what, where=str(member.node.place))
+                beside = isinstance(member.node.value, dict) and name in member.node.value
+                hint = f"write '{name}' under 'parameters:'" if beside else None
+                raise RecipeError(what, where=str(member.node.place), hint=hint)
         if not parameter.required and not any(found):
             return
         default = Node(parameter.default, piece.node.place) if parameter.default is not None else None
@@ -301,7 +315,7 @@ class _Translator:
 
     def _choices(self, name: str, parameter: Parameter, piece: Piece, source: Source | None) -> list[Choice]:
         """What a parameter is in a piece (for a source), as it is called here."""
-        holders = [source.parameters if source else None, piece.parameters, self.entries.get("parameters")]
+        holders = [source.parameters if source else None, piece.parameters, self.module, self.entries.get("parameters")]
         settings = [node.value.get(name) for node in holders if node is not None and isinstance(node.value, dict)]
         choices = read_choices(settings, parameter.kind, name)
         if parameter.required and choices and choices[-1].filter is not None:
@@ -343,7 +357,7 @@ class _Translator:
                     here,
                     {
                         "model": Node(name, here),
-                        "layers": Node(first if first == last else f"{first}-{last}", here),
+                        "layers": Node("none" if last < first else first if first == last else f"{first}-{last}", here),
                         "weight": settings.values.get(("weights", name)),
                         "params": mapping(here, {**own}) if own else None,
                     },
@@ -402,6 +416,11 @@ class _Translator:
         )
         if self.tokenizer is not None:
             self.differences.append(DIFFERENCE)
+
+
+def _alone(pieces: list[Piece]) -> bool:
+    """Whether the base is all that there is."""
+    return all(source.reference == piece.base for piece in pieces for source in piece.sources)
 
 
 def _members(peer: PeerMethod, piece: Piece) -> list[Source]:
