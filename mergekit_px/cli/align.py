@@ -134,6 +134,10 @@ TuneRate = Annotated[float, typer.Option("--tune-rate", metavar="X", help="Of th
 Decay = Annotated[float, typer.Option("--weight-decay", metavar="X", min=0, help="Of AdamW.")]
 Steps = Annotated[int, typer.Option("--steps", metavar="N", min=0, help="Of training, each time.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the split, the order and the sham.")]
+Controls = Annotated[
+    Literal["none", "cheap", "all"],
+    typer.Option("--controls", help="What the result is compared with: nothing, what trains nothing, or all."),
+]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the Python functions of --model and --source-code.")]
 
 
@@ -158,6 +162,7 @@ def align(
     project: Project = False,
     majority: Vote = True,
     sham: Sham = "gauss",
+    controls: Controls = "all",
     scales: Scales = None,
     permute: Permute = None,
     match: Match = "spectrum",
@@ -188,7 +193,7 @@ def align(
     """Transport a task vector to another model, by rotations learned from a few examples (arXiv 2505.12021).
 
     The result is a task vector for the target base, the model that it makes, the rotations or permutations, and a
-    report that always holds the controls: the target without it, the task vector as it is, a random one of the same
+    report that holds the controls: the target without it, the task vector as it is, a random one of the same
     norms, and few-shot fine-tunes on the same examples. Read it before the model: where two models are unrelated,
     rotations are only another way to fine-tune.
 
@@ -213,6 +218,7 @@ def align(
         project=project,
         majority=majority,
         sham=sham,
+        controls=controls,
         scales=DEFAULT_SCALES if scales is None else tuple(scales),
         learning_rate=learning_rate,
         tune_rate=tune_rate,
@@ -270,12 +276,15 @@ def _report(report: Mapping[str, Any], sink: Output) -> None:
             f"{rotations['matrices']} matrices, orthogonal to {rotations['orthogonality_error']:.2g}, mean distance"
             f" from the identity {rotations['mean_distance_from_identity']:.2g}"
         )
+        if rotations["stay"]:
+            named = ", ".join(rotations["stay"][:3]) + (", ..." if len(rotations["stay"]) > 3 else "")
+            sink.note(f"{len(rotations['stay'])} matrices are added as they are: {named}")
     permutations = report.get("permutations")
     if permutations is not None:
         _about(permutations, sink)
     if not scores:
         sink.note(f"not scored, since there is no --data: {', '.join(report['not_scored'])}")
-    elif scores["aligned"] <= max(scores["naive"], scores["sham"]):
+    elif scores["aligned"] <= max((scores[name] for name in ("naive", "sham") if name in scores), default=-1.0):
         sink.warning("alignment gains nothing over the task vector as it is, or over a random one of the same norms")
     if report["left_out"]:
         sink.note(f"{len(report['left_out'])} tensors of the task vector have no place in the target")

@@ -97,7 +97,7 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
     request, component = _of_component(request)
     options = BindOptions(**{choice.name: getattr(request, choice.name) for choice in fields(BindOptions)})
     listed = [request.adapter] if isinstance(request.adapter, str) else request.adapter or []
-    if request.model is None or (not listed and _is_adapter(request.model, allow_pickle)):
+    if request.model is None or (not listed and is_adapter(request.model, allow_pickle)):
         if request.model is not None:
             listed = [request.model]
         if len(listed) != 1:
@@ -110,7 +110,7 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         raise RecipeError(
             f"'{given}' is about adapters, and input '{name}' has none", where=where, hint="name one with 'adapter'"
         )
-    if listed and _is_adapter(request.model, allow_pickle):
+    if listed and is_adapter(request.model, allow_pickle):
         raise RecipeError(
             f"input '{name}': the model '{request.model}' is an adapter itself",
             where=where,
@@ -174,7 +174,7 @@ def _declares_adapter(reference: str) -> bool:
     return (path / "adapter_config.json").is_file()
 
 
-def _is_adapter(reference: str, allow_pickle: bool) -> bool:
+def is_adapter(reference: str, allow_pickle: bool) -> bool:
     """Whether a folder is an adapter and no model: where it holds both, the model counts, as for its own library."""
     path = Path(reference).expanduser()
     if path.is_file() and path.name.startswith("adapter_model."):

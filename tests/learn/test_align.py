@@ -221,7 +221,7 @@ def test_gradfix_only_lowers_the_loss_to_first_order(world: Path, majority: bool
     votes = {name: torch.zeros_like(tensor) for name, tensor in deltas.items()}
     for one in singles if majority else [batch]:
         model.module.zero_grad()
-        torch.nn.functional.cross_entropy(model.module(one["x"]), one["labels"]).backward()
+        torch.nn.functional.cross_entropy(model.module(one["x"]), one[TARGETS]).backward()
         for name, parameter in model.module.named_parameters():
             assert parameter.grad is not None
             votes[name] -= parameter.grad.sign() if majority else parameter.grad

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,14 @@ from typing import Any
 import torch
 
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
-from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import base_fingerprint
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.align.reuse import SOURCE_KEY, TARGET_KEY, find_map_file
 from mergekit_px.learn.align.settings import AlignOptions
 from mergekit_px.learn.data_files import data_sha256
 from mergekit_px.learn.models import find_checkpoint
+from mergekit_px.learn.sources import find_source, source_fingerprint, stored_source
 
 _HASH_VERSION = 1
 
@@ -40,20 +38,20 @@ def find_checkpoints(options: AlignOptions) -> dict[str, Checkpoint]:
         "source model": options.source_model,
         "task vector": options.task_vector,
     }
-    return {
+    found = {
         part: find_checkpoint(reference, allow_pickle=options.allow_pickle)
         for part, reference in named.items()
-        if reference is not None
+        if reference is not None and part != "source model"
     }
+    if options.source_model is not None:
+        base = found["source base"]
+        found["source model"] = find_source(options.source_model, base, allow_pickle=options.allow_pickle)
+    return found
 
 
 def fingerprints(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
     """By the part of each checkpoint in the matter."""
-    found = {}
-    for part, checkpoint in checkpoints.items():
-        with closing(open_reader(checkpoint)) as reader:
-            found[part] = fingerprint(checkpoint, reader)
-    return found
+    return {part: source_fingerprint(checkpoint) for part, checkpoint in checkpoints.items()}
 
 
 def artefact_metadata(checkpoints: Mapping[str, Checkpoint], prints: Mapping[str, str]) -> dict[str, str]:
@@ -88,8 +86,8 @@ def input_hashes(options: AlignOptions, checkpoints: Mapping[str, Checkpoint]) -
     """sha256 of every file that was read, by input."""
     found: dict[str, Any] = {"files": _file_hashes(options)}
     for part, checkpoint in checkpoints.items():
-        hashes = {}
-        if checkpoint.directory is not None:
-            hashes = {file: file_sha256(checkpoint.directory / file) for file in checkpoint.files}
+        hashes, stored = {}, stored_source(checkpoint)
+        if stored.directory is not None:
+            hashes = {file: file_sha256(stored.directory / file) for file in stored.files}
         found[part] = {"reference": checkpoint.label, "files": hashes}
     return found

@@ -41,14 +41,16 @@ def find_pieces(
 
     Args:
         which: only those whose name tells of attention, or all.
-        square: leave out pieces that one matrix cannot stand on both sides of.
+        square: leave out pieces that one matrix cannot stand on both sides of, those of attention aside: the narrow
+            keys and values of grouped queries get a matrix on each side.
     """
     found: list[Piece] = []
     for site in sites:
         if not is_linear(model, site.name) or (which == "attention" and not _ATTENTION.search(site.name)):
             continue
         rows, columns = site.base.shape
-        found += [piece for piece in pieces_of(site.name, rows, columns) if piece.rows == columns or not square]
+        wide = not square or bool(_ATTENTION.search(site.name))
+        found += [piece for piece in pieces_of(site.name, rows, columns) if piece.rows == columns or wide]
     return found
 
 

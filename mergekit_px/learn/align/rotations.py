@@ -18,7 +18,7 @@ ROTATIONS_FILE = "rotations.safetensors"
 
 
 class Rotations:
-    """One or two matrices for each piece, the identity at first.
+    """One or two matrices for each piece, the identity at first: two for pieces that are not square.
 
     Attributes:
         free: what learns, by the names of the matrices: the matrices themselves, or for ``cayley`` squares whose skew
@@ -93,7 +93,7 @@ class Rotations:
         return {name: self.matrix(name).detach().cpu().contiguous() for name in self.free}
 
     def _sizes(self, piece: Piece) -> list[tuple[str, int]]:
-        if self._settings.sided == "one":
+        if self._settings.sided == "one" and piece.rows == piece.columns:
             return [(f"{piece.label}.both", piece.columns)]
         return [(f"{piece.label}.out", piece.rows), (f"{piece.label}.in", piece.columns)]
 

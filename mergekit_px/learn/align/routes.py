@@ -24,7 +24,7 @@ Deltas = Mapping[str, Tensor]
 Keep = Callable[[Deltas, Artefact | None], None]
 
 CONTROLS = ("zero-shot", "naive", "aligned", "sham", "few-shot fine-tune", "fine-tune from naive")
-"""What every report scores."""
+"""What a report scores, with all controls."""
 
 
 @dataclass
@@ -64,24 +64,29 @@ class Trial:
         if rotations is not None:
             found["rotations"] = {
                 "matrices": len(rotations.free),
+                "stay": self._staying(fitting),
                 "orthogonality_error": rotations.orthogonality_error(),
                 "mean_distance_from_identity": rotations.distance(),
                 "spectrum_distance": self._spectrum_distance(fitting, moved),
             }
-        sham = {name: sham_of(name, delta, self.settings) for name, delta in deltas.items()}
-        fitting_sham = {name: sham[name] for name in fitting}
-        scale = self.settings.scale
-        found["test"] = {
-            "zero-shot": self.score({}),
-            "naive": self.score(fitting),
-            "aligned": self.score(moved),
-            "sham": self.score(self._transported("sham", sham, fitting_sham, None)[0]),
-            "few-shot fine-tune": self.score(self._tuned("tuned", {}), 1.0),
-            "fine-tune from naive": self.score(
-                self._tuned("tuned-naive", {name: scale * delta for name, delta in fitting.items()}), 1.0
-            ),
-            **{name: self.score(transport(fitting)) for name, transport in self._controls()},
-        }
+        found["test"] = self._scores(deltas, fitting, moved)
+        return found
+
+    def _scores(self, deltas: Deltas, fitting: Deltas, moved: Deltas) -> dict[str, float]:
+        """Of the result and of the controls that were asked for."""
+        scale, wanted = self.settings.scale, self.settings.controls
+        found = {"aligned": self.score(moved)}
+        if wanted != "none":
+            found = {"zero-shot": self.score({}), "naive": self.score(fitting), **found}
+        if wanted == "all":
+            sham = {name: sham_of(name, delta, self.settings) for name, delta in deltas.items()}
+            fitting_sham = {name: sham[name] for name in fitting}
+            found["sham"] = self.score(self._transported("sham", sham, fitting_sham, None)[0])
+            del sham, fitting_sham
+            found["few-shot fine-tune"] = self.score(self._tuned("tuned", {}), 1.0)
+            begun = {name: scale * delta for name, delta in fitting.items()}
+            found["fine-tune from naive"] = self.score(self._tuned("tuned-naive", begun), 1.0)
+            found |= {name: self.score(transport(fitting)) for name, transport in self._controls()}
         return found
 
     def score(self, changes: Deltas, scale: float | None = None) -> float:
@@ -175,6 +180,11 @@ class Trial:
             where=str(self.work.parent),
             hint=f"lower the {rate} and start over with --overwrite",
         )
+
+    def _staying(self, deltas: Deltas) -> list[str]:
+        """The matrices of the task vector that are added as they are."""
+        turned = {piece.tensor for piece in self.pieces}
+        return [name for name, delta in deltas.items() if delta.ndim == 2 and name not in turned]
 
     def _spectrum_distance(self, before: Deltas, after: Deltas) -> float:
         """The largest relative change of the singular values of a piece."""

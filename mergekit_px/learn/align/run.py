@@ -182,7 +182,7 @@ def _with_data(
         "labels": reading.kind,
         "left_out": sorted(name for name in deltas if name not in known),
         **outcome,
-        "not_scored": {},
+        "not_scored": {name: f"--controls {settings.controls}" for name in CONTROLS if name not in outcome["test"]},
         "scales": _scales(trial, fitting, moved),
     }
 
@@ -291,5 +291,5 @@ def _scales(trial: Trial, naive: Mapping[str, Tensor], moved: Mapping[str, Tenso
             "naive": trial.model.accuracy(naive, trial.batches("validation"), scale),
             "aligned": trial.model.accuracy(moved, trial.batches("validation"), scale),
         }
-        for scale in trial.settings.scales
+        for scale in (trial.settings.scales if trial.settings.controls != "none" else ())
     ]

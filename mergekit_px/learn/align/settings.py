@@ -36,6 +36,7 @@ class AlignSettings:
         orthogonality: factor of the penalty (beta), for ``soft``.
         project: replace soft matrices by the nearest orthogonal ones when they are learned.
         sham: the random task vector beside the real one: noise of the same norms, or with the same spectra too.
+        controls: what the result is compared with: nothing, what trains nothing, or all.
         scales: factors that the report gives an accuracy for.
         majority: for ``gradfix``: signs by a vote of the examples instead of the mean gradient.
         learning_rate: of the rotations.
@@ -60,6 +61,7 @@ class AlignSettings:
     orthogonality: float = 1.0
     project: bool = False
     sham: Literal["gauss", "rotated"] = "gauss"
+    controls: Literal["none", "cheap", "all"] = "all"
     scales: tuple[float, ...] = DEFAULT_SCALES
     majority: bool = True
     learning_rate: float = 3e-3

@@ -15,6 +15,7 @@ from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import PlanError, UsageError
 from mergekit_px.learn.models import read_tensor
 from mergekit_px.learn.ofasd.blend import check_sources
+from mergekit_px.learn.sources import open_source
 
 
 def read_deltas(checkpoints: Mapping[str, Checkpoint], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -33,6 +34,8 @@ def read_deltas(checkpoints: Mapping[str, Checkpoint], device: torch.device, dty
         assert base is not None
         tuned = checkpoints["source model"]
         check_sources(base, [tuned])
+        if is_task_vector(tuned):
+            return dict(_tensors(tuned, device, dtype))
         with closing(open_reader(base)) as reader:
             return {
                 name: tensor - read_tensor(reader, base.tensors[name]).to(device, dtype)
@@ -51,7 +54,7 @@ def read_deltas(checkpoints: Mapping[str, Checkpoint], device: torch.device, dty
 
 def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The floating-point tensors, one after another."""
-    with closing(open_reader(checkpoint)) as reader:
+    with closing(open_source(checkpoint)) as reader:
         for name, stored in checkpoint.tensors.items():
             if stored.dtype.arithmetic:
                 yield name, read_tensor(reader, stored).to(device, dtype)

@@ -25,6 +25,7 @@ from mergekit_px.errors import PlanError, TensorMismatchError
 from mergekit_px.kernels.reduction import weighted_sum
 from mergekit_px.learn.models import LearningModel, read_tensor
 from mergekit_px.learn.ofasd.blocks import Blocks, Parameter
+from mergekit_px.learn.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Blend:
         self.sites = sites
         self.blocks = blocks
         self._sources = sources
-        self._readers = [open_reader(source) for source in sources]
+        self._readers = [open_source(source) for source in sources]
         self._kept: dict[str, list[Tensor]] = {}
         self._memory = _Memory(sites, sources)
         if not stream:

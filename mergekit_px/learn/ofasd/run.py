@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.hashing import file_sha256
-from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.errors import DivergedError, UsageError
 from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import Examples, split_rows
@@ -38,6 +36,7 @@ from mergekit_px.learn.ofasd.learner import Course, Learner, Tell
 from mergekit_px.learn.ofasd.output import write_result
 from mergekit_px.learn.ofasd.scores import Bench, teacher_scores, warnings_about
 from mergekit_px.learn.ofasd.settings import OfasdOptions, Settings
+from mergekit_px.learn.sources import find_source, source_fingerprint, stored_source
 
 UNFINISHED = ".ofasd"
 REPORT_FILE = "report.json"
@@ -76,7 +75,7 @@ def learn_coefficients(
     data, labelled = load_data_and_labels(options.data, base, options.text, say)
     settings = options.settings.filled(labelled=labelled)
     control = _control(options, settings, base)
-    sources = [find_checkpoint(one, allow_pickle=options.allow_pickle) for one in options.sources]
+    sources = [find_source(one, base, allow_pickle=options.allow_pickle) for one in options.sources]
     check_sources(base, sources)
     plan_hash = _plan_hash(options, settings, base, sources, device)
     with working_folder(options.output, UNFINISHED, options.mode, {"plan_hash": plan_hash}) as work:
@@ -246,17 +245,10 @@ def _plan_hash(
     options: OfasdOptions, settings: Settings, base: Checkpoint, sources: Sequence[Checkpoint], device: torch.device
 ) -> str:
     """Names all that the coefficients depend on, so that a run goes on only with the same."""
-    prints = []
-    for checkpoint in (base, *sources):
-        reader = open_reader(checkpoint)
-        try:
-            prints.append(fingerprint(checkpoint, reader))
-        finally:
-            reader.close()
     document = {
         "version": _HASH_VERSION,
         "settings": asdict(settings),
-        "models": prints,
+        "models": [source_fingerprint(one) for one in (base, *sources)],
         "text": asdict(options.text),
         "counts": None if options.counts is None else list(options.counts),
         "files": _file_hashes(options),
@@ -276,6 +268,7 @@ def _inputs(options: OfasdOptions, base: Checkpoint, sources: Sequence[Checkpoin
     found: dict[str, Any] = {"files": _file_hashes(options)}
     names = [options.base, *options.sources]
     for name, checkpoint in zip(names, (base, *sources), strict=True):
-        if checkpoint.directory is not None:
-            found[name] = {file: file_sha256(checkpoint.directory / file) for file in checkpoint.files}
+        stored = stored_source(checkpoint)
+        if stored.directory is not None:
+            found[name] = {file: file_sha256(stored.directory / file) for file in stored.files}
     return found

@@ -65,8 +65,8 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "cross-task": Preset(
         "classification from question answering (BERT, IMDb from SQuAD; the other way with cycle 2)",
-        Role(6, 1e-5, 1e-2),
-        Role(32, 5e-5, 1e-2),
+        Role(6, 5e-5, 1e-2),
+        Role(32, 5e-5, 1e-5),
         cycle=1,
         heads=12,
     ),

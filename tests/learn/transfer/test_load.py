@@ -181,7 +181,7 @@ def test_explicit_values_go_before_the_preset_and_that_before_the_defaults(tmp_p
     target = filled_model(plan.models["small"], transfer, is_source=False)
     source = filled_model(plan.models["big"], transfer, is_source=True)
     assert (target.batch, target.optimizer.lr, target.optimizer.weight_decay) == (6, 0.5, 1e-2)
-    assert (source.batch, source.optimizer.lr) == (32, 5e-5)
+    assert (source.batch, source.optimizer.lr, source.optimizer.weight_decay) == (32, 5e-5, 1e-5)
     without = filled_transfer(load(tmp_path, PLAN).plan.transfers["transfer"])
     assert (without.cycle, without.adapter.heads, without.adapter.layers) == (4, 4, 2)
     assert filled_model(plan.models["small"], without, is_source=False).batch == 32
@@ -195,7 +195,7 @@ def test_the_presets_are_those_of_the_appendix() -> None:
     assert rows == {
         "cross-structure": (128, 1e-2, 1e-3, 2, 8, 4),
         "cross-modal": (16, 1e-4, None, 2, 12, 2),
-        "cross-task": (6, 1e-5, None, 2, 12, 1),
+        "cross-task": (6, 5e-5, None, 2, 12, 1),
         "self": (128, 1e-2, 1e-3, 2, 8, 4),
     }
 
