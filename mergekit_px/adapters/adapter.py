@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergekit_px.adapters import tokens
 from mergekit_px.adapters.binder import Binder, BindOptions
+from mergekit_px.adapters.components import DENOISERS
 from mergekit_px.adapters.config import AdapterConfig
 from mergekit_px.adapters.patch import Patch, ReplacePatch, chain
 from mergekit_px.adapters.peft_keys import Module, ParsedKeys
@@ -17,9 +18,6 @@ from mergekit_px.adapters.ties import config_updates, is_vocabulary
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import Checkpoint, StoredTensor
 from mergekit_px.errors import AdapterError
-
-_DENOISERS = {"unet", "transformer"}
-"""Two names of one thing: formats disagree on what the denoising network of a pipeline is called."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,8 @@ class Adapter:
         shapes that clash; a missing half; a rank that contradicts the configuration.
         """
         options = options or BindOptions()
+        if base.parts:
+            return _joined(self._bind_parts(base, options))
         self.family.check(self.config, options)
         modules, left_out = self.of_component(options.component)
         binder = Binder(base, self.config, options, modules)
@@ -110,6 +110,34 @@ class Adapter:
         )
         return Binding(patches, config_updates(base.config, patches, untied=untied), owners, left_out)
 
+    def _bind_parts(self, base: Checkpoint, options: BindOptions) -> Iterator[tuple[str, Binding]]:
+        """The folders of a model in several that the adapter changes, with what it makes of the tensors in each.
+
+        An adapter that names no components is for the model in the folder itself, where there is one.
+        """
+        named = sorted({module.component for module in self.keys.modules.values() if module.component})
+        if not named and "" not in base.parts:
+            raise self.config.error(
+                f"it does not say for which of {', '.join(base.parts)} it is",
+                hint="give that one alone as its model: {model: ..., component: ..., adapter: ...}",
+            )
+        if not named:
+            yield "", self.bind(base.part(""), options)
+        for component in named:
+            names = DENOISERS if component in DENOISERS else (component,)
+            folder = next((name for name in names if name in base.parts), None)
+            if folder is None:
+                raise self.config.error(
+                    f"it is for {shown(component)} too, and the model has {', '.join(base.parts)}",
+                    hint="is this the right base? For one component alone: {model: ..., component: ..., adapter: ...}",
+                )
+            binding = self.bind(base.part(folder), replace(options, component=component))
+            if binding.config_updates:
+                raise self.config.error(
+                    f"it changes the config of {folder}", hint=f"apply it to {folder} alone, by `component: {folder}`"
+                )
+            yield folder, binding
+
     def _both_fit(self, one: Module, other: Module, target: str) -> AdapterError:
         names = [f"{module.component}: {module.name}" if module.component else module.name for module in (one, other)]
         apart = one.component != other.component
@@ -126,7 +154,7 @@ class Adapter:
         present = {module.component for module in self.keys.modules.values() if module.component}
         if wanted is None:
             return self.keys.modules, ()
-        names = _DENOISERS if wanted in _DENOISERS else {wanted}
+        names = set(DENOISERS) if wanted in DENOISERS else {wanted}
         if not present & names:
             raise self.config.error(
                 f"there is nothing for the component {shown(wanted)}",
@@ -139,6 +167,21 @@ class Adapter:
     def _replacements(self, binder: Binder) -> Iterator[Patch]:
         for name, tensor in self.keys.whole.items():
             yield _replacement(name, tensor, binder)
+
+
+def _joined(bindings: Iterable[tuple[str, Binding]]) -> Binding:
+    """One binding of those of a model's folders."""
+    patches: dict[str, Patch] = {}
+    modules: dict[str, Module] = {}
+    updates: Mapping[str, Any] = {}
+    for folder, binding in bindings:
+        start = f"{folder}/" if folder else ""
+        for target, patch in binding.patches.items():
+            source = None if patch.source is None else start + patch.source
+            patches[start + target] = replace(patch, target=start + target, source=source)
+        modules.update({start + target: module for target, module in binding.modules.items()})
+        updates = binding.config_updates or updates
+    return Binding(patches, updates, modules)
 
 
 def _replacement(name: str, tensor: StoredTensor, binder: Binder) -> ReplacePatch:

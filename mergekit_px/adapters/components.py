@@ -42,6 +42,9 @@ _FIRST_OF_SEVERAL = "lora_te1_"
 
 COMPONENTS = tuple(_KOHYA)
 
+DENOISERS = ("unet", "transformer")
+"""Two names of one thing: formats disagree on what the denoising network of a pipeline is called."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredPlace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -97,6 +97,16 @@ class Checkpoint:
     def part_of(self, tensor: str) -> str:
         """The folder that a tensor is in, by its name; empty where the model has no parts."""
         return max((folder for folder in self.parts if tensor.startswith(f"{folder}/")), key=len, default="")
+
+    def part(self, folder: str) -> Checkpoint:
+        """One part, with the tensors as the whole describes them."""
+        start = len(folder) + 1 if folder else 0
+        tensors = {
+            name[start:]: replace(tensor, name=name[start:])
+            for name, tensor in self.tensors.items()
+            if self.part_of(name) == folder
+        }
+        return replace(self.parts[folder], tensors=tensors)
 
     @property
     def configs(self) -> dict[str, Mapping[str, Any]]:

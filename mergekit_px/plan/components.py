@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.json_text import shown
-from mergekit_px.errors import PlanError
+from mergekit_px.checkpoint.json_text import parse_json, shown
+from mergekit_px.errors import InputError, PlanError
+from mergekit_px.plan.tokenizers import side_file
 
 if TYPE_CHECKING:
     from mergekit_px.plan.inputs import ResolvedInput
     from mergekit_px.recipe.model import Step
+
+_VOCABULARIES = ("vocab.json", "vocab.txt")
+_TRAINED_TO = ("prediction_type", "beta_schedule", "num_train_timesteps", "rescale_betas_zero_snr", "shift")
+"""Entries of a scheduler's config that the weights of a denoiser were fitted to."""
 
 
 def check_components(steps: Iterable[Step], inputs: Mapping[str, ResolvedInput]) -> list[str]:
@@ -26,6 +32,8 @@ def check_components(steps: Iterable[Step], inputs: Mapping[str, ResolvedInput])
         models = [inputs[name] for name in members if not inputs[name].is_task_vector]
         for other in models[1:]:
             _check_classes(models[0], other)
+            _check_tokens(models[0], other)
+            notes.extend(_schedules(models[0], other))
             if step.missing == "error":
                 _check_folders(models[0], other)
             elif different := sorted(models[0].checkpoint.parts.keys() ^ other.checkpoint.parts.keys()):
@@ -71,6 +79,57 @@ def _check_classes(one: ResolvedInput, other: ResolvedInput) -> None:
                 where=other.reference,
                 hint="merge components of one class",
             )
+
+
+def _check_tokens(one: ResolvedInput, other: ResolvedInput) -> None:
+    """The rows of a text encoder's embedding are merged by their place, so its tokens must be the same."""
+    for name in _shared(one, other, _VOCABULARIES):
+        first, second = (_read(source, name) for source in (one, other))
+        if name.endswith(".txt"):
+            listed = [text.split() for text in (first, second)]
+        else:
+            listed = [_object(text) for text in (first, second)]
+        if listed[0] != listed[1]:
+            raise PlanError(
+                f"{name} lists other tokens in '{one.name}' than in '{other.name}', and rows of different tokens are"
+                " not mixed",
+                where=other.reference,
+                hint="merge the other components by themselves ({model: ..., component: ...}), or pipelines of one"
+                " vocabulary",
+            )
+
+
+def _schedules(one: ResolvedInput, other: ResolvedInput) -> Iterator[str]:
+    """What denoisers were trained to predict stands in the config of the scheduler."""
+    for name in _shared(one, other, ("scheduler_config.json",)):
+        first, second = (_object(_read(source, name)) for source in (one, other))
+        for key in _TRAINED_TO:
+            if isinstance(first, dict) and isinstance(second, dict) and first.get(key) != second.get(key):
+                yield (
+                    f"{name} disagrees in {key}: {first.get(key)!r} in '{one.name}', {second.get(key)!r} in"
+                    f" '{other.name}'; the weights of these models do not mean the same"
+                )
+
+
+def _shared(one: ResolvedInput, other: ResolvedInput, names: Sequence[str]) -> list[str]:
+    """The files by such names in folders of models in several, in both."""
+    if not (one.checkpoint.parts and other.checkpoint.parts):
+        return []
+    return [
+        file
+        for file in one.checkpoint.side_files
+        if "/" in file and file.rpartition("/")[2] in names and file in other.checkpoint.side_files
+    ]
+
+
+def _read(source: ResolvedInput, name: str) -> bytes:
+    return side_file(source, name) or b""
+
+
+def _object(raw: bytes) -> Any:
+    with contextlib.suppress(InputError):
+        return parse_json(raw, "", strict=False)
+    return raw
 
 
 def class_name(config: Mapping[str, Any], *, of_diffusers: bool = False) -> str | None:

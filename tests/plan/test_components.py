@@ -179,3 +179,21 @@ def test_lists_of_parts_by_strangers_lead_nowhere_else(tmp_path: Path, text: str
         (tmp_path / "a" / name).write_text(text)
     with pytest.raises(InputError, match="holds no weights"):
         plan_of(tmp_path, {"a": str(tmp_path / "a"), "b": str(tmp_path / "a")})
+
+
+def test_pipelines_of_other_tokens_are_refused(tmp_path: Path, pipelines: dict[str, Any]) -> None:
+    (tmp_path / "b" / "tokenizer" / "vocab.json").write_text('{"b": 0}')
+    with pytest.raises(PlanError, match=r"tokenizer/vocab\.json lists other tokens in 'a' than in 'b'"):
+        plan_of(tmp_path, pipelines)
+    models = {name: {"model": path, "component": "unet"} for name, path in pipelines.items()}
+    assert len(plan_of(tmp_path, models).items) == 2
+
+
+def test_denoisers_that_were_trained_to_predict_other_things_are_told(
+    tmp_path: Path, pipelines: dict[str, Any]
+) -> None:
+    for name, kind in (("a", "epsilon"), ("b", "v_prediction")):
+        config = {"prediction_type": kind, "clip_sample": name == "a"}
+        (tmp_path / name / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    (note,) = [note for note in plan_of(tmp_path, pipelines).notes if "disagrees in" in note]
+    assert "prediction_type: 'epsilon' in 'a', 'v_prediction' in 'b'" in note
