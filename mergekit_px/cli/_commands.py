@@ -53,6 +53,7 @@ _TABLE = (
     Command("plan", RECIPES, "Say what a recipe would read, compute and write.", "plan:plan"),
     Command("average", RECIPES, "Average the checkpoints of one training run.", "average:average"),
     Command("convert", RECIPES, "Translate a mergekit config into a recipe.", "convert:convert"),
+    Command("tokens transplant", RECIPES, "Give a model another one's tokenizer.", "tokens_transplant:transplant"),
     Command("schema", RECIPES, "Print the JSON Schema of recipes.", "schema:schema"),
     Command("add", TASK_VECTORS, "Add task vectors to a model.", "task_vectors:add"),
     Command("subtract", TASK_VECTORS, "Take the task vector of a fine-tune, or remove one.", "task_vectors:subtract"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,8 @@ from mergekit_px.plan.rows import Indices, RowTable
 from mergekit_px.plan.tied import is_vocabulary, tied_source
 from mergekit_px.plan.tokenizers import Offered, Tokenizers
 from mergekit_px.plan.views import first_rows
-from mergekit_px.plan.vocabulary_files import LISTINGS, AddedToken, Tokenizer
+from mergekit_px.plan.vocabulary_files import ENDS, LISTINGS, AddedToken, Tokenizer
+from mergekit_px.plan.vocabulary_pieces import Pieces
 from mergekit_px.recipe.model import UNION, TokenRow
 from mergekit_px.recipe.model import Tokenizer as Request
 
@@ -64,6 +65,11 @@ class ChosenVocabulary:
     @property
     def is_union(self) -> bool:
         return self.request.from_ == UNION and UNION not in self.inputs
+
+    @property
+    def by_text(self) -> bool:
+        """Whether tokens are the same where they stand for the same text, however that is spelled."""
+        return self.request.absent != "models" and not self.is_union
 
     def arranged(self, source: ResolvedInput, nodes: Mapping[str, Node], offered: Offered) -> Mapping[str, Node]:
         """A model's tensors, with the rows of its vocabulary in the order of the result's.
@@ -153,6 +159,9 @@ class ChosenVocabulary:
     def _check_alike(self, name: str, own: Tokenizer) -> None:
         start, where = self.start, self.inputs[name].reference
         if start.kind and own.kind and start.kind != own.kind:
+            if self.by_text:
+                self.notes.append(f"tokens of '{name}' ({own.kind}) are matched to others ({start.kind}) by their text")
+                return
             raise PlanError(
                 f"the tokenizer of '{name}' is of another kind ({own.kind}) than that of '{self.donor}' "
                 f"({start.kind}), so equal tokens do not stand for equal text",
@@ -196,12 +205,13 @@ class ChosenVocabulary:
 
     def _node(self, source: ResolvedInput, name: str, node: Node, own: Tokenizer) -> Node:
         rows = self._rows(name)
-        index, absent, unused = self._places(own, node.shape[0], rows)
+        pieces = Pieces(own, node.shape[0])
+        index, absent, unused = self._places(source.name, own, pieces, node.shape[0], rows)
         change = source.is_task_vector
         mixed: dict[int, list[Entry]] = {}
         means: list[int] = []
         for place in () if change else absent:
-            entries = self._stand_in(self.tokens[place], name)
+            entries = self._stand_in(source.name, self.tokens[place], name, pieces)
             if entries is None:
                 means.append(place)
             else:
@@ -226,7 +236,9 @@ class ChosenVocabulary:
         pads = {"rows": gathered, "": RowMean(_gathered(gathered, used))}
         return _mixture(pads, table, {int(place): [("", 0, 1.0)] for place in unused})
 
-    def _places(self, own: Tokenizer, stored: int, rows: int) -> tuple[Indices, list[int], Indices]:
+    def _places(
+        self, name: str, own: Tokenizer, pieces: Pieces, stored: int, rows: int
+    ) -> tuple[Indices, list[int], Indices]:
         """For each row of the result the model's own, or -1; the tokens among these; the rows without a token."""
         index = np.full(rows, -1, dtype=np.int64)
         forced = {token for token, row in self.request.tokens.items() if row.force}
@@ -234,8 +246,10 @@ class ChosenVocabulary:
         for place, token in self.tokens.items():
             if place >= rows:
                 continue
-            found = own.ids.get(token, -1)
-            if found < 0 or found >= stored or token in forced:
+            found = pieces.whole(token, self._target) if self.by_text else own.ids.get(token)
+            if self.by_text and found is None:
+                found = self._by_role(name, own, place)
+            if found is None or found >= stored or token in forced:
                 absent.append(place)
             else:
                 index[place] = found
@@ -247,7 +261,20 @@ class ChosenVocabulary:
             unused[free] = False
         return index, absent, np.flatnonzero(unused)
 
-    def _stand_in(self, token: str, tensor: str) -> list[Entry] | None:
+    @cached_property
+    def _target(self) -> Tokenizer:
+        """The result's tokenizer, as far as it is read here."""
+        return replace(self.start, tokens=self.tokens)
+
+    def _by_role(self, name: str, own: Tokenizer, place: int) -> int | None:
+        """The model's own token of the beginning, the end or padding, for that of the result's tokenizer."""
+        said, others = self.inputs[self.donor].config or {}, self.inputs[name].config or {}
+        for key in ENDS:
+            if said.get(key) == place and isinstance(found := others.get(key), int) and found in own.tokens:
+                return found
+        return None
+
+    def _stand_in(self, source: str, token: str, tensor: str, pieces: Pieces) -> list[Entry] | None:
         """What makes up the row of a token for models that have none; None for the mean of their own rows."""
         asked = self.request.tokens.get(token)
         if asked is not None and asked.kind == "model":
@@ -256,6 +283,9 @@ class ChosenVocabulary:
             return self._random(token, asked.model or self.base or self.members[0], tensor)
         if asked is not None and asked.kind == "zero":
             return []
+        if asked is None and self.request.absent != "models":
+            cut = pieces.cut(token, self._target) if self.request.absent == "subword" else ()
+            return [(source, row, 1 / len(cut)) for row in cut] or None
         having = {name: row for name in self.members if (row := self._row(name, token, tensor)) is not None}
         if asked is None and self.base in having:
             having = {self.base: having[self.base]}
@@ -299,6 +329,10 @@ class ChosenVocabulary:
 
     def _tell_absent(self, name: str, tokens: Sequence[str]) -> None:
         shown = ", ".join(repr(token) for token in tokens[:_SHOWN]) + (" ..." if len(tokens) > _SHOWN else "")
+        if self.request.absent != "models":
+            made = "the mean of those of its pieces" if self.request.absent == "subword" else "the mean of all"
+            self.notes.append(f"'{name}' gets {len(tokens)} rows for tokens that it lacks ({shown}): {made}")
+            return
         by_base = f"those of '{self.base}', where it has none " if self.base not in (None, name) else ""
         self.notes.append(
             f"'{name}' gets {len(tokens)} rows ({shown}) that are not its own: {by_base}the mean of the models that "
@@ -307,10 +341,9 @@ class ChosenVocabulary:
 
     def _rows(self, tensor: str) -> int:
         """How many rows a tensor of the result has."""
-        model = self.donor if self.donor in self.members else self.base or self.members[0]
-        stored = self._find(model, tensor)
+        stored = self._find(self.donor, tensor)
         needed = max(self.tokens) + 1
-        if stored is not None and model == self.donor and not self.new:
+        if stored is not None and not self.new:
             # Tokenizers may list more tokens than their models have rows; only what comes in must have one.
             needed = max(place for place in self.tokens if place < stored.shape[0]) + 1
         if self.request.pad_to is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +24,9 @@ TOKENIZER, TEKKEN, ADDED, SETTINGS = "tokenizer.json", "tekken.json", "added_tok
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model", "tokenizer.model.v3")
 LISTINGS = (TOKENIZER, "vocab.json", "vocab.txt", TEKKEN, *SENTENCEPIECE)
 """Files that list a whole vocabulary; the first that is there counts, then any ``*.tiktoken``."""
+
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Of a configuration: the ids of tokens that go with a tokenizer rather than with a model."""
 
 BYTE_LEVEL, PLAIN_BPE = "byte-level BPE", "BPE"
 DECODER = "added_tokens_decoder"
@@ -271,6 +275,19 @@ def _added_beside(
         yield int(number), str(token), {}
 
 
+def text_of(token: str, tokenizer: Tokenizer) -> bytes:
+    """The text that a token stands for, in UTF-8; spaces as such, however they are marked."""
+    if token in tokenizer.added:
+        return token.encode("utf-8", "backslashreplace")
+    if tokenizer.kind == BYTE_LEVEL and all(character in _BYTES_OF for character in token):
+        return bytes(_BYTES_OF[character] for character in token)
+    if tokenizer.kind == "WordPiece":
+        token = token[2:] if token.startswith("##") else f" {token}"
+    elif found := _BYTE_PIECE.fullmatch(token):
+        return bytes([int(found[1], 16)])
+    return token.replace("▁", " ").encode("utf-8", "backslashreplace")
+
+
 def as_text(token: bytes) -> str:
     """Bytes as byte-level tokenizers write them: one printable character for each."""
     return "".join(_BYTE_CHARACTERS[byte] for byte in token)
@@ -284,4 +301,5 @@ def _byte_characters() -> dict[int, str]:
 
 
 _BYTE_CHARACTERS = _byte_characters()
-BYTES_OF = {character: byte for byte, character in _BYTE_CHARACTERS.items()}
+_BYTES_OF = {character: byte for byte, character in _BYTE_CHARACTERS.items()}
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")

@@ -12,12 +12,11 @@ from mergekit_px.errors import PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.tokenizers import Vocabularies, file_names, side_file
 from mergekit_px.plan.vocabulary import ChosenVocabulary
-from mergekit_px.plan.vocabulary_files import ADDED, DECODER, SETTINGS, TEKKEN, TOKENIZER, AddedToken, Tokenizer
+from mergekit_px.plan.vocabulary_files import ADDED, DECODER, ENDS, SETTINGS, TEKKEN, TOKENIZER, AddedToken, Tokenizer
 
 GENERATION = "generation_config.json"
 _IDS = re.compile(r".*token_(id|ids|index)|.*suppress_tokens")
 """Keys of configurations whose whole numbers are ids of tokens."""
-_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def tokenizer_texts(source: ResolvedInput, tokenizer: Tokenizer, new: Sequence[AddedToken]) -> dict[str, bytes]:
@@ -106,7 +105,7 @@ def moved_ids(
 
     def moved(key: str, value: Any) -> Any:
         said = donor.get(key)
-        if said is not None and key in _ENDS:
+        if said is not None and key in ENDS:
             return said
         if isinstance(value, list):
             found = [moved("", each) for each in value]

@@ -188,6 +188,9 @@ class Tokenizer(Part):
         dict[str, TokenRow], Wanted("a mapping from tokens to models or {kind: model, zero, mean or random}")
     ] = Field(default_factory=dict)
     """Tokens whose rows come from elsewhere: a model, or a mapping. Those that no tokenizer has are added."""
+    absent: Annotated[Literal["models", "subword", "mean"], Wanted("models, subword or mean")] = "models"
+    """What makes up the rows of tokens that a model lacks: the other models' rows, by the rule above; the mean of the
+    rows of the pieces that the model's own tokens make of the token's text; or the mean of all its rows."""
     pad_to: Annotated[int | None, Wanted("a whole number from 1 on")] = None
     """The number of rows is a multiple of this, with no more rows than that needs; if left out, the model's own."""
 

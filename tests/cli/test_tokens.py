@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mergekit_px.cli import main
+from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
+
+
+def model(folder: Path, tokens: list[str], seed: int) -> dict[str, torch.Tensor]:
+    tensors = tiny_llama_tensors(seed=seed)
+    write_checkpoint(folder, tensors, config=tiny_llama_config())
+    vocabulary = {"type": "WordLevel", "vocab": {token: place for place, token in enumerate(tokens)}}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": vocabulary}))
+    return tensors
+
+
+def test_a_tokenizer_is_transplanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = model(tmp_path / "one", [f"t{number}" for number in range(64)], 1)
+    model(tmp_path / "other", [*(f"t{number}" for number in range(62, -1, -1)), "t1t2"], 2)
+    out = str(tmp_path / "out")
+    assert (
+        main(["tokens", "transplant", str(tmp_path / "one"), "--tokenizer-of", str(tmp_path / "other"), "-o", out]) == 0
+    )
+    embedding = "model.embed_tokens.weight"
+    result = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(result[embedding][:63], one[embedding][:63].flip(0))
+    assert torch.allclose(result[embedding][63].float(), one[embedding][1:3].float().mean(0), atol=1e-2)
+    assert torch.equal(result["model.norm.weight"], one["model.norm.weight"])
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "other/tokenizer.json").read_bytes()
+    assert "1 rows for tokens that it lacks ('t1t2'): the mean of those of its pieces" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [(["--pad-to", "0"], 2, "pad-to"), (["--method", "guess"], 2, "guess"), ([], 4, "no tokenizer")],
+)
+def test_what_is_refused(
+    more: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "other"):
+        model(tmp_path / name, ["a"] * 64, 1)
+    (tmp_path / "other/tokenizer.json").unlink()
+    command = ["tokens", "transplant", str(tmp_path / "one"), "--tokenizer-of", str(tmp_path / "other")]
+    assert main([*command, "-o", str(tmp_path / "out"), *more]) == code
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
