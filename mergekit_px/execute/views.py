@@ -81,23 +81,27 @@ class ViewValues:
 
         def values(start: int, stop: int) -> torch.Tensor:
             begin, end = start // row, -(-stop // row)
-            rows = self._gather(operand, node.index[begin:end], row, node.dtype.bits)
-            return rows.view(-1)[start - begin * row : stop - begin * row]
+            out = torch.zeros((end - begin, row), dtype=self.dtype)
+            self._gather(operand, node.index[begin:end], np.arange(end - begin), out, node.dtype.bits)
+            return out.view(-1)[start - begin * row : stop - begin * row]
 
         return values
 
-    def _gather(self, operand: Values, wanted: Indices, row: int, bits: int) -> torch.Tensor:
-        """Some rows, read by runs of neighbours; those by the number -1 are zero."""
+    def _gather(self, operand: Values, wanted: Indices, places: Indices, out: torch.Tensor, bits: int) -> None:
+        """Put some rows in some places, read by runs of neighbours; nothing is put where the number is -1."""
+        row = out.shape[1]
         gap = max(1, 8 * _LONGEST_GAP // max(1, row * bits))
-        out = torch.zeros((len(wanted), row), dtype=self.dtype)
         order = np.argsort(wanted, kind="stable")
         order = order[np.searchsorted(wanted[order], 0) :]
         ends = np.flatnonzero(np.diff(wanted[order]) > gap) + 1
         for run in np.split(order, ends) if order.size else []:
             first, last = int(wanted[run[0]]), int(wanted[run[-1]]) + 1
             found = operand(first * row, last * row).view(-1, row)
-            out[torch.from_numpy(run)] = found[torch.from_numpy(wanted[run] - first)]
-        return out
+            target, count = int(places[run[0]]), len(run)
+            if last - first == count and (np.diff(wanted[run]) == 1).all() and (np.diff(places[run]) == 1).all():
+                out[target : target + count] = found
+            else:
+                out[torch.from_numpy(places[run])] = found[torch.from_numpy(wanted[run] - first)]
 
     def _mixed(self, node: RowMixture) -> Values:
         row = math.prod(node.shape[1:])
@@ -110,15 +114,19 @@ class ViewValues:
             first, last = int(table.starts[begin]), int(table.starts[end])
             counts = np.diff(table.starts[begin : end + 1])
             target = np.repeat(np.arange(end - begin), counts)
+            plain = (np.repeat(counts, counts) == 1) & (table.weight[first:last] == 1)
             for number, operand in enumerate(operands):
-                entries = np.flatnonzero(table.operand[first:last] == number)
+                bits = node.sources[number].dtype.bits
+                mine = table.operand[first:last] == number
+                alone = np.flatnonzero(mine & plain)
+                self._gather(operand, table.row[first + alone], target[alone], out, bits)
+                entries = np.flatnonzero(mine & ~plain)
                 # No more rows at a time than the block has, however many make up one of them.
                 for piece in range(0, len(entries), end - begin):
                     some = entries[piece : piece + end - begin]
-                    found = self._gather(operand, table.row[first + some], row, node.sources[number].dtype.bits)
-                    weight = table.weight[first + some]
-                    if (weight != 1).any():
-                        found *= torch.from_numpy(weight).to(self.dtype)[:, None]
+                    found = torch.zeros((len(some), row), dtype=self.dtype)
+                    self._gather(operand, table.row[first + some], np.arange(len(some)), found, bits)
+                    found *= torch.from_numpy(table.weight[first + some]).to(self.dtype)[:, None]
                     out.index_add_(0, torch.from_numpy(target[some]), found)
             return out.view(-1)[start - begin * row : stop - begin * row]
 
