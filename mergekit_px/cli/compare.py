@@ -73,6 +73,8 @@ def compare(
             progress=partial(advance, "comparing"),
         )
     output.document(document)
+    for note in document["notes"]:
+        output.note(f"note: {note}")
     if document["tensors"]:
         _show_total(document, output)
         _show_tensors(document, limit, output)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
-from mergekit_px.checkpoint.reader import TensorReader, open_reader
+from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.inspection.compare_spectra import mean_spectra, spectra
+from mergekit_px.inspection.values import Values, offered_values
 
 if TYPE_CHECKING:
     import torch
@@ -112,28 +112,28 @@ def compare(
     if not others:
         raise UsageError("there is nothing to compare with", hint="give two models, or one and its --base")
     models = [reference, *others]
-    names = list(dict.fromkeys(name for model in models for name in model.tensors))
-    names = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    if not names:
-        raise InputError(f"no tensor matches '{pattern}'", where=reference.label)
-    common, missing, mismatched = _sort_out(models, names)
-    total_bytes = sum(model.tensors[name].nbytes for name in common for model in models)
     bytes_done = 0
     total = Difference.zero(len(others))
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        readers = [stack.enter_context(closing(open_reader(model))) for model in models]
+        offered, notes = offered_values(models, stack)
+        names = list(dict.fromkeys(name for values in offered for name in values))
+        names = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            raise InputError(f"no tensor matches '{pattern}'", where=reference.label)
+        common, missing, mismatched = _sort_out([model.label for model in models], offered, names)
+        total_bytes = sum(values[name].nbytes for name in common for values in offered)
         for name in common:
-            stored = [model.tensors[name] for model in models]
-            found = _compare_tensor(readers, stored)
-            if found is None:
-                rows.append(_opaque_row(readers, stored))
+            found = [values[name] for values in offered]
+            sums = _compare_tensor(found)
+            if sums is None:
+                rows.append(_opaque_row(found))
             else:
-                total.add(found)
-                rows.append(_row(stored, found))
+                total.add(sums)
+                rows.append(_row(found, sums))
             if spectral:
-                rows[-1] |= spectra(readers, stored)
-            bytes_done += sum(tensor.nbytes for tensor in stored)
+                rows[-1] |= spectra(found)
+            bytes_done += sum(each.nbytes for each in found)
             if progress is not None:
                 progress(bytes_done, total_bytes)
     rows.sort(key=lambda row: -max(map(_rank, row["models"])))
@@ -153,46 +153,45 @@ def compare(
         "tensors": rows,
         "missing": missing,
         "mismatched": mismatched,
+        "notes": notes,
     }
 
 
 def _sort_out(
-    models: Sequence[Checkpoint], names: Sequence[str]
+    labels: Sequence[str], offered: Sequence[Mapping[str, Values]], names: Sequence[str]
 ) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
     """Names that can be compared, names that some model lacks, names whose shapes differ."""
     common, missing, mismatched = [], [], []
     for name in names:
-        lacking = [model.label for model in models if name not in model.tensors]
+        lacking = [label for label, values in zip(labels, offered, strict=True) if name not in values]
         if lacking:
             missing.append({"name": name, "not_in": lacking})
-        elif len({model.tensors[name].shape for model in models}) > 1:
-            shapes = [list(model.tensors[name].shape) for model in models]
-            mismatched.append({"name": name, "shapes": shapes})
+        elif len({values[name].shape for values in offered}) > 1:
+            mismatched.append({"name": name, "shapes": [list(values[name].shape) for values in offered]})
         else:
             common.append(name)
     return common, missing, mismatched
 
 
-def _row(stored: Sequence[StoredTensor], found: Difference) -> dict[str, Any]:
+def _row(found: Sequence[Values], sums: Difference) -> dict[str, Any]:
     return {
-        "name": stored[0].name,
-        "shape": list(stored[0].shape),
-        "dtype": stored[0].dtype.name,
-        "models": [found.of(i) for i in range(len(stored) - 1)],
-        "delta_cosines": found.delta_cosines(),
-        "sign_conflicts": found.sign_conflicts(),
+        "name": found[0].name,
+        "shape": list(found[0].shape),
+        "dtype": found[0].dtype.name,
+        "models": [sums.of(i) for i in range(len(found) - 1)],
+        "delta_cosines": sums.delta_cosines(),
+        "sign_conflicts": sums.sign_conflicts(),
     }
 
 
-def _opaque_row(readers: Sequence[TensorReader], stored: Sequence[StoredTensor]) -> dict[str, Any]:
+def _opaque_row(found: Sequence[Values]) -> dict[str, Any]:
     """A tensor that is not made of real numbers torch can compute with: equal bytes or not."""
     empty = dict.fromkeys(("difference", "relative", "largest", "cosine"))
-    identical = [_same_bytes(readers, stored, i) for i in range(1, len(stored))]
     return {
-        "name": stored[0].name,
-        "shape": list(stored[0].shape),
-        "dtype": stored[0].dtype.name,
-        "models": [{**empty, "identical": same} for same in identical],
+        "name": found[0].name,
+        "shape": list(found[0].shape),
+        "dtype": found[0].dtype.name,
+        "models": [{**empty, "identical": found[0].same_bytes(other)} for other in found[1:]],
         "delta_cosines": None,
         "sign_conflicts": None,
     }
@@ -205,38 +204,16 @@ def _rank(measures: Mapping[str, Any]) -> float:
     return math.inf if measures["relative"] is None else float(measures["relative"])
 
 
-def _same_bytes(readers: Sequence[TensorReader], stored: Sequence[StoredTensor], other: int) -> bool:
-    if stored[0].dtype != stored[other].dtype:
-        return False
-    for start in range(0, stored[0].nbytes, _ELEMENTS):
-        length = min(_ELEMENTS, stored[0].nbytes - start)
-        pieces = [bytearray(length), bytearray(length)]
-        for place, piece in zip((0, other), pieces, strict=True):
-            readers[place].read_into(stored[place], start, memoryview(piece))
-        if pieces[0] != pieces[1]:
-            return False
-    return True
-
-
-def _compare_tensor(readers: Sequence[TensorReader], stored: Sequence[StoredTensor]) -> Difference | None:
+def _compare_tensor(found: Sequence[Values]) -> Difference | None:
     """The sums over one tensor; None if torch cannot compute with it."""
-    if not all(tensor.dtype.arithmetic for tensor in stored):
+    if not all(values.dtype.arithmetic for values in found):
         return None
-    sums = Difference.zero(len(stored) - 1)
-    for start in range(0, stored[0].elements, _ELEMENTS):
-        count = min(_ELEMENTS, stored[0].elements - start)
-        raw = [_read(reader, tensor, start, count) for reader, tensor in zip(readers, stored, strict=True)]
-        sums.add(_compare_chunk(raw))
+    sums = Difference.zero(len(found) - 1)
+    elements = math.prod(found[0].shape)
+    for start in range(0, elements, _ELEMENTS):
+        stop = min(start + _ELEMENTS, elements)
+        sums.add(_compare_chunk([values.read(start, stop) for values in found]))
     return sums
-
-
-def _read(reader: TensorReader, tensor: StoredTensor, start: int, count: int) -> torch.Tensor:
-    import torch
-
-    width = tensor.dtype.bits // 8
-    buffer = bytearray(count * width)
-    reader.read_into(tensor, start * width, memoryview(buffer))
-    return torch.frombuffer(buffer, dtype=tensor.dtype.torch)
 
 
 def _compare_chunk(raw: Sequence[torch.Tensor]) -> Difference:

@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergekit_px.checkpoint.contents import StoredTensor
-from mergekit_px.checkpoint.reader import TensorReader
+from mergekit_px.inspection.values import Values
 from mergekit_px.methods.matrices import SpectralParams, cut_into_matrices
 
 if TYPE_CHECKING:
     import torch
 
 
-def spectra(readers: Sequence[TensorReader], stored: Sequence[StoredTensor]) -> dict[str, Any]:
+def spectra(found: Sequence[Values]) -> dict[str, Any]:
     """``effective_ranks`` of the differences to the first model, and their ``alignments`` with one another.
 
     ``alignments[i][j]`` is the subspace alignment ratio of difference i with difference j,
@@ -29,22 +28,22 @@ def spectra(readers: Sequence[TensorReader], stored: Sequence[StoredTensor]) -> 
     from mergekit_px.kernels.spectra import alignment, alignment_rank, effective_rank
     from mergekit_px.kernels.svd import truncated_svd
 
-    views = cut_into_matrices(stored[0].shape, stored[0].name, SpectralParams(embeddings="spectral"))
-    if views is None or not all(one.dtype.arithmetic for one in stored):
+    views = cut_into_matrices(found[0].shape, found[0].name, SpectralParams(embeddings="spectral"))
+    if views is None or not all(one.dtype.arithmetic for one in found):
         return {"effective_ranks": None, "alignments": None}
-    models = range(1, len(stored))
+    models = range(1, len(found))
     ranks: list[float | None] = []
     bases: list[list[torch.Tensor | None]] = []
     for model in models:
-        matrices = _matrices(readers, stored, model, views)
-        parts = [None if one is None else truncated_svd(one, label=stored[0].name) for one in matrices]
+        matrices = _matrices(found, model, views)
+        parts = [None if one is None else truncated_svd(one, label=found[0].name) for one in matrices]
         ranks.append(_mean([None if one is None else effective_rank(one.s) for one in parts]))
         bases.append([None if one is None else one.u[:, : alignment_rank(one.s)].clone() for one in parts])
     if len(bases) == 1:
         return {"effective_ranks": ranks, "alignments": [[None if ranks[0] is None else 1.0]]}
     alignments: list[list[float | None]] = []
     for model in models:
-        matrices = _matrices(readers, stored, model, views)
+        matrices = _matrices(found, model, views)
         alignments.append(
             [
                 _mean(
@@ -83,22 +82,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _matrices(
-    readers: Sequence[TensorReader],
-    stored: Sequence[StoredTensor],
-    model: int,
-    views: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    found: Sequence[Values], model: int, views: Sequence[Callable[[torch.Tensor], torch.Tensor]]
 ) -> list[torch.Tensor | None]:
     """The difference of a model to the first as matrices (m, n); None for those that are zero or not finite."""
-    wide = stored[0].dtype.bits > 32
-    values = [_read(readers[place], stored[place]) for place in (model, 0)]
+    values = [found[place].read(0, math.prod(found[0].shape)).reshape(found[0].shape) for place in (model, 0)]
+    wide = any(each.dtype.itemsize > 4 for each in values)
     delta = values[0].double().sub_(values[1]) if wide else values[0].float().sub_(values[1].float())
     matrices = [view(delta) for view in views]
     return [one if bool(one.isfinite().all()) and bool(one.any()) else None for one in matrices]
-
-
-def _read(reader: TensorReader, stored: StoredTensor) -> torch.Tensor:
-    import torch
-
-    values = torch.empty(stored.shape, dtype=stored.dtype.torch)
-    reader.read_into(stored, 0, values.reshape(-1).view(torch.uint8).numpy().data)
-    return values

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pipelines import write_pipeline
 from safetensors.torch import save_file
 
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.inspection import compare as module
 from mergekit_px.inspection.compare import compare
+from mergekit_px.testing.checkpoints import tiny_llama_tensors, write_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 
@@ -134,3 +136,30 @@ def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
 
 def _split(checkpoints: list) -> tuple:
     return checkpoints[0], checkpoints[1:]
+
+
+def test_encoded_tensors_are_compared_by_their_values(tmp_path: Path) -> None:
+    codes = (torch.arange(32.0).reshape(4, 8) - 16).to(torch.float8_e4m3fn)
+    save_file({"w.weight": codes, "w.weight_scale": torch.tensor([0.5])}, tmp_path / "fp8.safetensors")
+    save_file({"w.weight": codes.float() * 0.5}, tmp_path / "plain.safetensors")
+    save_file({"w.weight": codes.float() * 0.5 + 1}, tmp_path / "other.safetensors")
+    models = [open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("plain", "fp8", "other")]
+    found = compare(models[0], models[1:], spectral=True)
+    assert [model["largest"] for model in found["total"]["models"]] == [0.0, 1.0]
+    assert found["missing"] == [] and len(found["tensors"]) == 1
+    assert any("decoded on reading" in note and "fp8.safetensors" in note for note in found["notes"])
+
+
+def test_names_of_another_spelling_are_compared_as_one(tmp_path: Path) -> None:
+    tensors = tiny_llama_tensors(seed=1)
+    write_checkpoint(tmp_path / "a", tensors)
+    write_checkpoint(tmp_path / "b", {f"module.{name}": tensor for name, tensor in tensors.items()})
+    found = compare(open_checkpoint(tmp_path / "a"), [open_checkpoint(tmp_path / "b")])
+    assert found["missing"] == [] and found["total"]["models"][0]["identical"]
+    assert any("are read as those of" in note for note in found["notes"])
+
+
+def test_pipelines_are_compared_component_by_component(tmp_path: Path) -> None:
+    pipelines = [open_checkpoint(write_pipeline(tmp_path / str(seed), seed)) for seed in range(2)]
+    found = compare(pipelines[0], pipelines[1:], pattern="vae/*")
+    assert {row["name"] for row in found["tensors"]} == {"vae/layers.0.weight", "vae/out.weight"}
