@@ -255,13 +255,13 @@ def _follow_vocabulary(
     config: dict[str, Any], stored: Mapping[str, StoredTensor], items: Sequence[WorkItem]
 ) -> list[str]:
     notes = []
-    for item in items:
-        if is_embedding(item.name) and len(item.shape) == 2:
+    for item in sorted(items, key=lambda item: is_head(item.name)):
+        if is_vocabulary(item.name) and len(item.shape) == 2:
             known = stored.get(item.name)
             if known is not None and known.shape[0] != item.shape[0]:
                 config_edits.set_vocabulary(config, known.shape[0], item.shape[0])
                 notes.append(f"config: vocab_size follows {item.name}")
-    return notes
+    return notes[:1]
 
 
 def _restack(

@@ -61,6 +61,7 @@ class ChosenVocabulary:
     notes: list[str] = field(default_factory=list)
     _offered: Offered | None = None
     _arranged: set[str] = field(default_factory=set)
+    _moved: bool = False
 
     @property
     def is_union(self) -> bool:
@@ -82,13 +83,7 @@ class ChosenVocabulary:
         names = [name for name, node in nodes.items() if _has_rows(name, node, own)]
         self._arranged.update(names)
         changed = {name: self._node(source, name, nodes[name], own) for name in names}
-        moved = any(changed[name] is not nodes[name] for name in names)
-        if moved and (transposed := next((name for name in nodes if name.endswith(_TRANSPOSED)), None)):
-            raise PlanError(
-                f"'{transposed}' has a column for each token, and columns are not moved to other tokens",
-                where=source.reference,
-                hint="drop it by a rule of a merge that keeps the vocabulary first",
-            )
+        self._moved |= any(changed[name] is not nodes[name] for name in names)
         return {name: changed.get(name, node) for name, node in nodes.items()}
 
     def check(self, items: Iterable[WorkItem]) -> None:
@@ -100,6 +95,12 @@ class ChosenVocabulary:
         if not self._arranged:
             raise PlanError("a tokenizer is chosen, and no tensor is known as an embedding", where=self.where)
         for item in items:
+            if self._moved and item.name.endswith(_TRANSPOSED):
+                raise PlanError(
+                    f"'{item.name}' has a column for each token, and columns are not moved to other tokens",
+                    where=self.where,
+                    hint=f"drop it by a rule, {{match: '*{_TRANSPOSED[0]}', drop: true}}; models start it as zeros",
+                )
             for node in item.adapted if item.name in self._arranged else ():
                 if self.inputs[node.input].adapter_only and node.patch is not None and node.base in item.views:
                     raise PlanError(

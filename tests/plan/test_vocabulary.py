@@ -194,3 +194,24 @@ def test_an_id_that_the_vocabulary_leaves_out_stays_free(tmp_path: Path) -> None
     # Readers would give an added token the next number after the vocabulary's size.
     assert written["model"]["vocab"]["<x>"] == 61
     assert torch.allclose(result[EMBEDDING][61], b[EMBEDDING][60])
+
+
+def test_encoder_decoders_follow_but_for_columns(tmp_path: Path) -> None:
+    for seed, (name, added) in enumerate((("a", []), ("b", ["<x>"]))):
+        rows = len(SHARED) + len(added)
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            "shared.weight": torch.randn(rows, 8, generator=generator),
+            "final_logits_bias": torch.zeros(1, rows),
+        }
+        write_checkpoint(tmp_path / "m" / name, tensors, config={"model_type": "bart", "vocab_size": rows})
+        (tmp_path / "m" / name / "tokenizer.json").write_text(tokenizer_json(SHARED, added))
+    step = {"method": "linear", "sources": ["a", "b"], "missing": "base"}
+    drop = [{"match": "final_logits_bias", "drop": True}]
+    take = [{"match": "final_logits_bias", "take": "a"}]
+    with pytest.raises(PlanError, match="'final_logits_bias' has a column for each token"):
+        data = recipe(tmp_path / "m", {**step, "rules": take}, tokenizer={"from": "union"})
+        plan_of(data, tmp_path / "out")
+    result = merge(recipe(tmp_path / "m", {**step, "rules": drop}, tokenizer={"from": "union"}), tmp_path / "out")
+    assert result["shared.weight"].shape == (61, 8)
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 61
