@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.cli._errors import PROGRAM, Interrupted
@@ -13,10 +15,11 @@ from mergekit_px.cli._output import Output, output_for
 from mergekit_px.cli._plan_view import show_plan
 from mergekit_px.cli._progress import progress_on
 from mergekit_px.cli._units import show_bytes, show_seconds
-from mergekit_px.errors import HubError
+from mergekit_px.errors import HubError, UsageError
 
 if TYPE_CHECKING:
     from mergekit_px.execute.events import RunResult
+    from mergekit_px.plan.inputs import ResolvedInput
     from mergekit_px.plan.model import Plan
     from mergekit_px.recipe.loaded import LoadedRecipe
     from mergekit_px.recipe.model import Push
@@ -58,9 +61,58 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
         _check_push(push)
     for note in plan.notes:
         output.note(f"note: {note}")
-    result = _run(plan, output)
+    result = _run([plan], output)[0]
     address = None if push is None else _publish(push, result, output)
     _report(result, plan, address, output)
+    return 0
+
+
+def merge_together(recipes: Mapping[str, Mapping[str, Any]], options: RunOptions) -> int:
+    """Carry out recipes over the same models in one pass; each result is a folder of its own in the output folder.
+
+    Raises ``UsageError`` for ``--push``, which takes one model.
+    """
+    from mergekit_px.plan.build import build_plan
+    from mergekit_px.plan.report import plan_report
+
+    output = output_for(json=options.json, quiet=options.quiet)
+    if options.push is not None:
+        raise UsageError("--push takes one model, and several are written", hint="push them one by one")
+    plans: dict[str, Plan] = {}
+    inputs: dict[str, ResolvedInput] = {}
+    for name, recipe in recipes.items():
+        loaded = load_mapping(recipe, options)
+        place = Path(options.output or loaded.recipe.output.path) / name
+        plans[name] = build_plan(loaded, replace(options.plan_options(), output=place), inputs)
+        inputs.update(plans[name].inputs)
+    if options.dry_run:
+        if options.json:
+            output.document({"outputs": {name: plan_report(plan) for name, plan in plans.items()}})
+            return 0
+        for name, plan in plans.items():
+            output.heading(name)
+            show_plan(plan, output)
+        return 0
+    for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes):
+        output.note(f"note: {note}")
+    results = _run(list(plans.values()), output)
+    for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
+        output.warning(warning)
+    read, written = sum(each.bytes_read for each in results), sum(each.bytes_written for each in results)
+    seconds = max(each.seconds for each in results)
+    moved = f"{show_bytes(read)} read, {show_bytes(written)} written"
+    output.note(f"{len(results)} models in {show_seconds(seconds)}: {moved}")
+    for result in results:
+        output.text(str(result.output))
+    output.document(
+        {
+            "outputs": {name: _document(result, plans[name]) for name, result in zip(plans, results, strict=True)},
+            "seconds": seconds,
+            "bytes_read": read,
+            "bytes_written": written,
+            "peak_memory": max(each.peak_memory for each in results),
+        }
+    )
     return 0
 
 
@@ -81,12 +133,12 @@ def _note_output(plan: Plan, output: Output) -> None:
             output.note(f"note: a run would be refused: {error}")
 
 
-def _run(plan: Plan, output: Output) -> RunResult:
-    from mergekit_px.execute.run import run_plan
+def _run(plans: Sequence[Plan], output: Output) -> list[RunResult]:
+    from mergekit_px.execute.run import run_plans
 
     with progress_on(output) as advance:
         try:
-            return run_plan(plan, progress=lambda state: advance(state.phase, state.bytes_done, state.bytes_total))
+            return run_plans(plans, progress=lambda state: advance(state.phase, state.bytes_done, state.bytes_total))
         except KeyboardInterrupt:
             raise Interrupted from None
 
@@ -139,18 +191,19 @@ def _report(result: RunResult, plan: Plan, address: str | None, output: Output) 
     if address is not None:
         output.note(f"uploaded to {address}")
     output.text(str(result.output))
-    output.document(
-        {
-            "output": str(result.output),
-            "files": dict(result.files),
-            "tensors": len(plan.items),
-            "seconds": result.seconds,
-            "bytes_read": result.bytes_read,
-            "bytes_written": result.bytes_written,
-            "peak_memory": result.peak_memory,
-            "pushed": address,
-            "up_to_date": result.up_to_date,
-            "notes": list(result.notes),
-            "warnings": list(result.warnings),
-        }
-    )
+    output.document(_document(result, plan) | {"pushed": address})
+
+
+def _document(result: RunResult, plan: Plan) -> dict[str, Any]:
+    return {
+        "output": str(result.output),
+        "files": dict(result.files),
+        "tensors": len(plan.items),
+        "seconds": result.seconds,
+        "bytes_read": result.bytes_read,
+        "bytes_written": result.bytes_written,
+        "peak_memory": result.peak_memory,
+        "up_to_date": result.up_to_date,
+        "notes": list(result.notes),
+        "warnings": list(result.warnings),
+    }

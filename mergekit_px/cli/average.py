@@ -11,7 +11,7 @@ import typer
 from mergekit_px.checkpoint.side_files import TRAINING, side_files
 from mergekit_px.checkpoint.training_run import RunCheckpoint, TrainingRun, check_spacing, training_run
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._merge import merge_mapping
+from mergekit_px.cli._merge import merge_mapping, merge_together
 from mergekit_px.cli._naming import model_names
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import output_for
@@ -38,6 +38,15 @@ RunWeights = Annotated[
     Several("--weights", "numbers"),
 ]
 
+Window = Annotated[
+    int | None,
+    typer.Option("--window", metavar="N", min=1, help="Several means in one pass, each of N checkpoints in a row."),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option("--stride", metavar="N", min=1, help="Checkpoints from one window to the next.  [default: --window]"),
+]
+
 
 def average(
     run: Run,
@@ -47,6 +56,8 @@ def average(
     from_step: From = None,
     to_step: To = None,
     weights: RunWeights = None,
+    window: Window = None,
+    stride: Stride = None,
 ) -> int:
     """Average the checkpoints of one training run, in order of step.
 
@@ -66,36 +77,59 @@ def average(
 
     Numbers are divided by their sum. Sums are float64 and rounded once.
 
+    With --window each mean is a folder in the output folder, named by its first and last step, as steps-600-1000; a
+    checkpoint that several windows share is read once.
+
     \b
     Examples:
       pxmerge average ./run --last 5
+      pxmerge average ./run --window 5 --stride 5 -o ./windows
       pxmerge average './run/checkpoint-*' --from 1000 --to 5000 --weights 1-sqrt
       pxmerge average ./run/checkpoint-400 ./run/checkpoint-500 --weights 0.3 0.7 -o ./averaged
     """
     found = training_run(run)
     chosen = _chosen(found, run, last, every, from_step, to_step)
-    numbers = run_weights(weights or ["uniform"], len(chosen))
+    if stride is not None and window is None:
+        raise UsageError("--stride goes with --window", hint="add --window N")
+    names = dict(zip(chosen, model_names([each.reference for each in chosen]), strict=True))
+    numbers = run_weights(weights or ["uniform"], window or len(chosen))
+    windows = [chosen] if window is None else _windows(chosen, window, stride or window)
+    recipes = {_folder(each): average_recipe({one: names[one] for one in each}, numbers) for each in windows}
     output = output_for(json=options.json, quiet=options.quiet)
-    for note in found.notes:
+    several = "" if window is None else f"{len(windows)} windows of {window} of "
+    for note in (*found.notes, f"{several}{_span(chosen)}{_left_out(chosen[-1])}"):
         output.note(f"note: {note}")
-    output.note(f"note: {_span(chosen)}{_left_out(chosen[-1])}")
-    return merge_mapping(average_recipe(chosen, numbers), options)
+    if left := len(chosen) - chosen.index(windows[-1][-1]) - 1:
+        output.note(f"note: the last {left} of them fill no window")
+    return merge_mapping(recipes[_folder(chosen)], options) if window is None else merge_together(recipes, options)
 
 
-def average_recipe(checkpoints: Sequence[RunCheckpoint], weights: Sequence[float]) -> dict[str, Any]:
+def average_recipe(names: dict[RunCheckpoint, str], weights: Sequence[float]) -> dict[str, Any]:
     """The recipe of a weighted mean, oldest first. The newest gives config, tokenizer and storage types."""
-    references = [checkpoint.reference for checkpoint in checkpoints]
-    names = model_names(references)
+    newest = names[next(reversed(names))]
     return {
         "pxmerge": 1,
-        "models": dict(zip(names, references, strict=True)),
+        "models": {name: checkpoint.reference for checkpoint, name in names.items()},
         "merge": {
             "method": "linear",
-            "sources": dict(zip(names, weights, strict=True)),
+            "sources": dict(zip(names.values(), weights, strict=True)),
             "params": {"precision": "float64"},
         },
-        "output": {"config_from": names[-1]},
+        "output": {"config_from": newest},
     }
+
+
+def _windows(chosen: Sequence[RunCheckpoint], window: int, stride: int) -> list[Sequence[RunCheckpoint]]:
+    if window > len(chosen):
+        raise InputError(f"--window {window} of {len(chosen)} checkpoints", hint="ask for a smaller one")
+    return [chosen[first : first + window] for first in range(0, len(chosen) - window + 1, stride)]
+
+
+def _folder(window: Sequence[RunCheckpoint]) -> str:
+    first, last = window[0], window[-1]
+    if first.step is None:
+        return f"{model_names([first.reference])[0]}-{model_names([last.reference])[0]}"
+    return f"steps-{first.step}-{last.step}"
 
 
 def _chosen(
@@ -140,10 +174,10 @@ def _chosen(
 def _span(chosen: Sequence[RunCheckpoint]) -> str:
     count = f"{len(chosen)} checkpoint{'' if len(chosen) == 1 else 's'}"
     if chosen[0].step is None:
-        return f"the mean of {count}"
+        return count
     if len(chosen) == 1:
-        return f"one checkpoint, of step {chosen[0].step}"
-    return f"the mean of {count}, from step {chosen[0].step} to step {chosen[-1].step}"
+        return f"{count}, of step {chosen[0].step}"
+    return f"{count}, from step {chosen[0].step} to step {chosen[-1].step}"
 
 
 def _left_out(checkpoint: RunCheckpoint) -> str:

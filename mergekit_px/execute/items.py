@@ -54,13 +54,13 @@ class Execution:
         if item.action == "copy":
             yield self._copy_jobs(item)
         elif needs_whole(item):
-            if not self._skip(item, 0, item.elements):
+            if not self.skip(item, 0, item.elements):
                 yield [Job(partial(self._write_whole, item), memory=whole_bytes(item))]
         elif item.elements <= self._length(item):
-            if item.elements and not self._skip(item, 0, item.elements):
+            if item.elements and not self.skip(item, 0, item.elements):
                 yield [Job(partial(self._write_small, item))]
         else:
-            chunks = [(start, stop) for start, stop in self._chunks(item) if not self._skip(item, start, stop)]
+            chunks = [(start, stop) for start, stop in self.chunks(item) if not self.skip(item, start, stop)]
             if chunks:
                 for node in self._unknown(item):
                     self.statistics[id(node)] = yield from self._swept(node, [(item, node)])
@@ -95,7 +95,7 @@ class Execution:
                 yield [
                     Job(partial(self._sweep_chunk, item, member, sweep, start, stop, number, sums))
                     for number, (item, member) in enumerate(members)
-                    for start, stop in self._chunks(item)
+                    for start, stop in self.chunks(item)
                 ]
                 total = sums.total()
         except StopIteration as finished:
@@ -106,12 +106,14 @@ class Execution:
         piece = unit(item)
         return max(self.chunk // piece, 1) * piece
 
-    def _chunks(self, item: WorkItem) -> Iterator[tuple[int, int]]:
+    def chunks(self, item: WorkItem) -> Iterator[tuple[int, int]]:
+        """Where an item is cut, in elements."""
         length = self._length(item)
         for start in range(0, item.elements, length):
             yield start, min(start + length, item.elements)
 
-    def _skip(self, item: WorkItem, start: int, stop: int) -> bool:
+    def skip(self, item: WorkItem, start: int, stop: int) -> bool:
+        """Whether the elements [start, stop) are written already, which is told as progress then."""
         width = item.dtype.bits // 8
         if not self.sink.done(item.name, start * width, stop * width):
             return False
@@ -138,12 +140,12 @@ class Execution:
 
     def _write_chunk(self, item: WorkItem, start: int, stop: int, lane: Lane) -> None:
         with lane.computing():
-            self._write(item, self._read(item, item.leaves, start, stop, lane), start, stop, lane)
+            self._write(item, self.read(item, item.leaves, start, stop, lane), start, stop, lane)
 
     def _write_small(self, item: WorkItem, lane: Lane) -> None:
         """An item of one chunk: it is read once, swept in memory and written."""
         with lane.computing():
-            raw = self._read(item, item.leaves, 0, item.elements, lane)
+            raw = self.read(item, item.leaves, 0, item.elements, lane)
             for node in self._unknown(item):
 
                 def total(sweep: Sweep, node: Apply = node) -> torch.Tensor:
@@ -162,8 +164,8 @@ class Execution:
         piece = unit(item) if lane.device.type == "cpu" else stop - start
         for begin in range(start, stop, piece):
             end = min(begin + piece, stop)
-            value = self._block(item, raw, start, begin, end).value(item.node)
-            self._store(item, value, stored[begin - start : end - start])
+            value = self.block(item, raw, start, begin, end).value(item.node)
+            self.store(item, value, stored[begin - start : end - start])
         if out is not host:
             host.copy_(out, non_blocking=True)
         lane.finish()
@@ -187,7 +189,7 @@ class Execution:
                 self.statistics[id(node)] = _whole_statistics(item, node, block)
             value = block.value(item.node)
             stored = torch.empty(item.elements, dtype=item.dtype.torch, device=value.device)
-            self._store(item, value, stored)
+            self.store(item, value, stored)
             host = stored.view(torch.uint8).cpu()
         lane.release()
         self.sink.write(item.name, 0, as_bytes(host))
@@ -206,7 +208,7 @@ class Execution:
     ) -> None:
         with lane.computing():
             leaves = [leaf for leaf in item.leaves if _uses(node, leaf)]
-            self._sweep(item, node, sweep, self._read(item, leaves, start, stop, lane), start, stop, number, sums)
+            self._sweep(item, node, sweep, self.read(item, leaves, start, stop, lane), start, stop, number, sums)
         lane.finish()
 
     def _sweep(
@@ -222,10 +224,10 @@ class Execution:
     ) -> None:
         piece = unit(item)
         for begin in range(start, stop, piece):
-            block = self._block(item, raw, start, begin, min(begin + piece, stop))
+            block = self.block(item, raw, start, begin, min(begin + piece, stop))
             sums.add((number, begin), sweep(block.operands(node)))
 
-    def _read(self, item: WorkItem, leaves: Sequence[Leaf], start: int, stop: int, lane: Lane) -> dict[int, Any]:
+    def read(self, item: WorkItem, leaves: Sequence[Leaf], start: int, stop: int, lane: Lane) -> dict[int, Any]:
         """The elements [start, stop) of some stored tensors and views, and all of the adapters' tensors, by node."""
         raw: dict[int, Any] = {}
         for number, read in enumerate(leaves):
@@ -240,7 +242,16 @@ class Execution:
             raw[id(node)] = self._read_factors(node, lane)
         return raw
 
-    def _block(self, item: WorkItem, raw: Mapping[int, Any], origin: int, begin: int, end: int) -> Block:
+    def block(
+        self,
+        item: WorkItem,
+        raw: Mapping[int, Any],
+        origin: int,
+        begin: int,
+        end: int,
+        known: dict[int, torch.Tensor] | None = None,
+    ) -> Block:
+        """The elements [begin, end) of an item; ``raw`` begins at ``origin``."""
         dtype = accumulation_dtype(item)
         row = row_length(item) if any(node.access == "rows" for node in item.applied) else None
 
@@ -251,7 +262,7 @@ class Execution:
             return value if row is None else value.view(-1, row)
 
         factors = partial(self._factors, raw)
-        return Block(item.name, begin, load, factors, self.statistics, self.seed, item.shape, end)
+        return Block(item.name, begin, load, factors, self.statistics, self.seed, item.shape, end, known)
 
     def _factors(self, raw: Mapping[int, Any], node: Adapted) -> Mapping[str, torch.Tensor]:
         factors: Mapping[str, torch.Tensor] = raw[id(node)]
@@ -298,7 +309,7 @@ class Execution:
             check_finite(value, self._label(read), "the source")
         return value.view(read.shape)
 
-    def _store(self, item: WorkItem, value: torch.Tensor, stored: torch.Tensor) -> None:
+    def store(self, item: WorkItem, value: torch.Tensor, stored: torch.Tensor) -> None:
         """Round once into the storage dtype; what does not fit there is an error."""
         if not self.allow_nonfinite and value.numel():
             limit = item.dtype.max_finite or math.inf

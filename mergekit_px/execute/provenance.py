@@ -36,20 +36,19 @@ CARD_FILE = "README.md"
 class InputHashes:
     """The inputs' files as a run reads them: that they stay what they were, and their sha256, computed beside the run.
 
-    ``record`` is a file in the output's folder of an unfinished run. A run that goes on from it does so only over
+    A record is a file in the output's folder of an unfinished run. A run that goes on from it does so only over
     files that are the same as then: by what the system says of them, or else by their bytes.
 
     Args:
         inputs: opened, and on this machine.
         local: whether files that the Hub lists no hash for are hashed.
-        record: where to note them.
-        resumed: whether the record of an earlier run must be there.
+        records: where to note them -> whether the record of an earlier run must be there.
 
     Raises:
         InputError: an input is not what the unfinished run began with.
     """
 
-    def __init__(self, inputs: Mapping[str, ResolvedInput], *, local: bool, record: Path, resumed: bool) -> None:
+    def __init__(self, inputs: Mapping[str, ResolvedInput], *, local: bool, records: Mapping[Path, bool]) -> None:
         self._files = {
             (label, file.name): _Input(checkpoint, file, listed.get(file.name))
             for label, checkpoint, listed in _checkpoints(inputs)
@@ -57,12 +56,13 @@ class InputHashes:
         }
         self._checkpoints = [checkpoint for _, checkpoint, _ in _checkpoints(inputs)]
         self._local = local
-        self._record = record
+        self._records = tuple(records)
         self._hashes: dict[tuple[str, str], str | None] = {}
         self._failure: BaseException | None = None
         self._stopping = threading.Event()
-        if resumed:
-            self._compare(_read_record(record))
+        for record, resumed in records.items():
+            if resumed:
+                self._compare(_read_record(record))
         self._note()
         self._thread = threading.Thread(target=self._work, name="pxmerge-input-hashes", daemon=True)
         self._thread.start()
@@ -102,8 +102,9 @@ class InputHashes:
             f"{label}/{name}": {"identity": file.described.identity, "sha256": self._hashes.get((label, name))}
             for (label, name), file in self._files.items()
         }
-        with replacement(self._record) as out:
-            out.write(json.dumps(record).encode())
+        for path in self._records:
+            with replacement(path) as out:
+                out.write(json.dumps(record).encode())
 
     def _compare(self, begun: Mapping[str, Any]) -> None:
         for (label, name), file in self._files.items():

@@ -25,6 +25,7 @@ from mergekit_px.execute.items import Execution, Sink
 from mergekit_px.execute.lane import Lane, pick_device
 from mergekit_px.execute.provenance import CARD_FILE, InputHashes, card, lock_file
 from mergekit_px.execute.scheduler import Routine, Scheduler
+from mergekit_px.execute.together import joint_budget, members_by_tensor, routines
 from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.inputs import ResolvedInput
@@ -45,12 +46,38 @@ def run_plan(plan: Plan, *, progress: Report | None = None) -> RunResult:
         NonFiniteError, WriteError, OutputLockedError: the run stopped; ``mode="resume"`` goes on.
         KeyboardInterrupt: after running jobs have ended; resumable too.
     """
-    if plan.output is None:
+    return run_plans([plan], progress=progress)[0]
+
+
+def run_plans(plans: Sequence[Plan], *, progress: Report | None = None) -> list[RunResult]:
+    """Carry out plans with outputs of their own in one pass over their inputs; see :func:`run_plan`.
+
+    An input's name must mean the same checkpoint in all of them. All outputs are complete before the first is
+    published. ``bytes_read`` of a result leaves out what an earlier one counts.
+    """
+    if any(plan.output is None for plan in plans):
         raise UsageError("a merge in memory has no output folder; use merge_state_dicts")
+    results: dict[int, RunResult] = {}
+    pending: dict[int, Plan] = {}
+    for number, plan in enumerate(plans):
+        begun = _begun(plan, progress)
+        if isinstance(begun, RunResult):
+            results[number] = begun
+        else:
+            pending[number] = begun
+    if pending:
+        finished = _carried_out(list(pending.values()), progress)
+        results.update(zip(pending, finished, strict=True))
+    return [results[number] for number in range(len(plans))]
+
+
+def _begun(plan: Plan, progress: Report | None) -> Plan | RunResult:
+    """The plan with its inputs on this machine; or its result, where the output is that already."""
+    assert plan.output is not None
     started = time.perf_counter()
     try:
         check_mode(plan.output, plan.options.mode, plan.hash)
-        plan = fetch_inputs(plan, progress)
+        return fetch_inputs(plan, progress)
     except OutputError:
         if not claims_result(plan):
             raise
@@ -59,38 +86,70 @@ def run_plan(plan: Plan, *, progress: Report | None = None) -> RunResult:
         if files is None:
             raise
         return _up_to_date(plan, files, time.perf_counter() - started)
-    assert plan.output is not None
+
+
+def _carried_out(plans: Sequence[Plan], progress: Report | None) -> list[RunResult]:
     started = time.perf_counter()
-    reporter = _Reporter(plan, progress)
+    reporter = _Reporter(plans, progress)
+    inputs = {name: source for plan in plans for name, source in plan.inputs.items()}
+    checkpoints = {label: checkpoint for plan in plans for label, checkpoint in plan_checkpoints(plan).items()}
     with ExitStack() as stack:
         readers = {
-            label: stack.enter_context(closing(open_reader(checkpoint)))
-            for label, checkpoint in plan_checkpoints(plan).items()
+            label: stack.enter_context(closing(open_reader(checkpoint))) for label, checkpoint in checkpoints.items()
         }
-        writer = stack.enter_context(CheckpointWriter(plan.output, plan.layout, plan.hash, mode=plan.options.mode))
+        writers = [stack.enter_context(_writer(plan)) for plan in plans]
         hashes = InputHashes(
-            plan.inputs, local=plan.options.hash_inputs, record=writer.inputs_file, resumed=writer.finished_bytes > 0
+            inputs,
+            local=plans[0].options.hash_inputs,
+            records={writer.inputs_file: writer.finished_bytes > 0 for writer in writers},
         )
         stack.callback(hashes.stop)
-        side_files = _side_files(plan, hashes)
+        side_files = [_side_files(plan, hashes) for plan in plans]
         with gathered_warnings() as warnings:
-            execute(plan, readers, writer, reporter.advance)
+            if len(plans) == 1:
+                execute(plans[0], readers, writers[0], partial(reporter.advance, 0))
+            else:
+                execute_together(plans, readers, writers, reporter)
         reporter.phase("publishing")
-        published = writer.publish(side_files)
+        published = [writer.publish(files) for writer, files in zip(writers, side_files, strict=True)]
         read = hashes.result()
-        equal = equal_sources(plan.loaded.recipe, plan.inputs, lambda label, _, file: read.get((label, file.name)))
     seconds = time.perf_counter() - started
     reporter.phase("done")
-    return RunResult(
-        output=plan.output,
-        files={name: file.sha256 for name, file in published.files.items()},
-        seconds=seconds,
-        bytes_read=plan.bytes_read,
-        bytes_written=plan.bytes_written,
-        peak_memory=peak_memory(),
-        notes=plan.notes,
-        warnings=(*warnings.lines(), *(line for line in equal if line not in plan.notes)),
-    )
+    counted: set[tuple[str, str]] = set()
+    return [
+        RunResult(
+            output=plan.output or Path(),
+            files={name: file.sha256 for name, file in files.files.items()},
+            seconds=seconds,
+            bytes_read=_bytes_read(plan, counted),
+            bytes_written=plan.bytes_written,
+            peak_memory=peak_memory(),
+            notes=plan.notes,
+            warnings=(*warnings.lines(), *_equal_sources(plan, read)),
+        )
+        for plan, files in zip(plans, published, strict=True)
+    ]
+
+
+def _writer(plan: Plan) -> CheckpointWriter:
+    assert plan.output is not None
+    return CheckpointWriter(plan.output, plan.layout, plan.hash, mode=plan.options.mode)
+
+
+def _equal_sources(plan: Plan, hashes: Mapping[tuple[str, str], str | None]) -> list[str]:
+    """Sources that turned out to be the same bytes, if the plan has not said so already."""
+    found = equal_sources(plan.loaded.recipe, plan.inputs, lambda label, _, file: hashes.get((label, file.name)))
+    return [line for line in found if line not in plan.notes]
+
+
+def _bytes_read(plan: Plan, counted: set[tuple[str, str]]) -> int:
+    """Bytes of input that a plan reads and that no plan before it has read."""
+    total = 0
+    for item in plan.items:
+        total += item.factor_bytes
+        total += sum(read.tensor.nbytes for read in item.reads if (read.input, read.tensor.name) not in counted)
+    counted.update((read.input, read.tensor.name) for item in plan.items for read in item.reads)
+    return total
 
 
 def _up_to_date(plan: Plan, files: Mapping[str, str], seconds: float) -> RunResult:
@@ -102,7 +161,39 @@ def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance
     """Compute every item of a plan into a sink."""
     keep_freed_memory()
     device = pick_device(plan.device)
-    execution = Execution(
+    execution = _execution(plan, readers, sink, advance)
+    scheduler = partial(Scheduler, partial(Lane, device), plan.budget.workers, _memory_of_whole_tensors(plan))
+    for group in shared_groups(plan.items):
+        scheduler().run(iter([execution.shared_statistics(group)]))
+    scheduler().run(_routines(execution, plan.items))
+
+
+def execute_together(
+    plans: Sequence[Plan], readers: Mapping[str, TensorReader], sinks: Sequence[Sink], reporter: _Reporter
+) -> None:
+    """Compute the items of several plans, each into its sink; what they share is read once."""
+    keep_freed_memory()
+    device = pick_device(plans[0].device)
+    executions = [
+        (_execution(plan, readers, sink, partial(reporter.advance, number)), plan)
+        for number, (plan, sink) in enumerate(zip(plans, sinks, strict=True))
+    ]
+    groups = members_by_tensor(executions)
+    budget = joint_budget(plans, groups)
+    for execution, _ in executions:
+        execution.chunk = budget.chunk
+    whole = _memory_of_whole_tensors(replace(plans[0], budget=budget))
+    scheduler = partial(Scheduler, partial(Lane, device), budget.workers, whole)
+    for execution, plan in executions:
+        for group in shared_groups(plan.items):
+            scheduler().run(iter([execution.shared_statistics(group)]))
+    scheduler().run(routines(groups))
+
+
+def _execution(
+    plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance: Callable[[str, int], None]
+) -> Execution:
+    return Execution(
         readers=readers,
         labels={label: checkpoint.label for label, checkpoint in plan_checkpoints(plan).items()},
         sink=sink,
@@ -111,10 +202,6 @@ def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance
         allow_nonfinite=plan.options.allow_nonfinite,
         advance=advance,
     )
-    scheduler = partial(Scheduler, partial(Lane, device), plan.budget.workers, _memory_of_whole_tensors(plan))
-    for group in shared_groups(plan.items):
-        scheduler().run(iter([execution.shared_statistics(group)]))
-    scheduler().run(_routines(execution, plan.items))
 
 
 def _memory_of_whole_tensors(plan: Plan) -> int:
@@ -234,10 +321,14 @@ def _settled_files(plan: Plan) -> dict[str, SideFile]:
 class _Reporter:
     """Counts bytes and tensors over all threads and passes them on at most ten times a second."""
 
-    def __init__(self, plan: Plan, report: Report | None) -> None:
+    def __init__(self, plans: Sequence[Plan], report: Report | None) -> None:
         self._report = report
         self._lock = threading.Lock()
-        self._total = {item.name: item.elements * item.dtype.bits // 8 for item in plan.items}
+        self._total = {
+            (number, item.name): item.elements * item.dtype.bits // 8
+            for number, plan in enumerate(plans)
+            for item in plan.items
+        }
         self._left = dict(self._total)
         self._bytes_total = sum(self._total.values())
         self._bytes = 0
@@ -246,12 +337,12 @@ class _Reporter:
         self._last = 0.0
         self._name = ""
 
-    def advance(self, name: str, nbytes: int) -> None:
+    def advance(self, number: int, name: str, nbytes: int) -> None:
         with self._lock:
             self._name = name
             self._bytes += nbytes
-            self._left[name] -= nbytes
-            if self._left[name] == 0:
+            self._left[number, name] -= nbytes
+            if self._left[number, name] == 0:
                 self._tensors += 1
             now = time.monotonic()
             if self._report is None or now - self._last < 0.1:

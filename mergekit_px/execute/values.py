@@ -46,6 +46,7 @@ class Block:
         statistics: of the methods that have some, by node.
         seed: of the run.
         shape: of the whole tensor.
+        known: values of nodes on this block that were made before, and where those made now are kept.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Block:
         seed: int,
         shape: tuple[int, ...],
         stop: int,
+        known: dict[int, torch.Tensor] | None = None,
     ) -> None:
         self._name = name
         self._start = start
@@ -67,7 +69,7 @@ class Block:
         self._statistics = statistics
         self._seed = seed
         self._shape = shape
-        self._known: dict[int, torch.Tensor] = {}
+        self._known: dict[int, torch.Tensor] = {} if known is None else known
 
     def value(self, node: Node) -> torch.Tensor:
         """The node's value, in the accumulation dtype."""

@@ -38,9 +38,9 @@ def unit(item: WorkItem) -> int:
     return row * max(1, BLOCK // row)
 
 
-def _stored_bytes(item: WorkItem) -> float:
-    """Bytes of an element in all buffers of a chunk: every input and the output."""
-    return sum(_leaf_bits(leaf) for leaf in item.leaves) / 8 + item.dtype.bits / 8
+def _stored_bytes(item: WorkItem, outputs: int) -> float:
+    """Bytes of an element in all buffers of a chunk: every input and the outputs."""
+    return sum(_leaf_bits(leaf) for leaf in item.leaves) / 8 + outputs * item.dtype.bits / 8
 
 
 def _leaf_bits(leaf: Leaf) -> int:
@@ -57,12 +57,13 @@ def _width(item: WorkItem) -> int:
     return 2 * _ACCUMULATION if item.wide else _ACCUMULATION
 
 
-def chunk_bytes(item: WorkItem, chunk: int) -> int:
+def chunk_bytes(item: WorkItem, chunk: int, outputs: int = 1) -> int:
     """Memory that one worker needs for an item cut at ``chunk`` elements."""
     piece = unit(item)
     held = min(max(chunk // piece, 1) * piece, max(item.elements, 1))
     factors = 3 * item.factor_bytes
-    return int(factors + held * _stored_bytes(item) + min(piece, max(item.elements, 1)) * _scratch(item) * _width(item))
+    block = min(piece, max(item.elements, 1)) * (_scratch(item) + outputs - 1) * _width(item)
+    return int(factors + held * _stored_bytes(item, outputs) + block)
 
 
 def needs_whole(item: WorkItem) -> bool:
@@ -84,10 +85,11 @@ def whole_bytes(item: WorkItem) -> int:
     return int(elements * (copies * _width(item) + stored) + 3 * item.factor_bytes)
 
 
-def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int | None) -> Budget:
+def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int | None, outputs: int = 1) -> Budget:
     """Choose workers and chunk size.
 
     Args:
+        outputs: how many are made of each item at once.
         memory: peak of the whole process in bytes; None to use what runs fastest.
         threads: number of workers; None for one per core.
 
@@ -101,8 +103,8 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
     largest = whole_bytes(largest_item) if largest_item is not None else 0
     chunk = DEFAULT_CHUNK
     while True:
-        worst = max(cut, key=lambda item: chunk_bytes(item, chunk), default=None)
-        worker = chunk_bytes(worst, chunk) if worst is not None else 0
+        worst = max(cut, key=lambda item: chunk_bytes(item, chunk, outputs), default=None)
+        worker = chunk_bytes(worst, chunk, outputs) if worst is not None else 0
         budget = Budget(
             baseline=BASELINE,
             workers=workers,

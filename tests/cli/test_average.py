@@ -123,3 +123,81 @@ def test_a_checkpoint_that_is_cut_short_is_refused(run, training) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     outcome = run("average", "run", "-o", "out")
     assert outcome.code == 3 and "checkpoint-600" in outcome.stderr and not Path("out").exists()
+
+
+def test_windows_are_models_of_one_pass(run, training) -> None:
+    outcome = run("average", "run", "--window", 3, "--stride", 1, "-o", "out", "--json")
+    assert outcome.code == 0, outcome.stderr
+    folders = sorted(path.name for path in Path("out").iterdir())
+    assert folders == [f"steps-{first}-{first + 200}" for first in (100, 200, 300, 400)]
+    for first in (100, 200, 300, 400):
+        single = run("average", *(f"run/checkpoint-{first + gap}" for gap in (0, 100, 200)), "-o", f"single-{first}")
+        assert single.code == 0
+        name = f"out/steps-{first}-{first + 200}"
+        assert Path(name, "model.safetensors").read_bytes() == Path(f"single-{first}/model.safetensors").read_bytes()
+        assert run("verify", name).code == 0
+    document = outcome.document()
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in training[100].values())
+    assert document["bytes_read"] == 6 * stored
+    assert list(document["outputs"]) == folders
+
+
+def test_windows_read_each_tensor_once(run, training, monkeypatch) -> None:
+    from mergekit_px.checkpoint.reader import FileReader
+
+    reads: list[tuple[str, str, int]] = []
+    read_into = FileReader.read_into
+
+    def counted(self, tensor, start, buffer):
+        reads.append((self._checkpoint.label, tensor.name, start))
+        read_into(self, tensor, start, buffer)
+
+    monkeypatch.setattr(FileReader, "read_into", counted)
+    assert run("average", "run", "--window", 4, "--stride", 1, "--weights", "cosine", "-o", "out").code == 0
+    assert len(reads) == len(set(reads)) == 6 * len(training[100])
+
+
+def test_windows_that_do_not_divide_the_run_say_what_is_left(run, training) -> None:
+    outcome = run("average", "run", "--window", 4, "-o", "out")
+    assert outcome.code == 0 and "the last 2 of them fill no window" in outcome.stderr
+    assert [path.name for path in Path("out").iterdir()] == ["steps-100-400"]
+
+
+def test_an_interrupted_pass_over_windows_goes_on(run, training, monkeypatch) -> None:
+    from mergekit_px.checkpoint.writer import CheckpointWriter
+    from mergekit_px.errors import WriteError
+
+    write, calls = CheckpointWriter.write, []
+
+    def failing(self, name, start, buffer):
+        calls.append(name)
+        if len(calls) > 9:
+            raise WriteError("the disk refused")
+        write(self, name, start, buffer)
+
+    words = ("average", "run", "--window", 3, "--stride", 1, "--threads", 1)
+    assert run(*words, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", failing)
+        assert run(*words, "-o", "out").code == 5
+    assert not list(Path("out").glob("*/model.safetensors"))
+    assert run(*words, "-o", "out", "--resume").code == 0
+    for path in Path("whole").iterdir():
+        one, other = (Path(each, path.name, "model.safetensors").read_bytes() for each in ("whole", "out"))
+        assert one == other
+    assert run(*words, "-o", "out", "--resume").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("--window 7", 3, "--window 7 of 6 checkpoints"),
+        ("--stride 2", 2, "--stride goes with --window"),
+        ("--window 2 --push org/name", 2, "--push takes one model"),
+        ("--window 2 --weights 1 2 3", 2, "3 values for 2 checkpoints"),
+    ],
+)
+def test_mistakes_with_windows(run, training, words: str, code: int, message: str) -> None:
+    outcome = run("average", "run", *words.split(), "-o", "out")
+    assert outcome.code == code and message in outcome.stderr
+    assert not Path("out").exists()
