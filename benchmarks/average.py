@@ -56,9 +56,7 @@ def run(*words: object) -> tuple[float, float, float, dict]:
 
 
 def told(name: str, seconds: float, busy: float, peak: float, models: float, more: str = "") -> None:
-    print(
-        f"{name:8} {seconds:6.1f} s, {busy:5.1f} s of processors, peak {peak / 1e6:.0f} MB, {models:.1f} models{more}"
-    )
+    print(f"{name:8} {seconds:6.1f} s, {busy:5.1f} s of work, peak {peak / 1e6:.0f} MB, {models:.1f} models{more}")
 
 
 def main() -> None:
