@@ -67,24 +67,42 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
     return 0
 
 
+def plan_together(merges: Sequence[tuple[Mapping[str, Any], RunOptions, Path]]) -> list[Plan]:
+    """The plans of recipes, each with its options and its output, whose models of one name are the same."""
+    from mergekit_px.plan.build import build_plan
+
+    plans: list[Plan] = []
+    inputs: dict[str, ResolvedInput] = {}
+    for recipe, options, place in merges:
+        plan_options = replace(options.plan_options(), output=place)
+        plans.append(build_plan(load_mapping(recipe, options), plan_options, inputs))
+        inputs.update(plans[-1].inputs)
+    return plans
+
+
+def run_together(plans: Sequence[Plan], output: Output) -> list[RunResult]:
+    """Carry plans out in one pass, and tell what there is to tell of each once."""
+    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
+        output.note(f"note: {note}")
+    results = _run(plans, output)
+    for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
+        output.warning(warning)
+    return results
+
+
 def merge_together(recipes: Mapping[str, Mapping[str, Any]], options: RunOptions) -> int:
     """Carry out recipes over the same models in one pass; each result is a folder of its own in the output folder.
 
     Raises ``UsageError`` for ``--push``, which takes one model.
     """
-    from mergekit_px.plan.build import build_plan
     from mergekit_px.plan.report import plan_report
 
     output = output_for(json=options.json, quiet=options.quiet)
     if options.push is not None:
         raise UsageError("--push takes one model, and several are written", hint="push them one by one")
-    plans: dict[str, Plan] = {}
-    inputs: dict[str, ResolvedInput] = {}
-    for name, recipe in recipes.items():
-        loaded = load_mapping(recipe, options)
-        place = Path(options.output or loaded.recipe.output.path) / name
-        plans[name] = build_plan(loaded, replace(options.plan_options(), output=place), inputs)
-        inputs.update(plans[name].inputs)
+    home = options.output or Path("merged")
+    merges = [(recipe, options, home / name) for name, recipe in recipes.items()]
+    plans = dict(zip(recipes, plan_together(merges), strict=True))
     if options.dry_run:
         if options.json:
             output.document({"outputs": {name: plan_report(plan) for name, plan in plans.items()}})
@@ -93,11 +111,7 @@ def merge_together(recipes: Mapping[str, Mapping[str, Any]], options: RunOptions
             output.heading(name)
             show_plan(plan, output)
         return 0
-    for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes):
-        output.note(f"note: {note}")
-    results = _run(list(plans.values()), output)
-    for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
-        output.warning(warning)
+    results = run_together(list(plans.values()), output)
     read, written = sum(each.bytes_read for each in results), sum(each.bytes_written for each in results)
     seconds = max(each.seconds for each in results)
     moved = f"{show_bytes(read)} read, {show_bytes(written)} written"

@@ -47,6 +47,14 @@ Stride = Annotated[
     typer.Option("--stride", metavar="N", min=1, help="Checkpoints from one window to the next.  [default: --window]"),
 ]
 
+Into = Annotated[
+    Path | None,
+    typer.Option("--into", metavar="STATE", help="Keep a running mean in this folder, and take what it has not yet."),
+]
+Follow = Annotated[
+    bool, typer.Option("--follow", help="With --into: go on as checkpoints appear, until that of --to is taken.")
+]
+
 
 def average(
     run: Run,
@@ -58,6 +66,8 @@ def average(
     weights: RunWeights = None,
     window: Window = None,
     stride: Stride = None,
+    into: Into = None,
+    follow: Follow = False,
 ) -> int:
     """Average the checkpoints of one training run, in order of step.
 
@@ -80,13 +90,21 @@ def average(
     With --window each mean is a folder in the output folder, named by its first and last step, as steps-600-1000; a
     checkpoint that several windows share is read once.
 
+    With --into a sum in float64 is kept in the folder STATE, and each call adds the checkpoints that came since
+    (uniform or ema); -o says where the mean is written.
+
     \b
     Examples:
       pxmerge average ./run --last 5
       pxmerge average ./run --window 5 --stride 5 -o ./windows
+      pxmerge average ./run --into ./mean -o ./averaged
       pxmerge average './run/checkpoint-*' --from 1000 --to 5000 --weights 1-sqrt
       pxmerge average ./run/checkpoint-400 ./run/checkpoint-500 --weights 0.3 0.7 -o ./averaged
     """
+    if into is not None:
+        return _kept(run, into, options, weights or ["uniform"], from_step, to_step, follow, window or last or every)
+    if follow:
+        raise UsageError("--follow goes with --into", hint="add --into STATE")
     found = training_run(run)
     chosen = _chosen(found, run, last, every, from_step, to_step)
     if stride is not None and window is None:
@@ -102,6 +120,32 @@ def average(
     if left := len(chosen) - chosen.index(windows[-1][-1]) - 1:
         output.note(f"note: the last {left} of them fill no window")
     return merge_mapping(recipes[_folder(chosen)], options) if window is None else merge_together(recipes, options)
+
+
+def _kept(
+    run: Sequence[str],
+    state: Path,
+    options: RunOptions,
+    words: Sequence[str],
+    from_step: int | None,
+    to_step: int | None,
+    follow: bool,
+    choice: int | None,
+) -> int:
+    from mergekit_px.cli.running_mean import keep_running_mean
+
+    if choice is not None:
+        raise UsageError("a running mean takes every checkpoint; --last, --every and --window do not go with --into")
+    if len(words) != 1 or (words[0] not in ("uniform", "linear") and not words[0].startswith("ema:")):
+        raise UsageError(
+            f"--weights {' '.join(words)} needs all checkpoints at once",
+            hint="a running mean is uniform or ema:DECAY",
+        )
+    if options.push is not None or options.dry_run:
+        raise UsageError("--push and --dry-run do not go with --into")
+    word = "uniform" if words[0] == "linear" else words[0]
+    output = output_for(json=options.json, quiet=options.quiet)
+    return keep_running_mean(run, state, word, (from_step or 0, to_step), options, output, follow=follow)
 
 
 def average_recipe(names: dict[RunCheckpoint, str], weights: Sequence[float]) -> dict[str, Any]:

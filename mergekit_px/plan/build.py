@@ -26,6 +26,7 @@ from mergekit_px.plan.headers import describing_metadata
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, WorkItem
 from mergekit_px.plan.options import PlanOptions
+from mergekit_px.plan.patterns import expanded
 from mergekit_px.plan.sources import copied_values, equal_sources, known_content, overshoot
 from mergekit_px.plan.texts import config_text, recipe_text
 from mergekit_px.plan.tokenizers import Vocabularies
@@ -51,6 +52,7 @@ def build_plan(
         PlanError: inputs that do not fit, an output that cannot be used, too little memory or disk.
     """
     options = options or PlanOptions()
+    loaded, patterns = expanded(loaded)
     recipe = loaded.recipe
     target = recipe.output.from_ or next(reversed(recipe.steps), None)
     if target is None:
@@ -65,7 +67,7 @@ def build_plan(
         for name in recipe.models
         if name in needed
     }
-    notes = list(loaded.differences)
+    notes = [*loaded.differences, *patterns]
     if options.strict and loaded.idle:
         sentence, place = loaded.idle[0]
         raise RecipeError(sentence.rstrip("."), where=place, hint="take it out, or leave out --strict")

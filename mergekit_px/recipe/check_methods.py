@@ -15,8 +15,9 @@ from mergekit_px.recipe.model import Recipe, Rule, Slice, Step, Value
 
 def check_methods(recipe: Recipe, places: Places, methods: MethodCatalog) -> None:
     """Raises RecipeError for the first step or rule that its method does not fit."""
+    patterns = frozenset(name for name, entry in recipe.models.items() if entry.may_be_several)
     for name, step in recipe.steps.items():
-        _MethodCheck(places, methods).step(step, ("steps", name))
+        _MethodCheck(places, methods, patterns).step(step, ("steps", name))
 
 
 def find_facts(name: str, methods: MethodCatalog) -> MethodFacts | None:
@@ -25,7 +26,8 @@ def find_facts(name: str, methods: MethodCatalog) -> MethodFacts | None:
 
 
 class _MethodCheck:
-    def __init__(self, places: Places, methods: MethodCatalog) -> None:
+    def __init__(self, places: Places, methods: MethodCatalog, patterns: frozenset[str]) -> None:
+        self._patterns = patterns
         self._places = places
         self._methods = methods
 
@@ -35,12 +37,15 @@ class _MethodCheck:
             what = f"{facts.name} has no variant like '{step.like}'"
             hint = hint_for(step.like, facts.presets) or "leave 'like' out"
             raise RecipeError(what, where=self._places.value((*path, "like")), hint=hint)
+        # How many models a pattern stands for is known when the files are looked at.
+        count = None if step.slices is not None or self._patterns & set(step.source_names()) else len(step.sources)
         if step.slices is None:
-            self._check_count(facts, len(step.source_names()), (*path, "sources"))
+            if count is not None:
+                self._check_count(facts, count, (*path, "sources"))
             given = step.sources if isinstance(step.sources, dict) else {}
             self._check_unweighted(facts, [(name, given[name]) for name in given], (*path, "sources"))
         self._check_params(facts, step.params, (*path, "params"))
-        self._rules(step.rules, facts, len(step.source_names()) if step.slices is None else None, path)
+        self._rules(step.rules, facts, count, path)
         for index, piece in enumerate(step.slices or ()):
             self._slice(piece, step, facts, (*path, "slices", index))
 

@@ -44,8 +44,9 @@ class ModelInput(Part):
     written: ClassVar[Wanted] = Wanted("a path or {model: path, adapter: path}", text=True)
 
     model: Annotated[str | None, Wanted("a path or a name on the Hub", text=True)] = None
-    """A folder, a safetensors file, ``org/name`` or ``org/name@revision``. Left out for an adapter alone.
-    Relative paths are relative to the current directory."""
+    """A folder, a safetensors file, ``org/name`` or ``org/name@revision``; or a pattern such as
+    ``./run/checkpoint-*``, which stands for all checkpoints of a training run that match, in order of step. Left out
+    for an adapter alone. Relative paths are relative to the current directory."""
     adapter: Annotated[str | list[str] | None, Wanted("a path or a name on the Hub, or a list of them", text=True)] = (
         None
     )
@@ -66,6 +67,11 @@ class ModelInput(Part):
     )
     """Other names for its tensors, after its adapters: ``{"model.*": "model.language_model.*"}``. Each ``*`` keeps
     what it matches; of several patterns that match a name, the last counts."""
+
+    @property
+    def may_be_several(self) -> bool:
+        """Whether the model is written as a pattern; a folder may have such a name too."""
+        return self.model is not None and any(sign in self.model for sign in "*?[")
 
 
 class Rule(Part):

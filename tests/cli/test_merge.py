@@ -222,7 +222,7 @@ def test_ctrl_c_says_how_to_go_on(run, models, recipe: Path, monkeypatch: pytest
     def interrupted(*args: object, **keywords: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "run_plan", interrupted)
+    monkeypatch.setattr(engine, "run_plans", interrupted)
     outcome = run("run", recipe, "-o", "a folder")
     assert outcome.code == 130
     assert outcome.stderr.splitlines()[-1] == "interrupted; to go on: pxmerge run recipe.yaml -o 'a folder' --resume"
