@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mergekit_px.checkpoint.dtypes import DType
+from mergekit_px.checkpoint.pieces import Piece
 
 CONFIG_FILE = "config.json"
 
@@ -23,6 +24,7 @@ class StoredTensor:
         file: relative to the checkpoint's folder.
         offset: of the first byte, in that file.
         nbytes: bytes of the whole tensor.
+        pieces: where it is stored in several boxes; file and offset are then those of the first.
     """
 
     name: str
@@ -31,6 +33,7 @@ class StoredTensor:
     file: str
     offset: int
     nbytes: int
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -82,6 +85,7 @@ class Checkpoint:
         left_behind: file, or folder with a slash -> why it does not travel.
         kind: how the bytes are kept.
         parts: folder -> the checkpoint in it, for a model in several folders; ``""`` is the folder itself.
+        notes: what its reader should hear of how it was read.
     """
 
     label: str
@@ -91,8 +95,9 @@ class Checkpoint:
     config: Mapping[str, Any] | None = None
     side_files: tuple[str, ...] = ()
     left_behind: Mapping[str, str] = field(default_factory=dict)
-    kind: Literal["safetensors", "pickle", "memory"] = "safetensors"
+    kind: Literal["safetensors", "distributed", "pickle", "memory"] = "safetensors"
     parts: Mapping[str, Checkpoint] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def part_of(self, tensor: str) -> str:
         """The folder that a tensor is in, by its name; empty where the model has no parts."""

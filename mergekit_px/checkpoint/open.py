@@ -15,6 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_px.checkpoint.contents import CONFIG_FILE, Checkpoint, CheckpointFile, FileIdentity, StoredTensor
+from mergekit_px.checkpoint.distributed import (
+    SHARDING_KEY,
+    distributed_place,
+    open_distributed,
+    shard_notes,
+    tensors_of_shards,
+)
 from mergekit_px.checkpoint.file_kind import file_kind
 from mergekit_px.checkpoint.header import Header, parse_header, read_raw_header
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, LARGEST_INDEX, check_index, index_name, is_inside, parse_index
@@ -93,14 +100,15 @@ def checkpoint_from_headers(
     and a tensor occurs in two files.
     """
     where = f"{label}/{index_file}"
-    if index is not None:
+    sharded = any(SHARDING_KEY in header.metadata for header in headers.values())
+    if index is not None and not sharded:
         weight_map = parse_index(index, where)
         for file in weight_map.values():
             if file not in headers:
                 raise _missing_shard(file, where)
         check_index(weight_map, {file: header.entries for file, header in headers.items()}, where)
-    tensors: dict[str, StoredTensor] = {}
-    for file, header in headers.items():
+    tensors: dict[str, StoredTensor] = tensors_of_shards(headers, label) if sharded else {}
+    for file, header in headers.items() if not sharded else ():
         for entry in header.entries.values():
             if entry.name in tensors:
                 raise InputError(
@@ -121,7 +129,8 @@ def checkpoint_from_headers(
         file: CheckpointFile(file, sizes[file], header.metadata, header_hashes[file], (identities or {}).get(file))
         for file, header in headers.items()
     }
-    return Checkpoint(label, directory, files, tensors, config, side_files.carried, side_files.left_behind)
+    notes = shard_notes(headers, label) if sharded else ()
+    return Checkpoint(label, directory, files, tensors, config, side_files.carried, side_files.left_behind, notes=notes)
 
 
 def component_folder(pipeline: Path, component: str, label: str) -> Path | None:
@@ -185,6 +194,17 @@ def _part_folders(folder: Path, names: Sequence[str], label: str) -> tuple[str, 
 
 def _open_plain_folder(folder: Path, names: Sequence[str], label: str, allow_pickle: bool) -> Checkpoint:
     chosen = select_weights(names)
+    if chosen is None or chosen.pickled:
+        place = distributed_place(folder, names)
+        if place is not None:
+            checkpoint = open_distributed(folder, place, label)
+            beside = find_side_files(folder, checkpoint.files)
+            return replace(
+                checkpoint,
+                config=_read_config(folder, label),
+                side_files=beside.carried,
+                left_behind=beside.left_behind,
+            )
     if chosen is None:
         raise _no_weights(folder, names, label)
     unfinished = next((f"{name}.aria2" for name in chosen.names if f"{name}.aria2" in names), None)

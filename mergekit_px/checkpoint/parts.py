@@ -98,7 +98,8 @@ def joined(label: str, directory: Path | None, parts: Mapping[str, Checkpoint], 
         files.update({start + name: replace(file, name=start + name) for name, file in part.files.items()})
         for tensor in part.tensors.values():
             name = start + tensor.name
-            tensors[name] = replace(tensor, name=name, file=start + tensor.file)
+            pieces = tuple(piece._replace(file=start + piece.file) for piece in tensor.pieces)
+            tensors[name] = replace(tensor, name=name, file=start + tensor.file, pieces=pieces)
     return Checkpoint(
         label,
         directory,

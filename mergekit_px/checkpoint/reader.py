@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from mergekit_px.checkpoint.contents import Checkpoint, FileIdentity, StoredTens
 from mergekit_px.checkpoint.file_pool import FilePool
 from mergekit_px.checkpoint.identity import changed, check_unchanged
 from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.pieces import read_pieces
 from mergekit_px.checkpoint.positional import PositionalFile, open_positional
 from mergekit_px.checkpoint.state_dict import MemoryReader, checkpoint_from_state_dict
 from mergekit_px.errors import InputError, InputNotFoundError
@@ -69,9 +71,18 @@ class FileReader:
             raise InputError(f"bytes {start} to {start + wanted} asked of {tensor.nbytes}", where=self._where(tensor))
         if wanted == 0:
             return
+        fill = partial(self._fill, tensor)
+        if tensor.pieces:
+            width = tensor.dtype.bits // 8
+            read_pieces(tensor.pieces, tensor.shape, width, start, buffer.cast("B"), fill)
+        else:
+            fill(tensor.file, tensor.offset + start, buffer.cast("B"))
+
+    def _fill(self, tensor: StoredTensor, name: str, offset: int, buffer: memoryview) -> None:
+        wanted = buffer.nbytes
         try:
-            with self._pool.use(tensor.file) as file:
-                count = file.read_into(tensor.offset + start, buffer.cast("B"))
+            with self._pool.use(name) as file:
+                count = file.read_into(offset, buffer)
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror or error}", where=self._where(tensor)) from error
         if count != wanted:

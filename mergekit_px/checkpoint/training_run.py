@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from mergekit_px.checkpoint.distributed import distributed_place
 from mergekit_px.checkpoint.index import LARGEST_INDEX
 from mergekit_px.checkpoint.json_text import read_object, shown
 from mergekit_px.checkpoint.selection import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX, select_weights
@@ -166,7 +167,8 @@ def _whole(names: Iterable[str], notes: list[str]) -> Iterator[str]:
 def holds_weights(folder: Path) -> bool:
     """Whether a folder has files of weights, whole or not."""
     try:
-        return select_weights(entry.name for entry in folder.iterdir()) is not None
+        names = [entry.name for entry in folder.iterdir()]
+        return select_weights(names) is not None or distributed_place(folder, names) is not None
     except OSError:
         return False
 

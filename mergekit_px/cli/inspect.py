@@ -56,6 +56,7 @@ def _show(document: dict[str, Any], output: Output) -> None:
             ("tied embeddings", tied),
             ("stored as", ", ".join(f"{count} x {title}" for title, count in document["stored_as"].items()) or None),
             ("embedding, head", ", ".join(document["embedding_and_head"]) or None),
+            ("notes", "; ".join(document["notes"]) or None),
             ("side files", ", ".join(document["side_files"]) or None),
             ("metadata", ", ".join(f"{key}: {text}" for key, text in document["metadata"].items()) or None),
         ]

@@ -51,7 +51,9 @@ def describe(source: Source) -> dict[str, Any]:
             {
                 "name": file.name,
                 "bytes": file.size,
-                "tensors": sum(tensor.file == file.name for tensor in tensors),
+                "tensors": sum(
+                    file.name in {tensor.file, *(piece.file for piece in tensor.pieces)} for tensor in tensors
+                ),
                 "header_sha256": file.header_sha256,
             }
             for file in checkpoint.files.values()
@@ -60,6 +62,7 @@ def describe(source: Source) -> dict[str, Any]:
         "stored_as": _encodings(checkpoint),
         "side_files": list(checkpoint.side_files),
         "metadata": checkpoint.metadata,
+        "notes": list(checkpoint.notes),
     }
 
 

@@ -127,7 +127,9 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         if not listed and is_adapter_file(checkpoint.tensors):
             return _adapter_input(name, request.model, allow_pickle, where, options)
         notes = (_both_note(name, request.model),) if _declares_adapter(request.model) and not path.is_file() else ()
-        return ResolvedInput(name, request.model, checkpoint, adapters=adapters, bind_options=options, notes=notes)
+        return ResolvedInput(
+            name, request.model, checkpoint, adapters=adapters, bind_options=options, notes=(*checkpoint.notes, *notes)
+        )
     from mergekit_px.hub.resolve import remote_checkpoint, resolve
 
     repo = resolve(hub_reference)

@@ -201,3 +201,30 @@ def test_mistakes_with_windows(run, training, words: str, code: int, message: st
     outcome = run("average", "run", *words.split(), "-o", "out")
     assert outcome.code == code and message in outcome.stderr
     assert not Path("out").exists()
+
+
+def test_distributed_checkpoints_of_a_run(run, tmp_path, monkeypatch) -> None:
+    import warnings
+
+    import torch.distributed.checkpoint as dcp
+
+    monkeypatch.chdir(tmp_path)
+    saved = {}
+    for step in (100, 200):
+        saved[step] = fine_tune(tiny_llama_tensors(layers=1), step, size=0.1)
+        state = {"model": saved[step], "optim": {"state": {"exp_avg": torch.ones(3)}}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(state, checkpoint_id=f"run/step-{step}", no_dist=True)
+    outcome = run("average", "run", "-o", "out")
+    assert outcome.code == 0, outcome.stderr
+    assert "left out, since they are not the model: 1 of optim" in outcome.stderr
+    expect("out", saved, s100=1, s200=1)
+    outcome = run("inspect", "run/step-100", "--json")
+    document = outcome.document()
+    assert document["format"] == "distributed" and document["tensors"] == len(saved[100])
+    assert "1 of optim" in document["notes"][0]
+    Path("run/step-200/__0_0.distcp").unlink()
+    outcome = run("average", "run", "-o", "other")
+    assert outcome.code == 3 and "__0_0.distcp, which is missing" in outcome.stderr
+    assert outcome.stderr.count("error") == 1 and not Path("other").exists()
