@@ -51,6 +51,7 @@ class Command:
 _TABLE = (
     Command("run", RECIPES, "Carry out a recipe.", "run:run"),
     Command("plan", RECIPES, "Say what a recipe would read, compute and write.", "plan:plan"),
+    Command("publish", RECIPES, "Put the parts of a job array together.", "publish:publish"),
     Command("average", RECIPES, "Average the checkpoints of one training run.", "average:average"),
     Command("convert", RECIPES, "Translate a mergekit config into a recipe.", "convert:convert"),
     Command("tokens transplant", RECIPES, "Give a model another one's tokenizer.", "tokens_transplant:transplant"),

@@ -25,12 +25,46 @@ if TYPE_CHECKING:
     from mergekit_px.recipe.model import Push
 
 
-def merge_file(path: str, options: RunOptions) -> int:
-    """Carry out a recipe file of either dialect."""
+def merge_file(path: str, options: RunOptions, *, part: str | None = None) -> int:
+    """Carry out a recipe file of either dialect, or one part of it."""
     from mergekit_px.plan.method_catalog import method_catalog
     from mergekit_px.recipe.load import load_recipe
 
-    return merge(load_recipe(path, overrides=options.overrides(), methods=method_catalog()), options)
+    loaded = load_recipe(path, overrides=options.overrides(), methods=method_catalog())
+    return merge(loaded, options) if part is None else _merge_part(loaded, options, part)
+
+
+def _merge_part(loaded: LoadedRecipe, options: RunOptions, part: str) -> int:
+    """One part of a merge, for ``pxmerge publish`` to put in place."""
+    from mergekit_px.execute.array import parse_part, run_part
+    from mergekit_px.plan.build import build_plan
+
+    output = output_for(json=options.json, quiet=options.quiet)
+    number, count = parse_part(part)
+    if loaded.recipe.output.push is not None:
+        raise UsageError("a part is not pushed", hint="push the whole after pxmerge publish")
+    plan = build_plan(loaded, options.plan_options())
+    if options.dry_run:
+        show_plan(plan, output)
+        return 0
+    for note in plan.notes:
+        output.note(f"note: {note}")
+    with progress_on(output) as advance:
+        try:
+            result = run_part(
+                plan, number, count, progress=lambda state: advance(state.phase, state.bytes_done, state.bytes_total)
+            )
+        except KeyboardInterrupt:
+            raise Interrupted from None
+    if result is None:
+        shards = len(plan.layout.shards)
+        output.note(f"part {number} of {count} has nothing to do: the output has {shards} files (see --shard-size)")
+        output.document({"part": number, "of": count, "files": {}})
+        return 0
+    if result.up_to_date:
+        output.note(f"part {number} of {count} is there already")
+    _report(result, plan, None, output)
+    return 0
 
 
 def merge_mapping(recipe: Mapping[str, Any], options: RunOptions) -> int:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from mergekit_px.cli._merge import merge_file
 from mergekit_px.cli._options import RecipeFile, RunOptions
 
+Part = Annotated[
+    str | None,
+    typer.Option("--part", metavar="K/N", help="Write the K-th of N parts of the output, as a job of an array."),
+]
 
-def run(recipe: RecipeFile, options: RunOptions) -> int:
+
+def run(recipe: RecipeFile, options: RunOptions, part: Part = None) -> int:
     """Carry out a recipe and write the merged model.
 
     The output folder gets the weights, the edited config, the tokenizer and other side files, a model card, the
@@ -15,11 +24,16 @@ def run(recipe: RecipeFile, options: RunOptions) -> int:
 
     A run that was interrupted goes on with --resume, and the result is the same to the byte.
 
+    With --part the files of the output are shared out among the jobs of an array, on one machine or on many with a
+    common file system; --shard-size says how many files there are. A part that is run again goes on where it was.
+    `pxmerge publish` puts the parts together.
+
     \b
     Examples:
       pxmerge run recipe.yaml
       pxmerge run recipe.yaml -o ./merged --memory 4GB
       pxmerge run recipe.yaml --set merge.params.density=0.3 output.dtype=float32
       pxmerge run mergekit.yml --resume
+      pxmerge run recipe.yaml -o ./merged --part $SLURM_ARRAY_TASK_ID/8
     """
-    return merge_file(recipe, options)
+    return merge_file(recipe, options, part=part)

@@ -82,7 +82,7 @@ def _begun(plan: Plan, progress: Report | None) -> Plan | RunResult:
         if not claims_result(plan):
             raise
         plan = fetch_inputs(plan, progress)
-        files = finished_files(plan, _settled_files(plan))
+        files = finished_files(plan, settled_files(plan))
         if files is None:
             raise
         return _up_to_date(plan, files, time.perf_counter() - started)
@@ -90,7 +90,7 @@ def _begun(plan: Plan, progress: Report | None) -> Plan | RunResult:
 
 def _carried_out(plans: Sequence[Plan], progress: Report | None) -> list[RunResult]:
     started = time.perf_counter()
-    reporter = _Reporter(plans, progress)
+    reporter = Reporter(plans, progress)
     inputs = {name: source for plan in plans for name, source in plan.inputs.items()}
     checkpoints = {label: checkpoint for plan in plans for label, checkpoint in plan_checkpoints(plan).items()}
     with ExitStack() as stack:
@@ -157,19 +157,26 @@ def _up_to_date(plan: Plan, files: Mapping[str, str], seconds: float) -> RunResu
     return RunResult(plan.output, files, seconds, 0, 0, peak_memory(), plan.notes, up_to_date=True)
 
 
-def execute(plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance: Callable[[str, int], None]) -> None:
-    """Compute every item of a plan into a sink."""
+def execute(
+    plan: Plan,
+    readers: Mapping[str, TensorReader],
+    sink: Sink,
+    advance: Callable[[str, int], None],
+    *,
+    items: Sequence[WorkItem] | None = None,
+) -> None:
+    """Compute the items of a plan into a sink; ``items``: some of them, with statistics over all that share them."""
     keep_freed_memory()
     device = pick_device(plan.device)
     execution = _execution(plan, readers, sink, advance)
     scheduler = partial(Scheduler, partial(Lane, device), plan.budget.workers, _memory_of_whole_tensors(plan))
     for group in shared_groups(plan.items):
         scheduler().run(iter([execution.shared_statistics(group)]))
-    scheduler().run(_routines(execution, plan.items))
+    scheduler().run(_routines(execution, plan.items if items is None else items))
 
 
 def execute_together(
-    plans: Sequence[Plan], readers: Mapping[str, TensorReader], sinks: Sequence[Sink], reporter: _Reporter
+    plans: Sequence[Plan], readers: Mapping[str, TensorReader], sinks: Sequence[Sink], reporter: Reporter
 ) -> None:
     """Compute the items of several plans, each into its sink; what they share is read once."""
     keep_freed_memory()
@@ -289,7 +296,7 @@ def _depth(node: Apply) -> int:
 
 def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
     assert plan.output is not None
-    files = _settled_files(plan)
+    files = settled_files(plan)
     place = destination(plan.output)
     if place.file is None:
         files[CARD_FILE] = card(plan)
@@ -298,7 +305,7 @@ def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
     return files
 
 
-def _settled_files(plan: Plan) -> dict[str, SideFile]:
+def settled_files(plan: Plan) -> dict[str, SideFile]:
     """What lies beside the weights and follows from the plan and the inputs alone."""
     files: dict[str, SideFile] = {}
     if plan.output is not None and destination(plan.output).file is not None:
@@ -318,11 +325,12 @@ def _settled_files(plan: Plan) -> dict[str, SideFile]:
     return files
 
 
-class _Reporter:
+class Reporter:
     """Counts bytes and tensors over all threads and passes them on at most ten times a second."""
 
     def __init__(self, plans: Sequence[Plan], report: Report | None) -> None:
         self._report = report
+        self._started = time.perf_counter()
         self._lock = threading.Lock()
         self._total = {
             (number, item.name): item.elements * item.dtype.bits // 8
@@ -336,6 +344,11 @@ class _Reporter:
         self._phase = "merging"
         self._last = 0.0
         self._name = ""
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.perf_counter() - self._started
 
     def advance(self, number: int, name: str, nbytes: int) -> None:
         with self._lock:
