@@ -2,9 +2,9 @@
 
     import mergekit_px as px
 
-    recipe = px.load_recipe("recipe.yaml")
-    plan = px.build_plan(recipe, px.PlanOptions(output=Path("merged")))
-    result = px.run_plan(plan)
+    px.merge(["a", "b"], "ties", base="base", weights=[0.6, 0.4], density=0.3, output="merged")
+    px.run_recipe("recipe.yaml", output="merged")
+    px.plan_recipe("recipe.yaml")
 
 Names are imported when they are first used, so that ``import mergekit_px`` is quick and does not import torch.
 """
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mergekit_px.errors import PxmergeError
     from mergekit_px.execute.events import Progress, RunResult
     from mergekit_px.execute.run import run_plan
+    from mergekit_px.inspection.models import compare, inspect, verify
+    from mergekit_px.merging import merge, plan_recipe, run_recipe
     from mergekit_px.methods import Method, find_method, load_methods
     from mergekit_px.methods.declare import Params, PerSource, merge_method
     from mergekit_px.plan.build import build_plan
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "build_plan": "plan.build",
+    "compare": "inspection.models",
     "Checkpoint": "checkpoint.open",
     "LoadedRecipe": "recipe.loaded",
     "Method": "methods",
@@ -46,14 +49,19 @@ _HOMES = {
     "Recipe": "recipe.model",
     "RunResult": "execute.events",
     "find_method": "methods",
+    "inspect": "inspection.models",
     "load_methods": "methods",
     "load_recipe": "recipe.load",
+    "merge": "merging",
     "merge_method": "methods.declare",
     "merge_state_dicts": "state_dicts",
     "open_checkpoint": "checkpoint.open",
     "parse_recipe": "recipe.load",
+    "plan_recipe": "merging",
     "plan_report": "plan.report",
+    "run_recipe": "merging",
     "run_plan": "execute.run",
+    "verify": "inspection.models",
 }
 
 __all__ = [
@@ -70,16 +78,26 @@ __all__ = [
     "RunResult",
     "__version__",
     "build_plan",
+    "compare",
     "find_method",
+    "inspect",
     "load_methods",
     "load_recipe",
+    "merge",
     "merge_method",
     "merge_state_dicts",
     "open_checkpoint",
     "parse_recipe",
+    "plan_recipe",
     "plan_report",
     "run_plan",
+    "run_recipe",
+    "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ def merge_state_dicts(
     method: str = "linear",
     *,
     base: StateDict | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
     params: Mapping[str, Any] | None = None,
     rules: Sequence[Mapping[str, Any]] = (),
     like: str | None = None,
@@ -37,7 +37,7 @@ def merge_state_dicts(
         sources: the models' tensors, by name or in order (then named ``source0``, ``source1``, ...).
         method: a merge method's name.
         base: the base model, for methods on task vectors; left out, the mean of the sources serves.
-        weights: one for each source.
+        weights: one for each source, in order or by name.
         params: the method's parameters, as in a recipe: scalars, lists over depth, or one value for each source.
         rules: as in a recipe: mappings with ``match``, ``layers``, ``method``, ``params``, ``take``, ``drop``.
         like: another implementation's variant, ``mergekit`` or ``peft``.
@@ -63,7 +63,16 @@ def merge_state_dicts(
     from mergekit_px.plan.options import PlanOptions
     from mergekit_px.recipe.load import recipe_from_mapping
 
+    states = list(sources.values()) if isinstance(sources, Mapping) else list(sources)
+    for state in (*states, *([] if base is None else [base])):
+        if not isinstance(state, Mapping):
+            raise UsageError(
+                f"a state dict maps names to tensors, and this is {type(state).__name__}",
+                hint="merge() merges files; a module gives its tensors by state_dict()",
+            )
     named = dict(sources) if isinstance(sources, Mapping) else {f"source{i}": one for i, one in enumerate(sources)}
+    if isinstance(weights, Mapping):
+        weights = [weights[name] for name in named]
     if weights is not None and len(weights) != len(named):
         raise UsageError(f"{len(weights)} weights for {len(named)} sources")
     models: dict[str, StateDict] = dict(named)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergekit_px.cli._merge import merge_mapping
-from mergekit_px.cli._naming import model_names
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli.adapter_inputs import AdapterOptions, AdapterPaths, BaseModel
+from mergekit_px.recipe.naming import model_names
 
 
 def apply(base: BaseModel, adapters: AdapterPaths, binding: AdapterOptions, options: RunOptions) -> int:

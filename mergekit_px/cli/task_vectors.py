@@ -13,10 +13,10 @@ import typer
 
 from mergekit_px.cli._arguments import Several
 from mergekit_px.cli._merge import merge_mapping
-from mergekit_px.cli._naming import model_names
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._parameters import parse_numbers
 from mergekit_px.errors import UsageError
+from mergekit_px.recipe.naming import model_names
 
 _METAVAR = "folder, file or org/name@revision"
 

@@ -22,7 +22,7 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """A finished run.
 
@@ -44,3 +44,7 @@ class RunResult:
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     up_to_date: bool = False
+
+    def __repr__(self) -> str:
+        done = "up to date" if self.up_to_date else f"{self.bytes_written:,} bytes in {self.seconds:.3g} s"
+        return f"<RunResult {self.output}: {done}>"

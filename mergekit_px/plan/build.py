@@ -51,6 +51,9 @@ def build_plan(
         InputError: an input is missing, unreachable or malformed.
         PlanError: inputs that do not fit, an output that cannot be used, too little memory or disk.
     """
+    if not isinstance(loaded, LoadedRecipe):
+        what = f"a loaded recipe is planned, not {type(loaded).__name__}"
+        raise UsageError(what, hint="plan_recipe takes files and mappings too")
     options = options or PlanOptions()
     loaded, patterns = expanded(loaded)
     recipe = loaded.recipe

@@ -403,9 +403,19 @@ class Dropped:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Everything that a run does, fixed before a weight is read."""
+
+    def __repr__(self) -> str:
+        kind = "task vector" if self.kind == "delta" else "model"
+        where = "memory" if self.output is None else str(self.output)
+        return f"<Plan: {kind} of {len(self.items)} tensors from {', '.join(self.inputs)} -> {where}>"
+
+    def _repr_html_(self) -> str:
+        from mergekit_px.plan.report import plan_table
+
+        return plan_table(self)
 
     inputs: Mapping[str, ResolvedInput]
     items: tuple[WorkItem, ...]

@@ -12,7 +12,7 @@ from mergekit_px.recipe.model import Recipe
 Dialect = Literal["pxmerge", "mergekit"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedRecipe:
     """A checked recipe, and what is known of where it came from.
 
@@ -41,3 +41,7 @@ class LoadedRecipe:
         ``recipe`` for all places.
         """
         return self.places.key(keys) if self.places is not None else "recipe"
+
+    def __repr__(self) -> str:
+        name = self.path.name if self.path is not None else "in memory"
+        return f"<LoadedRecipe {name}: {', '.join(self.recipe.models)} -> {', '.join(self.recipe.steps)}>"

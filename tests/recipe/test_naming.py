@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_px.cli._naming import model_names
+from mergekit_px.recipe.naming import model_names
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Names for models in a recipe that is made from a command line."""
+"""Names for models in a recipe that is made from references alone."""
 
 from __future__ import annotations
 

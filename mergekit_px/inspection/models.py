@@ -1,0 +1,65 @@
+"""``inspect``, ``compare`` and ``verify`` by one call each, for programs and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_px.errors import UsageError
+from mergekit_px.inspection.source import fetch_source, open_source
+
+if TYPE_CHECKING:
+    from mergekit_px.inspection.verify import Verification
+
+
+def inspect(model: str | PathLike[str], *, allow_pickle: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds, from its headers: what ``pxmerge inspect --json`` prints.
+
+    Raises:
+        InputError: missing, unreachable or malformed.
+    """
+    from mergekit_px.inspection.describe import describe
+
+    return describe(open_source(fspath(model), allow_pickle=allow_pickle))
+
+
+def compare(
+    *models: str | PathLike[str],
+    base: str | PathLike[str] | None = None,
+    tensors: str = "*",
+    spectral: bool = False,
+    allow_pickle: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """How models differ from the first of them, or from ``base``: what ``pxmerge compare --json`` prints.
+
+    Args:
+        tensors: a glob of names.
+        spectral: also decompose the differences: effective ranks, and how far subspaces agree.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        UsageError: one model alone.
+        InputError: missing, unreachable or malformed.
+    """
+    from mergekit_px.inspection.compare import compare as measure
+
+    references = [fspath(model) for model in (*([] if base is None else [base]), *models)]
+    if len(references) < 2:
+        raise UsageError("one model alone cannot be compared", hint="give another, or base=")
+    opened = [fetch_source(open_source(reference, allow_pickle=allow_pickle)) for reference in references]
+    checkpoints = [source.checkpoint for source in opened]
+    return measure(checkpoints[0], checkpoints[1:], pattern=tensors, spectral=spectral, progress=progress)
+
+
+def verify(folder: str | PathLike[str]) -> Verification:
+    """Whether a merged folder still holds the bytes that its lock file names.
+
+    Raises:
+        InputError: no lock file, or files that cannot be read.
+    """
+    from mergekit_px.inspection.verify import verify as check
+
+    return check(Path(folder))
