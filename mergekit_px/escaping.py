@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from html import escape
 
 _UNSAFE = (
     r"\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 controls: escape sequences, bell, carriage return
@@ -37,3 +39,9 @@ def _spelled(match: re.Match[str]) -> str:
 def _json_escape(match: re.Match[str]) -> str:
     units = match[0].encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2))
+
+
+def html_table(rows: Iterable[tuple[str, str]]) -> str:
+    """Titles and texts as a table for notebooks."""
+    cells = "".join(f"<tr><th>{escape(title)}</th><td>{escape(escaped_line(text))}</td></tr>" for title, text in rows)
+    return f"<table>{cells}</table>"

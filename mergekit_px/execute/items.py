@@ -19,7 +19,8 @@ from mergekit_px.execute.values import Block, WholeTensor, check_finite
 from mergekit_px.execute.views import RowMeans, ViewValues
 from mergekit_px.methods.declare import Extent, Sweep
 from mergekit_px.plan.budget import BLOCK, needs_whole, row_length, unit, whole_bytes
-from mergekit_px.plan.model import Adapted, Apply, Leaf, Node, Read, View, WorkItem
+from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.nodes import Adapted, Apply, Leaf, Node, Read, View
 
 _COPY_BYTES = 8 << 20
 _FLOAT32_RANGE = 3e38

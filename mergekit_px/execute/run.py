@@ -29,7 +29,8 @@ from mergekit_px.execute.together import joint_budget, members_by_tensor, routin
 from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Apply, Plan, WorkItem
+from mergekit_px.plan.model import Plan, WorkItem
+from mergekit_px.plan.nodes import Apply
 from mergekit_px.plan.sources import equal_sources
 from mergekit_px.plan.texts import config_text, recipe_text
 

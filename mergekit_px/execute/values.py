@@ -13,7 +13,7 @@ import torch
 from mergekit_px.errors import NonFiniteError
 from mergekit_px.kernels.random import RandomStream
 from mergekit_px.methods.declare import Operands
-from mergekit_px.plan.model import Adapted, Apply, Leaf, Node
+from mergekit_px.plan.nodes import Adapted, Apply, Leaf, Node
 
 Load = Callable[[Leaf], torch.Tensor]
 """Gives a stored tensor's, or a view's, elements of the block, in the accumulation dtype and

@@ -14,7 +14,7 @@ from mergekit_px.checkpoint.open import StoredTensor
 from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.execute.values import Block, LoadFactors
 from mergekit_px.plan.budget import BLOCK
-from mergekit_px.plan.model import Decoded, Leaf, Node, Read, RowMean, RowMixture, Rows
+from mergekit_px.plan.nodes import Decoded, Leaf, Node, Read, RowMean, RowMixture, Rows
 from mergekit_px.plan.rows import Indices
 
 Values = Callable[[int, int], torch.Tensor]

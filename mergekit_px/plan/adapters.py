@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.errors import PlanError
-from mergekit_px.plan.model import Adapted, Kind, Node, Read
+from mergekit_px.plan.nodes import Adapted, Kind, Node, Read
 
 if TYPE_CHECKING:
     from mergekit_px.adapters.patch import Patch

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mergekit_px.errors import MemoryBudgetError
-from mergekit_px.plan.model import Leaf, Read, WorkItem
+from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.nodes import Leaf, Read
 from mergekit_px.plan.peak import Budget
 
 BLOCK = 1 << 18

@@ -24,7 +24,8 @@ from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.fingerprints import base_fingerprint, check_base_fingerprints
 from mergekit_px.plan.headers import describing_metadata
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
-from mergekit_px.plan.model import Apply, Dropped, Kind, Node, Plan, WorkItem
+from mergekit_px.plan.model import Dropped, Plan, WorkItem
+from mergekit_px.plan.nodes import Apply, Kind, Node
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.plan.patterns import expanded
 from mergekit_px.plan.sources import copied_values, equal_sources, known_content, overshoot

@@ -8,7 +8,7 @@ from dataclasses import replace
 from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError
 from mergekit_px.methods import find_method
 from mergekit_px.methods.declare import Companions, Method
-from mergekit_px.plan.model import Node
+from mergekit_px.plan.nodes import Node
 from mergekit_px.plan.slots import Slot
 from mergekit_px.recipe.model import Step
 

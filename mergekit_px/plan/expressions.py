@@ -20,8 +20,8 @@ from mergekit_px.plan.artefacts import Artefacts
 from mergekit_px.plan.companions import Companion, companion_nodes, model_names, split_companions
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import depth, split_layer, stack_sizes
-from mergekit_px.plan.model import Apply, Kind, Leaf, Node
 from mergekit_px.plan.names import bridge, difference, rename_hint, renamed
+from mergekit_px.plan.nodes import Apply, Kind, Leaf, Node
 from mergekit_px.plan.rules import by_source, matching, weights_by_rule
 from mergekit_px.plan.slices import slice_slots
 from mergekit_px.plan.slots import Namespace, Slot

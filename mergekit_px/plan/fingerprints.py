@@ -8,7 +8,8 @@ from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.reader import MemoryReader, open_reader
 from mergekit_px.errors import PlanError
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Read, WorkItem
+from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.nodes import Read
 from mergekit_px.plan.options import PlanOptions
 
 UNKNOWN_FINGERPRINT = "0" * 64

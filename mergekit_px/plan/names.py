@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import RecipeError
-from mergekit_px.plan.model import Node
+from mergekit_px.plan.nodes import Node
 
 _RESPELLINGS = (
     (re.compile(r"\.gamma$"), ".weight"),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from html import escape
 from typing import Any
 
 from mergekit_px.checkpoint.destination import destination
 from mergekit_px.checkpoint.side_files import is_tokenizer_file
-from mergekit_px.escaping import escaped_line
 from mergekit_px.plan.fingerprints import local_fingerprint
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
@@ -100,18 +98,3 @@ def _tied(plan: Plan) -> bool | None:
         return None
     value = plan.config.get("tie_word_embeddings")
     return bool(value) if value is not None else None
-
-
-def plan_table(plan: Plan) -> str:
-    """A plan as an HTML table, for notebooks."""
-    rows = [
-        ("result", f"{'task vector' if plan.kind == 'delta' else 'model'} of {len(plan.items)} tensors"),
-        *(("input", f"{name}: {source.reference}") for name, source in plan.inputs.items()),
-        *(("step", f"{name}: {step['method']}") for name, step in plan.steps.items()),
-        ("output", str(plan.output)),
-        ("bytes", f"{plan.bytes_read:,} read, {plan.bytes_written:,} written"),
-        ("peak memory", f"{plan.budget.total:,} bytes"),
-        *(("note", note) for note in plan.notes),
-    ]
-    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(escaped_line(text))}</td></tr>" for name, text in rows)
-    return f"<table>{cells}</table>"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Node
+from mergekit_px.plan.nodes import Node
 from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Rule, Value
 

@@ -12,7 +12,8 @@ from mergekit_px.checkpoint.reader import MemoryReader, TensorReader, open_reade
 from mergekit_px.errors import InputError
 from mergekit_px.methods import find_method
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Node, Read, WorkItem
+from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.nodes import Node, Read
 from mergekit_px.recipe.model import Recipe
 
 _FULL_WEIGHT = 3.0

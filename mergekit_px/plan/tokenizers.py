@@ -14,7 +14,8 @@ from mergekit_px.checkpoint.json_text import parse_object
 from mergekit_px.checkpoint.side_files import LARGEST_SIDE_FILE, is_tokenizer_file, side_files
 from mergekit_px.errors import MalformedCheckpointError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Node, Rows, WorkItem
+from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.nodes import Node, Rows
 from mergekit_px.plan.tied import is_vocabulary
 from mergekit_px.plan.vocabulary_files import (
     ADDED,

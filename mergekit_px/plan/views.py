@@ -15,7 +15,8 @@ from mergekit_px.checkpoint.open import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.reader import MemoryReader, open_reader
 from mergekit_px.errors import InputError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Decoded, Kind, Node, Read, Rows, WorkItem
+from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.nodes import Decoded, Kind, Node, Read, Rows
 from mergekit_px.storage.recognise import QuantisedTensors, quantised_tensors
 
 _QUANTISATION_KEYS = ("quantization_config", "compression_config")

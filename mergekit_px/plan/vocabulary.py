@@ -12,7 +12,8 @@ import numpy as np
 
 from mergekit_px.errors import PlanError
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Node, RowMean, RowMixture, Rows, WorkItem
+from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.nodes import Node, RowMean, RowMixture, Rows
 from mergekit_px.plan.rows import Indices, RowTable
 from mergekit_px.plan.tied import is_vocabulary, tied_source
 from mergekit_px.plan.tokenizers import Offered, Tokenizers

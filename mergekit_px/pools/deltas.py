@@ -23,7 +23,8 @@ from mergekit_px.kernels.low_rank import LowRank
 from mergekit_px.methods.declare import Operands
 from mergekit_px.methods.svd import SvdParams
 from mergekit_px.plan.fingerprints import local_fingerprint
-from mergekit_px.plan.model import Adapted, Apply, Leaf, Plan, Read, WorkItem
+from mergekit_px.plan.model import Plan, WorkItem
+from mergekit_px.plan.nodes import Adapted, Apply, Leaf, Read
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from mergekit_px.adapters.extract import ExtractOptions, extract_adapter
 from mergekit_px.adapters.reading import TensorSource
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.errors import PlanError, UsageError
-from mergekit_px.plan.model import Apply, Plan
+from mergekit_px.plan.model import Plan
+from mergekit_px.plan.nodes import Apply
 from mergekit_px.pools.deltas import DeltaReader, Merge, merges_of, open_deltas, single_base
 from mergekit_px.pools.parts import parts_of
 

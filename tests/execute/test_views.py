@@ -12,7 +12,7 @@ from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.errors import PlanError
 from mergekit_px.execute.views import ViewValues
-from mergekit_px.plan.model import Read, Rows
+from mergekit_px.plan.nodes import Read, Rows
 from mergekit_px.testing.checkpoints import write_checkpoint
 
 

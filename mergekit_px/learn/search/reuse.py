@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Plan, Read, WorkItem
+from mergekit_px.plan.model import Plan, WorkItem
+from mergekit_px.plan.nodes import Read
 
 _KEPT = "kept merge"
 
