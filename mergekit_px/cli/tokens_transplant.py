@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from mergekit_px.cli._merge import merge_mapping
-from mergekit_px.cli._naming import model_names
 from mergekit_px.cli._options import RunOptions
+from mergekit_px.recipe.naming import model_names
 
 
 class Absent(StrEnum):

@@ -12,8 +12,8 @@ from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.dtypes import DType
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.model import Node, Read
 from mergekit_px.plan.names import bridge
+from mergekit_px.plan.nodes import Node, Read
 from mergekit_px.plan.views import stored_view
 
 if TYPE_CHECKING:
