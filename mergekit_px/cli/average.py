@@ -12,7 +12,6 @@ from mergekit_px.checkpoint.side_files import TRAINING, side_files
 from mergekit_px.checkpoint.training_run import RunCheckpoint, TrainingRun, check_spacing, training_run
 from mergekit_px.cli._arguments import Several
 from mergekit_px.cli._merge import merge_mapping, merge_together
-from mergekit_px.recipe.naming import model_names
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import output_for
 from mergekit_px.errors import InputError, UsageError

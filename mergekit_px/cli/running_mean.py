@@ -22,11 +22,11 @@ from mergekit_px.checkpoint.json_text import read_object
 from mergekit_px.checkpoint.training_run import RunCheckpoint, check_spacing, training_run
 from mergekit_px.cli._errors import Interrupted
 from mergekit_px.cli._merge import plan_together, run_together
-from mergekit_px.cli._naming import model_names
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Output
 from mergekit_px.errors import InputError, MalformedCheckpointError, UsageError, WriteError
 from mergekit_px.recipe.decay import ema_decay
+from mergekit_px.recipe.naming import model_names
 
 if TYPE_CHECKING:
     from mergekit_px.execute.events import RunResult

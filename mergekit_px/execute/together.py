@@ -16,7 +16,8 @@ from mergekit_px.execute.items import Execution, as_bytes
 from mergekit_px.execute.lane import Lane
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.plan.budget import needs_whole, plan_budget, unit
-from mergekit_px.plan.model import Apply, Leaf, Node, Plan, Read, WorkItem
+from mergekit_px.plan.model import Plan, WorkItem
+from mergekit_px.plan.nodes import Apply, Leaf, Node, Read
 from mergekit_px.plan.peak import Budget
 
 _PIECE = 1 << 16
