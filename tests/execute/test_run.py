@@ -46,7 +46,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "sources": ["fine0", "fine1"],
         "params": {"density": 0.5, "epsilon": 0.2, "rescale": "l1"},
     },
-    "arcee_fusion": {"method": "arcee_fusion", "base": "base", "sources": ["fine0"]},
+    "arcee_fusion": {"method": "arcee_fusion", "sources": ["base", "fine0"]},
     "nuslerp of rows": {"method": "nuslerp", "sources": ["fine0", "fine1"], "params": {"along": "rows"}},
     "nuslerp of columns": {"method": "nuslerp", "sources": ["fine0", "fine1"], "params": {"along": "columns"}},
     "passthrough": {"method": "passthrough", "sources": ["fine1"], "params": {"scale": 0.5}},
@@ -134,14 +134,14 @@ def test_statistics_of_rows_where_another_method_holds_the_tensor_whole(
         "pxmerge": 1,
         "models": {name: str(folder / name) for name in tensors},
         "steps": {
-            "fused": {"method": "arcee_fusion", "base": "base", "sources": ["fine0"]},
+            "fused": {"method": "arcee_fusion", "sources": ["base", "fine0"]},
             "final": {"method": "nuslerp", "sources": ["fused", "fine1"], "params": {"along": "columns"}},
         },
         "output": {"from": "final"},
     }
     merged = merge(data, tmp_path / "out")
     widened = {name: {key: value.float() for key, value in state.items()} for name, state in tensors.items()}
-    fused = merge_tensors("arcee_fusion", [widened["fine0"]], base=widened["base"])
+    fused = merge_tensors("arcee_fusion", [widened["base"], widened["fine0"]])
     expected = merge_tensors("nuslerp", [fused, widened["fine1"]], params={"along": "columns"})
     for key, value in merged.items():
         assert torch.equal(value, expected[key].bfloat16()), key

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_px.errors import UsageError
 from mergekit_px.testing import apply_method, check_method
 
 
@@ -30,29 +29,34 @@ def dense(base: np.ndarray, source: np.ndarray, reach: float = 1.5) -> np.ndarra
 
 def test_conformance() -> None:
     check_method("arcee_fusion")
-    check_method("arcee_fusion", {"reach": 0.0})
+    check_method("arcee_fusion", {"reach": 0.0}, identity=True)
 
 
 @pytest.mark.parametrize("shape", [(30, 40), (17,), (3, 5, 7), (1, 9)])
 @pytest.mark.parametrize("reach", [0.0, 0.5, 1.5])
 def test_formula(shape: tuple[int, ...], reach: float) -> None:
     base, source = draw(shape)
-    merged = apply_method("arcee_fusion", [source], params={"reach": reach}, base=base)
+    merged = apply_method("arcee_fusion", [base, source], params={"reach": reach})
     np.testing.assert_allclose(merged.numpy(), dense(base.numpy(), source.numpy(), reach), rtol=1e-12)
 
 
 def test_float32_near_the_base() -> None:
     """Where the divergence is 1e-8, hundreds of roundings of float32 would decide."""
     base, source = (tensor.float() for tensor in draw((40, 50), 1e-4))
-    merged = apply_method("arcee_fusion", [source], base=base)
+    merged = apply_method("arcee_fusion", [base, source])
     expected = dense(base.double().numpy(), source.double().numpy())
     agree = np.isclose(merged.double().numpy(), expected, rtol=0, atol=1e-7)
     assert agree.mean() > 0.999
     assert 0.02 < (merged != base).double().mean() < 0.3
 
 
-def test_equal_models_and_task_vectors_without_a_base() -> None:
-    base, source = draw((5, 6))
-    assert torch.equal(apply_method("arcee_fusion", [base], base=base), base)
-    with pytest.raises(UsageError, match="needs the base itself"):
-        apply_method("arcee_fusion", [source])
+def test_the_other_variant_is_the_same_where_roundings_do_not_count() -> None:
+    base, source = draw((30, 40))
+    exact = apply_method("arcee_fusion", [base, source])
+    variant = apply_method("arcee_fusion", [base, source], params={"divergence": "float32"})
+    assert (exact == variant).double().mean() > 0.995
+
+
+def test_equal_models_are_that_model() -> None:
+    base, _ = draw((5, 6))
+    assert torch.equal(apply_method("arcee_fusion", [base, base]), base)

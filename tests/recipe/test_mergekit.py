@@ -233,7 +233,10 @@ def test_parameters_and_their_names_here(method: str, parameters: str, expected:
             "sources: {a: 1, b: 2}, like: mergekit, base: c, params: {density: {a: 1.0, b: 0.5}, epsilon: 0.2, "
             "divide_by: weights}",
         ),
-        ("merge_method: arcee_fusion\nbase_model: c\nmodels: [{model: a}, {model: c}]", "sources: [a], base: c"),
+        (
+            "merge_method: arcee_fusion\nbase_model: c\nmodels: [{model: a}, {model: c}]",
+            "sources: [c, a], like: mergekit",
+        ),
         (
             f"merge_method: ram\nbase_model: c\nmodels: {PAIR}\nparameters: {{epsilon: 0.2}}",
             "sources: [a, b], base: c, params: {threshold: 0.2}",

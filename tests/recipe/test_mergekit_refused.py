@@ -43,7 +43,7 @@ def error(text: str) -> str:
             "{value: false}]}",
             "m.yml:3:52: not supported yet: nuslerp_row_wise of several values",
         ),
-        (f"merge_method: arcee_fusion\nbase_model: c\nmodels: {PAIR}", "arcee_fusion takes one source besides the"),
+        (f"merge_method: arcee_fusion\nbase_model: c\nmodels: {PAIR}", "arcee_fusion takes two sources, the base"),
         (SLERP.replace("slerp", "ram+"), "m.yml:1:15: unknown merge method 'ram+'; did you mean 'ram'?"),
         ("merge_method: model_stock\nbase_model: c\nmodels: [{model: a}]", "model_stock takes at least 2 sources"),
         (

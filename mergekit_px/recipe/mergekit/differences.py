@@ -76,11 +76,6 @@ def method_differences(peer: PeerMethod, pieces: list[Piece], step: Node) -> lis
         told.append(
             "select_topk is a share of all elements; in mergekit it is one of those whose values vary between sources."
         )
-    if peer.name == "arcee_fusion":
-        told.append(
-            "The divergences are computed in float64; mergekit's, in the dtype of the merge, are rounding noise where "
-            "models are near, so that other elements stand out there."
-        )
     if peer.name == "karcher":
         told.append("Tensors of norm zero have no direction and lower the norm; mergekit leaves them out.")
     if peer.name == "multislerp":

@@ -119,7 +119,7 @@ METHODS: Mapping[str, PeerMethod] = {
             {"max_iter": Parameter("iterations", default=10), "tol": Parameter("tolerance", default=1e-5)},
         ),
         PeerMethod("sce", "subtracted", {"select_topk": Parameter("select")}, like="mergekit"),
-        PeerMethod("arcee_fusion", "subtracted", {}, sources=1),
+        PeerMethod("arcee_fusion", "end", {}, sources=2, like="mergekit"),
         PeerMethod("ram", "subtracted", {"epsilon": _THRESHOLD}),
         PeerMethod(
             "ramplus_tl",
