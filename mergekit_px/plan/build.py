@@ -83,7 +83,8 @@ def build_plan(
     config_from = config_donor(recipe, target, resolved, loaded)
     vocabularies = _vocabularies(recipe, target, resolved, config_from, loaded)
     expressions = Expressions(replace(loaded, recipe=recipe), resolved, vocabularies)
-    notes.extend(check_components([recipe.steps[name] for name in recipe.steps if name in needed], resolved))
+    members = [recipe.steps[name] for name in recipe.steps if name in needed]
+    notes.extend(check_components(members, resolved, strict=options.strict))
     namespace = expressions.namespace(target)
     kind = _kind(recipe, namespace)
     if recipe.output.kind == "task_vector" and kind == "weights":

@@ -20,7 +20,7 @@ _TRAINED_TO = ("prediction_type", "beta_schedule", "num_train_timesteps", "resca
 """Entries of a scheduler's config that the weights of a denoiser were fitted to."""
 
 
-def check_components(steps: Iterable[Step], inputs: Mapping[str, ResolvedInput]) -> list[str]:
+def check_components(steps: Iterable[Step], inputs: Mapping[str, ResolvedInput], *, strict: bool = False) -> list[str]:
     """Refuse to merge models whose parts are not the same; notes about those that only some have, if that is allowed.
 
     Raises:
@@ -33,7 +33,10 @@ def check_components(steps: Iterable[Step], inputs: Mapping[str, ResolvedInput])
         for other in models[1:]:
             _check_classes(models[0], other)
             _check_tokens(models[0], other)
-            notes.extend(_schedules(models[0], other))
+            said = list(_schedules(models[0], other))
+            if said and strict:
+                raise PlanError(said[0], hint="merge models of one kind, or leave out --strict")
+            notes.extend(said)
             if step.missing == "error":
                 _check_folders(models[0], other)
             elif different := sorted(models[0].checkpoint.parts.keys() ^ other.checkpoint.parts.keys()):

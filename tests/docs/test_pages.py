@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mergekit_px.cli import main
+from mergekit_px.recipe.load import recipe_from_mapping
 from tools.docs import __main__ as command
 from tools.docs.fields import value_text
 from tools.docs.markdown import docstring, fill, signature, table
@@ -30,6 +32,11 @@ def test_recipes_on_the_pages_run(
     code = main(["run", str(recipe), "--output", str(tmp_path / "out"), "--quiet"])
     assert code == 0, capsys.readouterr().err
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "inputs.md").read_text(), re.DOTALL))
+def test_recipes_about_inputs_can_be_read(text: str) -> None:
+    assert recipe_from_mapping(yaml.safe_load(text)).recipe.models
 
 
 def test_drift_is_found_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,3 +197,5 @@ def test_denoisers_that_were_trained_to_predict_other_things_are_told(
         (tmp_path / name / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     (note,) = [note for note in plan_of(tmp_path, pipelines).notes if "disagrees in" in note]
     assert "prediction_type: 'epsilon' in 'a', 'v_prediction' in 'b'" in note
+    with pytest.raises(PlanError, match="disagrees in prediction_type"):
+        plan_of(tmp_path, pipelines, PlanOptions(strict=True))
