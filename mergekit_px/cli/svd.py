@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mergekit_px.cli._learning import TextColumns, resumable
 from mergekit_px.cli._merge import load_mapping, merge_mapping
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Output, output_for
@@ -49,12 +51,41 @@ ReportFile = Annotated[
         help="Write spectra, energy kept and each source's share as JSON, and a picture beside it.",
     ),
 ]
-_OPTIONS: Mapping[str, Any] = {"form": As, "into": Into, "report": ReportFile}
+Tune = Annotated[
+    str | None,
+    typer.Option(
+        "--tune",
+        metavar="FILE",
+        help="Pool, then train the kept singular values on these labelled data, and write the model that they make:"
+        " both stages of AXIS. What --data of tune takes.",
+    ),
+]
+TuneTop = Annotated[
+    int | None,
+    typer.Option("--tune-top", metavar="N", min=1, help="With --tune: train the N largest of each.  [default: all]"),
+]
+TuneEpochs = Annotated[
+    int | None,
+    typer.Option("--tune-epochs", metavar="N", min=1, help="With --tune: passes over them.  [default: 10]"),
+]
+TuneRate = Annotated[
+    float | None, typer.Option("--tune-rate", metavar="X", min=0.0, help="With --tune: first rate.  [default: 0.1]")
+]
+_OPTIONS: Mapping[str, Any] = {
+    "form": As,
+    "into": Into,
+    "report": ReportFile,
+    "tune": Tune,
+    "tune_top": TuneTop,
+    "tune_epochs": TuneEpochs,
+    "tune_rate": TuneRate,
+}
 
 _EXAMPLES = """
   pxmerge svd --sources ./a ./b ./c --top-k 64
   pxmerge svd --base ./base --sources ./math ./code --top-k 64 --as components -o ./pool
-  pxmerge svd --into ./pool --sources ./law"""
+  pxmerge svd --into ./pool --sources ./law
+  pxmerge svd --base ./base --sources ./math ./code --top-k 64 --tune few.jsonl -o ./tuned"""
 
 
 def _command() -> Callable[..., int]:
@@ -67,7 +98,9 @@ def _command() -> Callable[..., int]:
         own = {name: given.pop(name) for name in _OPTIONS}
         run: RunOptions = given.pop("options")
         form, into, report = own["form"], own["into"], own["report"]
+        text: TextColumns = given.pop("text")
         _check(form, into, report, run)
+        _check_tuning(own, text, run)
         if into is not None:
             _complete(given, into)
             run = run if run.output is not None else dataclasses.replace(run, output=into, overwrite=True)
@@ -75,6 +108,7 @@ def _command() -> Callable[..., int]:
         params = recipe["merge"].get("params", {})
         if into is not None:
             params = {**_settings(into), **params}
+        if into is not None or own["tune"] is not None:
             form = "components"
         # Said even where it is the default, so that the card and the recipe kept with the result tell it.
         params.setdefault("orthogonalise", form != "components")
@@ -83,6 +117,8 @@ def _command() -> Callable[..., int]:
             if report is not None:
                 _report(_plan(recipe, run), given["sources"], report, output_for(json=run.json, quiet=run.quiet))
             return merge_mapping(recipe, run)
+        if own["tune"] is not None:
+            return _tuned(recipe, given["sources"], run, own, text)
         if run.output is None:
             run = dataclasses.replace(run, output=Path(form))
         return _write(form, recipe, given["sources"], into, report, run)
@@ -95,6 +131,7 @@ def _command() -> Callable[..., int]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in _OPTIONS.items()
     ]
+    own.append(inspect.Parameter("text", inspect.Parameter.KEYWORD_ONLY, annotation=TextColumns))
     merged = [*parameters[:place], *own, *parameters[place:]]
     command.__signature__ = signature.replace(parameters=merged)  # type: ignore[attr-defined]
     return command
@@ -113,6 +150,72 @@ def _check(form: Form | None, into: Path | None, report: Path | None, run: RunOp
                 raise UsageError(f"{flag} goes with --as checkpoint only", hint="leave it out")
     elif report is not None and run.dry_run:
         raise UsageError("--dry-run reads no weights, and --report needs them", hint="leave one out")
+
+
+def _check_tuning(own: Mapping[str, Any], text: TextColumns, run: RunOptions) -> None:
+    if own["tune"] is None:
+        for name in ("tune_top", "tune_epochs", "tune_rate"):
+            if own[name] is not None:
+                raise UsageError(f"--{name.replace('_', '-')} goes with --tune", hint="give the data: --tune FILE")
+        if text != TextColumns():
+            raise UsageError(
+                "--columns, --max-length and --tokenizer go with --tune", hint="give the data: --tune FILE"
+            )
+        return
+    for flag, given in {"--as": own["form"], "--into": own["into"], "--report": own["report"], "--push": run.push,
+                        "--dtype": run.dtype, "--dry-run": run.dry_run}.items():  # fmt: skip
+        if given:
+            raise UsageError(f"--tune writes a tuned model, {flag} something else", hint="leave one out")
+
+
+def _tuned(
+    recipe: Mapping[str, Any], sources: list[str], run: RunOptions, own: Mapping[str, Any], text: TextColumns
+) -> int:
+    """Pool beside the output, tune into it, and forget the pool: its tuned form is in the output."""
+    from mergekit_px.cli.tune import show_scores
+    from mergekit_px.learn.tune.run import TuneOptions, run_tune
+    from mergekit_px.learn.tune.training import Schedule
+    from mergekit_px.pools.record import read_record
+    from mergekit_px.pools.write import write_components
+
+    sink = output_for(json=run.json, quiet=run.quiet)
+    output = run.output or Path("tuned")
+    pool = output.with_name(f".{output.name}.pool")
+    given = {"epochs": own["tune_epochs"], "rate": own["tune_rate"]}
+    schedule = Schedule(**{name: value for name, value in given.items() if value is not None})
+    options = TuneOptions(
+        top=own["tune_top"],
+        text=text.options(),
+        schedule=schedule,
+        device=run.device,
+        mode=run.mode,
+        allow_pickle=run.allow_pickle,
+    )
+    plan = _plan(recipe, dataclasses.replace(run, output=pool, overwrite=True, resume=False))
+    try:
+        with progress_on(sink) as advance:
+            notes = write_components(plan, sources, advance=partial(advance, "decomposing"))
+        for note in notes:
+            sink.note(f"note: {note}")
+        base = read_record(pool).base
+        if base is None:
+            raise UsageError("--tune needs the model that the sources were fine-tuned from", hint="give it by --base")
+        with resumable():
+            report = run_tune(
+                str(pool),
+                base,
+                own["tune"],
+                output,
+                options,
+                lambda step, steps, loss: sink.note(f"step {step} of {steps}: loss {loss:.4g}"),
+                sink.note,
+            )
+    finally:
+        shutil.rmtree(pool, ignore_errors=True)
+    show_scores(report, sink)
+    sink.document({"output": str(output), **report})
+    sink.text(str(output / "model"))
+    return 0
 
 
 def _complete(given: dict[str, Any], into: Path) -> None:

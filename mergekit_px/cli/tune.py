@@ -125,7 +125,7 @@ def tune(
             lambda step, steps, loss: sink.note(f"step {step} of {steps}: loss {loss:.4g}"),
             sink.note,
         )
-    _show(report, sink)
+    show_scores(report, sink)
     sink.document({"output": str(output), **report})
     sink.text(str(output))
     return 0
@@ -142,7 +142,8 @@ def held_out_share(text: str, flag: str) -> float | str:
     return share
 
 
-def _show(report: dict[str, Any], sink: Output) -> None:
+def show_scores(report: dict[str, Any], sink: Output) -> None:
+    """Loss and accuracy of what was tuned, beside the controls."""
     rows = [
         (what, part, *(f"{score[name]:.4g}" if name in score else None for name in ("accuracy", "loss")))
         for what, parts in report["scores"].items()

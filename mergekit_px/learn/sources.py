@@ -6,6 +6,7 @@ at a time, so that nothing has to be merged first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,13 @@ from mergekit_px.adapters.open import open_adapter
 from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile, StoredTensor
 from mergekit_px.checkpoint.dtypes import dtype_of
 from mergekit_px.checkpoint.fingerprint import fingerprint
+from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
-from mergekit_px.checkpoint.task_vector import task_vector_metadata
-from mergekit_px.errors import NonFiniteError
+from mergekit_px.checkpoint.task_vector import is_task_vector, task_vector_metadata
+from mergekit_px.errors import NonFiniteError, PlanError
 from mergekit_px.learn.models import find_checkpoint, read_tensor
-from mergekit_px.plan.inputs import is_adapter
+from mergekit_px.plan.inputs import ResolvedInput, is_adapter
+from mergekit_px.plan.tokenizers import Tokenizers
 
 _FLOAT = dtype_of(torch.float32)
 _FILE = "differences"
@@ -57,6 +60,31 @@ def find_source(reference: str, base: Checkpoint, *, allow_pickle: bool = False)
     file = CheckpointFile(_FILE, 0, task_vector_metadata(None), "")
     return AdapterSource(reference, adapter.checkpoint.directory, {_FILE: file}, tensors, kind="memory", base=base,
                          adapter=adapter, changes=changes)  # fmt: skip
+
+
+def require_same_tokens(base: Checkpoint, sources: Sequence[Checkpoint]) -> None:
+    """Raise ``PlanError`` where a source's tokenizer has other tokens than the base's, so that it predicts other words.
+
+    Sources without a tokenizer are taken to have the base's.
+    """
+    tokenizers = Tokenizers()
+    own = tokenizers.of(ResolvedInput("base", base.label, base))
+    for number, source in enumerate(sources):
+        if own is None or isinstance(source, AdapterSource) or is_task_vector(source):
+            continue
+        other = tokenizers.of(ResolvedInput(f"source {number}", source.label, source))
+        if other is None:
+            continue
+        ids = sorted(own.tokens.keys() & other.tokens.keys())
+        differing = [number for number in ids if own.tokens[number] != other.tokens[number]]
+        if differing:
+            first = differing[0]
+            raise PlanError(
+                f"its vocabulary is another than that of {base.label}: {len(differing)} tokens differ, the first,"
+                f" {first}, is {shown(other.tokens[first])} and {shown(own.tokens[first])} there",
+                where=source.label,
+                hint="predictions of other tokens cannot teach; use fine-tunes with the base's tokenizer",
+            )
 
 
 def open_source(source: Checkpoint) -> TensorReader:

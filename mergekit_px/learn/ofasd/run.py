@@ -36,7 +36,7 @@ from mergekit_px.learn.ofasd.learner import Course, Learner, Tell
 from mergekit_px.learn.ofasd.output import write_result
 from mergekit_px.learn.ofasd.scores import Bench, teacher_scores, warnings_about
 from mergekit_px.learn.ofasd.settings import OfasdOptions, Settings
-from mergekit_px.learn.sources import find_source, source_fingerprint, stored_source
+from mergekit_px.learn.sources import find_source, require_same_tokens, source_fingerprint, stored_source
 
 UNFINISHED = ".ofasd"
 REPORT_FILE = "report.json"
@@ -77,6 +77,7 @@ def learn_coefficients(
     control = _control(options, settings, base)
     sources = [find_source(one, base, allow_pickle=options.allow_pickle) for one in options.sources]
     check_sources(base, sources)
+    require_same_tokens(base, sources)
     plan_hash = _plan_hash(options, settings, base, sources, device)
     with working_folder(options.output, UNFINISHED, options.mode, {"plan_hash": plan_hash}) as work:
         model = load_model(base, options.model, allow_code=options.allow_code)

@@ -165,6 +165,22 @@ def test_tuning_follows_the_loss_of_the_model(world: str, data: str) -> None:
     assert report["scores"]["tuned"]["validation"] == pytest.approx(best, rel=1e-4)
 
 
+@TWO
+def test_pooling_and_tuning_are_one_command(world: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["svd", "--base", "base", "--sources", "tuned1", "tuned2", "--top-k", "6"]
+    learned(*words, "--as", "components", "-o", "pool")
+    learned("tune", "pool", "--base", "base", "--data", "data.npz", "-o", "apart", "--epochs", "2", "--top", "4")
+    learned(*words, "--tune", "data.npz", "--tune-epochs", "2", "--tune-top", "4", "-o", "together")
+    first, second = (load_file(f"{name}/model/model.safetensors") for name in ("apart", "together"))
+    assert all(torch.equal(one, second[name]) for name, one in first.items())
+    assert not list(Path().glob(".*pool*"))
+    capsys.readouterr()
+    assert main([*words, "--tune-top", "4"]) == 2
+    assert "--tune-top goes with --tune" in capsys.readouterr().err
+    assert main([*words, "--tune", "data.npz", "--as", "lora"]) == 2
+    assert "--tune writes a tuned model, --as something else" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("labels", ["given", "sampled"])
 def test_statistics_are_of_the_tokens_that_count(world: str, labels: str) -> None:
     for name in ("data", "long"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,12 @@ def test_parquet_says_what_it_needs(models_here: Path, capsys: pytest.CaptureFix
     Path("d.parquet").write_bytes(b"PAR1")
     assert main(["data", "llama", "d.parquet", "-o", "a.safetensors"]) == 2
     assert 'pip install "pxmerge[parquet]"' in capsys.readouterr().err
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(models_here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows([{"text": "the cat"}, {"text": "dog ran"}] * 10)
+    shutil.copytree("llama", "other")
+    tokenizer(Path("other"), [*WORDS[:6], *reversed(WORDS[6:])])
+    assert main(["ofasd", "--base", "llama", "--clients", "other", "--data", "d.jsonl", "-o", "out"]) == 4
+    assert "other: its vocabulary is another than that of llama: 12 tokens differ" in capsys.readouterr().err
+    assert not Path("out").exists()
