@@ -52,7 +52,9 @@ def run(*words: object) -> tuple[float, float, float, dict]:
             sys.exit(f"{' '.join(command)} failed")
         seconds = time.perf_counter() - start
         out.seek(0)
-        return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, json.loads(out.read())
+        report = json.loads(out.read())
+    peak = report.get("peak_memory") or max(each["peak_memory"] for each in report["outputs"].values())
+    return seconds, usage.ru_utime + usage.ru_stime, peak, report
 
 
 def told(name: str, seconds: float, busy: float, peak: float, models: float, more: str = "") -> None:

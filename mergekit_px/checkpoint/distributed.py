@@ -61,6 +61,25 @@ _TRAINING = (
 """First keys of what is not the model."""
 
 
+_UNREAD = (
+    (
+        re.compile(r"\.distcp$"),
+        f"a piece of a distributed checkpoint without its {METADATA_FILE}, which is written last",
+        "wait until it is complete, or copy it again",
+    ),
+    (
+        re.compile(r"^(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt$"),
+        "a shard of DeepSpeed ZeRO, whose flat pieces are not read",
+        "make a checkpoint of it with its zero_to_fp32.py",
+    ),
+    (
+        re.compile(r"^mp_rank_\d+(_\d+)*(_model_states\.pt)?$"),
+        "of one rank of a tensor-parallel training, which is not read",
+        "convert it with the trainer's own tool, or save a distributed checkpoint",
+    ),
+)
+"""Names of files and folders -> what they are, and what to do."""
+
 _OPTIMIZERS = ("optim", "optimizer", "optimizers")
 """First words of names that were made flat before they were saved."""
 
@@ -70,6 +89,19 @@ def distributed_place(folder: Path, names: Iterable[str]) -> str | None:
     held = set(names)
     places = ["", *(f"{name}/" for name in _MODEL_FOLDERS if name in held)]
     return next((place for place in places if (folder / place / METADATA_FILE).is_file()), None)
+
+
+def refuse_unread_shards(names: Iterable[str], label: str) -> None:
+    """Refuse by name what several processes wrote and the files alone do not tell how to put together.
+
+    Raises:
+        InputError: shards of DeepSpeed or Megatron, or a distributed checkpoint without its metadata.
+    """
+    held = sorted(names)
+    for pattern, what, hint in _UNREAD:
+        found = next((name for name in held if pattern.search(name)), None)
+        if found is not None:
+            raise InputError(f"{shown(found)} is {what}", where=label, hint=hint)
 
 
 def open_distributed(folder: Path, place: str, label: str) -> Checkpoint:

@@ -19,6 +19,7 @@ from mergekit_px.checkpoint.distributed import (
     SHARDING_KEY,
     distributed_place,
     open_distributed,
+    refuse_unread_shards,
     shard_notes,
     tensors_of_shards,
 )
@@ -205,6 +206,7 @@ def _open_plain_folder(folder: Path, names: Sequence[str], label: str, allow_pic
                 side_files=beside.carried,
                 left_behind=beside.left_behind,
             )
+        refuse_unread_shards(names, label)
     if chosen is None:
         raise _no_weights(folder, names, label)
     unfinished = next((f"{name}.aria2" for name in chosen.names if f"{name}.aria2" in names), None)

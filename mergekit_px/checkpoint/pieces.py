@@ -53,6 +53,9 @@ def read_pieces(
     pieces: Sequence[Piece], shape: tuple[int, ...], width: int, start: int, buffer: memoryview, read: Read
 ) -> None:
     """Bytes ``[start, start + len(buffer))`` of the whole tensor in row-major order; ``width``: bytes of an element."""
+    import numpy
+    from numpy.lib.stride_tricks import as_strided
+
     stop = start + buffer.nbytes
     for piece in pieces:
         for first, source, nbytes, count, step in _spans(piece, shape, width, start, stop):
@@ -60,11 +63,11 @@ def read_pieces(
                 read(piece.file, source, buffer[first - start : first - start + nbytes])
                 continue
             # Rows of a box lie side by side where they are stored, and apart in the tensor.
-            held = memoryview(bytearray(nbytes * count))
-            read(piece.file, source, held)
-            for number in range(count):
-                place = first - start + number * step
-                buffer[place : place + nbytes] = held[number * nbytes : (number + 1) * nbytes]
+            held = numpy.empty((count, nbytes), dtype=numpy.uint8)
+            read(piece.file, source, held.reshape(-1).data)
+            place = first - start
+            rows = numpy.frombuffer(buffer, dtype=numpy.uint8)[place : place + (count - 1) * step + nbytes]
+            as_strided(rows, shape=(count, nbytes), strides=(step, 1))[:] = held
 
 
 def _spans(

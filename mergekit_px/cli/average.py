@@ -205,6 +205,8 @@ def _chosen(
             raise InputError(f"--last {last} of {len(chosen)} checkpoints", where=where, hint="ask for fewer")
         chosen = chosen[-last:] if every is None else chosen
     if every is not None:
+        if every > len(chosen):
+            raise InputError(f"--every {every} counts checkpoints, and there are {len(chosen)}", where=where)
         chosen = chosen[::-1][::every][::-1]
         if last is not None:
             if last > len(chosen):

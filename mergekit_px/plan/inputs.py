@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ class ResolvedInput:
     notes: tuple[str, ...] = ()
     """What was settled that could have been meant otherwise."""
 
-    @property
+    @cached_property
     def is_task_vector(self) -> bool:
         return self.adapter_only or is_task_vector(self.checkpoint)
 

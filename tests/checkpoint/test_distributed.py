@@ -222,3 +222,19 @@ def test_a_shard_that_is_missing_is_refused(together: dict[str, Path], tmp_path:
     next(folder.glob("shard-00001-*")).unlink()
     with pytest.raises(MalformedCheckpointError, match="number 1 is missing"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["__0_0.distcp"], "without its .metadata, which is written last"),
+        (["zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"], "zero_to_fp32"),
+        (["mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"], "tensor-parallel"),
+    ],
+)
+def test_other_shards_are_refused_by_name(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(tmp_path, allow_pickle=True)

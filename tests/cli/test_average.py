@@ -94,6 +94,7 @@ def test_many_float32_checkpoints_are_summed_without_drift(run, tmp_path, monkey
         ("run --weights 1 2", 2, "2 values for 6 checkpoints"),
         ("run --weights sqrt", 2, "neither a number nor one of"),
         ("run --last 0", 2, "--last"),
+        ("run --every 200", 3, "--every 200 counts checkpoints, and there are 6"),
     ],
 )
 def test_mistakes(run, training, words: str, code: int, message: str) -> None:
