@@ -19,10 +19,10 @@ from mergekit_px.plan.adapters import adapted_model, adapter_changes, as_kind, i
 from mergekit_px.plan.artefacts import Artefacts
 from mergekit_px.plan.companions import Companion, companion_nodes, model_names, split_companions
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.layers import depth, split_layer, stack_sizes
+from mergekit_px.plan.layers import depth, stack_sizes
 from mergekit_px.plan.names import bridge, difference, rename_hint, renamed
 from mergekit_px.plan.nodes import Apply, Kind, Leaf, Node
-from mergekit_px.plan.rules import by_source, matching, weights_by_rule
+from mergekit_px.plan.rules import by_source, matching, rules_outside, weights_by_rule
 from mergekit_px.plan.slices import slice_slots
 from mergekit_px.plan.slots import Namespace, Slot
 from mergekit_px.plan.tied import is_head, tied_copy, tied_source
@@ -161,8 +161,7 @@ class Expressions:
         if original is None or original not in slots or slots[original].models != slot.models:
             return False
         if is_head(slot.name):
-            rules = [slot.rules[index] for index in matching(slot.rules, slot.name, None)]
-            others = [slots[original].rules[index] for index in matching(slots[original].rules, original, None)]
+            rules, others = (rules_outside(one.rules, one.name, one.position) for one in (slot, slots[original]))
             if any(rule not in others and not rule.drop for rule in rules):
                 self.untied.append(slot.name)
                 self.notes.append(f"{slot.name} is tied to {original}; a rule treats it apart, so it is untied")
@@ -241,9 +240,8 @@ class Expressions:
         return found.names
 
     def _node(self, step_name: str, step: Step, slot: Slot, sizes: Mapping[str, int], where: str) -> Node | None:
-        found = split_layer(slot.name)
-        layer = found.layer if found else None
-        matched = matching(slot.rules, slot.name, layer)
+        place = slot.position if slot.position is not None else depth(slot.name, sizes)
+        matched = matching(slot.rules, slot.name, place)
         rules = [slot.rules[index] for index in matched]
         decisive = next((rule for rule in reversed(rules) if rule.drop or rule.take or rule.method), None)
         if decisive is not None and decisive.drop:

@@ -8,6 +8,7 @@ from fnmatch import translate
 from functools import lru_cache
 
 from mergekit_px.errors import RecipeError
+from mergekit_px.plan.layers import depth, split_layer
 from mergekit_px.recipe.layer_range import parse_layers
 from mergekit_px.recipe.model import Rule, Value
 
@@ -22,21 +23,34 @@ def _layers(text: str | int | tuple[int, ...]) -> object:
     return parse_layers(list(text) if isinstance(text, tuple) else text)
 
 
-def selects(rule: Rule, name: str, layer: int | None) -> bool:
-    """Whether a rule applies to an output tensor; ``layer`` is None outside the numbered layers."""
+_ROUNDING = 1e-9
+"""How near to an end of a range of depths a layer counts as within; thirds are not exact."""
+
+
+def selects(rule: Rule, name: str, position: float) -> bool:
+    """Whether a rule applies to an output tensor at some depth."""
+    if rule.depth is not None and not rule.depth[0] - _ROUNDING <= position <= rule.depth[1] + _ROUNDING:
+        return False
     if rule.match is not None:
         globs = [rule.match] if isinstance(rule.match, str) else rule.match
         if not any(_glob(glob).match(name) for glob in globs):
             return False
     if rule.layers is not None:
         selection = _layers(tuple(rule.layers) if isinstance(rule.layers, list) else rule.layers)
-        return bool(selection.contains(layer))  # type: ignore[attr-defined]
+        found = split_layer(name)
+        return bool(selection.contains(found.layer if found else None))  # type: ignore[attr-defined]
     return True
 
 
-def matching(rules: Sequence[Rule], name: str, layer: int | None) -> tuple[int, ...]:
-    """Places of the rules that select a tensor, in the order in which they apply."""
-    return tuple(index for index, rule in enumerate(rules) if selects(rule, name, layer))
+def matching(rules: Sequence[Rule], name: str, position: float) -> tuple[int, ...]:
+    """Places of the rules that select a tensor at some depth, in the order in which they apply."""
+    return tuple(index for index, rule in enumerate(rules) if selects(rule, name, position))
+
+
+def rules_outside(rules: Sequence[Rule], name: str, position: float | None) -> list[Rule]:
+    """The rules that select a tensor outside the layers; its place follows from its name if it is not given."""
+    place = depth(name, {}) if position is None else position
+    return [rules[index] for index in matching(rules, name, place)]
 
 
 def weights_by_rule(rule: Rule, names: list[str], weights: list[Value], where: str) -> list[Value]:

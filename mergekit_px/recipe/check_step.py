@@ -73,6 +73,9 @@ def _check_rules(rules: Sequence[Rule], sources: Sequence[str], path: Path, plac
 def _check_rule(rule: Rule, sources: Sequence[str], path: Path, places: Places) -> None:
     if rule.layers is not None:
         parse_layers(rule.layers, where=places.value((*path, "layers")))
+    if rule.depth is not None and not (len(rule.depth) == 2 and 0 <= rule.depth[0] <= rule.depth[1] <= 1):
+        what = f"'depth' must be two numbers from 0 to 1, the smaller first, not {shown(rule.depth)}"
+        raise RecipeError(what, where=places.value((*path, "depth")))
     globs = [rule.match] if isinstance(rule.match, str) else rule.match
     if globs is not None and (not globs or not all(globs)):
         raise RecipeError("an empty glob matches nothing", where=places.value((*path, "match")))

@@ -82,6 +82,9 @@ class Rule(Part):
     layers: Annotated[LayerRange | None, _LAYERS] = None
     """Layers by number: 7, '8-15' (both ends included), [0, 5, 9], '20-' for the rest, or 'none' for the tensors
     outside the numbered layers."""
+    depth: Annotated[list[float] | None, Wanted("two numbers from 0 to 1, as [0.5, 1]")] = None
+    """Layers by their depth, from one to another, both included: 0 is the first layer (of the model, or of the slice)
+    and 1 the last. Embeddings stand at 0, everything after the layers at 1."""
     method: Annotated[str | None, Wanted("the name of a merge method", text=True)] = None
     """Another method for these tensors (its parameters start from their defaults)."""
     params: Annotated[dict[str, Value], _PARAMS] = Field(default_factory=dict)

@@ -8,6 +8,7 @@ import torch
 from models import make_models, plan_of, recipe
 
 from mergekit_px.errors import PlanError, RecipeError
+from mergekit_px.plan.nodes import Apply
 from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 
@@ -233,3 +234,41 @@ def test_the_config_follows_a_step_over_stacked_steps(folder: Path, tmp_path: Pa
     plan = plan_of(data, tmp_path / "out")
     assert plan.config is not None
     assert plan.config["num_hidden_layers"] == 6
+
+
+def test_rules_by_depth(folder: Path, tmp_path: Path) -> None:
+    step = {
+        "method": "linear",
+        "sources": {"fine0": 1.0, "fine1": 1.0},
+        "rules": [{"depth": [0.5, 1], "weights": {"fine1": 3.0}}],
+    }
+    plan = plan_of(recipe(folder, step), tmp_path / "out")
+    weights = {item.name: item.node.weights for item in plan.items if isinstance(item.node, Apply)}
+    changed = {name for name, found in weights.items() if found == (1.0, 3.0)}
+    assert {int(name.split(".")[2]) for name in changed if ".layers." in name} == {2, 3}
+    assert {"lm_head.weight", "model.norm.weight"} < changed
+    assert "model.embed_tokens.weight" not in changed
+
+
+def test_rules_by_the_depth_in_a_slice(folder: Path, tmp_path: Path) -> None:
+    step = {
+        "method": "linear",
+        "slices": [
+            {"sources": [{"model": "fine0", "layers": "0-3"}]},
+            {
+                "sources": [{"model": "fine0", "layers": "0-3"}, {"model": "fine1", "layers": "0-3"}],
+                "rules": [{"depth": [1 / 3, 2 / 3], "weights": {"fine1": 3.0}}],
+            },
+        ],
+    }
+    plan = plan_of(recipe(folder, step), tmp_path / "out")
+    weights = {item.name: item.node.weights for item in plan.items if isinstance(item.node, Apply)}
+    changed = {name for name, found in weights.items() if found == (1.0, 3.0)}
+    assert {int(name.split(".")[2]) for name in changed} == {5, 6}
+
+
+@pytest.mark.parametrize("depth", [[0.5], [0.7, 0.2], [0, 1.5], []])
+def test_depths_that_are_none(folder: Path, tmp_path: Path, depth: list[float]) -> None:
+    step = {"method": "linear", "sources": ["fine0"], "rules": [{"depth": depth, "weights": [2.0]}]}
+    with pytest.raises(RecipeError, match="'depth' must be two numbers from 0 to 1"):
+        plan_of(recipe(folder, step), tmp_path / "out")

@@ -50,6 +50,39 @@ def test_idle_keys_below_the_top_level() -> None:
     assert load(f"merge_method: linear\n{TWO}").idle == ()
 
 
+@pytest.mark.parametrize(
+    ("flags", "rules"),
+    [
+        ("[true, false]", [([1.0, 1.0], "tensor")]),
+        ("[true, false, false, true]", [([1 / 3, 1.0], "tensor"), ([1.0, 1.0], "rows")]),
+        ("[true, true, no, 0]", [([2 / 3, 1.0], "tensor")]),
+        ("[true, true]", []),
+        ("[true]", []),
+    ],
+)
+def test_true_and_false_over_the_layers(flags: str, rules: list[tuple[list[float], str]]) -> None:
+    """Each holds from its own depth to that of the next."""
+    models = "base_model: c\nmodels: [{model: a}, {model: b}]\n"
+    step = load(f"merge_method: model_stock\n{models}parameters: {{filter_wise: {flags}}}\n").recipe.steps["merge"]
+    assert step.params["along"] == "rows"
+    found = [(rule.depth, rule.params["along"]) for rule in step.rules if rule.layers is None]
+    assert found == rules
+    outside = [rule.params["along"] for rule in step.rules if rule.layers == "none"]
+    assert outside == (["rows"] if rules else [])
+
+
+def test_filters_on_true_and_false_over_the_layers() -> None:
+    models = "base_model: c\nmodels: [{model: a}, {model: b}]\n"
+    value = "[{filter: mlp, value: [true, false]}, {value: no}]"
+    step = load(f"merge_method: model_stock\n{models}parameters: {{filter_wise: {value}}}\n").recipe.steps["merge"]
+    assert step.params == {"along": "tensor"}
+    assert [(rule.match, rule.layers, rule.depth, rule.params["along"]) for rule in step.rules] == [
+        ("*mlp*", None, None, "rows"),
+        ("*mlp*", None, [1.0, 1.0], "tensor"),
+        ("*mlp*", "none", None, "rows"),
+    ]
+
+
 def test_a_base_alone_is_the_result() -> None:
     config = "merge_method: {}\nbase_model: {}\nmodels: [{{model: {}, parameters: {{weight: 1, density: 0.5}}}}]\n"
     for method in ("task_arithmetic", "dare_ties", "sce", "ramplus_tl"):

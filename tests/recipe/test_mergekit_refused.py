@@ -55,10 +55,7 @@ def error(text: str) -> str:
             "m.yml:1:15: unknown merge method 'dare-ties'; did you mean 'dare_ties'?",
         ),
         (SLERP + "---\nname: second", "m.yml:6:1: a recipe is one document"),
-        (
-            LINEAR + "parameters: {normalize: [true, false]}",
-            "not supported yet: 'normalize' as a list of true and false",
-        ),
+        (LINEAR + "parameters: {normalize: [true, perhaps]}", "'normalize' must be true or false, not 'perhaps'"),
         (
             "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [1, 3], "
             "parameters: {weight: [{filter: layers.2., value: 1}, {value: 0}]}}]}]",

@@ -27,12 +27,25 @@ _TRUE = ("true", "t", "yes", "y", "on", "1")
 _FALSE = ("false", "f", "no", "n", "off", "0")
 
 
+Region = Literal["outside"] | tuple[float, float]
+"""The tensors outside the layers, or the layers from one depth to another, from 0 to 1."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A value, and the text that a tensor's name must contain for it to count (None: any name)."""
+    """A value, and the text that a tensor's name must contain for it to count (None: any name).
+
+    Attributes:
+        region: where it counts alone; None for everywhere.
+    """
 
     filter: str | None
     value: Node
+    region: Region | None = None
+
+    @property
+    def everywhere(self) -> bool:
+        return self.filter is None and self.region is None
 
     @property
     def first(self) -> Node:
@@ -54,25 +67,43 @@ def read_choices(settings: Iterable[Node | None], kind: Kind, name: str) -> list
     for setting in settings:
         for choice in _read_setting(setting, kind, name) if setting is not None else ():
             choices.append(choice)
-            if choice.filter is None:
+            if choice.everywhere:
                 return choices
     return choices
 
 
 def _read_setting(node: Node, kind: Kind, name: str) -> Iterator[Choice]:
     if isinstance(node.value, dict):
-        yield _read_condition(node, kind, name)
+        yield from _read_condition(node, kind, name)
     elif isinstance(node.value, list) and any(isinstance(item.value, dict) for item in node.value):
         for item in node.value:
             if not isinstance(item.value, dict):
                 what = f"'{name}' mixes values with filters"
                 raise RecipeError(what, where=str(item.place), hint="write {value: ...} for the rest")
-            yield _read_condition(item, kind, name)
+            yield from _read_condition(item, kind, name)
     else:
-        yield Choice(None, _read_value(node, kind, name))
+        yield from _over_depth(None, _read_value(node, kind, name), kind)
 
 
-def _read_condition(node: Node, kind: Kind, name: str) -> Choice:
+def _over_depth(text: str | None, value: Node, kind: Kind) -> Iterator[Choice]:
+    """What a value is; true and false over the layers as choices, of which the first counts.
+
+    mergekit does not interpolate them: each holds from its own depth to that of the next, the last at the last layer
+    alone. Outside the layers the first of the list counts.
+    """
+    if kind == "number" or not isinstance(value.value, list):
+        yield Choice(text, value)
+        return
+    flags = value.value
+    changes = [place for place in range(1, len(flags)) if flags[place].value != flags[place - 1].value]
+    if changes:
+        yield Choice(text, flags[0], "outside")
+    for place in reversed(changes):
+        yield Choice(text, flags[place], (place / (len(flags) - 1), 1.0))
+    yield Choice(text, flags[0])
+
+
+def _read_condition(node: Node, kind: Kind, name: str) -> Iterator[Choice]:
     assert isinstance(node.value, dict)
     for key in node.value:
         if key not in ("filter", "value"):
@@ -85,16 +116,13 @@ def _read_condition(node: Node, kind: Kind, name: str) -> Choice:
     if filter_node is not None and wanted is not None and not isinstance(wanted, str):
         raise RecipeError(f"a filter is text, not {shown(wanted)}", where=str(filter_node.place))
     text = None if wanted in (None, "", "*") else str(wanted)
-    return Choice(text, _read_value(node.value["value"], kind, name))
+    yield from _over_depth(text, _read_value(node.value["value"], kind, name), kind)
 
 
 def _read_value(node: Node, kind: Kind, name: str) -> Node:
     if isinstance(node.value, list):
         if not node.value:
             raise RecipeError(f"'{name}' is an empty list", where=str(node.place))
-        if kind == "boolean" and len(node.value) > 1:
-            what = f"not supported yet: '{name}' as a list of true and false over the layers"
-            raise RecipeError(what, where=str(node.place), hint="use filters on layer names")
         values = [_read_scalar(item, kind, name) for item in node.value]
         return values[0] if len(values) == 1 else sequence(node.place, values)
     return _read_scalar(node, kind, name)
@@ -128,20 +156,20 @@ class Settings:
 
     outside: bool = True
     values: dict[Key, Node] = field(default_factory=dict)
-    _rules: list[tuple[tuple[str | None, bool], dict[Key, Node]]] = field(default_factory=list)
+    _rules: list[tuple[tuple[str | None, Region | None], dict[Key, Node]]] = field(default_factory=list)
 
     def put(self, key: Key, choices: list[Choice], default: Node | None = None) -> None:
         """Set a value by choices of which the first match counts."""
-        rest = next((choice.value for choice in choices if choice.filter is None), default)
+        rest = next((choice.value for choice in choices if choice.everywhere), default)
         if rest is not None:
             self.values[key] = rest
         for choice in reversed(choices):
-            if choice.filter is not None:
-                self._add((choice.filter, False), key, choice.value)
+            if not choice.everywhere:
+                self._add((choice.filter, choice.region), key, choice.value)
             if self.outside and choice.first.value != choice.last.value:
-                self._add((choice.filter, True), key, choice.first)
+                self._add((choice.filter, "outside"), key, choice.first)
 
-    def _add(self, selector: tuple[str | None, bool], key: Key, value: Node) -> None:
+    def _add(self, selector: tuple[str | None, Region | None], key: Key, value: Node) -> None:
         """Add to the last rule of that selector if no rule after it sets the same key."""
         for known, entries in reversed(self._rules):
             if key in entries:
@@ -160,14 +188,17 @@ class Settings:
         if not self._rules:
             return None
         written = []
-        for (text, outside), entries in self._rules:
+        for (text, region), entries in self._rules:
             here = next(iter(entries.values())).place
             written.append(
                 mapping(
                     here,
                     {
                         "match": Node(f"*{_literal(text)}*", here) if text is not None else None,
-                        "layers": Node("none", here) if outside else None,
+                        "layers": Node("none", here) if region == "outside" else None,
+                        "depth": sequence(here, [Node(end, here) for end in region])
+                        if isinstance(region, tuple)
+                        else None,
                         "params": _nested(entries, "params"),
                         "weights": _nested(entries, "weights"),
                     },

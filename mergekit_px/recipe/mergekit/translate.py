@@ -331,7 +331,7 @@ class _Translator:
             value = bool(choice.value.value)
             if value not in parameter.words:
                 raise not_yet(f"{name}: {str(value).lower()}", choice.value.place)
-            named.append(Choice(choice.filter, Node(parameter.words[value], choice.value.place)))
+            named.append(replace(choice, value=Node(parameter.words[value], choice.value.place)))
         return named
 
     def _sources(self, peer: PeerMethod, piece: Piece, settings: Settings) -> Node:
@@ -429,7 +429,8 @@ def _members(peer: PeerMethod, piece: Piece) -> list[Source]:
 
 
 def _same(choices: list[Choice], others: list[Choice]) -> bool:
-    return [(one.filter, one.value.data()) for one in choices] == [(one.filter, one.value.data()) for one in others]
+    first, second = ([(one.filter, one.region, one.value.data()) for one in each] for each in (choices, others))
+    return first == second
 
 
 def _check_filters(choices: list[Choice], name: str) -> None:
