@@ -18,6 +18,10 @@ INSPECTION = "Look and check"
 HUB = "Hub"
 ABOUT = "About"
 
+USUAL = ("linear", "slerp", "task-arithmetic", "ties", "tsv-m", "svd")
+"""The methods that ``pxmerge --help`` lists: an average, an interpolation, the two that everyone knows, and the
+spectral ones that the quality suite puts ahead without data. ``pxmerge methods`` has all."""
+
 GROUPS = (RECIPES, METHODS, TASK_VECTORS, ADAPTERS, LEARNING, INSPECTION, HUB, ABOUT)
 """The order of the groups in ``pxmerge --help``."""
 

@@ -18,7 +18,7 @@ import typer
 
 from mergekit_px._version import __version__
 from mergekit_px.cli._arguments import expand_lists
-from mergekit_px.cli._commands import GROUPS, METHODS, Command, all_commands, spoken_command, spoken_name
+from mergekit_px.cli._commands import GROUPS, METHODS, USUAL, Command, all_commands, spoken_command, spoken_name
 from mergekit_px.cli._errors import PROGRAM, explain
 from mergekit_px.cli._help import GroupedCommand
 from mergekit_px.cli._options import list_options
@@ -165,8 +165,12 @@ def _overview() -> str:
     indent = max(len(command.name) for command in commands) + 4
     blocks = [_EXAMPLES]
     for group in GROUPS:
-        rows = [_row(command, indent) for command in commands if command.group == group]
-        blocks.append("\n".join([f"{group}:", *rows]))
+        shown = [command for command in commands if command.group == group]
+        heading = f"{group}:"
+        if group == METHODS:
+            heading = f"{group} (the usual ones; `{PROGRAM} methods` lists all {len(shown)} by family):"
+            shown = [command for command in shown if command.name in USUAL]
+        blocks.append("\n".join([heading, *(_row(command, indent) for command in shown)]))
     # A paragraph that begins with \b is printed as it is.
     return _SUMMARY + "".join(f"\n\n\b\n{block}" for block in blocks)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -14,7 +14,7 @@ from mergekit_px.cli._width import terminal_width
 from mergekit_px.cli.method import example
 from mergekit_px.declare.fields import in_words
 from mergekit_px.methods import find_method, load_methods
-from mergekit_px.methods.declare import Method
+from mergekit_px.methods.declare import Family, Method
 
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="A method to explain.")]
 
@@ -25,6 +25,14 @@ _ACCESS = {
     "tensor": "whole tensors",
 }
 
+_FAMILIES: dict[Family, str] = {
+    "average": "Averages and interpolations",
+    "task vectors": "Task vectors",
+    "spectral": "Singular values of task vectors",
+    "federated": "Federated learning",
+    "statistics": "With statistics of data",
+    "building block": "Building blocks",
+}
 _TAKES = {"weights": "models", "deltas": "task vectors", "any": "models or task vectors"}
 
 
@@ -40,28 +48,24 @@ def methods(name: Name = None, json: Json = False) -> int:
     if name is not None:
         _explain(find_method(name), output)
         return 0
-    found = load_methods().values()
-    output.document([_facts(method) for method in found])
+    declared = list(load_methods().values())
+    output.document([_facts(method) for method in declared])
     columns = [
         Column("method"),
         Column("what it does"),
         Column("takes", essential=False),
         Column("sources", "right", essential=False),
-        Column("reads", essential=False),
         Column("paper", essential=False),
     ]
-    rows = [
-        (
-            method.name,
-            plain(method.summary),
-            _TAKES[method.space],
-            _sources(method),
-            _ACCESS[method.access],
-            method.paper,
-        )
-        for method in found
-    ]
-    output.table(columns, rows)
+    for family in get_args(Family):
+        output.heading(_FAMILIES[family])
+        rows = [
+            (method.name, plain(method.summary), _TAKES[method.space], _sources(method), method.paper)
+            for method in declared
+            if method.family == family
+        ]
+        output.table(columns, rows)
+    output.note("docs/choosing.md says which to try first; `pxmerge methods NAME` explains one")
     return 0
 
 
@@ -95,6 +99,7 @@ def _facts(method: Method) -> dict[str, Any]:
         "name": method.name,
         "summary": method.summary,
         "documentation": method.documentation,
+        "family": method.family,
         "takes": method.space,
         "access": method.access,
         "sources": {"least": least, "most": most},

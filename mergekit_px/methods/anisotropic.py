@@ -34,9 +34,9 @@ class AnisotropicParams(Params):
         return self.coefficients.seed if isinstance(self.coefficients, CoefficientTable) else 0
 
 
-@merge_method(space="deltas", access="elementwise", paper="arXiv:2407.02880", scratch=1.0)
+@merge_method(family="building block", space="deltas", access="elementwise", paper="arXiv:2407.02880", scratch=1.0)
 def anisotropic(deltas: Sequence[torch.Tensor], params: AnisotropicParams, name: str) -> torch.Tensor:
-    """Base plus the task vectors, each multiplied in each tensor with a coefficient of its own.
+    """Task arithmetic with a learned coefficient for each source and tensor (anisotropic scaling, aTLAS).
 
     ``base + sum_i c_ij d_i`` in block j (Zhang et al., anisotropic scaling), whatever the shape. The coefficients come
     from a file that ``pxmerge ofasd`` learned for these sources in this order; blocks may span several tensors.
@@ -55,9 +55,9 @@ def anisotropic(deltas: Sequence[torch.Tensor], params: AnisotropicParams, name:
     return weighted_sum(deltas, [row[0] for row in rows])
 
 
-@merge_method(space="deltas", access="tensor", paper="arXiv:2407.02880", scratch=4.0)
+@merge_method(family="building block", space="deltas", access="tensor", paper="arXiv:2407.02880", scratch=4.0)
 def anisotropic_groups(deltas: Sequence[torch.Tensor], params: AnisotropicParams, name: str) -> torch.Tensor:
-    """Base plus the task vectors, each multiplied in each random group of a tensor's elements with its own coefficient.
+    """Task arithmetic with a learned coefficient for each source and random group of elements (aTLAS).
 
     ``base + sum_i c_ig d_i`` for the elements of group g (Zhang et al., the variant with K groups for each tensor),
     whatever the shape. The file says how many groups each tensor has and the seed by which elements belong to them.

@@ -95,7 +95,7 @@ def breadcrumbs_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, Cru
 def breadcrumbs(
     deltas: Sequence[torch.Tensor], weights: Sequence[float], params: BreadcrumbsParams, statistics: Crumbs
 ) -> torch.Tensor:
-    """Task arithmetic without the smallest and the largest elements of each task vector.
+    """Task arithmetic without the smallest and largest elements of each task vector (Model Breadcrumbs).
 
     ``base + scale * sum_i w_i m_i d_i``, where the mask ``m_i`` leaves out the ``int(gamma * n)`` largest of the
     tensor's n magnitudes and keeps the ``int(density * n)`` that follow (Davari and Belilovsky, section 3, with
@@ -125,7 +125,7 @@ def breadcrumbs(
 def breadcrumbs_ties(
     deltas: Sequence[torch.Tensor], weights: Sequence[float], params: BreadcrumbsTiesParams, statistics: Crumbs
 ) -> torch.Tensor:
-    """Sign election and disjoint merge (TIES) without the smallest and largest elements of each task vector.
+    """TIES without the smallest and largest elements of each task vector (Model Breadcrumbs).
 
     Each task vector is masked as by ``breadcrumbs`` (arXiv:2312.06795); then ``scale * sum_{i in A} w_i d_i /
     sum_{i in A} w_i``, where A are the sources whose ``w_i d_i`` has the sign of ``sum_i w_i d_i`` (steps 2 and 3 of

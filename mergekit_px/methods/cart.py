@@ -25,9 +25,9 @@ class CartParams(SpectralParams):
     """Components of each source's distance to the mean, a number or a percentage of the rank."""
 
 
-@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2412.12153", scratch=10.0)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2412.12153", scratch=10.0)
 def cart(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: CartParams, name: str) -> torch.Tensor:
-    """Mean of the sources plus the leading components of each source's distance to it.
+    """Mean of the sources plus the low-rank part of each source's distance to it (CART, centred arithmetic).
 
     With ``C = mean_t w_t D_t``, the merged delta of a matrix is ``C + scale * sum_t SVD_k(w_t D_t - C)`` (Choi et
     al.). The base cancels: with weights of 1 the result depends on the sources alone, so none need be known.

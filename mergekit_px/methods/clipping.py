@@ -50,6 +50,7 @@ def clipping_scope(params: Any) -> Literal["tensor", "model"]:
 
 
 @merge_method(
+    family="federated",
     space="deltas",
     access="two_pass",
     paper="arXiv:2012.10333",
@@ -60,7 +61,7 @@ def clipping_scope(params: Any) -> Literal["tensor", "model"]:
 def clipping(
     deltas: Sequence[torch.Tensor], weights: Sequence[float], params: ClippingParams, statistics: Sequence[float]
 ) -> torch.Tensor:
-    """Average of the task vectors, those beyond a radius shortened to it.
+    """Average of the task vectors, each limited to a norm (norm clipping of federated learning).
 
     ``base + scale * sum_i w_i d_i min(1, radius / ||d_i||) / sum_i w_i`` (Karimireddy et al., one round
     around the base), whatever the shape. Without ``normalize`` the clipped task vectors are summed, which is the form

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     import torch
 
 
-@merge_method(space="any", access="elementwise", paper="arXiv:2212.04089", scratch=1.0, signed=True)
+@merge_method(
+    family="building block", space="any", access="elementwise", paper="arXiv:2212.04089", scratch=1.0, signed=True
+)
 def combine(sources: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """Linear combination of the sources with the weights as they are.
 

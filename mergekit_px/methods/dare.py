@@ -82,7 +82,7 @@ def dare_linear(
     statistics: tuple[float, ...] | None,
     random: RandomStream,
 ) -> torch.Tensor:
-    """Task arithmetic on randomly thinned task vectors.
+    """Task arithmetic on randomly sparsified task vectors (DARE: drop and rescale).
 
     ``base + scale * sum_i w_i m_i d_i / density_i``, where each element of the mask ``m_i`` is 1 with probability
     ``density_i`` (Yu et al., section 3.1: drop rate ``p = 1 - density``, rescaling by ``1 / (1 - p)``). Masks are
@@ -121,7 +121,7 @@ def dare_ties(
     statistics: tuple[float, ...] | None,
     random: RandomStream,
 ) -> torch.Tensor:
-    """Sign election and disjoint merge (TIES) on randomly thinned task vectors.
+    """TIES on randomly sparsified task vectors (DARE: drop and rescale).
 
     Each task vector is thinned and rescaled as by ``dare_linear``; then ``scale * sum_{i in A} w_i d_i / sum_{i in A}
     w_i``, where A are the sources whose ``w_i d_i`` has the sign of ``sum_i w_i d_i`` (arXiv:2311.03099, section 3.1,

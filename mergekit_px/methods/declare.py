@@ -55,6 +55,10 @@ Access = Literal["elementwise", "two_pass", "rows", "tensor"]
 any cut. ``rows``: whole rows (vectors along the last axis). ``tensor``: the whole tensor at once."""
 
 
+Family = Literal["average", "task vectors", "spectral", "federated", "statistics", "building block"]
+"""What lists of methods show together."""
+
+
 class Params(BaseModel):
     """Base of the parameter classes. Field docstrings become help texts, bounds become option ranges."""
 
@@ -176,6 +180,7 @@ class Method:
     """Whether the mean of its sources is a base that makes sense by itself."""
     signed: bool = False
     """Whether its weights are coefficients of any sign and sum, which decide what comes out."""
+    family: Family = "task vectors"
 
     @property
     def summary(self) -> str:
@@ -248,6 +253,7 @@ def merge_method(
     companions: Companions | None = None,
     centred: bool = False,
     signed: bool = False,
+    family: Family | None = None,
     params: type[Params] | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
@@ -270,6 +276,7 @@ def merge_method(
             refuse.
         signed: whether its weights are coefficients of any sign and sum: full models whose weights add up to 1 give a
             model, to 0 a task vector. Adapters then stand for their change alone.
+        family: what lists of methods show it with; by its space if left out.
         params: the parameter class, where only the statistics take it; else it is read off the annotation of
             the function's ``params``.
         name: the method's name if it is not the function's.
@@ -316,6 +323,7 @@ def merge_method(
             companions=companions,
             centred=centred,
             signed=signed,
+            family=family or ("task vectors" if space == "deltas" else "average"),
         )
         return function
 

@@ -121,7 +121,7 @@ def della_linear(
     statistics: tuple[float, ...] | None,
     random: RandomStream,
 ) -> torch.Tensor:
-    """Task arithmetic on task vectors thinned at random, by magnitude.
+    """Task arithmetic on task vectors sparsified at random, small elements first (DELLA).
 
     ``base + scale * sum_i w_i m_i d_i / p_i``, where an element of the mask ``m_i`` is 1 with probability ``p_i``,
     which rises in equal steps from ``density - epsilon`` for the element of least magnitude of a row to
@@ -159,7 +159,7 @@ def della(
     statistics: tuple[float, ...] | None,
     random: RandomStream,
 ) -> torch.Tensor:
-    """Sign election and disjoint merge on task vectors thinned at random, by magnitude.
+    """TIES on task vectors sparsified at random, small elements first (DELLA).
 
     Each task vector is thinned and rescaled as by ``della_linear``; then ``scale * sum_{i in A} w_i d_i / sum_{i in
     A} w_i``, where A are the sources whose ``w_i d_i`` has the sign of ``sum_i w_i d_i`` (Deep et al., section 3,

@@ -20,7 +20,7 @@ class EmrParams(Params):
 
 @merge_method(space="deltas", access="elementwise", paper="arXiv:2405.17461", scratch=6.0)
 def emr(deltas: Sequence[torch.Tensor], params: EmrParams) -> torch.Tensor:
-    """Of each element the largest change in the direction that the sources agree on (EMR-Merging, elected vector).
+    """Element-wise largest change in the direction that the sources agree on (EMR-Merging, elected vector).
 
     ``base + scale * s max_{i: sign(d_i) = s} |d_i|`` with ``s = sign(sum_i d_i)`` in each element (Huang et al.,
     section 3.2, elect). The masks and rescalers of single tasks, which the paper applies once the task is known, are

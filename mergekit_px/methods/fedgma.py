@@ -23,9 +23,9 @@ class FedgmaParams(Params):
     """Divide the weights by their sum."""
 
 
-@merge_method(space="deltas", access="elementwise", paper="arXiv:2201.11986", scratch=4.0)
+@merge_method(family="federated", space="deltas", access="elementwise", paper="arXiv:2201.11986", scratch=4.0)
 def fedgma(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: FedgmaParams) -> torch.Tensor:
-    """Average of the task vectors, damped in each element by how far the sources agree about its sign.
+    """Average of the task vectors, damped where the sources disagree in sign (FedGMA, gradient masking).
 
     ``base + scale * m * sum_i w_i d_i / sum_i w_i`` with ``m = 1`` where ``s >= agreement`` and ``m = s`` elsewhere,
     ``s = |mean_i sign(d_i)|`` (Tenison et al.), element by element, whatever the shape. A zero is no vote.

@@ -25,9 +25,9 @@ class FednovaParams(Params):
     """Factor of the merged task vector (lambda)."""
 
 
-@merge_method(space="deltas", access="elementwise", paper="arXiv:2007.07481", scratch=1.0)
+@merge_method(family="federated", space="deltas", access="elementwise", paper="arXiv:2007.07481", scratch=1.0)
 def fednova(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: FednovaParams) -> torch.Tensor:
-    """Average of the task vectors for each step of training, times the average number of steps.
+    """Average of the task vectors, normalised by the number of training steps (FedNova).
 
     ``base + scale * (sum_i p_i s_i) * sum_i p_i d_i / s_i`` with ``p_i = w_i / sum_k w_k`` and ``s_i`` the steps of
     source i (Wang et al., for plain SGD), element by element, whatever the shape. Sources that were

@@ -53,6 +53,7 @@ def fisher_scope(params: FisherParams) -> Literal["tensor", "model"]:
 
 
 @merge_method(
+    family="statistics",
     space="weights",
     access="two_pass",
     paper="arXiv:2111.09832",
@@ -67,7 +68,7 @@ def fisher(
     params: FisherParams,
     statistics: tuple[float, ...] | None,
 ) -> torch.Tensor:
-    """Average in which each parameter of each model counts by how much that model's predictions depend on it.
+    """Fisher-weighted averaging: each parameter counts by how much the predictions depend on it.
 
     ``sum_i w_i F_i x_i / sum_i w_i F_i`` element by element, where ``F_i`` is the diagonal of the Fisher information
     of model i on its own data, at least ``floor`` (Matena and Raffel, equation 4). The sources are the models and

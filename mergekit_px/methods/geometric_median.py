@@ -93,6 +93,7 @@ def geometric_median_scope(params: Any) -> Literal["tensor", "model"]:
 
 
 @merge_method(
+    family="federated",
     space="weights",
     access="two_pass",
     paper="arXiv:1912.13445",
@@ -104,7 +105,7 @@ def geometric_median_scope(params: Any) -> Literal["tensor", "model"]:
 def geometric_median(
     sources: Sequence[torch.Tensor], weights: Sequence[float], statistics: Sequence[float]
 ) -> torch.Tensor:
-    """The point with the least sum of distances to the sources (geometric median, robust federated averaging).
+    """Geometric median of the models, by Weiszfeld's iteration (robust federated averaging).
 
     ``argmin_x sum_i w_i ||x - x_i||`` (Pillutla et al., section 3), found by Weiszfeld's iteration on the shares of the
     sources. Unlike in a mean, a source pulls with its weight alone, however far away it is: fewer than half of the

@@ -16,7 +16,7 @@ class IsoCParams(NoiseParams):
     pass
 
 
-@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2502.04959", scratch=3.5)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2502.04959", scratch=3.5)
 def iso_c(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
@@ -24,7 +24,7 @@ def iso_c(
     load_base: Callable[[], torch.Tensor] | None,
     name: str,
 ) -> torch.Tensor:
-    """Sum the sources and give all directions of the sum the same strength.
+    """Flatten the singular values of the summed task vectors (isotropic merging, Iso-C).
 
     With ``sum_t w_t D_t = U diag(s) V'``, the merged delta is ``mean(s) U V'`` (Marczak et al.). Mean and
     product run over the numerical rank, and over what exceeds the rounding noise of 16-bit checkpoints: the others

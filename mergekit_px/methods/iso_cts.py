@@ -20,7 +20,7 @@ class IsoCtsParams(NoiseParams):
     """Share of the rank given to the leading directions of the sum; the rest is shared out among the sources."""
 
 
-@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2502.04959", scratch=12.0)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2502.04959", scratch=12.0)
 def iso_cts(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
@@ -28,7 +28,7 @@ def iso_cts(
     load_base: Callable[[], torch.Tensor] | None,
     name: str,
 ) -> torch.Tensor:
-    """Join leading directions of the sum with directions of each source, all of the same strength.
+    """Isotropic merging of common and task-specific subspaces (Iso-CTS).
 
     For an (m, n) matrix of largest rank r, ``U_k, s_k, V_k`` are the leading ``k`` components of ``sum_t w_t D_t``,
     and ``P_t, e_t, Q_t`` the leading ``q`` components of ``w_t D_t - U_k U_k' w_t D_t``, with ``q`` the T-th part of

@@ -76,7 +76,7 @@ def karcher_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[f
     scratch=8.0,
 )
 def karcher(sources: Sequence[torch.Tensor], weights: Sequence[float], statistics: Sequence[float]) -> torch.Tensor:
-    """Karcher mean of the sources' directions, at the mean of their norms.
+    """Karcher (Riemannian) mean of the models on the sphere, at the mean of their norms.
 
     The point ``m`` of the unit sphere with the least ``sum_i w_i angle(m, x_i / |x_i|)^2``, times
     ``sum_i w_i |x_i| / sum_i w_i`` (Karcher, 1977); with two sources of equal weight it is the middle of the arc.

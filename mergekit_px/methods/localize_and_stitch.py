@@ -45,7 +45,7 @@ def localize_scope(params: Any) -> Literal["tensor", "model"]:
 def localize_and_stitch(
     deltas: Sequence[torch.Tensor], params: LocalizeAndStitchParams, statistics: Sequence[float]
 ) -> torch.Tensor:
-    """Of each source its largest changes, their mean where several sources have one (Localize-and-Stitch, dataless).
+    """Keep each source's largest changes, and average where they overlap (Localize-and-Stitch, data-free).
 
     ``base + scale * sum_{i in A} d_i / |A|``, where A are the sources of whose elements this is one of the
     ``int(density * n)`` largest (He et al., section 3, with the masks of the dataless version; the learned masks need

@@ -20,7 +20,7 @@ class MagmaxParams(Params):
 
 @merge_method(space="deltas", access="elementwise", paper="arXiv:2407.06322", scratch=4.0)
 def magmax(deltas: Sequence[torch.Tensor], params: MagmaxParams) -> torch.Tensor:
-    """Of each element the task vector's value that is largest in magnitude.
+    """For each parameter keep the change of largest magnitude (MagMax).
 
     ``base + scale * d_k`` with ``k = argmax_i |d_i|`` in each element (Marczak et al., section 4), whatever the
     shape. Of two opposite values of the same magnitude the positive one is taken.

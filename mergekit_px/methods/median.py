@@ -18,9 +18,9 @@ class MedianParams(Params):
     """Factor of the merged task vector (lambda)."""
 
 
-@merge_method(space="deltas", access="elementwise", paper="arXiv:1803.01498", scratch=16.0)
+@merge_method(family="federated", space="deltas", access="elementwise", paper="arXiv:1803.01498", scratch=16.0)
 def median(deltas: Sequence[torch.Tensor], params: MedianParams) -> torch.Tensor:
-    """Of each element the median of the task vectors.
+    """Element-wise median of the task vectors.
 
     ``base + scale * median_i d_i`` (Yin et al., definition 1; for one-shot federated merging arXiv:2411.18607),
     element by element, whatever the shape. Of an even number of sources the mean of the two in the middle is taken.

@@ -51,7 +51,7 @@ def metagpt_scope(params: Any) -> Literal["tensor", "model"]:
     scratch=4.0,
 )
 def metagpt(deltas: Sequence[torch.Tensor], params: MetagptParams, statistics: Sequence[float]) -> torch.Tensor:
-    """Task arithmetic with weights in proportion to the squared norms of the task vectors (MetaGPT).
+    """Task arithmetic weighted by the squared norms of the task vectors (MetaGPT).
 
     ``base + scale * sum_i w_i d_i`` with ``w_i = ||d_i||^2 / sum_j ||d_j||^2``: for orthogonal task vectors the weights
     that lose least on average over the tasks (Zhou et al., section 3). Element by element, whatever the shape.

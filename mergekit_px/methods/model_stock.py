@@ -70,7 +70,7 @@ def model_stock_cut(params: Any) -> Literal["rows"] | None:
     scratch=12.0,
 )
 def model_stock(deltas: Sequence[torch.Tensor], params: ModelStockParams, statistics: float | None) -> torch.Tensor:
-    """Part of the way from the base to the mean of the fine-tunes, the less they agree the shorter.
+    """Interpolate between base and average by the angle between the fine-tunes (Model Stock).
 
     ``base + t * mean_i d_i`` with ``t = n c / (1 + (n - 1) c)``, where ``c`` is the cosine between the task vectors
     of this tensor, the mean over all pairs if there are more than two (Jang et al., equations 2 and 3, which take

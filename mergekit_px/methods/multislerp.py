@@ -51,7 +51,7 @@ def multislerp_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tupl
     scratch=8.0,
 )
 def multislerp(sources: Sequence[torch.Tensor], weights: Sequence[float], statistics: Sequence[float]) -> torch.Tensor:
-    """Spherical interpolation of any number of models, in the tangent space at their mean.
+    """Spherical interpolation of any number of models, in the tangent space at their mean (multi-SLERP).
 
     With ``u_i = x_i / |x_i|`` and ``m`` the direction of ``sum_i w_i u_i``: ``exp_m(sum_i w_i (u_i - (u_i . m) m))``
     times ``sum_i w_i |x_i|``. Tensors of every shape are taken as one vector each. Where the weighted directions
@@ -76,7 +76,7 @@ def multislerp(sources: Sequence[torch.Tensor], weights: Sequence[float], statis
 def multislerp_deltas(
     deltas: Sequence[torch.Tensor], weights: Sequence[float], statistics: Sequence[float]
 ) -> torch.Tensor:
-    """Base plus the spherical interpolation of any number of task vectors.
+    """Base plus the spherical interpolation of any number of task vectors (multi-SLERP).
 
     The formula of ``multislerp`` on the differences to the base.
 

@@ -26,7 +26,7 @@ class NearswapParams(Params):
     scratch=1.0,
 )
 def nearswap(deltas: Sequence[torch.Tensor], params: NearswapParams) -> torch.Tensor:
-    """The base, moved towards the source by ``t`` in each element, or less where the source is nearer.
+    """Move the base towards the source by at most ``t`` in each element (NearSwap).
 
     ``base + w d`` with ``w = min(t / |d|, 1)``, which is ``base + clamp(d, -t, t)``: elements that are near become
     those of the source, others are nudged. Element by element, whatever the shape.

@@ -95,7 +95,7 @@ def nuslerp(
     params: NuslerpParams,
     statistics: tuple[float, float] | None,
 ) -> torch.Tensor:
-    """Spherical interpolation between two models, as far as their weights say.
+    """Spherical interpolation between two models by their weights (NuSLERP).
 
     ``sin((1 - t) a) / sin(a) * x + sin(t a) / sin(a) * y`` with ``t = w_y / (w_x + w_y)``, where ``a`` is the angle
     between ``x`` and ``y``: the whole tensors, or with ``along`` each pair of rows or columns (Shoemake, SIGGRAPH
@@ -122,7 +122,7 @@ def nuslerp_deltas(
     params: NuslerpParams,
     statistics: tuple[float, float] | None,
 ) -> torch.Tensor:
-    """Base plus the spherical interpolation between two task vectors.
+    """Base plus the spherical interpolation between two task vectors (NuSLERP).
 
     The formula of ``nuslerp`` on the differences to the base.
 

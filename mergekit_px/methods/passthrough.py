@@ -18,9 +18,9 @@ class PassthroughParams(Params):
     """Factor of the weights."""
 
 
-@merge_method(space="any", access="elementwise", sources=(1, 1), scratch=1.0)
+@merge_method(family="building block", space="any", access="elementwise", sources=(1, 1), scratch=1.0)
 def passthrough(sources: Sequence[torch.Tensor], params: PassthroughParams) -> torch.Tensor:
-    """The source itself, or a multiple of it.
+    """Copy the source, or a multiple of it.
 
     ``scale * x``, element by element, whatever the shape. Useful for stacking layers and for scaling some of them.
     """

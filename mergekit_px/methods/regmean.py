@@ -23,9 +23,11 @@ class RegMeanParams(Params):
     """Pull towards the average, in shares of the mean of the diagonals: decides along inputs that never occur."""
 
 
-@merge_method(space="weights", access="tensor", paper="arXiv:2212.09849", companions=GRAM, scratch=14.0)
+@merge_method(
+    family="statistics", space="weights", access="tensor", paper="arXiv:2212.09849", companions=GRAM, scratch=14.0
+)
 def regmean(sources: Sequence[torch.Tensor], weights: Sequence[float], params: RegMeanParams) -> torch.Tensor:
-    """Find the layer whose outputs are nearest to those of each model on the inputs which that model sees.
+    """Match each layer's outputs by least squares on the models' own inputs (RegMean).
 
     For the (m, n) weight of a linear layer, ``X = (sum_i w_i W_i G_i) (sum_i w_i G_i)^-1`` minimises
     ``sum_i w_i E|X x - W_i x|^2`` (Jin et al., equation 2, for weights that multiply from the left), where

@@ -90,7 +90,7 @@ def _energies(cut: float, operands: Operands) -> torch.Tensor:
     presets={"mergekit": {"select": 1.0, "tie": "positive"}},
 )
 def sce(deltas: Sequence[torch.Tensor], params: SceParams, statistics: Selection) -> torch.Tensor:
-    """Merge the elements that vary most, weighted by each source's energy, where signs agree.
+    """Merge the elements of highest variance, weighted by each source's energy, where signs agree (SCE).
 
     1. Select: of the tensor's n elements the ``int(select * n)`` with the largest variance over the sources (what
        ties with the last stays too); the others are those of the base.

@@ -48,7 +48,7 @@ def slerp_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[flo
     scratch=6.0,
 )
 def slerp(sources: Sequence[torch.Tensor], statistics: tuple[float, float]) -> torch.Tensor:
-    """Spherical interpolation between two models.
+    """Spherical interpolation between two models (SLERP).
 
     ``sin((1 - t) a) / sin(a) * x + sin(t a) / sin(a) * y``, where ``a`` is the angle between the whole tensors
     ``x`` and ``y`` (Shoemake, SIGGRAPH 1985). The angle is that of the directions, the combination is of the

@@ -19,9 +19,9 @@ class StarParams(SpectralParams):
     """Percentage of the sum of each source's singular values that is kept."""
 
 
-@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2502.10339", scratch=10.0)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2502.10339", scratch=10.0)
 def star(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: StarParams, name: str) -> torch.Tensor:
-    """Mean of the sources' leading components, rescaled to their old nuclear norm.
+    """Mean of the sources' low-rank parts, rescaled to their nuclear norm (STAR, spectral truncation and rescale).
 
     Of each matrix ``w_t D_t = U diag(s) V'`` the fewest leading components whose values add up to ``eta`` percent of
     ``sum(s)`` are kept and multiplied by ``sum(s) / sum(kept s)``; the merged delta is the mean over the sources.

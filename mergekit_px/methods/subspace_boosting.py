@@ -19,7 +19,7 @@ class SubspaceBoostingParams(NoiseParams):
     """Share of the sum of the singular values at which lifting begins; 0 lifts everything to the largest."""
 
 
-@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2506.16506", scratch=8.0)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2506.16506", scratch=8.0)
 def subspace_boosting(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
@@ -27,7 +27,7 @@ def subspace_boosting(
     load_base: Callable[[], torch.Tensor] | None,
     name: str,
 ) -> torch.Tensor:
-    """Lift the weak directions of a sum, or of one merge, to the strength of a stronger one.
+    """Raise the small singular values of a sum of task vectors, or of one merge (Subspace Boosting).
 
     With ``sum_t w_t D_t = U diag(s) V'`` and c the first index at which ``(s_1 + .. + s_c) / sum(s) >= beta``, every
     ``s_j`` below ``s_c`` becomes ``s_c``. Given the result of another step as its only source, it boosts any merge

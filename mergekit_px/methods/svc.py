@@ -20,9 +20,17 @@ class SvcParams(SpectralParams):
     by TSV-M."""
 
 
-@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2602.05536", sources=(2, None), scratch=9.0)
+@merge_method(
+    family="spectral",
+    space="deltas",
+    access="tensor",
+    centred=True,
+    paper="arXiv:2602.05536",
+    sources=(2, None),
+    scratch=9.0,
+)
 def svc(deltas: Sequence[torch.Tensor], params: SvcParams, name: str) -> torch.Tensor:
-    """Calibrate the singular values of a merge, the first source, by the models that it was merged from.
+    """Calibrate the singular values of a merge by those of its sources (SVC, singular value calibration).
 
     The first source is the merge (usually another step), the others are its T sources. With the merge's delta
     ``M = U diag(s) V'``, ``a = U'M`` and ``a_i = U'D_i``, each ``s_j`` is divided by the mean over i of

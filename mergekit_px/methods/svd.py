@@ -24,9 +24,9 @@ class SvdParams(SpectralParams):
     """Calibrate the singular values of the result by the sources (the method svc), which are then read twice."""
 
 
-@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2508.19353", scratch=6.0)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2508.19353", scratch=6.0)
 def svd(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: SvdParams, name: str) -> torch.Tensor:
-    """Pool the rank-one components of all sources and keep the K largest of each matrix.
+    """Pool the rank-one components of all sources and keep the K largest of each matrix (AXIS).
 
     Each ``w_t D_t = sum_j s_tj u_tj v_tj'`` gives its components to one pool per matrix; the K with the largest
     ``s`` are kept, and the merged delta is their sum (Osial et al., without the tuning that follows

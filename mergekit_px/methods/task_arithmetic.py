@@ -25,7 +25,7 @@ class TaskArithmeticParams(Params):
 def task_arithmetic(
     deltas: Sequence[torch.Tensor], weights: Sequence[float], params: TaskArithmeticParams
 ) -> torch.Tensor:
-    """Base plus the scaled sum of the task vectors.
+    """Base plus the weighted sum of the task vectors (task arithmetic).
 
     ``base + scale * sum_i w_i (x_i - base)`` (Ilharco et al., section 2), element by element, whatever the shape.
     A negative weight subtracts the task; with ``normalize`` the weights are first divided by their sum.

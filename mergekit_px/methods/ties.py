@@ -64,7 +64,7 @@ def ties_scope(params: Any) -> Literal["tensor", "model"]:
 def ties(
     deltas: Sequence[torch.Tensor], weights: Sequence[float], params: TiesParams, statistics: Trimming
 ) -> torch.Tensor:
-    """Trim each task vector, elect a sign for each element, merge the values that have it.
+    """Trim each task vector, elect a sign for each element, merge the values that agree (TIES).
 
     1. Trim: of the n elements of a source the ``k = int(density * n)`` largest magnitudes stay (at least one unless
        the density is 0), the rest become 0. The threshold is exact, and all elements that tie with the k-th stay.

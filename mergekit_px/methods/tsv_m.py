@@ -17,7 +17,7 @@ class TsvMParams(NoiseParams):
     """Components of each source, a number or a percentage of the rank; an equal share of the rank if left out."""
 
 
-@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2412.00081", scratch=4.5)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2412.00081", scratch=4.5)
 def tsv_m(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
@@ -25,7 +25,7 @@ def tsv_m(
     load_base: Callable[[], torch.Tensor] | None,
     name: str,
 ) -> torch.Tensor:
-    """Merge the leading components of each source, made orthogonal to those of the others.
+    """Orthogonalise the leading singular vectors of the sources and sum them (TSV-M, task singular vectors).
 
     For an (m, n) matrix and T sources, the ``k = floor(min(m, n) / T)`` leading components ``U_t, s_t, V_t`` of each
     ``w_t D_t`` are stacked to ``U, s, V``, and the merged delta is ``polar(U) diag(s) polar(V)'`` (Gargiulo et

@@ -22,9 +22,9 @@ class WudiParams(SpectralParams):
     """Step size of Adam."""
 
 
-@merge_method(space="deltas", access="tensor", centred=True, paper="arXiv:2503.08099", scratch=12.0)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2503.08099", scratch=12.0)
 def wudi(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: WudiParams, name: str) -> torch.Tensor:
-    """Find the update whose differences to the sources' updates do least along the inputs that those span.
+    """Minimise the interference between task vectors without data (WUDI).
 
     For an (m, n) matrix, minimise ``sum_t ||(X - D_t) D_t'||^2 / ||D_t||^2`` over X with Adam, beginning at
     ``sum_t D_t`` (Cheng et al.). The gradient is ``2 (X G - C)`` with ``G = sum_t D_t'D_t / ||D_t||^2`` and

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from unittest.mock import patch
 
 from mergekit_px.cli import main
-from mergekit_px.cli._commands import GROUPS, Command, all_commands
+from mergekit_px.cli._commands import GROUPS, METHODS, USUAL, Command, all_commands
 from mergekit_px.methods.declare import method_slug
 from tools.docs.markdown import docstring, table
 from tools.docs.methods import own_methods
@@ -38,8 +38,10 @@ def command_tables() -> str:
                 docstring(command.summary),
             )
             for command in own_commands()
-            if command.group == group
+            if command.group == group and (group != METHODS or command.name in USUAL)
         ]
+        if group == METHODS:
+            rows.append(("[all methods](docs/methods.md)", "`pxmerge methods` lists them by family."))
         if rows:
             parts.append(table((group, ""), rows))
     return "\n".join(parts)
