@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mergekit_px.checkpoint.selection import ADAPTER_FILE, select_weights
 from mergekit_px.checkpoint.side_files import TRAINING, side_files
 from mergekit_px.checkpoint.training_run import RunCheckpoint, TrainingRun, check_spacing, training_run
 from mergekit_px.cli._arguments import Several
@@ -109,6 +110,13 @@ def average(
     chosen = _chosen(found, run, last, every, from_step, to_step)
     if stride is not None and window is None:
         raise UsageError("--stride goes with --window", hint="add --window N")
+    adapter = next((each.reference for each in chosen if _is_adapter(each)), None)
+    if adapter is not None:
+        raise UsageError(
+            "this is an adapter, and the mean of adapters is not that of their factors",
+            where=adapter,
+            hint="pxmerge adapter merge takes adapters",
+        )
     names = dict(zip(chosen, model_names([each.reference for each in chosen]), strict=True))
     numbers = run_weights(weights or ["uniform"], window or len(chosen))
     windows = [chosen] if window is None else _windows(chosen, window, stride or window)
@@ -215,6 +223,14 @@ def _chosen(
     if len(run) == 1 and every is None:
         check_spacing([each.step for each in chosen if each.step is not None], where)
     return chosen
+
+
+def _is_adapter(checkpoint: RunCheckpoint) -> bool:
+    folder = Path(checkpoint.reference).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        return False
+    weights = select_weights(entry.name for entry in folder.iterdir())
+    return weights is not None and weights.names[:1] == (ADAPTER_FILE,)
 
 
 def _span(chosen: Sequence[RunCheckpoint]) -> str:

@@ -90,6 +90,35 @@ def keep_running_mean(
     """Take what a run has and the mean has not; with ``follow`` go on until the last step of ``bounds``."""
     if word != "uniform":
         ema_decay(word)
+    try:
+        return _keep(run, state, word, bounds, options, output, follow=follow)
+    except KeyboardInterrupt:
+        raise Interrupted(_command(run, state, word, bounds, options, follow=follow)) from None
+
+
+def _command(
+    run: Sequence[str], state: Path, word: str, bounds: tuple[int, int | None], options: RunOptions, *, follow: bool
+) -> list[str]:
+    """The words that go on after an interruption: the mean has what it has taken."""
+    first, last = bounds
+    words = ["average", *run, "--into", str(state)]
+    words += ["--weights", word] if word != "uniform" else []
+    words += ["--from", str(first)] if first else []
+    words += ["--to", str(last)] if last is not None else []
+    words += ["-o", str(options.output), "--overwrite"] if options.output is not None else []
+    return [*words, "--follow"] if follow else words
+
+
+def _keep(
+    run: Sequence[str],
+    state: Path,
+    word: str,
+    bounds: tuple[int, int | None],
+    options: RunOptions,
+    output: Output,
+    *,
+    follow: bool,
+) -> int:
     first, last = bounds
     with _locked(state):
         known = read_running_mean(state)
@@ -118,10 +147,7 @@ def keep_running_mean(
             done = last is not None and known is not None and known.last >= last
             if not follow or done:
                 break
-            try:
-                time.sleep(_POLL_SECONDS)
-            except KeyboardInterrupt:
-                raise Interrupted from None
+            time.sleep(_POLL_SECONDS)
         if known is None:
             raise InputError("no checkpoint is there to begin a mean with", where=run[0])
         if not results:

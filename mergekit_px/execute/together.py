@@ -17,7 +17,7 @@ from mergekit_px.execute.lane import Lane
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.plan.budget import needs_whole, plan_budget, unit
 from mergekit_px.plan.model import Plan, WorkItem
-from mergekit_px.plan.nodes import Apply, Leaf, Node, Read
+from mergekit_px.plan.nodes import Apply, Decoded, Leaf, Node, Read
 from mergekit_px.plan.peak import Budget
 
 _PIECE = 1 << 16
@@ -120,10 +120,13 @@ def _interned(item: WorkItem, known: dict[object, Node]) -> WorkItem:
     def visit(node: Node) -> Node:
         if isinstance(node, Read):
             return known.setdefault((node.input, node.tensor.name, node.shape, node.kind), node)
+        if isinstance(node, Decoded):
+            parts = tuple((part.input, part.tensor.name) for part in node.parts)
+            return known.setdefault((node.encoding.name, parts, node.kind), node)
         if isinstance(node, Apply):
             base = None if node.base is None else visit(node.base)
             return replace(node, sources=tuple(map(visit, node.sources)), base=base)
-        return node  # views and adapters are told apart by what they are
+        return node  # gathered rows and adapters are told apart by what they are
 
     return WorkItem(item.name, item.dtype, item.shape, visit(item.node))
 

@@ -229,3 +229,44 @@ def test_distributed_checkpoints_of_a_run(run, tmp_path, monkeypatch) -> None:
     outcome = run("average", "run", "-o", "other")
     assert outcome.code == 3 and "__0_0.distcp, which is missing" in outcome.stderr
     assert outcome.stderr.count("error") == 1 and not Path("other").exists()
+
+
+def test_windows_over_encoded_checkpoints_read_each_tensor_once(run, tmp_path, monkeypatch) -> None:
+    from mergekit_px.checkpoint.reader import FileReader
+
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 5):
+        weights = {
+            "model.layers.0.mlp.up_proj.weight": torch.randn(128, 256, generator=generator).to(torch.float8_e4m3fn),
+            "model.layers.0.mlp.up_proj.weight_scale_inv": torch.rand(1, 2, generator=generator) + 0.5,
+            "model.norm.weight": torch.randn(8, generator=generator),
+        }
+        config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+        write_checkpoint(Path(f"run/step-{step}"), weights, config=config)
+    reads: list[tuple[str, str, int]] = []
+    read_into = FileReader.read_into
+
+    def counted(self, tensor, start, buffer):
+        reads.append((self._checkpoint.label, tensor.name, start))
+        read_into(self, tensor, start, buffer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileReader, "read_into", counted)
+        outcome = run("average", "run", "--window", 3, "--stride", 1, "-o", "out", "--dtype", "float32")
+    assert outcome.code == 0, outcome.stderr
+    values = [read for read in reads if not read[1].endswith("scale_inv")]
+    assert len(values) == len(set(values)) == 8
+    assert run("average", "run", "--last", 3, "-o", "single", "--dtype", "float32").code == 0
+    one, other = (load_file(f"{folder}/model.safetensors") for folder in ("out/steps-2-4", "single"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_adapters_are_sent_to_their_own_command(run, training) -> None:
+    for step in (100, 200):
+        folder = Path(f"run/checkpoint-{step}")
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text("{}")
+    outcome = run("average", "run", "-o", "out")
+    assert outcome.code == 2 and "run/checkpoint-100: this is an adapter" in outcome.stderr
+    assert "pxmerge adapter merge" in outcome.stderr and outcome.stderr.count("\n") == 1

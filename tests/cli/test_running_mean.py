@@ -156,3 +156,18 @@ def test_mistakes(run, words: str, code: int, message: str) -> None:
     outcome = run("average", *words.split())
     assert outcome.code == code and message in outcome.stderr
     assert outcome.stderr.count("\n") == 1 and not Path("state").exists()
+
+
+def test_ctrl_c_says_the_command_that_goes_on(run, monkeypatch) -> None:
+    save(1)
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergekit_px.cli.running_mean._SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("mergekit_px.cli.running_mean.time.sleep", interrupted)
+    outcome = run("average", "run", "--into", "state", "--follow", "-o", "out")
+    assert outcome.code == 130
+    assert "pxmerge average run --into state -o out --overwrite --follow" in outcome.stderr
+    assert json.loads(Path("state/running-mean.json").read_text())["steps"] == [1]
+    assert run("average", "run", "--into", "state").code == 0
