@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -149,3 +150,17 @@ def test_labels_that_mean_nothing_are_refused(kind: str, change: Any, message: s
     arrays = change(task(kind, 6, 0))
     with pytest.raises(InputError, match=message):
         read(MAKERS[kind]().eval(), arrays)
+
+
+def test_a_causal_class_whose_own_loss_moves_nothing_is_moved_once() -> None:
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32,
+        max_position_embeddings=64, pad_token_id=0, dropout=0.0,
+    )  # fmt: skip
+    module = transformers.BartForCausalLM(config).eval()
+    given = task("llama", 6, 0)
+    assert read_labels(module, examples(given, "data"), CPU)[1].kind == "next tokens"
+    moved = torch.cat([given["labels"][:, 1:], torch.full((6, 1), IGNORED)], dim=1)
+    data, reading = read_labels(module, examples({**given, "labels": moved}, "data"), CPU)
+    assert reading.kind == "tokens" and torch.equal(data.arrays[TARGETS], read(module, given).arrays[TARGETS])
