@@ -25,15 +25,6 @@ HIDDEN, EXPERT, DENSE, HEADS, VOCABULARY = 7168, 2048, 18432, 128, 129280
 BLOCK = 128
 SHARD = 4_300_000_000
 
-PLAN = """
-import shutil, sys
-from collections import namedtuple
-usage = namedtuple("usage", "total used free")
-shutil.disk_usage = lambda path: usage(10**15, 0, 10**15)  # the output would not fit on this machine
-from mergekit_px.cli import main
-sys.exit(main({words!r}))
-"""
-
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -116,8 +107,8 @@ def main() -> None:
         models = {name: str(home / name) for name in ("base", "one", "two")}
         step = {"method": options.method, "base": "base", "sources": ["one", "two"]}
         (home / "recipe.yaml").write_text(json.dumps({"models": models, "merge": step}))
-        words = ["plan", str(home / "recipe.yaml"), "--json", "--set", f"output.path={home / 'out'}"]
-        command = [sys.executable, "-c", PLAN.format(words=words)]
+        command = [sys.executable, "-m", "mergekit_px", "plan", str(home / "recipe.yaml"), "--json"]
+        command += ["-o", str(home / "out"), "-q"]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout is not None

@@ -43,7 +43,8 @@ def _merge_part(loaded: LoadedRecipe, options: RunOptions, part: str) -> int:
     number, count = parse_part(part)
     if loaded.recipe.output.push is not None:
         raise UsageError("a part is not pushed", hint="push the whole after pxmerge publish")
-    plan = build_plan(loaded, options.plan_options())
+    # Room is wanted for the part, not for the whole.
+    plan = build_plan(loaded, replace(options.plan_options(), require_room=False))
     if options.dry_run:
         show_plan(plan, output)
         return 0
@@ -85,7 +86,8 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
     from mergekit_px.plan.build import build_plan
 
     output = output_for(json=options.json, quiet=options.quiet)
-    plan = build_plan(loaded, options.plan_options())
+    # What is only planned may be meant for another machine.
+    plan = build_plan(loaded, replace(options.plan_options(), require_room=not options.dry_run))
     if options.dry_run:
         show_plan(plan, output)
         _note_output(plan, output)
@@ -167,13 +169,18 @@ def merge_together(recipes: Mapping[str, Mapping[str, Any]], options: RunOptions
 def _note_output(plan: Plan, output: Output) -> None:
     """Say what a run would find in the output folder."""
     from mergekit_px.checkpoint.destination import check_mode
-    from mergekit_px.errors import OutputError
+    from mergekit_px.errors import DiskSpaceError, OutputError
     from mergekit_px.execute.finished import claims_result
+    from mergekit_px.plan.build import check_room
 
     if plan.output is None:
         return
     try:
         check_mode(plan.output, plan.options.mode, plan.hash)
+        if plan.options.mode == "new":
+            check_room(plan, plan.output)
+    except DiskSpaceError as error:
+        output.note(f"note: a run here would be refused: {error}")
     except OutputError as error:
         if claims_result(plan):
             output.note(f"note: {plan.output} is the result of this plan already, if its inputs did not change since")

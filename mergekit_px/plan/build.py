@@ -202,9 +202,15 @@ def check_output(plan: Plan, output: Path) -> None:
     check_apart(output, [artefact.path for artefact in plan.artefacts])
     if output.exists() and not output.is_dir() and destination(output).file is None:
         raise OutputError("the output is a file, not a folder", where=str(output), hint="give a folder with -o")
+    if plan.options.require_room and plan.options.mode == "new":
+        check_room(plan, output)
+
+
+def check_room(plan: Plan, output: Path) -> None:
+    """Raises DiskSpaceError where the whole output does not fit on the disk."""
     existing = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    if plan.options.mode == "new" and free < plan.bytes_written:
+    if free < plan.bytes_written:
         raise DiskSpaceError(f"{plan.bytes_written:,} bytes are to be written and {free:,} are free", where=str(output))
 
 

@@ -24,5 +24,7 @@ class PlanOptions:
     allow_base_mismatch: bool = False
     strict: bool = False
     """Whether sources whose configs disagree in what the weights mean are refused."""
+    require_room: bool = True
+    """Whether an output that does not fit on the disk is refused while planning; the writer looks in any case."""
     hash_inputs: bool = True
     """Whether the lock file gets the sha256 of every local input file."""

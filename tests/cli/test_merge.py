@@ -304,3 +304,15 @@ def test_the_schema_accepts_the_recipe(run) -> None:
     jsonschema.validate(yaml.safe_load(RECIPE), run("schema").document())
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(yaml.safe_load(RECIPE.replace("merge:", "murge:")), run("schema").document())
+
+
+def test_a_plan_that_does_not_fit_on_this_disk_is_shown_and_said(run, models, recipe: Path, monkeypatch) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    outcome = run("plan", recipe, "-o", "out", "--json")
+    assert outcome.code == 0 and outcome.document()["output"]["bytes"] > 100
+    assert "a run here would be refused" in outcome.stderr and "100 are free" in outcome.stderr
+    outcome = run("run", recipe, "-o", "out")
+    assert outcome.code == 4 and "100 are free" in outcome.stderr and not Path("out").exists()

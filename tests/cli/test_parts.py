@@ -140,3 +140,16 @@ def test_the_commands_of_the_guide_run(run) -> None:
         assert words[0] == "pxmerge"
         assert run(*words[1:]).code == 0, line
     assert run("verify", "merged").code == 0
+
+
+def test_room_is_wanted_for_the_part_alone(run, monkeypatch) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2000))
+    refused = run("run", "recipe.yaml", "-o", "whole")
+    assert refused.code == 4 and "2,000 are free" in refused.stderr
+    assert run("run", "recipe.yaml", "-o", "out", "--part", "2/4").code == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    refused = run("run", "recipe.yaml", "-o", "out", "--part", "3/4")
+    assert refused.code == 4 and "more bytes of disk" in refused.stderr
