@@ -265,6 +265,12 @@ def test_other_methods(text: str, step: str) -> None:
     assert load(text).recipe.steps == expected
 
 
+def test_the_base_of_a_method_without_weights_takes_part() -> None:
+    text = "merge_method: karcher\nbase_model: c\nmodels: [{model: a}, {model: b}]"
+    assert load(text).recipe.steps["merge"].source_names() == ["a", "b", "c"]
+    assert load(text.replace("model: b}", "model: c}")).recipe.steps["merge"].source_names() == ["a", "c"]
+
+
 @pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
 def test_a_base_turns_interpolation_to_that_of_task_vectors(method: str) -> None:
     step = load(f"merge_method: {method}\nbase_model: c\nmodels: {PAIR}").recipe.steps["merge"]

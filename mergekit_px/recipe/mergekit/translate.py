@@ -237,7 +237,8 @@ class _Translator:
                 raise RecipeError(f"{peer.name} needs a model besides the base_model", where=where)
         elif piece.base is not None and listed is None and "models" in self.entries:
             added = Source(piece.base, self.entries["base_model"])
-            if peer.sources is None and self._choices("weight", peer.parameters["weight"], piece, added):
+            weight = peer.parameters.get("weight")
+            if peer.sources is None and (weight is None or self._choices("weight", weight, piece, added)):
                 sources.append(added)
             else:
                 self.differences.append(
