@@ -19,7 +19,7 @@ from mergekit_px.plan.layers import is_embedding, stack_sizes
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
 from mergekit_px.plan.tokenizers import adapter_tokenizer
-from mergekit_px.plan.views import has_decoded, plain_config
+from mergekit_px.plan.views import QUANTISATION_FILES, has_decoded, plain_config
 from mergekit_px.plan.vocabulary import ChosenVocabulary
 from mergekit_px.plan.vocabulary_texts import followed_ids, tokenizer_texts
 from mergekit_px.recipe.loaded import LoadedRecipe
@@ -89,6 +89,9 @@ def beside_weights(
             side_files = {name: giver for name, giver in side_files.items() if not is_tokenizer_file(name)} | brought
         notes.extend(said)
     left = {} if fitting is None else dict(inputs[fitting].checkpoint.left_behind)
+    if has_decoded(items):
+        left |= {name: "it says how weights were quantised" for name in side_files if name in QUANTISATION_FILES}
+        side_files = {name: giver for name, giver in side_files.items() if name not in QUANTISATION_FILES}
     return Beside(
         config_from=fitting,
         tokenizer_from=tokenizer_from,

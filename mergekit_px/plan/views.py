@@ -17,9 +17,12 @@ from mergekit_px.errors import InputError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Decoded, Kind, Node, Read, Rows
+from mergekit_px.storage.integer_settings import SETTINGS_FILES
 from mergekit_px.storage.recognise import QuantisedTensors, quantised_tensors
 
 _QUANTISATION_KEYS = ("quantization_config", "compression_config")
+QUANTISATION_FILES = (*SETTINGS_FILES, "hf_quant_config.json")
+"""Side files that hold for quantised weights alone: AutoGPTQ's, AutoAWQ's and ModelOpt's."""
 
 
 @dataclass(frozen=True)

@@ -56,15 +56,13 @@ class Encoding(ABC):
 
         part = self.parts[role]
         values = read(part, begin, part.elements if end is None else end).to(torch.float32)
-        if not bool(((values > 0) & torch.isfinite(values)).all()):
-            raise self.error(
-                f"its scales {shown(part.name)} must be positive and finite, and {_worst(values)} is among them",
-                "the file is damaged, or was written in another way than its names say",
-            )
+        self.check_scales(part, values, (values > 0) & torch.isfinite(values), "positive and finite")
         return values
 
-
-def _worst(values: torch.Tensor) -> str:
-    import torch
-
-    return f"{float(values[~((values > 0) & torch.isfinite(values))][0]):g}"
+    def check_scales(self, part: StoredTensor, values: torch.Tensor, valid: torch.Tensor, must: str) -> None:
+        """Raises InputError where not all of these scales are valid."""
+        if not bool(valid.all()):
+            raise self.error(
+                f"its scales {shown(part.name)} must be {must}, and {float(values[~valid][0]):g} is among them",
+                "the file is damaged, or was written in another way than its names say",
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mergekit_px.checkpoint.dtypes import DTYPES, DType
@@ -14,6 +15,18 @@ from mergekit_px.errors import InputError, MalformedCheckpointError
 from mergekit_px.small_files import LARGEST_SMALL_FILE
 from mergekit_px.storage.encoding import Encoding
 from mergekit_px.storage.four_bit import BitsAndBytes4, Mxfp4, Nvfp4
+from mergekit_px.storage.integer_settings import IntegerSettings, integer_settings
+from mergekit_px.storage.packed_integers import (
+    AWQ_BITS,
+    WORD,
+    Awq,
+    CompressedIntegers,
+    Gptq,
+    GptqV2,
+    PackedIntegers,
+    group_sizes,
+    unpacked,
+)
 from mergekit_px.storage.scaled import Scaled, block_sides
 
 ReadBytes = Callable[[StoredTensor], bytes]
@@ -28,11 +41,11 @@ _STATE = ".quant_state."
 _OF_ACTIVATIONS = ("input_scale", "scale_input", "output_scale", "weight_format", "input_global_scale")
 """Beside a weight, and of no meaning for its values: scales of activations, a tag of its layout."""
 _UNDECODED = {
-    "qweight": "packed integers as GPTQ and AWQ have them",
-    "qzeros": "packed integers as GPTQ and AWQ have them",
+    "qweight": "packed integers of GPTQ or AWQ without their scales or zero points",
+    "qzeros": "zero points of GPTQ or AWQ without their codes",
     "SCB": "bitsandbytes 8-bit scales",
-    "weight_packed": "packed integers of compressed-tensors",
-    "weight_shape": "packed integers of compressed-tensors",
+    "weight_packed": "packed codes of compressed-tensors without their scales or shape",
+    "weight_shape": "packed codes of compressed-tensors without their scales or shape",
     "weight_zero_point": "integers with a zero point",
     "absmax": "bitsandbytes 4-bit scales",
     "quant_map": "bitsandbytes 4-bit tables",
@@ -74,6 +87,7 @@ def quantised_tensors(checkpoint: Checkpoint, read_bytes: ReadBytes) -> Quantise
 
 class _Recognition:
     def __init__(self, checkpoint: Checkpoint, read_bytes: ReadBytes) -> None:
+        self.checkpoint = checkpoint
         self.tensors = checkpoint.tensors
         self.where = checkpoint.label
         self.read_bytes = read_bytes
@@ -87,10 +101,14 @@ class _Recognition:
         for name, tensor in self.tensors.items():
             if name in self.found.parts:
                 continue
-            if tensor.dtype.name in _FLOAT8 or tensor.dtype.name == "I8":
+            if name.rpartition(".")[2] == "qweight":
+                self._gptq_or_awq(name, tensor)
+            elif tensor.dtype.name in _FLOAT8 or tensor.dtype.name == "I8":
                 self._scaled(name, tensor)
             elif tensor.dtype.name == "U8":
                 self._four_bit(name, tensor)
+            elif name.rpartition(".")[2] == "weight_packed":
+                self._compressed_integers(name, tensor)
         if self.found.encodings and _COMFY_MARKER in self.tensors:
             self.found.parts.add(_COMFY_MARKER)
         rest = [name for name in self.tensors if name not in self.found.parts and name not in self.found.refused]
@@ -102,7 +120,18 @@ class _Recognition:
             self.found.refused.setdefault(name, what)
         return self.found
 
+    @cached_property
+    def settings(self) -> IntegerSettings:
+        return integer_settings(self.checkpoint, _sections(self.checkpoint.config))
+
     def _add(self, encoding: Encoding) -> None:
+        codes = encoding.parts["codes"].name
+        if encoding.name != codes and encoding.name in self.tensors:
+            raise InputError(
+                f"{shown(encoding.name)} is there plainly and encoded, as {shown(codes)}",
+                where=self.where,
+                hint="keep one of the two",
+            )
         self.found.encodings[encoding.name] = encoding
         self.found.parts.update(part.name for part in encoding.parts.values())
         module = encoding.name.rpartition(".")[0]
@@ -168,6 +197,143 @@ class _Recognition:
                 if block_scales is not None and whole is not None and block_scales.dtype.name == "F8_E4M3":
                     self._nvfp4(plain, codes, block_scales, whole, divides)
                     return
+
+    def _gptq_or_awq(self, name: str, codes: StoredTensor) -> None:
+        parts = self._parts(name, codes, {"zeros": "qzeros", "scales": "scales", "groups": "g_idx"})
+        if "zeros" not in parts or "scales" not in parts:
+            return
+        zeros, scales = parts["zeros"], parts["scales"]
+        if any(len(part.shape) != 2 or 0 in part.shape for part in (codes, zeros, scales)):
+            raise self._unfit(parts)
+        count, outputs = scales.shape
+        if codes.shape[1] * WORD == outputs * AWQ_BITS:
+            bits, inputs, fits = AWQ_BITS, codes.shape[0], zeros.shape == (count, codes.shape[1])
+        else:
+            bits = zeros.shape[1] * WORD // outputs
+            inputs = codes.shape[0] * WORD // max(bits, 1)
+            fits = codes.shape[1] == outputs and zeros.shape == (count, -(-outputs * bits // WORD))
+            fits &= 2 <= bits <= 8 and codes.shape[0] * WORD == inputs * bits
+        if not fits:
+            raise self._unfit(parts)
+        awq = codes.shape[1] != outputs
+        if self.settings.unknown is not None:
+            self.found.refused[name] = f"packed integers in {self.settings.unknown}"
+        elif not awq and self.settings.ordered and "groups" not in parts:
+            self.found.refused[name] = "packed integers of GPTQ in the order of activations (desc_act) without a g_idx"
+        else:
+            kind = Awq if awq else self._gptq(zeros, bits)
+            self._add_integers(kind, f"{name.removesuffix('qweight')}weight", (outputs, inputs), parts, bits, count)
+
+    def _gptq(self, zeros: StoredTensor, bits: int) -> type[Gptq]:
+        """Which of the two ways zero points are kept in; where nothing says it, the middle of the codes tells."""
+        if self.settings.zero_points is not None:
+            return GptqV2 if self.settings.zero_points == "gptq_v2" else Gptq
+        import torch
+
+        words = torch.frombuffer(bytearray(self.read_bytes(zeros)), dtype=torch.int32).view(zeros.shape)
+        kept = unpacked(words, bits).unique().tolist()
+        for kind in (Gptq, GptqV2):
+            if kept == [(1 << (bits - 1)) - kind.kept_less]:
+                return kind
+        raise InputError(
+            f"the zero points {shown(zeros.name)} may be kept less one (GPTQ) or as they are (GPTQ v2), and nothing"
+            " says which",
+            where=self.where,
+            hint="give the model's folder, with a config.json whose quantization_config names the checkpoint_format",
+        )
+
+    def _compressed_integers(self, name: str, codes: StoredTensor) -> None:
+        leaves = {"scales": "weight_scale", "sizes": "weight_shape", "zeros": "weight_zero_point"}
+        parts = self._parts(name, codes, leaves | {"groups": "weight_g_idx"})
+        sizes = parts.pop("sizes", None)
+        if sizes is None or "scales" not in parts:
+            return
+        scales = parts["scales"]
+        shape = self._sizes(sizes)
+        if len(shape) != 2 or min(shape) < 1 or codes.shape[:1] != shape[:1] or len(codes.shape) != 2:
+            raise self._unfit(parts, f"{shown(sizes.name)} = {list(shape)}")
+        outputs, inputs = shape
+        fitting = [bits for bits in range(2, 9) if -(-inputs * bits // WORD) == codes.shape[1]]
+        declared = [bits for bits in fitting if any(scheme.bits == bits for scheme in self.settings.schemes)]
+        bits = next(iter([*declared, *fitting]), 0)
+        count = 1 if scales.elements == 1 else math.prod(scales.shape[1:])
+        zeros = parts.get("zeros")
+        if (
+            not bits
+            or (scales.elements != 1 and scales.shape not in ((outputs, count), (outputs,)))
+            or (zeros is not None and zeros.shape != (-(-outputs * bits // WORD), count))
+        ):
+            raise self._unfit(parts, f"{shown(sizes.name)} = {list(shape)}")
+        schemes = [scheme for scheme in self.settings.schemes if scheme.allows(bits, inputs, count)]
+        if zeros is None and schemes and all(scheme.symmetric is False for scheme in schemes):
+            self.found.refused[name] = "packed integers that are not symmetric without their zero points"
+            return
+        self._add_integers(CompressedIntegers, name.removesuffix("_packed"), shape, parts, bits, count)
+        self.found.parts.add(sizes.name)
+
+    def _sizes(self, part: StoredTensor) -> tuple[int, ...]:
+        if part.dtype.name not in ("I64", "I32") or part.elements != 2:
+            raise InputError(f"{shown(part.name)} ({part.dtype}, {list(part.shape)}) is no shape", where=self.where)
+        width = part.dtype.bits // 8
+        stored = self.read_bytes(part)
+        return tuple(int.from_bytes(stored[at : at + width], "little", signed=True) for at in (0, width))
+
+    def _parts(self, name: str, codes: StoredTensor, leaves: Mapping[str, str]) -> dict[str, StoredTensor]:
+        beside = {role: self._beside(name, leaf) for role, leaf in leaves.items()}
+        return {"codes": codes, **{role: part for role, part in beside.items() if part is not None}}
+
+    def _add_integers(
+        self,
+        kind: type[PackedIntegers],
+        name: str,
+        shape: tuple[int, ...],
+        parts: Mapping[str, StoredTensor],
+        bits: int,
+        count: int,
+    ) -> None:
+        """Add packed integers of known bits, if what is left of their parts and the settings agrees with them."""
+        inputs, groups = shape[1], parts.get("groups")
+        scales = parts["scales"]
+        whole = all(parts[role].dtype.name == "I32" for role in ("codes", "zeros") if role in parts)
+        if groups is not None:
+            whole &= groups.dtype.name in ("I32", "I64") and groups.shape == (inputs,)
+        if not whole or not scales.dtype.arithmetic:
+            raise self._unfit(parts)
+        schemes = [scheme for scheme in self.settings.schemes if scheme.allows(bits, inputs, count)]
+        if self.settings.schemes and not schemes:
+            raise InputError(
+                f"the settings of the model say {' or '.join(map(str, self.settings.schemes))}, and the shapes of"
+                f" {shown(parts['codes'].name)} and {shown(scales.name)} say {bits} bits in {count} groups of {inputs}"
+                " inputs",
+                where=self.where,
+                hint="config.json and the weights are of two models; fetch them together",
+            )
+        sizes = {scheme.group for scheme in schemes if scheme.group and scheme.group > 0} or group_sizes(inputs, count)
+        if groups is None and len(sizes) != 1:
+            raise InputError(
+                f"{count} groups of scales in {shown(scales.name)} for {inputs} inputs may be of several sizes",
+                where=self.where,
+                hint="give the model's folder, with a config.json whose quantization_config names the group_size",
+            )
+        self._add(
+            kind(
+                name=name,
+                shape=shape,
+                dtype=self._dtype(scales),
+                parts=parts,
+                where=self.where,
+                bits=bits,
+                group=min(sizes),
+            )
+        )
+
+    def _unfit(self, parts: Mapping[str, StoredTensor], more: str = "") -> InputError:
+        listed = [f"{shown(part.name)} ({part.dtype}, {list(part.shape)})" for part in parts.values()]
+        return InputError(
+            f"these do not fit together as packed integers: {', '.join([*listed, *([more] if more else [])])}",
+            where=self.where,
+            hint="the model is not whole, or packed in a way that is not known; give the dequantized checkpoint",
+        )
 
     def _mxfp4(self, name: str, codes: StoredTensor, scales: StoredTensor) -> None:
         if codes.shape != (*scales.shape, 16) or len(scales.shape) != 3 or scales.dtype.name not in ("U8", "F8_E8M0"):

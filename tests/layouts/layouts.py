@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from pipelines import all_tensors, write_pipeline, write_sentence_model
-from quantise import bnb4, floats8, mxfp4, nvfp4
+from quantise import awq, bnb4, compressed_integers, floats8, gptq, mxfp4, nvfp4, quantisation
 from safetensors.torch import save_file
 
 from mergekit_px.testing.checkpoints import tiny_llama_config, tiny_llama_tensors, write_checkpoint
@@ -129,14 +129,14 @@ def mixed_dtypes(folder: Path, seed: int) -> tuple[Request, Tensors]:
     return str(folder), tensors
 
 
-def encoded(make: Callable[[np.random.Generator], tuple[Tensors, Any]], name: str = W) -> Any:
+def encoded(make: Callable[[np.random.Generator], tuple[Tensors, Any]], name: str = W, config: Any = None) -> Any:
     """``make`` gives the stored tensors by what follows the name, and the values."""
 
     def write(folder: Path, seed: int) -> tuple[Request, Tensors]:
         stored, values = make(np.random.default_rng(seed))
         kept = {name.removesuffix("weight") + end[1:] if end.startswith("!") else name + end: tensor
                 for end, tensor in stored.items()}  # fmt: skip
-        write_checkpoint(folder, kept | {"model.norm.weight": torch.ones(4)})
+        write_checkpoint(folder, kept | {"model.norm.weight": torch.ones(4)}, config=config)
         return str(folder), {name: torch.from_numpy(np.asarray(values, dtype=np.float32).copy())}
 
     return write
@@ -154,6 +154,10 @@ def float8(leaf: str, shape: tuple[int, ...], side: int | None = None) -> Any:
 def float4(rng: np.random.Generator) -> tuple[Tensors, Any]:
     codes, scales, whole, values = nvfp4(rng, 8, 32)
     return {"": codes, "!weight_scale": scales, "!weight_scale_2": torch.tensor(whole)}, values
+
+
+def integers_of_gptq(rng: np.random.Generator) -> tuple[Tensors, Any]:
+    return gptq(rng, 32, 64)
 
 
 def pipeline(folder: Path, seed: int) -> tuple[Request, Tensors]:
@@ -214,6 +218,15 @@ RIGHT: dict[str, Callable[[Path, int], tuple[Request, Tensors]]] = {
     "NVFP4": encoded(float4),
     "bitsandbytes, 4 bits": encoded(lambda rng: bnb4(rng, (64, 64))),
     "bitsandbytes, 4 bits, nested": encoded(lambda rng: bnb4(rng, (64, 64), nested=True)),
+    "GPTQ": encoded(integers_of_gptq, config=quantisation()),
+    "GPTQ in the order of activations": encoded(
+        lambda rng: gptq(rng, 32, 64, 8, ordered=True), config=quantisation(8, desc_act=True)
+    ),
+    "GPTQ v2": encoded(lambda rng: gptq(rng, 32, 64, version=2), config=quantisation(checkpoint_format="gptq_v2")),
+    "GPTQ without a config": encoded(lambda rng: gptq(rng, 32, 64, symmetric=True)),
+    "AWQ": encoded(lambda rng: awq(rng, 32, 64)),
+    "packed integers of compressed-tensors": encoded(lambda rng: compressed_integers(rng, 32, 64)),
+    "packed integers with zero points": encoded(lambda rng: compressed_integers(rng, 32, 64, symmetric=False)),
     "a pipeline": pipeline,
     "a pipeline with variants": pipeline_with_variants,
     "a component's folder": lambda folder, seed: component(folder, seed, picked=False),
@@ -322,6 +335,11 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "scales that are no numbers": (two(bad_scales(float("nan")), bad_scales(1.0)), "scale"),
     "scales of zero": (two(bad_scales(0.0), bad_scales(1.0)), "scale"),
     "scales of another shape": (two(bad_scales(1.0, (3, 2)), bad_scales(1.0)), "scale"),
+    "zero points kept in one of two ways": (two(of(encoded(lambda rng: gptq(rng, 32, 64)), 1)), "nothing says which"),
+    "bits that the config denies": (
+        two(of(encoded(lambda rng: gptq(rng, 32, 64), config=quantisation(8)), 1)),
+        "8 bits",
+    ),
     "other tokens": (two(other_tokens, TOKENS), "rows of other tokens"),
     "other shapes": (two(stored({"w": torch.ones(2, 3)}), stored({"w": torch.ones(3, 2)})), "shape"),
     "other names": (two(stored({"a": torch.ones(2)}), stored({"b": torch.ones(2)})), "not in"),

@@ -66,3 +66,90 @@ def bnb4(
     stored[".quant_state.bitsandbytes__nf4"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     values = table[codes] * np.repeat(magnitudes, block)[:count]
     return stored, values.reshape(shape)
+
+
+def words(codes: np.ndarray[Any, Any], bits: int) -> torch.Tensor:
+    """Codes along the last axis as one string of bits, the lowest first, cut into words of 32."""
+    stream = (codes[..., None] >> np.arange(bits) & 1).reshape(*codes.shape[:-1], -1)
+    stream = np.pad(stream, [(0, 0)] * (codes.ndim - 1) + [(0, -stream.shape[-1] % 32)])
+    values = (stream.reshape(*codes.shape[:-1], -1, 32).astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(-1)
+    return torch.from_numpy(values.astype(np.uint32).view(np.int32))
+
+
+def integers(
+    rng: np.random.Generator, out: int, inside: int, bits: int, group: int, lowest: int = 0
+) -> tuple[Any, Any, Any]:
+    """Codes (out, in), zero points and scales (out, groups)."""
+    count = -(-inside // group)
+    codes, zeros = rng.integers(0, 1 << bits, (out, inside)), rng.integers(lowest, 1 << bits, (out, count))
+    return codes, zeros, rng.uniform(0.001, 0.1, (out, count)).astype(np.float16)
+
+
+def values_of(codes: Any, zeros: Any, scales: Any, groups: Any) -> Any:
+    return ((codes - zeros[:, groups]) * scales.astype(np.float64)[:, groups]).astype(np.float32)
+
+
+def gptq(
+    rng: np.random.Generator,
+    out: int,
+    inside: int,
+    bits: int = 4,
+    group: int = 32,
+    *,
+    version: int = 1,
+    ordered: bool = False,
+    symmetric: bool = False,
+) -> tuple[dict[str, torch.Tensor], Any]:
+    codes, zeros, scales = integers(rng, out, inside, bits, group, lowest=1)
+    zeros = np.full_like(zeros, 1 << (bits - 1)) if symmetric else zeros
+    groups = np.arange(inside) // group
+    groups = rng.permutation(groups) if ordered else groups
+    stored = {
+        "!qweight": words(codes, bits).T.contiguous(),
+        "!qzeros": words((zeros - (version == 1)).T, bits),
+        "!scales": torch.from_numpy(scales.T.copy()),
+        "!g_idx": torch.from_numpy(groups.astype(np.int32)),
+    }
+    return stored, values_of(codes, zeros, scales, groups)
+
+
+def awq(rng: np.random.Generator, out: int, inside: int, group: int = 32) -> tuple[dict[str, torch.Tensor], Any]:
+    codes, zeros, scales = integers(rng, out, inside, 4, group)
+
+    def shuffled(values: Any) -> torch.Tensor:
+        rows = values.T.reshape(values.shape[1], -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+        return words(rows.reshape(values.shape[1], -1), 4)
+
+    stored = {"!qweight": shuffled(codes), "!qzeros": shuffled(zeros), "!scales": torch.from_numpy(scales.T.copy())}
+    return stored, values_of(codes, zeros, scales, np.arange(inside) // group)
+
+
+def compressed_integers(
+    rng: np.random.Generator,
+    out: int,
+    inside: int,
+    bits: int = 4,
+    group: int = 32,
+    *,
+    symmetric: bool = True,
+    ordered: bool = False,
+) -> tuple[dict[str, torch.Tensor], Any]:
+    codes, zeros, scales = integers(rng, out, inside, bits, group)
+    zeros = np.full_like(zeros, 1 << (bits - 1)) if symmetric else zeros
+    groups = np.arange(inside) // group
+    stored = {
+        "!weight_packed": words(codes, bits),
+        "!weight_scale": torch.from_numpy(scales),
+        "!weight_shape": torch.tensor([out, inside]),
+    }
+    if not symmetric:
+        stored["!weight_zero_point"] = words(zeros.T, bits).T.contiguous()
+    if ordered:
+        groups = rng.permutation(groups)
+        stored["!weight_g_idx"] = torch.from_numpy(groups.astype(np.int32))
+    return stored, values_of(codes, zeros, scales, groups)
+
+
+def quantisation(bits: int = 4, group: int = 32, **more: Any) -> dict[str, Any]:
+    """A config that names GPTQ's settings."""
+    return {"quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": group} | more}

@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from merging import W, check, merged
 from quantise import bnb4, floats8, mxfp4, nvfp4
-from safetensors.torch import load_file, save_file
 
 from mergekit_px.errors import InputError, PlanError
-from mergekit_px.execute.run import run_plan
-from mergekit_px.plan.build import build_plan
-from mergekit_px.plan.options import PlanOptions
-from mergekit_px.recipe.load import recipe_from_mapping
-
-W = "model.layers.0.mlp.up_proj.weight"
-
-
-def merged(tmp_path: Path, stored: Mapping[str, torch.Tensor], config: Any = None) -> dict[str, torch.Tensor]:
-    """The tensors alone, averaged with themselves under a second name, as float32."""
-    folder = tmp_path / "quantised"
-    folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
-    recipe = {
-        "models": {"a": str(folder), "b": str(folder / "model.safetensors")},
-        "merge": {"method": "linear", "sources": ["a", "b"]},
-        "output": {"path": str(tmp_path / "out"), "dtype": "float32"},
-    }
-    plan = build_plan(recipe_from_mapping(recipe), PlanOptions(memory=400_000_000))
-    assert any("decoded on reading" in note for note in plan.notes)
-    run_plan(plan)
-    return load_file(tmp_path / "out" / "model.safetensors")
-
-
-def check(found: torch.Tensor, values: Any) -> None:
-    np.testing.assert_allclose(found.numpy(), np.asarray(values, dtype=np.float32), rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +125,7 @@ def test_scales_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, .
 @pytest.mark.parametrize(
     ("stored", "what"),
     [
-        ({"a.qweight": torch.ones(4, 8).int(), "a.scales": torch.ones(4)}, "GPTQ and AWQ"),
+        ({"a.qweight": torch.ones(4, 8).int(), "a.scales": torch.ones(4)}, "GPTQ or AWQ without"),
         ({"a.weight": torch.ones(4, 8).byte()}, "packed codes"),
         ({"a.weight": torch.ones(4, 8).byte(), "a.weight.absmax": torch.ones(1)}, "quant_state"),
         ({"a.weight_packed": torch.ones(4, 8).int(), "a.weight_scale": torch.ones(4, 1)}, "compressed-tensors"),
