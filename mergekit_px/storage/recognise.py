@@ -207,7 +207,8 @@ class _Recognition:
             raise self._unfit(parts)
         count, outputs = scales.shape
         if codes.shape[1] * WORD == outputs * AWQ_BITS:
-            bits, inputs, fits = AWQ_BITS, codes.shape[0], zeros.shape == (count, codes.shape[1])
+            bits, inputs = AWQ_BITS, codes.shape[0]
+            fits = zeros.shape == (count, codes.shape[1]) and inputs % count == 0
         else:
             bits = zeros.shape[1] * WORD // outputs
             inputs = codes.shape[0] * WORD // max(bits, 1)

@@ -173,8 +173,10 @@ def test_missing_zero_points_of_integers_that_are_not_symmetric(tmp_path: Path) 
 def test_parts_of_other_shapes(tmp_path: Path, make: Any) -> None:
     whole, _ = make(np.random.default_rng(16), 32, 64)
     for number, leaf in enumerate(whole):
-        for cut in (whole[leaf][:-1], whole[leaf][None], whole[leaf].double()):
-            place = tmp_path / f"{number}-{cut.ndim}-{cut.dtype}"
+        part = whole[leaf]
+        other = part.int() if part.is_floating_point() else part.double()
+        for cut in (part[:-1], part[:, None, None] if part.ndim > 1 else part[:0], other):
+            place = tmp_path / f"{number}-{cut.ndim}-{len(cut)}-{cut.dtype}"
             place.mkdir()
             with pytest.raises(InputError, match=r"do not fit together|is no shape|say 4 bits in|of several sizes"):
                 merged(place, of_module(whole | {leaf: cut.contiguous()}), quantisation() if make is gptq else None)
