@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from mergekit_px.checkpoint.destination import LOCK_FILE
 from mergekit_px.cli._options import Json, Quiet
 from mergekit_px.cli._output import output_for
 from mergekit_px.cli._progress import progress_on
@@ -47,5 +46,7 @@ def verify(directory: MergeOutput, json: Json = False, quiet: Quiet = False) -> 
         for name in names:
             output.text(f"{state}: {name}")
     if found.is_intact:
-        output.text(f"OK: {len(found.matching)} files match {LOCK_FILE}")
+        count = len(found.matching)
+        files = "1 file matches" if count == 1 else f"{count} files match"
+        output.text(f"OK: {files} the lock")
     return 0 if found.is_intact else DIFFERENT
