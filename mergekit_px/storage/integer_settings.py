@@ -91,13 +91,16 @@ def _declared(checkpoint: Checkpoint, sections: Iterable[Mapping[str, Any]]) -> 
 def _gptq_or_awq(settings: Mapping[str, Any]) -> IntegerSettings:
     method, layout = settings.get("quant_method"), settings.get("packing_format")
     version = str(settings.get("version") or "gemm").lower()
-    kept = settings.get("checkpoint_format") or "gptq"
+    # GPTQModel has called it by both names.
+    kept = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     unknown = None
     if method == "auto-round":
         unknown = None if layout in _AUTO_ROUND else f"AutoRound's layout {layout}"
         kept = _AUTO_ROUND.get(str(layout))
     elif method == "awq":
         unknown = None if version in _AWQ_VERSIONS else f"AWQ's layout {version}"
+    elif method not in (None, "gptq"):
+        unknown = f"the layout of {method}"
     elif settings.get("is_marlin_format") or kept not in _GPTQ_FORMATS:
         unknown = f"GPTQ's layout {'marlin' if settings.get('is_marlin_format') else kept}"
     bits = _whole(settings.get("bits", settings.get("w_bit")))

@@ -49,9 +49,10 @@ def test_gptq_without_a_config_and_without_a_middle_is_asked_for(tmp_path: Path)
         merged(tmp_path, of_module(stored))
 
 
-def test_settings_in_a_file_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+def test_settings_in_a_file_of_their_own(tmp_path: Path, key: str) -> None:
     stored, values = gptq(np.random.default_rng(3), 32, 64, version=2)
-    settings = quantisation()["quantization_config"] | V2
+    settings = {"bits": 4, "group_size": 32, key: "gptq_v2"}
     check(merged(tmp_path, of_module(stored), {"model_type": "llama"}, quantize_config=settings)[W], values)
     assert not (tmp_path / "out" / "quantize_config.json").exists()
 
@@ -207,11 +208,12 @@ def test_settings_against_the_shapes(tmp_path: Path, make: Any, config: Any) -> 
         (gptq, {"quant_method": "gptq", "is_marlin_format": True}),
         (awq, {"quant_method": "awq", "version": "gemv"}),
         (gptq, {"quant_method": "auto-round", "packing_format": "auto_round:other"}),
+        (gptq, {"quant_method": "another", "bits": 4}),
     ],
 )
 def test_other_layouts_are_refused_by_name(tmp_path: Path, make: Any, settings: Any) -> None:
     stored, _ = make(np.random.default_rng(18), 32, 64)
-    with pytest.raises(PlanError, match=r"layout (marlin|gemv|auto_round:other)"):
+    with pytest.raises(PlanError, match=r"layout (marlin|gemv|auto_round:other|of another)"):
         merged(tmp_path, of_module(stored), {"quantization_config": settings})
 
 
