@@ -55,6 +55,7 @@ class Command:
 _TABLE = (
     Command("run", RECIPES, "Carry out a recipe.", "run:run"),
     Command("plan", RECIPES, "Say what a recipe would read, compute and write.", "plan:plan"),
+    Command("lock", RECIPES, "Pin every input of a recipe.", "lock:lock"),
     Command("publish", RECIPES, "Put the parts of a job array together.", "publish:publish"),
     Command("average", RECIPES, "Average the checkpoints of one training run.", "average:average"),
     Command("convert", RECIPES, "Translate a mergekit config into a recipe.", "convert:convert"),

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from mergekit_px.recipe.model import Push
 
 
-def merge_file(path: str, options: RunOptions, *, part: str | None = None) -> int:
-    """Carry out a recipe file of either dialect, or one part of it."""
+def merge_file(path: str, options: RunOptions, *, part: str | None = None, locked: bool = False) -> int:
+    """Carry out a recipe file of either dialect, or one part of it; ``locked``: with the inputs of its lock file."""
+    from mergekit_px.checkpoint.destination import LOCK_FILE
     from mergekit_px.plan.method_catalog import method_catalog
     from mergekit_px.recipe.load import load_recipe
 
     loaded = load_recipe(path, overrides=options.overrides(), methods=method_catalog())
+    if locked and loaded.recipe.lock is None:
+        loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"lock": LOCK_FILE}))
     return merge(loaded, options) if part is None else _merge_part(loaded, options, part)
 
 
@@ -90,6 +93,7 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
     plan = build_plan(loaded, replace(options.plan_options(), require_room=not options.dry_run))
     if options.dry_run:
         show_plan(plan, output)
+        _note_lock(plan, output)
         _note_output(plan, output)
         return 0
     push = plan.loaded.recipe.output.push
@@ -97,6 +101,7 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
         _check_push(push)
     for note in plan.notes:
         output.note(f"note: {note}")
+    _note_lock(plan, output)
     result = _run([plan], output)[0]
     address = None if push is None else _publish(push, result, output)
     _report(result, plan, address, output)
@@ -164,6 +169,12 @@ def merge_together(recipes: Mapping[str, Mapping[str, Any]], options: RunOptions
         }
     )
     return 0
+
+
+def _note_lock(plan: Plan, output: Output) -> None:
+    """Say whether a merge of locked inputs is the one that was locked."""
+    if plan.lock is not None and plan.lock.plan_hash != plan.hash:
+        output.note("note: the inputs are those of the lock; the recipe or its options changed since it was made")
 
 
 def _note_output(plan: Plan, output: Output) -> None:

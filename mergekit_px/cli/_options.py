@@ -30,6 +30,15 @@ ARGUMENTS, OPTIONS, METHOD, MERGE, OUTPUT, RUN = "Arguments", "Options", "Method
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or a mergekit config.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the result and errors.")]
+Locked = Annotated[
+    bool,
+    typer.Option(
+        "--locked",
+        help="Merge what the recipe's lock file pins, or nothing; it is pxmerge.lock.json beside the recipe,"
+        " or what its `lock` names.",
+        rich_help_panel="Run",
+    ),
+]
 AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read .bin and .pt files too (weights only; no code in them is run)."),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mergekit_px.cli._merge import merge_file
-from mergekit_px.cli._options import RecipeFile, RunOptions
+from mergekit_px.cli._options import Locked, RecipeFile, RunOptions
 
 Part = Annotated[
     str | None,
@@ -15,7 +15,7 @@ Part = Annotated[
 ]
 
 
-def run(recipe: RecipeFile, options: RunOptions, part: Part = None) -> int:
+def run(recipe: RecipeFile, options: RunOptions, part: Part = None, locked: Locked = False) -> int:
     """Carry out a recipe and write the merged model.
 
     The output folder gets the weights, the edited config, the tokenizer and other side files, a model card, the
@@ -28,12 +28,16 @@ def run(recipe: RecipeFile, options: RunOptions, part: Part = None) -> int:
     common file system; --shard-size says how many files there are. A part that is run again goes on where it was.
     `pxmerge publish` puts the parts together.
 
+    With --locked, Hub models are those of the commits in the recipe's lock file and local files must have its hashes;
+    whatever moved is named, and nothing is merged. `pxmerge lock` makes that file.
+
     \b
     Examples:
       pxmerge run recipe.yaml
       pxmerge run recipe.yaml -o ./merged --memory 4GB
       pxmerge run recipe.yaml --set merge.params.density=0.3 output.dtype=float32
       pxmerge run mergekit.yml --resume
+      pxmerge run recipe.yaml --locked
       pxmerge run recipe.yaml -o ./merged --part $SLURM_ARRAY_TASK_ID/8
     """
-    return merge_file(recipe, options, part=part)
+    return merge_file(recipe, options, part=part, locked=locked)

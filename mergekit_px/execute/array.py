@@ -244,4 +244,9 @@ def _layout_of(layout: OutputLayout, files: Sequence[str]) -> OutputLayout:
 
 
 def _beside(plan: Plan) -> dict[str, SideFile]:
-    return {**settled_files(plan), CARD_FILE: card(plan), RECIPE_FILE: recipe_text(plan.loaded), **plan.layout.indices}
+    return {
+        **settled_files(plan),
+        CARD_FILE: card(plan),
+        RECIPE_FILE: recipe_text(plan.published),
+        **plan.layout.indices,
+    }

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +19,10 @@ from mergekit_px.checkpoint.json_text import read_object
 from mergekit_px.checkpoint.publish import PublishedFile
 from mergekit_px.checkpoint.replacement import replacement
 from mergekit_px.errors import InputError
+from mergekit_px.execute.locking import lock_entries
 from mergekit_px.hub.card import CardArtefact, CardInput, CardMethod, model_card
 from mergekit_px.hub.files import not_as_listed
+from mergekit_px.hub.repository import ResolvedRepo
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
 from mergekit_px.plan.texts import recipe_text
@@ -174,52 +174,23 @@ def _other_input(label: str, name: str, path: Path) -> InputError:
 
 def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: Mapping[str, PublishedFile]) -> bytes:
     """``pxmerge.lock.json``: inputs pinned by commit and file hash, versions, plan hash, every output file."""
-    inputs: dict[str, Any] = {}
-    for name, source in plan.inputs.items():
-        inputs[name] = {
-            "reference": source.reference if source.repo is None else source.repo.repo,
-            "commit": source.repo.commit if source.repo is not None else None,
-            "files": _files(source.checkpoint, name, hashes),
-            "adapters": [
-                {
-                    "reference": adapter.label,
-                    "files": _files(adapter.checkpoint, f"{name}#{number}", hashes),
-                }
-                for number, adapter in enumerate(source.adapters)
-            ],
-            "adapter_options": asdict(source.bind_options) if source.adapters else None,
-        }
+
+    def sha256(label: str, checkpoint: Checkpoint, name: str, repo: ResolvedRepo | None) -> str | None:
+        if name in checkpoint.files or checkpoint.directory is None:
+            return hashes.get((label, name))
+        return file_sha256(checkpoint.directory / name) if plan.options.hash_inputs else None
+
     document = {
-        "pxmerge_lock": 1,
-        "plan_hash": plan.hash,
-        "seed": plan.seed,
-        "inputs": inputs,
-        "artefacts": {
-            artefact.reference: {"kind": artefact.kind, "size": artefact.size, "sha256": artefact.sha256}
-            for artefact in plan.artefacts
-        },
-        "versions": {
-            "pxmerge": __version__,
-            "torch": version("torch"),
-            "numpy": version("numpy"),
-            "python": platform.python_version(),
+        **lock_entries(plan, sha256),
+        "options": {
+            "allow_nonfinite": plan.options.allow_nonfinite,
+            "allow_base_mismatch": plan.options.allow_base_mismatch,
         },
         "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in files.items()},
     }
     if plan.output is not None and destination(plan.output).file is not None:
-        document["recipe"] = recipe_text(plan.loaded).decode()  # which has no file of its own there
+        document["recipe"] = recipe_text(plan.published).decode()  # which has no file of its own there
     return (json.dumps(document, indent=2) + "\n").encode()
-
-
-def _files(checkpoint: Checkpoint, label: str, hashes: Mapping[tuple[str, str], str | None]) -> dict[str, Any]:
-    return {
-        file.name: {
-            "size": file.size,
-            "header_sha256": file.header_sha256,
-            "sha256": hashes.get((label, file.name)),
-        }
-        for file in checkpoint.files.values()
-    }
 
 
 def card(plan: Plan) -> bytes:
@@ -227,7 +198,7 @@ def card(plan: Plan) -> bytes:
     from mergekit_px.methods import find_method
     from mergekit_px.recipe.dump import dump_recipe
 
-    recipe = plan.loaded.recipe
+    recipe = plan.published.recipe
     bases = {step.get("base") for step in plan.steps.values()}
     weights: dict[str, str] = {}
     for step in recipe.steps.values():
@@ -236,7 +207,7 @@ def card(plan: Plan) -> bytes:
     inputs = [
         CardInput(
             name=name,
-            source=source.repo.repo if source.repo is not None else source.reference,
+            source=source.source,
             commit=source.repo.commit if source.repo is not None else None,
             weight=weights.get(name),
             license=source.repo.license if source.repo is not None else None,

@@ -23,6 +23,7 @@ from mergekit_px.execute.events import Progress, Report, RunResult
 from mergekit_px.execute.finished import claims_result, finished_files
 from mergekit_px.execute.items import Execution, Sink
 from mergekit_px.execute.lane import Lane, pick_device
+from mergekit_px.execute.locking import check_locked
 from mergekit_px.execute.provenance import CARD_FILE, InputHashes, card, lock_file
 from mergekit_px.execute.scheduler import Routine, Scheduler
 from mergekit_px.execute.together import joint_budget, members_by_tensor, routines
@@ -242,7 +243,16 @@ def shared_groups(items: Sequence[WorkItem]) -> list[list[tuple[WorkItem, Apply]
 
 
 def fetch_inputs(plan: Plan, progress: Report | None = None) -> Plan:
-    """A plan whose inputs are all on this machine, at the commits that were planned."""
+    """A plan whose inputs are all on this machine, at the commits that were planned, and what its lock says of them.
+
+    Raises ``InputError``.
+    """
+    plan = _fetched(plan, progress)
+    check_locked(plan, progress)
+    return plan
+
+
+def _fetched(plan: Plan, progress: Report | None) -> Plan:
     missing = {
         name: source
         for name, source in plan.inputs.items()
@@ -301,7 +311,7 @@ def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:
     place = destination(plan.output)
     if place.file is None:
         files[CARD_FILE] = card(plan)
-        files[RECIPE_FILE] = recipe_text(plan.loaded)
+        files[RECIPE_FILE] = recipe_text(plan.published)
     files[place.lock_file] = lambda published: lock_file(plan, hashes.result(), published)
     return files
 

@@ -221,14 +221,14 @@ def _notes(notes: Sequence[str]) -> str:
 def _reproduction(recipe: str, lock_hash: str, inputs: Sequence[CardInput]) -> str:
     local = any(not card_input.is_on_hub for card_input in inputs)
     pinned = any(card_input.is_on_hub for card_input in inputs)
-    needs = " Where a branch has moved on, write the commit of the table: `org/name@commit`." if pinned else ""
+    needs = " Branches may move on: what is merged again is the commits of the table." if pinned else ""
     needs += " The local inputs are needed under the paths that the recipe gives." if local else ""
     return "\n\n".join(
         [
             "## How to reproduce",
             "Equal inputs give equal bytes. `pxmerge.yaml` is the recipe, `pxmerge.lock.json` pins the commit and"
             f" the hash of every input and output file; the plan's hash is `{lock_hash}`.{needs}",
-            _fenced("pxmerge run pxmerge.yaml -o merged\npxmerge verify merged", "sh"),
+            _fenced("pxmerge run pxmerge.yaml --locked -o merged\npxmerge verify merged", "sh"),
             "## Recipe",
             _fenced(_without_local_paths(recipe, inputs), "yaml"),
         ]

@@ -15,13 +15,14 @@ from pathlib import Path
 from mergekit_px.errors import PlanError
 from mergekit_px.methods import find_method
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
+from mergekit_px.plan.lock import Lock
 from mergekit_px.recipe.model import MEAN, ModelInput, Recipe, Step
 
 DECLARED_BASE = "declared_base"
 
 
 def complete_bases(
-    recipe: Recipe, inputs: Mapping[str, ResolvedInput], *, allow_pickle: bool
+    recipe: Recipe, inputs: Mapping[str, ResolvedInput], *, allow_pickle: bool, lock: Lock | None = None
 ) -> tuple[Recipe, dict[str, ResolvedInput], list[str]]:
     """The recipe with every base filled in, the inputs that this adds, and what to tell the user."""
     added: dict[str, ResolvedInput] = {}
@@ -44,7 +45,7 @@ def complete_bases(
             )
         if declared is not None:
             if DECLARED_BASE not in added:
-                request = ModelInput(model=declared)
+                request = ModelInput(model=declared if lock is None else lock.pin(DECLARED_BASE, declared))
                 added[DECLARED_BASE] = resolve_input(
                     DECLARED_BASE,
                     request,

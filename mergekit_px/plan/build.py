@@ -24,6 +24,7 @@ from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.fingerprints import base_fingerprint, check_base_fingerprints
 from mergekit_px.plan.headers import describing_metadata
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
+from mergekit_px.plan.lock import published_recipe, recipe_lock, sha256_but_of_weights
 from mergekit_px.plan.model import Dropped, Plan, WorkItem
 from mergekit_px.plan.nodes import Apply, Kind, Node
 from mergekit_px.plan.options import PlanOptions
@@ -57,6 +58,8 @@ def build_plan(
         raise UsageError(what, hint="plan_recipe takes files and mappings too")
     options = options or PlanOptions()
     loaded, patterns = expanded(loaded)
+    lock = options.lock or recipe_lock(loaded)
+    loaded = loaded if lock is None else lock.pinned(loaded)
     recipe = loaded.recipe
     target = recipe.output.from_ or next(reversed(recipe.steps), None)
     if target is None:
@@ -71,11 +74,13 @@ def build_plan(
         for name in recipe.models
         if name in needed
     }
+    if lock is not None:
+        lock.compare(resolved)  # first: what else is said of an input that moved would hide why
     notes = [*loaded.differences, *patterns]
     if options.strict and loaded.idle:
         sentence, place = loaded.idle[0]
         raise RecipeError(sentence.rstrip("."), where=place, hint="take it out, or leave out --strict")
-    recipe, added, said = complete_bases(recipe, {**known, **resolved}, allow_pickle=options.allow_pickle)
+    recipe, added, said = complete_bases(recipe, {**known, **resolved}, allow_pickle=options.allow_pickle, lock=lock)
     resolved.update({name: known.get(name, source) for name, source in added.items()})
     notes.extend(said)
     notes.extend(f"model '{name}' is not used" for name in loaded.recipe.models if name not in needed)
@@ -111,7 +116,7 @@ def build_plan(
     notes.extend(disagreements(resolved, used, strict=options.strict))
     check_base_fingerprints(items, resolved, options)
     headers = describing_metadata(
-        None if described is None else resolved[described].checkpoint, [resolved[name].reference for name in used]
+        None if described is None else resolved[described].checkpoint, [resolved[name].source for name in used]
     )
     metadata = {"format": "pt"}
     if kind == "delta":
@@ -134,10 +139,11 @@ def build_plan(
         more_metadata=headers,
     )
     items.sort(key=lambda item: layout.location[item.name][:2])
+    taken = {name: resolved[name] for name in resolved if name in {*used, beside.config_from, beside.tokenizer_from}}
+    if lock is not None:
+        lock.check(taken, expressions.artefacts.all(), sha256_but_of_weights)
     plan = Plan(
-        inputs={
-            name: resolved[name] for name in resolved if name in {*used, beside.config_from, beside.tokenizer_from}
-        },
+        inputs=taken,
         items=tuple(items),
         artefacts=expressions.artefacts.all(),
         layout=layout,
@@ -158,12 +164,14 @@ def build_plan(
         budget=plan_budget(items, memory=options.memory, threads=options.threads),
         device=options.device,
         loaded=loaded,
+        published=published_recipe(loaded, recipe, taken),
+        lock=lock,
         options=options,
     )
     if output is not None:
         if beside.config is not None:
             config_text(beside.config)
-        recipe_text(loaded)
+        recipe_text(plan.published)
         _require_unicode(output)
         check_output(plan, output)
     return plan

@@ -44,12 +44,20 @@ class ResolvedInput:
     """The tensors themselves, for merges in memory."""
     adapters: tuple[Adapter, ...] = ()
     """Adapters on top of the model, applied in order."""
+    adapter_repos: tuple[ResolvedRepo | None, ...] = ()
+    """Where each of them is on the Hub."""
     adapter_only: bool = False
     """The input is an adapter without a model: ``checkpoint`` holds its own tensors, and ``adapters`` is it."""
     bind_options: BindOptions = field(default_factory=BindOptions)
     """What the recipe says of its adapters."""
     notes: tuple[str, ...] = ()
     """What was settled that could have been meant otherwise."""
+
+    @property
+    def source(self) -> str:
+        """The repository on the Hub without its revision, or the reference to a path."""
+        repo = self.repo if not self.adapter_only else self.adapter_repos[0]
+        return self.reference if repo is None else repo.repo
 
     @cached_property
     def is_task_vector(self) -> bool:
@@ -117,7 +125,8 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
             where=where,
             hint="give the base model, and this among its adapters",
         )
-    adapters = tuple(_open_adapter(name, reference, allow_pickle, where) for reference in listed)
+    opened = [_open_adapter(name, reference, allow_pickle, where) for reference in listed]
+    adapters, adapter_repos = tuple(adapter for adapter, _ in opened), tuple(repo for _, repo in opened)
     if hub_reference is None:
         path = Path(request.model).expanduser()
         if not path.exists():
@@ -129,7 +138,13 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
             return _adapter_input(name, request.model, allow_pickle, where, options)
         notes = (_both_note(name, request.model),) if _declares_adapter(request.model) and not path.is_file() else ()
         return ResolvedInput(
-            name, request.model, checkpoint, adapters=adapters, bind_options=options, notes=(*checkpoint.notes, *notes)
+            name,
+            request.model,
+            checkpoint,
+            adapters=adapters,
+            adapter_repos=adapter_repos,
+            bind_options=options,
+            notes=(*checkpoint.notes, *notes),
         )
     from mergekit_px.hub.resolve import remote_checkpoint, resolve
 
@@ -140,7 +155,15 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
             raise InputNotFoundError(f"input '{name}': no component {request.component} is there", where=str(repo))
         repo = part if part.files else repo
     checkpoint = remote_checkpoint(repo)
-    return ResolvedInput(name, request.model, checkpoint, repo, adapters=adapters, bind_options=options)
+    return ResolvedInput(
+        name,
+        request.model,
+        checkpoint,
+        repo,
+        adapters=adapters,
+        adapter_repos=adapter_repos,
+        bind_options=options,
+    )
 
 
 def _of_component(request: ModelInput) -> tuple[ModelInput, bool]:
@@ -152,7 +175,7 @@ def _of_component(request: ModelInput) -> tuple[ModelInput, bool]:
 
 
 def _adapter_input(name: str, reference: str, allow_pickle: bool, where: str, options: BindOptions) -> ResolvedInput:
-    adapter = _open_adapter(name, reference, allow_pickle, where)
+    adapter, repo = _open_adapter(name, reference, allow_pickle, where)
     path = Path(reference).expanduser()
     beside = _model_beside(path) if parse_reference(reference) is None and path.is_dir() else None
     notes = []
@@ -166,6 +189,7 @@ def _adapter_input(name: str, reference: str, allow_pickle: bool, where: str, op
         reference,
         adapter.checkpoint,
         adapters=(adapter,),
+        adapter_repos=(repo,),
         adapter_only=True,
         bind_options=options,
         notes=tuple(notes),
@@ -200,8 +224,8 @@ def _both_note(name: str, reference: str) -> str:
     )
 
 
-def _open_adapter(name: str, reference: str, allow_pickle: bool, where: str) -> Adapter:
-    """An adapter on this machine; one on the Hub is small, and is fetched when it is planned with."""
+def _open_adapter(name: str, reference: str, allow_pickle: bool, where: str) -> tuple[Adapter, ResolvedRepo | None]:
+    """An adapter, and where it is on the Hub: it is small, and is fetched from there when it is planned with."""
     from mergekit_px.adapters.open import open_adapter
 
     hub_reference = parse_reference(reference)
@@ -209,11 +233,12 @@ def _open_adapter(name: str, reference: str, allow_pickle: bool, where: str) -> 
         path = Path(reference).expanduser()
         if not path.exists():
             raise InputNotFoundError(f"input '{name}': no such adapter '{reference}'", where=where)
-        return open_adapter(path, label=reference, allow_pickle=allow_pickle)
+        return open_adapter(path, label=reference, allow_pickle=allow_pickle), None
     from mergekit_px.hub.fetch import fetch
     from mergekit_px.hub.resolve import resolve
 
-    return open_adapter(fetch(resolve(hub_reference)), label=reference, allow_pickle=allow_pickle)
+    repo = resolve(hub_reference)
+    return open_adapter(fetch(repo), label=reference, allow_pickle=allow_pickle), repo
 
 
 def file_identity(checkpoint: Checkpoint) -> str:

@@ -25,6 +25,7 @@ from mergekit_px.plan.peak import Budget
 if TYPE_CHECKING:
     from mergekit_px.plan.artefacts import Artefact
     from mergekit_px.plan.inputs import ResolvedInput
+    from mergekit_px.plan.lock import Lock
     from mergekit_px.plan.options import PlanOptions
     from mergekit_px.recipe.loaded import LoadedRecipe
 
@@ -155,6 +156,10 @@ class Plan:
     budget: Budget
     device: str
     loaded: LoadedRecipe = field(repr=False)
+    published: LoadedRecipe = field(repr=False)
+    """The recipe that goes with the result: references to the Hub carry their commits."""
+    lock: Lock | None = field(repr=False)
+    """What the inputs are pinned by."""
     options: PlanOptions = field(repr=False)
 
     @property

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mergekit_px.plan.lock import Lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +31,5 @@ class PlanOptions:
     """Whether an output that does not fit on the disk is refused while planning; the writer looks in any case."""
     hash_inputs: bool = True
     """Whether the lock file gets the sha256 of every local input file."""
+    lock: Lock | None = None
+    """What pins the inputs, in place of the lock that the recipe names."""

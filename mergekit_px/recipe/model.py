@@ -255,3 +255,6 @@ class Recipe(Part):
     """What is written, and where."""
     seed: Annotated[int, Wanted("a whole number from 0 to 9223372036854775807")] = 0
     """Seed of the methods that draw random numbers."""
+    lock: Annotated[str | None, Wanted("the path of a lock file", text=True)] = None
+    """A lock file, as ``pxmerge lock`` writes it, relative to the recipe's own: the inputs are those that it pins, or
+    nothing is merged."""

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_px.cli import main
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hub_server import FakeHub, point_client_at
 
 
 @dataclass(frozen=True)
@@ -109,3 +114,18 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Models:
     folders = {name: save_model(tmp_path / name, value) for name, value in weights.items()}
     monkeypatch.chdir(tmp_path)
     return Models(**folders, weights=weights)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A small Hub with the models on it, and the client logged in."""
+    import huggingface_hub
+
+    huggingface_hub.close_session()
+    with FakeHub() as server:
+        point_client_at(server, tmp_path / "home", monkeypatch, token=server.token)
+        for name in ("base", "math", "code"):
+            folder = getattr(models, name)
+            server.add(f"org/{name}", {path.name: path.read_bytes() for path in folder.iterdir()})
+        yield server
+        huggingface_hub.close_session()

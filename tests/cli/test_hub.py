@@ -1,29 +1,9 @@
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from hub_server import FakeHub, point_client_at
-
-
-@pytest.fixture
-def hub(tmp_path: Path, models, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A small Hub with the models on it, and the client logged in."""
-    import huggingface_hub
-
-    huggingface_hub.close_session()
-    with FakeHub() as server:
-        point_client_at(server, tmp_path / "home", monkeypatch, token=server.token)
-        for name in ("base", "math", "code"):
-            folder = getattr(models, name)
-            server.add(f"org/{name}", {path.name: path.read_bytes() for path in folder.iterdir()})
-        yield server
-        huggingface_hub.close_session()
+from hub_server import FakeHub
 
 
 def test_inspect_reads_headers_only(run, hub: FakeHub, models) -> None:

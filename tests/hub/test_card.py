@@ -64,8 +64,8 @@ def test_the_body_holds_what_a_reader_needs() -> None:
     assert "| math | `math-ft` (local) | - | 0.6 | apache-2.0 |" in text
     assert "- The mean of the sources serves as the centre." in text
     assert "ab" * 32 in text
-    assert "pxmerge run pxmerge.yaml" in text
-    assert "`org/name@commit`" in text
+    assert "pxmerge run pxmerge.yaml --locked" in text
+    assert "the commits of the table" in text
     assert "pxmerge 1.2.3" in text
 
 

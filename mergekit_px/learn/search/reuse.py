@@ -34,7 +34,7 @@ def with_kept(plan: Plan, names: set[str], folder: Path) -> Plan:
         else item
         for item in plan.items
     )
-    return replace(plan, items=items, inputs={**plan.inputs, _KEPT: ResolvedInput(_KEPT, str(folder), kept)})
+    return replace(plan, lock=None, items=items, inputs={**plan.inputs, _KEPT: ResolvedInput(_KEPT, str(folder), kept)})
 
 
 def _may_be_kept(item: WorkItem) -> bool:
