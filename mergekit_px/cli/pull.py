@@ -24,7 +24,8 @@ def pull(
 ) -> int:
     """Download a model, pinned to the commit that its revision means now, and print the folder.
 
-    Weights, config and side files are fetched; what the cache holds is not fetched again.
+    Weights, config and side files are fetched, and lock and recipe of a merge, so that `pxmerge verify` can check it;
+    what the cache holds is not fetched again.
 
     \b
     Examples:

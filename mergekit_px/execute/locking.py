@@ -32,12 +32,17 @@ def lock_entries(plan: Plan, sha256: Sha256) -> dict[str, Any]:
         "seed": plan.seed,
         "inputs": {name: entry.model_dump() for name, entry in inputs.items()},
         "artefacts": {name: entry.model_dump() for name, entry in locked_artefacts(plan.artefacts).items()},
-        "versions": {
-            "pxmerge": __version__,
-            "torch": version("torch"),
-            "numpy": version("numpy"),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes a result."""
+    return {
+        "pxmerge": __version__,
+        "torch": version("torch"),
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
     }
 
 

@@ -28,6 +28,7 @@ def fetch(
     resolved: ResolvedRepo,
     *,
     allow_pickle: bool = False,
+    record: bool = False,
     progress: Progress | None = None,
     verify_cached: bool = True,
 ) -> Path:
@@ -38,6 +39,7 @@ def fetch(
     everything else, so that a cache with all the weights also has what belongs to them.
 
     Args:
+        record: also lock and recipe of what is a merge itself.
         verify_cached: check the bytes of files that the cache has already; a run checks them while it reads them.
 
     Raises:
@@ -46,7 +48,7 @@ def fetch(
         DiskSpaceError: the cache has no room for what is missing.
     """
     folder = _snapshot(resolved)
-    needed = needed_files(resolved, allow_pickle=allow_pickle)
+    needed = needed_files(resolved, allow_pickle=allow_pickle, record=record)
     names = (*needed.described, *needed.weights)
     if not is_offline():
         _check_room(resolved, folder, names)
@@ -80,10 +82,10 @@ def pull(
     if local_dir is not None and (state := output_state(local_dir)).occupied and state.unfinished is None:
         raise OutputError("this is not an empty folder", where=str(local_dir), hint="name a new one")
     resolved = resolve(parse_repository(repository))
-    folder = fetch(resolved, allow_pickle=allow_pickle, progress=progress)
+    folder = fetch(resolved, allow_pickle=allow_pickle, record=True, progress=progress)
     if local_dir is None:
         return folder
-    needed = needed_files(resolved, allow_pickle=allow_pickle)
+    needed = needed_files(resolved, allow_pickle=allow_pickle, record=True)
     return _copy(folder, local_dir, (*needed.described, *needed.weights))
 
 

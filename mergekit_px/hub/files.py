@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_px.checkpoint.contents import CONFIG_FILE
+from mergekit_px.checkpoint.destination import LOCK_FILE, RECIPE_FILE
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, parse_index
 from mergekit_px.checkpoint.json_text import parse_json
@@ -94,11 +95,16 @@ def parts_of(resolved: ResolvedRepo) -> tuple[str, ...]:
     return part_folders(resolved.files, read, str(resolved)) or ("",)
 
 
-def needed_files(resolved: ResolvedRepo, *, allow_pickle: bool = False) -> NeededFiles:
-    """What a merge reads of a repository, all its parts included. Raises as ``weight_files`` and ``parts_of`` do."""
+def needed_files(resolved: ResolvedRepo, *, allow_pickle: bool = False, record: bool = False) -> NeededFiles:
+    """What a merge reads of a repository, all its parts included. Raises as ``weight_files`` and ``parts_of`` do.
+
+    Args:
+        record: also lock and recipe of a repository that is a merge itself, so that it can be verified.
+    """
     parts = parts_of(resolved)
     weights: list[str] = []
     described = list(small_files(resolved, parts))
+    described += [name for name in (RECIPE_FILE, LOCK_FILE) if record and name in resolved.files]
     for folder in parts:
         found = weight_files(resolved.within(folder), allow_pickle=allow_pickle)
         start = f"{folder}/" if folder else ""

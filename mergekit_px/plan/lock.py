@@ -151,6 +151,15 @@ class Lock(_Entry):
                 raise self._other(f"it has no {what} {_list(missing)}, which the recipe has")
             if surplus := [name for name in known if name not in here]:
                 raise self._other(f"it has the {what} {_list(surplus)}, which the recipe does not use")
+        for name in inputs:
+            entry = self.inputs[name]
+            for source in () if name in self.free else (entry, *entry.adapters):
+                if source.commit is None and any(file.sha256 is None for file in source.files.values()):
+                    raise InputError(
+                        f"it holds no hashes of '{name}', so what moved cannot be told",
+                        where=str(self.path),
+                        hint="`pxmerge lock` the recipe, or merge without --no-hash-inputs",
+                    )
         self.compare(inputs, artefacts, sha256)
 
     def compare(

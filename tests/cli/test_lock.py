@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import FakeHub
 
 RECIPE = """\
@@ -256,3 +257,53 @@ def test_a_lock_replaces_nothing_but_a_lock(run, models) -> None:
     outcome = run("lock", "out/pxmerge.yaml")
     assert (outcome.code, "the lock of a finished merge" in outcome.stderr) == (4, True)
     assert run("verify", "out").code == 0
+
+
+def test_an_adapter_on_the_hub_is_pinned_like_a_model(run, hub: FakeHub) -> None:
+    from safetensors.torch import save_file
+
+    def adapter(seed: int) -> dict[str, bytes]:
+        generator = torch.Generator().manual_seed(seed)
+        module = "base_model.model.model.layers.0.mlp.up_proj"
+        factors = {"lora_A": torch.randn(2, 8, generator=generator), "lora_B": torch.randn(12, 2, generator=generator)}
+        save_file({f"{module}.{name}.weight": factor for name, factor in factors.items()}, "adapter.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "base"}
+        return {
+            "adapter_model.safetensors": Path("adapter.safetensors").read_bytes(),
+            "adapter_config.json": json.dumps(config).encode(),
+        }
+
+    first = hub.add("org/lora", adapter(0))
+    write_recipe(math="{model: org/math, adapter: org/lora}")
+    run("run", "recipe.yaml", "-o", "before")
+    assert f"adapter: org/lora@{first}" in Path("before/pxmerge.yaml").read_text()
+    assert run("lock", "recipe.yaml").code == 0
+    entry = json.loads(Path("pxmerge.lock.json").read_text())["inputs"]["math"]["adapters"][0]
+    assert (entry["reference"], entry["commit"]) == ("org/lora", first)
+    assert entry["files"]["adapter_model.safetensors"]["sha256"] == sha256(Path("adapter.safetensors"))
+    second = hub.add("org/lora", adapter(1))
+    assert run("run", "recipe.yaml", "--locked").code == 0
+    assert Path("out/model.safetensors").read_bytes() == Path("before/model.safetensors").read_bytes()
+    moved = run("lock", "recipe.yaml", "--upgrade", "math", "--json").document()["moved"]
+    assert moved == [f"adapter of 'math' was org/lora at {first} and is org/lora at {second}"]
+
+
+def test_a_file_of_coefficients_that_changed_is_named(run, models) -> None:
+    from mergekit_px.artefacts.coefficients import CoefficientTable, write_table
+
+    def write(value: float) -> None:
+        places = {name: (0, 1) for name in models.weights["base"]}
+        table = CoefficientTable(("math",), ("all",), places, 0, ((value,),))
+        write_table(table, Path("coefficients.safetensors"))
+
+    write(0.5)
+    Path("recipe.yaml").write_text(
+        "models: {base: ./base, math: ./math}\n"
+        "merge: {method: anisotropic, base: base, sources: [math], params: {coefficients: coefficients.safetensors}}\n"
+    )
+    assert run("lock", "recipe.yaml").code == 0
+    assert run("run", "recipe.yaml", "--locked", "-o", "out").code == 0
+    write(0.25)
+    outcome = run("run", "recipe.yaml", "--locked", "-o", "new")
+    assert (outcome.code, "the coefficients coefficients.safetensors changed" in outcome.stderr) == (3, True)
+    assert not Path("new").exists()
