@@ -138,3 +138,26 @@ def test_a_base_that_cards_name_is_published_and_pinned(run, hub: FakeHub) -> No
     hub.add("org/base", {path.name: path.read_bytes() for path in Path("math").iterdir()})
     assert run("run", "recipe.yaml", "--locked", "-o", "locked").code == 0
     assert json.loads(Path("locked/pxmerge.lock.json").read_text())["inputs"]["declared_base"]["commit"] == now
+
+
+def test_a_mergekit_config_is_locked_and_rebuilt(run, hub: FakeHub) -> None:
+    Path("config.yml").write_text(
+        "merge_method: linear\nmodels:\n"
+        "  - {model: org/math, parameters: {weight: 0.5}}\n  - {model: org/code, parameters: {weight: 0.5}}\n"
+    )
+    assert run("lock", "config.yml").code == 0
+    assert run("run", "config.yml", "-o", "before").code == 0
+    hub.add("org/math", {path.name: path.read_bytes() for path in Path("code").iterdir()})
+    assert run("run", "config.yml", "--locked", "-o", "out").code == 0
+    assert Path("out/model.safetensors").read_bytes() == Path("before/model.safetensors").read_bytes()
+    assert run("verify", "out", "--rebuild").code == 0
+
+
+def test_parts_of_a_locked_merge(run, hub: FakeHub) -> None:
+    Path("recipe.yaml").write_text(RECIPE)
+    assert run("lock", "recipe.yaml").code == 0
+    hub.add("org/math", {path.name: path.read_bytes() for path in Path("code").iterdir()})
+    for part in ("1/2", "2/2"):
+        assert run("run", "recipe.yaml", "--locked", "--shard-size", "1kB", "--part", part).code == 0
+    assert run("publish", "out").code == 0
+    assert run("verify", "out", "--rebuild").code == 0
