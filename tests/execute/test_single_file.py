@@ -53,7 +53,7 @@ def plan_of(folder: Path, output: str = "out.safetensors", **options: Any) -> Pl
 
 
 def merge(folder: Path, output: str = "out.safetensors", **options: Any) -> Any:
-    return run_plan(plan_of(folder, output, **options), measure_bound=False)
+    return run_plan(plan_of(folder, output, **options))
 
 
 def names(folder: Path) -> set[str]:
@@ -63,7 +63,7 @@ def names(folder: Path) -> set[str]:
 def test_all_weights_are_in_the_one_file_beside_its_lock_file(folder: Path) -> None:
     plan = plan_of(folder, shard_size="100")
     assert [shard.file for shard in plan.layout.shards] == ["out.safetensors"] and not plan.side_files
-    result = run_plan(plan, measure_bound=False)
+    result = run_plan(plan)
     assert names(folder) == {"a.safetensors", "b.safetensors", "out.safetensors", "out.pxmerge.lock.json"}
     for name, tensor in load_file(folder / "out.safetensors").items():
         assert torch.equal(tensor, (TENSORS["a"][name] + TENSORS["b"][name]) / 2)
@@ -144,7 +144,7 @@ def test_an_interrupted_run_leaves_nothing_by_the_name_and_is_resumed(
 
     with monkeypatch.context() as patch, pytest.raises(RunError, match="stopped"):
         patch.setattr(run_module, "execute", stopping)
-        run_plan(plan, measure_bound=False)
+        run_plan(plan)
     assert ".out.pxmerge" in names(folder) and "out.safetensors" not in names(folder)
     with pytest.raises(OutputError, match="an unfinished run is there"):
         merge(folder)

@@ -43,7 +43,7 @@ def pipelines(hub: FakeHub, tmp_path: Path) -> dict[str, Path]:
 def merged(tmp_path: Path, models: dict[str, Any]) -> Path:
     step = {"method": "linear", "sources": [*models]}
     recipe = {"models": models, "merge": step, "output": {"path": str(tmp_path / "out")}}
-    run_plan(build_plan(recipe_from_mapping(recipe), PlanOptions()), measure_bound=False)
+    run_plan(build_plan(recipe_from_mapping(recipe), PlanOptions()))
     return tmp_path / "out"
 
 

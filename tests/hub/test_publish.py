@@ -59,7 +59,7 @@ def test_push_makes_one_commit_that_pulls_back_equal(logged_in: FakeHub, merged:
     assert seen[-1] == (total, total) and len(seen) == 3
 
     pulled = contents(pull("tester/merged", local_dir=tmp_path / "again"))
-    assert pulled == {name: body for name, body in contents(merged).items() if not name.startswith("pxmerge.")}
+    assert pulled == contents(merged)
 
 
 def test_large_files_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, merged: Path) -> None:

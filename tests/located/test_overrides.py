@@ -129,8 +129,8 @@ def test_a_mergekit_config_is_changed_before_it_is_translated() -> None:
     assert loaded.recipe.steps["merge"].params == {"t": 0.2}
     assert [entry.model for entry in loaded.recipe.models.values()] == ["./a", "./c"]
     assert loaded.recipe.output.dtype == "float32"
-    with pytest.raises(RecipeError, match=r"--set parameters\.s=1: unknown parameter 's'"):
-        load("parameters.s=1", text=PEER)
+    with pytest.raises(RecipeError, match=r"--set parameters\.tt=1: unknown parameter 'tt'"):
+        load("parameters.tt=1", text=PEER)
 
 
 def test_output_and_seed_of_a_mergekit_config_can_be_set() -> None:

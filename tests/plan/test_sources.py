@@ -50,7 +50,7 @@ def test_copies_are_told_once_their_hashes_are_known(folder: Path) -> None:
     shutil.copytree(folder / "a", folder / "copy")
     plan = plan_of(folder, {"method": "linear", "sources": ["a", "copy", "b"]}, copy=str(folder / "copy"))
     assert not said(plan, "same bytes")
-    warnings = run_plan(plan, measure_bound=False).warnings
+    warnings = run_plan(plan).warnings
     assert warnings == ("the sources 'a' and 'copy' have the same bytes, so this model counts twice",)
 
 
