@@ -129,7 +129,7 @@ def test_a_mergekit_config_is_changed_before_it_is_translated() -> None:
     assert loaded.recipe.steps["merge"].params == {"t": 0.2}
     assert [entry.model for entry in loaded.recipe.models.values()] == ["./a", "./c"]
     assert loaded.recipe.output.dtype == "float32"
-    with pytest.raises(RecipeError, match=r"--set parameters\.tt=1: unknown parameter 'tt'"):
+    with pytest.raises(RecipeError, match=r"--set parameters\.tt=1: unknown key 'tt' in 'parameters'"):
         load("parameters.tt=1", text=PEER)
 
 
