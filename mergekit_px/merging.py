@@ -172,7 +172,7 @@ def _single_step(
     params: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A recipe of one step."""
-    from mergekit_px.recipe.naming import model_names
+    from mergekit_px.recipe.naming import model_names, named_weights
 
     if isinstance(sources, (str, PathLike)) or not isinstance(sources, (Sequence, Mapping)):
         raise UsageError(f"sources are a list of models, not {type(sources).__name__}", hint="write ['a', 'b']")
@@ -188,12 +188,7 @@ def _single_step(
     models = dict(zip(names, texts, strict=True))
     step: dict[str, Any] = {"method": method, "sources": names, "params": dict(params)}
     if weights is not None:
-        by_name = weights if isinstance(weights, Mapping) else dict(zip(names, weights, strict=False))
-        if not isinstance(weights, Mapping) and len(weights) != len(names):
-            raise UsageError(f"{len(weights)} weights for {len(names)} sources")
-        if unknown := by_name.keys() - set(names):
-            raise UsageError(f"a weight is given for '{sorted(unknown)[0]}'", hint=f"sources are {', '.join(names)}")
-        step["sources"] = {name: by_name.get(name) for name in names}
+        step["sources"] = named_weights(weights, names)
     if base is not None and fspath(base) == "mean":
         step["base"] = "mean"
     elif base is not None:

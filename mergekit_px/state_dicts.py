@@ -62,6 +62,7 @@ def merge_state_dicts(
     from mergekit_px.plan.method_catalog import method_catalog
     from mergekit_px.plan.options import PlanOptions
     from mergekit_px.recipe.load import recipe_from_mapping
+    from mergekit_px.recipe.naming import named_weights
 
     states = list(sources.values()) if isinstance(sources, Mapping) else list(sources)
     for state in (*states, *([] if base is None else [base])):
@@ -71,14 +72,10 @@ def merge_state_dicts(
                 hint="merge() merges files; a module gives its tensors by state_dict()",
             )
     named = dict(sources) if isinstance(sources, Mapping) else {f"source{i}": one for i, one in enumerate(sources)}
-    if isinstance(weights, Mapping):
-        weights = [weights[name] for name in named]
-    if weights is not None and len(weights) != len(named):
-        raise UsageError(f"{len(weights)} weights for {len(named)} sources")
     models: dict[str, StateDict] = dict(named)
     step: dict[str, Any] = {
         "method": method,
-        "sources": dict(zip(named, weights, strict=True)) if weights is not None else list(named),
+        "sources": named_weights(weights, list(named)) if weights is not None else list(named),
         "params": dict(params or {}),
         "rules": [dict(rule) for rule in rules],
         "missing": missing,

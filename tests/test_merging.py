@@ -81,6 +81,7 @@ def test_names_can_be_explored() -> None:
         (lambda: px.plan_recipe({}, colour="red"), "there is no option 'colour'"),
         (lambda: px.build_plan("recipe.yaml"), "plan_recipe takes files and mappings"),
         (lambda: px.merge_state_dicts(["a", "b"]), "this is str; merge.. merges files"),
+        (lambda: px.merge_state_dicts({"a": {}, "b": {}}, weights={"c": 1.0}), "a weight is given for 'c'"),
     ],
 )
 def test_what_cannot_be_meant_is_said_in_words(call: Any, message: str) -> None:

@@ -36,6 +36,7 @@ import inspect
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -219,12 +220,18 @@ class Method:
 
     def artefact_fields(self) -> dict[str, ArtefactFile]:
         """The parameters that name small files."""
-        return {
-            name: mark
-            for name, info in self.params.model_fields.items()
-            for mark in info.metadata
-            if isinstance(mark, ArtefactFile)
-        }
+        return _artefact_fields(self.params)
+
+
+@cache
+def _artefact_fields(params: type[Params]) -> dict[str, ArtefactFile]:
+    """Looked up once for each class: plans ask for every tensor."""
+    return {
+        name: mark
+        for name, info in params.model_fields.items()
+        for mark in info.metadata
+        if isinstance(mark, ArtefactFile)
+    }
 
 
 REGISTRY: dict[str, Method] = {}

@@ -43,6 +43,7 @@ class Tokenizers:
     def __init__(self) -> None:
         self._of: dict[str, Tokenizer | None] = {}
         self._listings: dict[Any, Tokenizer] = {}
+        self._digests: dict[str, dict[str, bytes]] = {}
 
     def of(self, source: ResolvedInput) -> Tokenizer | None:
         """The tokenizer of a model; None where no file that is known lists its tokens.
@@ -53,6 +54,20 @@ class Tokenizers:
         if source.name not in self._of:
             self._of[source.name] = self._read(source)
         return self._of[source.name]
+
+    def same_files(self, one: ResolvedInput, other: ResolvedInput) -> bool:
+        """Whether all files that list tokens are the same, byte for byte."""
+        digests = self._of_files(one)
+        return bool(digests) and digests == self._of_files(other)
+
+    def _of_files(self, source: ResolvedInput) -> dict[str, bytes]:
+        """sha256 of each file that lists tokens."""
+        if source.name not in self._digests:
+            files = {name: side_file(source, name) for name in (*LISTINGS, SETTINGS, ADDED)}
+            self._digests[source.name] = {
+                name: hashlib.sha256(raw).digest() for name, raw in files.items() if raw is not None
+            }
+        return self._digests[source.name]
 
     def _read(self, source: ResolvedInput) -> Tokenizer | None:
         names = file_names(source)
@@ -93,12 +108,6 @@ def _listing(source: ResolvedInput) -> str | None:
     names = file_names(source)
     file = next((name for name in LISTINGS if name in names), None)
     return file or next((name for name in sorted(names) if name.endswith(".tiktoken")), None)
-
-
-def _same_files(one: ResolvedInput, other: ResolvedInput) -> bool:
-    """Whether all files that list tokens are the same, byte for byte."""
-    listings = [name for name in (*LISTINGS, SETTINGS, ADDED) if name in {*file_names(one), *file_names(other)}]
-    return bool(listings) and all(side_file(one, name) == side_file(other, name) for name in listings)
 
 
 def _object_beside(source: ResolvedInput, name: str) -> dict[str, Any]:
@@ -207,7 +216,7 @@ class Vocabularies:
         if self.donor is None or source.name == self.donor or source.is_task_vector:
             return None, None
         donor = self.inputs[self.donor]
-        if _listing(source) is None or _listing(donor) is None or _same_files(source, donor):
+        if _listing(source) is None or _listing(donor) is None or self.tokenizers.same_files(source, donor):
             return None, None  # whatever they list
         return self.tokenizers.of(source), self.tokenizers.of(donor)
 

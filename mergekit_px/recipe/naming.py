@@ -1,10 +1,13 @@
-"""Names for models in a recipe that is made from references alone."""
+"""Names for models, and weights by them, in a recipe that is made from references alone."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from typing import Any
+
+from mergekit_px.errors import UsageError
 
 _GENERIC = {"model", "pytorch_model", "adapter_model", "checkpoint"}
 
@@ -25,6 +28,21 @@ def model_names(references: Sequence[str], taken: Sequence[str] = ()) -> list[st
         used.add(name)
         names.append(name)
     return names
+
+
+def named_weights(weights: Sequence[Any] | Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A weight for each source, from weights in order or by name; None, the method's default, where there is none.
+
+    Raises:
+        UsageError: another number of weights than of sources, or a weight for what is no source.
+    """
+    if not isinstance(weights, Mapping):
+        if len(weights) != len(names):
+            raise UsageError(f"{len(weights)} weights for {len(names)} sources")
+        return dict(zip(names, weights, strict=True))
+    if unknown := weights.keys() - set(names):
+        raise UsageError(f"a weight is given for '{sorted(unknown)[0]}'", hint=f"sources are {', '.join(names)}")
+    return {name: weights.get(name) for name in names}
 
 
 def _stem(reference: str) -> str:
