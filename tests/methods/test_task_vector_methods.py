@@ -39,6 +39,13 @@ def arrays(tensors: list[torch.Tensor]) -> np.ndarray:
         ("geometric_median", {}, None, {"identity": True, "symmetric": True}),
         ("geometric_median", {"distance_scope": "tensor"}, [1.0, 0.5, 2.0], {"identity": True, "symmetric": True}),
         ("train_difference", {}, None, {"identity": True}),
+        ("pcb", {}, None, {"symmetric": True}),
+        ("pcb", {"scope": "tensor", "density": 0.5, "clip": 0.1, "scale": 1.0}, WEIGHTS, {"symmetric": True}),
+        ("cabs", {"keep": 2, "group": 8}, WEIGHTS, {}),
+        ("cabs", {"keep": 4, "group": 4}, None, {"symmetric": True}),
+        ("expo", {}, None, {}),
+        ("add_cosine", {}, None, {"identity": True}),
+        ("add_cosine", {"similarity": "combined", "alpha": 0.2}, None, {"identity": True}),
     ],
 )
 def test_conformance(method: str, params: dict[str, Any], weights: list[float] | None, claims: dict[str, bool]) -> None:
@@ -151,10 +158,78 @@ def test_what_is_learned_already_is_not_added() -> None:
     np.testing.assert_allclose(merged[:2], a[:2], rtol=1e-12)
 
 
+def pcb(stacked: np.ndarray, density: float, clip: float) -> np.ndarray:
+    """(sources, elements) -> the weighted mean of the sources, one weight for each element."""
+    count, elements = stacked.shape
+    ascending = np.sort(np.abs(stacked), axis=1)
+    low, high = ascending[:, int(elements * clip)], ascending[:, int(elements * (1 - clip)) - 1]
+    sizes = np.clip(np.abs(stacked), low[:, None], high[:, None])
+    unit = (sizes - low[:, None]) / (high - low)[:, None]
+    scores = np.maximum(np.exp(count * unit**2) * np.tanh(stacked * stacked.sum(axis=0)), 0)
+    entry = np.sort(scores, axis=1)[:, elements - int(density * elements)][:, None]
+    best = scores.max(axis=1, keepdims=True)
+    shares = np.maximum(scores - entry, 0) / (best - entry)
+    return (np.sign(stacked) * sizes * shares).sum(axis=0) / np.maximum(shares.sum(axis=0), 1e-12)
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_elements_compete_within_and_between_tasks(scope: str) -> None:
+    models = [{"a": a, "b": b} for a, b in zip(draw(), draw(shape=(90,), seed=4), strict=True)]
+    merged = merge_tensors("pcb", models, params={"density": 0.2, "clip": 0.02, "scope": scope})
+    flat = {name: np.stack([model[name].numpy().ravel() for model in models]) for name in "ab"}
+    if scope == "model":
+        whole = pcb(np.concatenate([flat["a"], flat["b"]], axis=1), 0.2, 0.02)
+        expected = {"a": whole[:600], "b": whole[600:]}
+    else:
+        expected = {name: pcb(flat[name], 0.2, 0.02) for name in "ab"}
+    for name in "ab":
+        np.testing.assert_allclose(merged[name].numpy().ravel(), 1.2 * expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_sources_keep_out_of_each_others_places() -> None:
+    deltas = draw(3, (4, 22))
+    merged = apply_method("cabs", deltas, WEIGHTS, {"keep": 3, "group": 8, "scale": 2.0}).numpy()
+    expected = np.zeros((4, 22))
+    for row in range(4):
+        for start in range(0, 22, 8):
+            taken: set[int] = set()
+            for delta, weight in zip(deltas, WEIGHTS, strict=True):
+                size = np.abs(delta.numpy()[row])
+                places = sorted(range(start, min(start + 8, 22)), key=lambda at: (at in taken, -size[at]))[:3]
+                taken.update(places)
+                for at in places:
+                    expected[row, at] += 2 * weight * delta[row, at].item()
+    np.testing.assert_allclose(merged, expected, rtol=1e-12)
+    with pytest.raises(UsageError, match="cannot keep 9"):
+        apply_method("cabs", deltas, params={"keep": 9, "group": 8})
+
+
+def test_beyond_the_aligned_model() -> None:
+    base, tuned = draw(2)
+    merged = apply_method("expo", [tuned], params={"alpha": 0.5}, base=base)
+    torch.testing.assert_close(merged, tuned + 0.5 * (tuned - base))
+
+
+@pytest.mark.parametrize("similarity", ["columns", "combined"])
+def test_more_of_the_second_where_columns_differ(similarity: str) -> None:
+    for shape in ((20, 30), (6, 4, 3, 3), (9,)):
+        a, b = draw(2, shape)
+        b += 2 * a
+        merged = apply_method("add_cosine", [a, b], params={"alpha": 0.3, "similarity": similarity}).numpy()
+        x, y = a.numpy(), b.numpy()
+        cosine = (x * y).sum(axis=0) / (np.linalg.norm(x, axis=0) * np.linalg.norm(y, axis=0))
+        if similarity == "combined":
+            cosine = (cosine + (x * y).sum() / (np.linalg.norm(x) * np.linalg.norm(y))) / 2
+        k = 1 - np.clip(cosine - 0.3, 0, 1)
+        np.testing.assert_allclose(merged, (1 - k) * x + k * y, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("method", "params"),
     [
         ("consensus_ta", {"threshold": -1.0}),
+        ("pcb", {"density": 0.0}),
+        ("cabs", {"keep": 0}),
         ("localize_and_stitch", {"density": 1.5}),
         ("emr", {"scale": float("nan")}),
     ],
