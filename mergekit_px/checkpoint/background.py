@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from mergekit_px.checkpoint.file_pool import FilePool
+from mergekit_px.stages import timed
 
 _PIECE = 8 << 20
 _FLUSH_EVERY = 128 << 20
@@ -79,10 +80,11 @@ class Hasher(_Follower):
 
     def _update(self, number: int, stop: int) -> None:
         piece = self._buffer[: stop - self._hashed[number]]
-        with self._pool.use(self._names[number]) as file:
+        with timed("read"), self._pool.use(self._names[number]) as file:
             if file.read_into(self._hashed[number], piece) != len(piece):
                 raise OSError(f"{self._names[number]} became shorter while it was written")
-        self._digests[number].update(piece)
+        with timed("hash"):
+            self._digests[number].update(piece)
         self._hashed[number] = stop
 
     def result(self) -> list[str]:

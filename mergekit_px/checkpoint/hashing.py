@@ -6,12 +6,14 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from io import BufferedIOBase
 from pathlib import Path
 
 from mergekit_px.checkpoint.contents import FileIdentity
 from mergekit_px.checkpoint.identity import changed
 from mergekit_px.checkpoint.remembered import Remembered
 from mergekit_px.errors import InputError, InputNotFoundError
+from mergekit_px.stages import timed
 
 _PIECE = 1 << 20
 _SETTLED = 2.0
@@ -52,8 +54,9 @@ def file_sha256(
             began = time.time_ns()
             digest = hashlib.sha256()
             buffer = memoryview(bytearray(_PIECE))
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
+            while count := _filled(file, buffer):
+                with timed("hash"):
+                    digest.update(buffer[:count])
                 if stopped():
                     raise HashingStopped
             if FileIdentity.of(os.fstat(file.fileno())) != identity:
@@ -65,3 +68,8 @@ def file_sha256(
     if began - max(identity.mtime_ns, identity.ctime_ns) > _SETTLED * 1e9:
         store.put({key: digest.hexdigest()})
     return digest.hexdigest()
+
+
+def _filled(file: BufferedIOBase, buffer: memoryview) -> int:
+    with timed("read"):
+        return file.readinto(buffer)

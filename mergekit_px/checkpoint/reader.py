@@ -15,6 +15,7 @@ from mergekit_px.checkpoint.pieces import read_pieces
 from mergekit_px.checkpoint.positional import PositionalFile, open_positional
 from mergekit_px.checkpoint.state_dict import MemoryReader, checkpoint_from_state_dict
 from mergekit_px.errors import InputError, InputNotFoundError
+from mergekit_px.stages import timed
 
 __all__ = [
     "FileReader",
@@ -81,7 +82,7 @@ class FileReader:
     def _fill(self, tensor: StoredTensor, name: str, offset: int, buffer: memoryview) -> None:
         wanted = buffer.nbytes
         try:
-            with self._pool.use(name) as file:
+            with timed("read"), self._pool.use(name) as file:
                 count = file.read_into(offset, buffer)
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror or error}", where=self._where(tensor)) from error

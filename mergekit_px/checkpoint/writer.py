@@ -50,6 +50,7 @@ from mergekit_px.checkpoint.publish import (
 )
 from mergekit_px.checkpoint.ranges import RangeSet
 from mergekit_px.errors import OutputError, RunError, WriteError
+from mergekit_px.stages import timed
 
 _VERIFY_PIECE = 8 << 20
 _JOURNAL_LINE = 64
@@ -159,7 +160,8 @@ class CheckpointWriter:
             self._part(shard.file).parent.mkdir(parents=True, exist_ok=True)
             file = open_positional(self._part(shard.file), create=True)
             try:
-                file.allocate(shard.size)
+                with timed("write"):
+                    file.allocate(shard.size)
                 file.write(0, memoryview(shard.header_bytes))
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -230,9 +232,12 @@ class CheckpointWriter:
         try:
             if self._flusher is not None and self._flusher.error is not None:
                 raise self._flusher.error
-            with self._pool.use(file) as opened:
+            with timed("write"), self._pool.use(file) as opened:
                 opened.write(offset + start, data)
-            self._journal.append(FinishedRange(name, start, start + len(data), zlib.crc32(data)))
+            with timed("hash"):
+                crc32 = zlib.crc32(data)
+            with timed("write"):
+                self._journal.append(FinishedRange(name, start, start + len(data), crc32))
         except OSError as error:
             raise self._refused(error, f"{self._part(file)}: {shown(name)}") from error
         with self._mutex:
@@ -342,7 +347,7 @@ class CheckpointWriter:
         with self._mutex:
             dirty, self._dirty = self._dirty, set()
         for number in sorted(dirty):
-            with self._pool.use(self._layout.shards[number].file) as file:
+            with timed("sync"), self._pool.use(self._layout.shards[number].file) as file:
                 file.sync()
 
     def _part(self, file: str) -> Path:

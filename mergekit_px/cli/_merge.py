@@ -16,6 +16,7 @@ from mergekit_px.cli._plan_view import show_plan
 from mergekit_px.cli._progress import progress_on
 from mergekit_px.cli._units import show_bytes, show_seconds
 from mergekit_px.errors import HubError, UsageError
+from mergekit_px.stages import timed
 
 if TYPE_CHECKING:
     from mergekit_px.execute.events import RunResult
@@ -90,7 +91,8 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
 
     output = output_for(json=options.json, quiet=options.quiet)
     # What is only planned may be meant for another machine.
-    plan = build_plan(loaded, replace(options.plan_options(), require_room=not options.dry_run))
+    with timed("plan"):
+        plan = build_plan(loaded, replace(options.plan_options(), require_room=not options.dry_run))
     if options.dry_run:
         show_plan(plan, output)
         _note_lock(plan, output)
@@ -200,7 +202,8 @@ def _note_output(plan: Plan, output: Output) -> None:
 
 
 def _run(plans: Sequence[Plan], output: Output) -> list[RunResult]:
-    from mergekit_px.execute.run import run_plans
+    with timed("import"):
+        from mergekit_px.execute.run import run_plans
 
     with progress_on(output) as advance:
         try:

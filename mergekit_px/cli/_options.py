@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_px.cli._arguments import Several
+from mergekit_px.cli._profile import profiled
 from mergekit_px.errors import UsageError
 
 if TYPE_CHECKING:
@@ -162,6 +163,10 @@ class RunOptions:
         ),
     ] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=RUN)] = False
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Print where the time went, by stage.", rich_help_panel=RUN),
+    ] = False
     json: Json = False
     quiet: Quiet = False
 
@@ -236,7 +241,8 @@ def flatten(command: Callable[..., Any]) -> Callable[..., Any]:
     def flat(**given: Any) -> Any:
         for name, group in groups.items():
             given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
-        return command(**given)
+        with profiled(any(getattr(given[name], "profile", False) for name in groups)):
+            return command(**given)
 
     flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return flat

@@ -21,6 +21,7 @@ from mergekit_px.methods.declare import Extent, Sweep
 from mergekit_px.plan.budget import BLOCK, needs_whole, row_length, unit, whole_bytes
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Adapted, Apply, Leaf, Node, Read, View
+from mergekit_px.stages import timed
 
 _COPY_BYTES = 8 << 20
 _FLOAT32_RANGE = 3e38
@@ -165,7 +166,8 @@ class Execution:
         piece = unit(item) if lane.device.type == "cpu" else stop - start
         for begin in range(start, stop, piece):
             end = min(begin + piece, stop)
-            value = self.block(item, raw, start, begin, end).value(item.node)
+            with timed("arithmetic"):
+                value = self.block(item, raw, start, begin, end).value(item.node)
             self.store(item, value, stored[begin - start : end - start])
         if out is not host:
             host.copy_(out, non_blocking=True)
@@ -188,7 +190,8 @@ class Execution:
             )
             for node in self._unknown(item):
                 self.statistics[id(node)] = _whole_statistics(item, node, block)
-            value = block.value(item.node)
+            with timed("arithmetic"):
+                value = block.value(item.node)
             stored = torch.empty(item.elements, dtype=item.dtype.torch, device=value.device)
             self.store(item, value, stored)
             host = stored.view(torch.uint8).cpu()
@@ -226,7 +229,8 @@ class Execution:
         piece = unit(item)
         for begin in range(start, stop, piece):
             block = self.block(item, raw, start, begin, min(begin + piece, stop))
-            sums.add((number, begin), sweep(block.operands(node)))
+            with timed("arithmetic"):
+                sums.add((number, begin), sweep(block.operands(node)))
 
     def read(self, item: WorkItem, leaves: Sequence[Leaf], start: int, stop: int, lane: Lane) -> dict[int, Any]:
         """The elements [start, stop) of some stored tensors and views, and all of the adapters' tensors, by node."""
@@ -257,7 +261,8 @@ class Execution:
         row = row_length(item) if any(node.access == "rows" for node in item.applied) else None
 
         def load(read: Leaf) -> torch.Tensor:
-            value: torch.Tensor = raw[id(read)][begin - origin : end - origin].to(dtype)
+            with timed("decode"):
+                value: torch.Tensor = raw[id(read)][begin - origin : end - origin].to(dtype)
             if not self.allow_nonfinite:
                 check_finite(value, self._label(read), "the source")
             return value if row is None else value.view(-1, row)
@@ -304,7 +309,8 @@ class Execution:
         # Where nothing is copied to a device, the bytes as stored are not kept until the next tensor.
         host = torch.empty(nbytes, dtype=torch.uint8) if lane.device.type == "cpu" else lane.host_bytes("whole", nbytes)
         self.readers[read.input].read_into(read.tensor, 0, as_bytes(host))
-        value = lane.to_device(host).view(read.dtype.torch).to(accumulation_dtype(item), copy=True)
+        with timed("decode"):
+            value = lane.to_device(host).view(read.dtype.torch).to(accumulation_dtype(item), copy=True)
         lane.finish()
         if not self.allow_nonfinite:
             check_finite(value, self._label(read), "the source")
@@ -316,14 +322,16 @@ class Execution:
             limit = item.dtype.max_finite or math.inf
             if limit >= _FLOAT32_RANGE:
                 check_finite(value, item.name, "the merged value")
-            elif not (float((bounds := value.aminmax()).min) >= -limit and float(bounds.max) <= limit):
+            elif not _is_within(value, limit):
+                bounds = value.aminmax()
                 raise NonFiniteError(
                     f"the merged value (from {float(bounds.min):g} to {float(bounds.max):g}) "
                     f"does not fit {item.dtype.name}",
                     where=item.name,
                     hint="lower the weights, choose a wider --dtype, or pass --allow-nonfinite",
                 )
-        stored.copy_(value.reshape(-1))
+        with timed("round"):
+            stored.copy_(value.reshape(-1))
 
 
 class _Totals:
@@ -356,6 +364,12 @@ class _Totals:
         for _, part in parts:
             result += torch.tensor(part, dtype=torch.float64)
         return result
+
+
+def _is_within(value: torch.Tensor, limit: float) -> bool:
+    with timed("check"):
+        bounds = value.aminmax()
+        return float(bounds.min) >= -limit and float(bounds.max) <= limit
 
 
 def accumulation_dtype(item: WorkItem) -> torch.dtype:

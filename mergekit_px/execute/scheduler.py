@@ -13,6 +13,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from mergekit_px.stages import timed
+
 W = TypeVar("W")
 
 
@@ -119,7 +121,8 @@ class Scheduler(Generic[W]):
                 if self._running == 0 and not self._large:
                     self._state.notify_all()
                     return None
-                self._state.wait()
+                with timed("wait"):
+                    self._state.wait()
             return None
 
     def _start_routine(self) -> None:

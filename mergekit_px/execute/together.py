@@ -19,6 +19,7 @@ from mergekit_px.plan.budget import needs_whole, plan_budget, unit
 from mergekit_px.plan.model import Plan, WorkItem
 from mergekit_px.plan.nodes import Apply, Decoded, Leaf, Node, Read
 from mergekit_px.plan.peak import Budget
+from mergekit_px.stages import timed
 
 _PIECE = 1 << 16
 """Elements on which all outputs are made before the next: what the inputs' values occupy stays in the cache."""
@@ -92,7 +93,8 @@ def _write_chunk(members: Sequence[Member], start: int, stop: int, lane: Lane) -
             end = min(begin + piece, stop)
             known: dict[int, torch.Tensor] = {}
             for member, out in zip(members, stored, strict=True):
-                value = member.execution.block(member.item, raw, start, begin, end, known).value(member.item.node)
+                with timed("arithmetic"):
+                    value = member.execution.block(member.item, raw, start, begin, end, known).value(member.item.node)
                 member.execution.store(member.item, value, out[begin - start : end - start])
         if lane.device.type != "cpu":
             for host, out in zip(hosts, stored, strict=True):

@@ -14,6 +14,7 @@ from mergekit_px.errors import NonFiniteError
 from mergekit_px.kernels.random import RandomStream
 from mergekit_px.methods.declare import Operands
 from mergekit_px.plan.nodes import Adapted, Apply, Leaf, Node
+from mergekit_px.stages import timed
 
 Load = Callable[[Leaf], torch.Tensor]
 """Gives a stored tensor's, or a view's, elements of the block, in the accumulation dtype and
@@ -190,8 +191,9 @@ def check_finite(block: torch.Tensor, where: str, what: str) -> None:
 
     The sum is tried first: it is finite for almost every finite block and costs a tenth of testing each element.
     """
-    if math.isfinite(block.sum().item()) or bool(torch.isfinite(block).all()):
-        return
+    with timed("check"):
+        if math.isfinite(block.sum().item()) or bool(torch.isfinite(block).all()):
+            return
     bad = int((~torch.isfinite(block)).sum())
     raise NonFiniteError(
         f"{what} holds NaN or infinity ({bad} of the {block.numel()} elements looked at)",

@@ -164,6 +164,16 @@ def test_run_in_json(run, models, recipe: Path) -> None:
     assert document["bytes_written"] == Path("out/model.safetensors").stat().st_size
 
 
+def test_a_profile_tells_where_the_time_went(run, models, recipe: Path) -> None:
+    result = run("run", recipe, "--profile", "-q")
+    stages = {line.split()[0]: line.split()[1:] for line in result.stderr.splitlines()}
+    assert {"start", "plan", "read", "decode", "arithmetic", "check", "round", "write", "hash", "other"} <= set(stages)
+    seconds = {name: float(words[0]) for name, words in stages.items() if words[1].endswith("%")}
+    everything = seconds.pop("all")
+    assert everything == pytest.approx(sum(seconds.values()), abs=0.2)
+    assert result.stdout == "from-recipe\n"
+
+
 def test_quiet_prints_the_folder_alone(run, models, recipe: Path) -> None:
     outcome = run("run", recipe, "-q")
     assert (outcome.stdout, outcome.stderr) == ("from-recipe\n", "")
