@@ -84,6 +84,7 @@ _TABLE = (
     Command("search", LEARNING, "Find coefficients of a recipe by a score.", "search:search"),
     Command("inspect", INSPECTION, "Show what a checkpoint holds, from its headers.", "inspect:inspect"),
     Command("compare", INSPECTION, "Measure how models differ, tensor by tensor.", "compare:compare"),
+    Command("report", INSPECTION, "Write what a merge was as one HTML page.", "report:report"),
     Command("verify", INSPECTION, "Check every byte of a merged model against its lock file.", "verify:verify"),
     Command("pull", HUB, "Download a model, pinned to a commit.", "pull:pull"),
     Command("push", HUB, "Upload a model in one commit.", "push:push"),

@@ -14,6 +14,7 @@ from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Output, output_for
 from mergekit_px.cli._plan_view import show_plan
 from mergekit_px.cli._progress import progress_on
+from mergekit_px.cli._report import check_page, report_run
 from mergekit_px.cli._units import show_bytes, show_seconds
 from mergekit_px.errors import HubError, UsageError
 from mergekit_px.stages import timed
@@ -44,6 +45,7 @@ def _merge_part(loaded: LoadedRecipe, options: RunOptions, part: str) -> int:
     from mergekit_px.plan.build import build_plan
 
     output = output_for(json=options.json, quiet=options.quiet)
+    refuse_report(options, "a part is not the whole")
     number, count = parse_part(part)
     if loaded.recipe.output.push is not None:
         raise UsageError("a part is not pushed", hint="push the whole after pxmerge publish")
@@ -90,6 +92,8 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
     from mergekit_px.plan.build import build_plan
 
     output = output_for(json=options.json, quiet=options.quiet)
+    if options.dry_run:
+        refuse_report(options, "a plan reads no weights")
     # What is only planned may be meant for another machine.
     with timed("plan"):
         plan = build_plan(loaded, replace(options.plan_options(), require_room=not options.dry_run))
@@ -98,6 +102,8 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
         _note_lock(plan, output)
         _note_output(plan, output)
         return 0
+    if options.report is not None and plan.output is not None:
+        check_page(options.report, plan.output)
     push = plan.loaded.recipe.output.push
     if push is not None:
         _check_push(push)
@@ -106,8 +112,16 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
     _note_lock(plan, output)
     result = _run([plan], output)[0]
     address = None if push is None else _publish(push, result, output)
+    if options.report is not None:
+        report_run(plan, result, options.report, output)
     _report(result, plan, address, output)
     return 0
+
+
+def refuse_report(options: RunOptions, why: str) -> None:
+    """Raises ``UsageError`` where ``--report`` is given."""
+    if options.report is not None:
+        raise UsageError(f"--report tells of a finished merge, and {why}", hint="`pxmerge report` tells of it later")
 
 
 def plan_together(merges: Sequence[tuple[Mapping[str, Any], RunOptions, Path]]) -> list[Plan]:
@@ -136,13 +150,14 @@ def run_together(plans: Sequence[Plan], output: Output) -> list[RunResult]:
 def merge_together(recipes: Mapping[str, Mapping[str, Any]], options: RunOptions) -> int:
     """Carry out recipes over the same models in one pass; each result is a folder of its own in the output folder.
 
-    Raises ``UsageError`` for ``--push``, which takes one model.
+    Raises ``UsageError`` for ``--push`` and ``--report``, which take one model.
     """
     from mergekit_px.plan.report import plan_report
 
     output = output_for(json=options.json, quiet=options.quiet)
     if options.push is not None:
         raise UsageError("--push takes one model, and several are written", hint="push them one by one")
+    refuse_report(options, "several are written")
     home = options.output or Path("merged")
     merges = [(recipe, options, home / name) for name, recipe in recipes.items()]
     plans = dict(zip(recipes, plan_together(merges), strict=True))

@@ -162,6 +162,15 @@ class RunOptions:
             "--no-hash-inputs", help="Leave the hashes of local inputs out of the lock file.", rich_help_panel=RUN
         ),
     ] = False
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Also write what the merge was as one HTML page.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=RUN)] = False
     profile: Annotated[
         bool,

@@ -149,8 +149,8 @@ def _kept(
             f"--weights {' '.join(words)} needs all checkpoints at once",
             hint="a running mean is uniform or ema:DECAY",
         )
-    if options.push is not None or options.dry_run:
-        raise UsageError("--push and --dry-run do not go with --into")
+    if options.push is not None or options.dry_run or options.report is not None:
+        raise UsageError("--push, --dry-run and --report do not go with --into")
     word = "uniform" if words[0] == "linear" else words[0]
     output = output_for(json=options.json, quiet=options.quiet)
     return keep_running_mean(run, state, word, (from_step or 0, to_step), options, output, follow=follow)

@@ -43,14 +43,6 @@ Into = Annotated[
         help="Add the sources to these components, with their base and settings; in place unless -o is given.",
     ),
 ]
-ReportFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        metavar="FILE",
-        help="Write spectra, energy kept and each source's share as JSON, and a picture beside it.",
-    ),
-]
 Tune = Annotated[
     str | None,
     typer.Option(
@@ -74,7 +66,6 @@ TuneRate = Annotated[
 _OPTIONS: Mapping[str, Any] = {
     "form": As,
     "into": Into,
-    "report": ReportFile,
     "tune": Tune,
     "tune_top": TuneTop,
     "tune_epochs": TuneEpochs,
@@ -85,7 +76,11 @@ _EXAMPLES = """
   pxmerge svd --sources ./a ./b ./c --top-k 64
   pxmerge svd --base ./base --sources ./math ./code --top-k 64 --as components -o ./pool
   pxmerge svd --into ./pool --sources ./law
-  pxmerge svd --base ./base --sources ./math ./code --top-k 64 --tune few.jsonl -o ./tuned"""
+  pxmerge svd --base ./base --sources ./math ./code --top-k 64 --tune few.jsonl -o ./tuned
+
+\b
+--report FILE.json writes spectra, energy kept and each source's share, and a
+picture beside it; --report FILE.html writes the page of any merge."""
 
 
 def _command() -> Callable[..., int]:
@@ -97,10 +92,14 @@ def _command() -> Callable[..., int]:
     def command(**given: Any) -> int:
         own = {name: given.pop(name) for name in _OPTIONS}
         run: RunOptions = given.pop("options")
-        form, into, report = own["form"], own["into"], own["report"]
+        form, into, report = own["form"], own["into"], run.report
+        if report is not None and report.suffix == ".html" and form in (None, "checkpoint") and into is None:
+            report = None  # The page of any merge.
+        else:
+            run = dataclasses.replace(run, report=None)
         text: TextColumns = given.pop("text")
         _check(form, into, report, run)
-        _check_tuning(own, text, run)
+        _check_tuning(own, text, run, report)
         if into is not None:
             _complete(given, into)
             run = run if run.output is not None else dataclasses.replace(run, output=into, overwrite=True)
@@ -142,6 +141,8 @@ def _check(form: Form | None, into: Path | None, report: Path | None, run: RunOp
         raise UsageError(f"--into adds to components, --as {form} writes something else", hint="leave one out")
     if into is not None and report is not None:
         raise UsageError("--report looks at all sources, and --into has the new ones only", hint="leave one out")
+    if report is not None and report.suffix == ".html":
+        raise UsageError("--report FILE.html is about a checkpoint", hint="--report report.json for the spectra")
     if report is not None and report.suffix == ".png":
         raise UsageError("--report names the JSON file; the picture goes beside it", hint="--report report.json")
     if form in ("components", "lora") or into is not None:
@@ -152,7 +153,7 @@ def _check(form: Form | None, into: Path | None, report: Path | None, run: RunOp
         raise UsageError("--dry-run reads no weights, and --report needs them", hint="leave one out")
 
 
-def _check_tuning(own: Mapping[str, Any], text: TextColumns, run: RunOptions) -> None:
+def _check_tuning(own: Mapping[str, Any], text: TextColumns, run: RunOptions, report: Path | None) -> None:
     if own["tune"] is None:
         for name in ("tune_top", "tune_epochs", "tune_rate"):
             if own[name] is not None:
@@ -162,7 +163,7 @@ def _check_tuning(own: Mapping[str, Any], text: TextColumns, run: RunOptions) ->
                 "--columns, --max-length and --tokenizer go with --tune", hint="give the data: --tune FILE"
             )
         return
-    for flag, given in {"--as": own["form"], "--into": own["into"], "--report": own["report"], "--push": run.push,
+    for flag, given in {"--as": own["form"], "--into": own["into"], "--report": report, "--push": run.push,
                         "--dtype": run.dtype, "--dry-run": run.dry_run}.items():  # fmt: skip
         if given:
             raise UsageError(f"--tune writes a tuned model, {flag} something else", hint="leave one out")

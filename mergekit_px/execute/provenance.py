@@ -193,18 +193,15 @@ def lock_file(plan: Plan, hashes: Mapping[tuple[str, str], str | None], files: M
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
-def card(plan: Plan) -> bytes:
-    """``README.md`` of the output."""
-    from mergekit_px.methods import find_method
-    from mergekit_px.recipe.dump import dump_recipe
-
+def card_inputs(plan: Plan) -> list[CardInput]:
+    """What the card tells of the inputs, in the order of the plan."""
     recipe = plan.published.recipe
     bases = {step.get("base") for step in plan.steps.values()}
     weights: dict[str, str] = {}
     for step in recipe.steps.values():
         if isinstance(step.sources, Mapping):
             weights.update({name: str(value) for name, value in step.sources.items() if value is not None})
-    inputs = [
+    return [
         CardInput(
             name=name,
             source=source.source,
@@ -215,6 +212,15 @@ def card(plan: Plan) -> bytes:
         )
         for name, source in plan.inputs.items()
     ]
+
+
+def card(plan: Plan) -> bytes:
+    """``README.md`` of the output."""
+    from mergekit_px.methods import find_method
+    from mergekit_px.recipe.dump import dump_recipe
+
+    recipe = plan.published.recipe
+    inputs = card_inputs(plan)
     used: dict[str, CardMethod] = {}
     for step_name, step in plan.steps.items():
         method = find_method(step["method"])

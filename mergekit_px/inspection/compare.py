@@ -212,18 +212,23 @@ def _compare_tensor(found: Sequence[Values]) -> Difference | None:
     elements = math.prod(found[0].shape)
     for start in range(0, elements, _ELEMENTS):
         stop = min(start + _ELEMENTS, elements)
-        sums.add(_compare_chunk([values.read(start, stop) for values in found]))
+        sums.add(difference_of([values.read(start, stop) for values in found]))
     return sums
 
 
-def _compare_chunk(raw: Sequence[torch.Tensor]) -> Difference:
-    """The sums over one chunk; ``raw``: the same elements of the reference and of each model, as stored."""
+def difference_of(raw: Sequence[torch.Tensor], voters: int | None = None) -> Difference:
+    """The sums over one chunk.
+
+    Args:
+        raw: the same elements of the reference and of each model, as stored.
+        voters: how many of the models, the first ones, count for conflicts of signs; all if None.
+    """
     import torch
 
     reference = raw[0].double()
     others = torch.stack([piece.double() for piece in raw[1:]])
     deltas = others - reference
-    positive, negative = (deltas > 0).any(dim=0), (deltas < 0).any(dim=0)
+    positive, negative = (deltas[:voters] > 0).any(dim=0), (deltas[:voters] < 0).any(dim=0)
     return Difference(
         reference_square=float(reference @ reference),
         squares=(others * others).sum(dim=1).tolist(),

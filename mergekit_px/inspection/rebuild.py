@@ -18,6 +18,7 @@ from mergekit_px.inspection.verify import read_lock
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.lock import parse_lock
 from mergekit_px.plan.method_catalog import method_catalog
+from mergekit_px.plan.model import Plan
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.recipe.load import load_recipe, parse_recipe
 from mergekit_px.recipe.loaded import LoadedRecipe
@@ -42,19 +43,9 @@ def rebuild(directory: Path, *, allow_pickle: bool = False, progress: Report | N
     """
     place = destination(directory)
     document = read_lock(directory)
-    lock = parse_lock(document, place.folder / place.lock_file)
-    loaded = _recipe(place, document)
-    allowed = document.get("options")
-    granted = allowed if isinstance(allowed, dict) else {}
     with tempfile.TemporaryDirectory(prefix="pxmerge-") as folder:
-        options = PlanOptions(
-            output=Path(folder) / (place.file or "merged"),
-            allow_pickle=allow_pickle,
-            allow_nonfinite=granted.get("allow_nonfinite") is True,
-            allow_base_mismatch=granted.get("allow_base_mismatch") is True,
-            lock=lock,
-        )
-        made = run_plan(build_plan(loaded, options), progress=progress).files
+        output = Path(folder) / (place.file or "merged")
+        made = run_plan(plan_again(directory, output, allow_pickle=allow_pickle), progress=progress).files
     before = {name: entry["sha256"] for name, entry in document["files"].items()}
     names = [name for name in dict.fromkeys((*before, *made)) if name not in (CARD_FILE, place.lock_file)]
     different = tuple(name for name in names if before.get(name) != made.get(name))
@@ -63,6 +54,26 @@ def rebuild(directory: Path, *, allow_pickle: bool = False, progress: Report | N
         different=different,
         notes=tuple(_other_versions(document.get("versions"))),
     )
+
+
+def plan_again(directory: Path, output: Path, *, allow_pickle: bool = False) -> Plan:
+    """The plan of a finished merge, from its recipe and its lock file, for an output elsewhere.
+
+    Raises as :func:`rebuild` does.
+    """
+    place = destination(directory)
+    document = read_lock(directory)
+    allowed = document.get("options")
+    granted = allowed if isinstance(allowed, dict) else {}
+    options = PlanOptions(
+        output=output,
+        allow_pickle=allow_pickle,
+        allow_nonfinite=granted.get("allow_nonfinite") is True,
+        allow_base_mismatch=granted.get("allow_base_mismatch") is True,
+        require_room=output != directory,
+        lock=parse_lock(document, place.folder / place.lock_file),
+    )
+    return build_plan(_recipe(place, document), options)
 
 
 def _recipe(place: Destination, document: Mapping[str, Any]) -> LoadedRecipe:

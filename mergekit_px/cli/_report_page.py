@@ -1,0 +1,85 @@
+"""The page of ``pxmerge report``: one HTML file with everything in it, no script, nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from mergekit_px.cli._units import show_bytes, show_count, show_seconds
+from mergekit_px.escaping import escaped_line
+from mergekit_px.inspection.changes import CellChange
+from mergekit_px.inspection.heat_map import SHADES, HeatMap, heat_map
+from mergekit_px.inspection.merge_report import MergeReport
+
+SOURCES_DRAWN = 12
+"""Sources with heat maps of their own; the JSON has all."""
+_COSINES = (-1.0, 1.0)
+_SHARES = (0.0, 1.0)
+
+
+def report_page(report: MergeReport) -> str:
+    """The page of a report."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_printable, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(bytes=show_bytes, count=show_count, seconds=show_seconds, number=_number, share=_share)
+    template = environment.from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    changes = report.changes
+    stacks = list(dict.fromkeys(cell.stack for cell in changes.cells if cell.layer is not None))
+    return template.render(
+        report=report,
+        shades=SHADES,
+        grids=[(stack, _maps(report, [cell for cell in changes.cells if cell.stack == stack])) for stack in stacks],
+        experts=_expert_maps(report),
+        outside=[cell for cell in changes.cells if cell.layer is None],
+        undrawn=changes.sources[SOURCES_DRAWN:],
+        totals=list(zip(changes.sources, changes.total.sources, strict=True)),
+    )
+
+
+def _maps(report: MergeReport, cells: list[CellChange]) -> list[HeatMap]:
+    """Measures of the merge first, then those of each source."""
+    return [grid for grid in (*_merge_maps(cells), *_source_maps(report, cells)) if grid is not None]
+
+
+def _merge_maps(cells: list[CellChange]) -> Iterator[HeatMap | None]:
+    def grid(measure: str, name: str, limits: tuple[float, float] | None = None) -> HeatMap | None:
+        return heat_map(measure, ((cell.module, cell.layer, getattr(cell, name)) for cell in cells), limits=limits)
+
+    yield grid("relative change", "relative")
+    yield grid("sign conflicts between sources", "sign_conflicts", _SHARES)
+    yield grid("energy kept", "energy")
+    yield grid("explained by a weighted sum of the sources", "explained", _SHARES)
+
+
+def _source_maps(report: MergeReport, cells: list[CellChange]) -> Iterator[HeatMap | None]:
+    subject = "change" if report.changes.base is not None else "weights"
+    for measure, name, limits in (
+        (f"cosine with the source's {subject}", "cosine", _COSINES),
+        ("share of the source", "share", _SHARES),
+        ("distance to the source", "distance", None),
+    ):
+        for place, source in enumerate(report.changes.sources[:SOURCES_DRAWN]):
+            values = ((cell.module, cell.layer, getattr(cell.sources[place], name)) for cell in cells)
+            yield heat_map(measure, values, of=source, limits=limits)
+
+
+def _expert_maps(report: MergeReport) -> list[HeatMap]:
+    cells = report.changes.experts
+    return [grid for grid in (*_merge_maps(cells), *_source_maps(report, cells)) if grid is not None]
+
+
+def _printable(value: Any) -> Any:
+    return escaped_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"

@@ -1,0 +1,55 @@
+"""``pxmerge report``: what a merge was, as one page."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergekit_px.cli._options import AllowPickle, Json, Quiet
+from mergekit_px.cli._output import output_for
+from mergekit_px.cli._progress import progress_on
+from mergekit_px.cli._report import check_page, write_page
+
+MergeOutput = Annotated[Path, typer.Argument(metavar="PATH", help="The output of a merge: a folder or a file.")]
+Page = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="FILE", help="The page.  [default: PATH-report.html, beside the merge]"),
+]
+
+
+def report(
+    directory: MergeOutput,
+    page: Page = None,
+    allow_pickle: AllowPickle = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Write what a merge was as one HTML file, which needs no network and no server.
+
+    What went in (commits, licences), what was decided (methods, rules and weights by groups of tensors), what changed
+    (relative change, sign conflicts, energy kept, cosines and shares of the sources by layer and module), warnings.
+    The merge's recipe and lock file tell how it was made; its inputs are read again, in pieces.
+
+    With --report FILE a command that merges writes the same, and how long it took.
+
+    \b
+    Examples:
+      pxmerge report ./merged
+      pxmerge report ./merged -o page.html --json > report.json
+    """
+    from mergekit_px.inspection.merge_report import report_on
+
+    output = output_for(json=json, quiet=quiet)
+    path = directory.with_name(f"{directory.resolve().name}-report.html") if page is None else page
+    check_page(path, directory)
+    with progress_on(output) as advance:
+        found = report_on(directory, allow_pickle=allow_pickle, progress=partial(advance, "measuring"))
+    write_page(path, found)
+    for warning in found.warnings:
+        output.warning(warning)
+    output.document(found.model_dump(mode="json"))
+    output.text(str(path))
+    return 0
