@@ -295,6 +295,8 @@ class Execution:
     def _label(self, leaf: Node) -> str:
         """The checkpoint and tensor of a leaf; of a view the first that it is made of."""
         while not isinstance(leaf, Read):
+            if not leaf.operands:
+                return "random numbers"
             leaf = leaf.operands[0]
         return f"{self.labels[leaf.input]}: {leaf.tensor.name}"
 

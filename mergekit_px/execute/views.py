@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ import torch
 from mergekit_px.checkpoint.open import StoredTensor
 from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.execute.values import Block, LoadFactors
+from mergekit_px.kernels.random import RandomStream
 from mergekit_px.plan.budget import BLOCK
-from mergekit_px.plan.nodes import Decoded, Leaf, Node, Read, RowMean, RowMixture, Rows
+from mergekit_px.plan.nodes import Decoded, Drawn, Joined, Leaf, Node, Read, RowMean, RowMixture, Rows, Section
 from mergekit_px.plan.rows import Indices
 
 Values = Callable[[int, int], torch.Tensor]
@@ -59,6 +61,13 @@ class ViewValues:
             return self._gathered(node)
         if isinstance(node, RowMixture):
             return self._mixed(node)
+        if isinstance(node, Section):
+            operand = self.values(node.operand)
+            return lambda start, stop: operand(node.start + start, node.start + stop)
+        if isinstance(node, Joined):
+            return self._joined(node)
+        if isinstance(node, Drawn):
+            return partial(self._drawn, node)
         return self._mean(node) if isinstance(node, RowMean) else self._computed(node)
 
     def _decoded(self, node: Decoded) -> Values:
@@ -131,6 +140,26 @@ class ViewValues:
             return out.view(-1)[start - begin * row : stop - begin * row]
 
         return values
+
+    def _joined(self, node: Joined) -> Values:
+        operands = [self.values(part) for part in node.parts]
+        ends = np.cumsum([math.prod(part.shape) for part in node.parts])
+
+        def values(start: int, stop: int) -> torch.Tensor:
+            found = []
+            for number in range(int(np.searchsorted(ends, start, side="right")), len(operands)):
+                begin = int(ends[number - 1]) if number else 0
+                if begin >= stop:
+                    break
+                found.append(operands[number](max(start - begin, 0), min(stop, int(ends[number])) - begin))
+            return torch.cat(found) if len(found) != 1 else found[0]
+
+        return values
+
+    def _drawn(self, node: Drawn, start: int, stop: int) -> torch.Tensor:
+        stream = RandomStream(self.seed, node.stream, start, stop - start)
+        drawn = stream.normal(0) if node.distribution == "normal" else stream.uniform(0).mul_(2).sub_(1)
+        return drawn.mul_(node.scale).to(self.dtype)
 
     def _mean(self, node: RowMean) -> Values:
         def values(start: int, stop: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ Integer operations alone make the words, so all devices give the same numbers.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 
@@ -41,6 +42,11 @@ class RandomStream:
         words = self._words(source, first, (skip + self._count + 1) // 2)
         halves = words.view(torch.int32)[skip : skip + self._count]
         return halves.bitwise_and(2**_MANTISSA_BITS - 1).to(torch.float32).mul_(2.0**-_MANTISSA_BITS)
+
+    def normal(self, source: int) -> torch.Tensor:
+        """float32 normal numbers, shape (count,), fresh memory: Box and Muller's, of two words for each."""
+        angle = self.uniform(2 * source).mul_(2 * math.pi).cos_()
+        return self.uniform(2 * source + 1).neg_().add_(1.0).log_().mul_(-2.0).sqrt_().mul_(angle)
 
     def _words(self, source: int, first: int, count: int) -> torch.Tensor:
         """int64, shape (count,): each word serves two neighbouring elements."""

@@ -34,6 +34,7 @@ from mergekit_px.plan.texts import config_text, recipe_text
 from mergekit_px.plan.tokenizers import Vocabularies
 from mergekit_px.plan.views import refuse_quantised_by_config
 from mergekit_px.plan.vocabulary import ChosenVocabulary
+from mergekit_px.recipe.graph import references
 from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
 
@@ -244,12 +245,7 @@ def _merged(recipe: Recipe, targets: Iterable[str]) -> set[str]:
         step = recipe.steps.get(name)
         if step is None:
             continue
-        waiting += step.source_names() + ([step.base] if step.base else [])
-        pieces = step.slices or []
-        waiting += [source.model for piece in pieces for source in piece.sources]
-        waiting += [piece.base for piece in pieces if piece.base]
-        rules = [*step.rules, *(rule for piece in pieces for rule in piece.rules)]
-        waiting += [rule.take for rule in rules if rule.take]
+        waiting += [reference for _, reference in references(step, ())]
     return found
 
 

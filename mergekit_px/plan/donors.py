@@ -16,6 +16,7 @@ from mergekit_px.plan import config as config_edits
 from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import is_embedding, stack_sizes
+from mergekit_px.plan.mixtures import BuiltMixture
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
 from mergekit_px.plan.tokenizers import adapter_tokenizer
@@ -223,7 +224,22 @@ def _output_config(
     layers = expressions.layer_sources.get(target)
     if layers is not None:
         notes += _restack(config, donor, layers, inputs, expressions)
+    for mixture in _mixtures(recipe, target, expressions):
+        config, said = mixture.followed(config)
+        config_edits.check_with_transformers(config)
+        notes += said
     return config, notes
+
+
+def _mixtures(recipe: Recipe, target: str, expressions: Expressions) -> list[BuiltMixture]:
+    """What steps on the way from the first model to the output made of its experts, in order."""
+    found: list[BuiltMixture] = []
+    while target in recipe.steps:
+        if target in expressions.mixtures:
+            found.insert(0, expressions.mixtures[target])
+        step = recipe.steps[target]
+        target = step.base or (step.slices[0].sources[0].model if step.slices else step.source_names()[0])
+    return found
 
 
 def _part_configs(

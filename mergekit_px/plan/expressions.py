@@ -20,6 +20,7 @@ from mergekit_px.plan.artefacts import Artefacts
 from mergekit_px.plan.companions import Companion, companion_nodes, model_names, split_companions
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import depth, stack_sizes
+from mergekit_px.plan.mixtures import BuiltMixture, with_experts
 from mergekit_px.plan.names import bridge, difference, rename_hint, renamed
 from mergekit_px.plan.nodes import Apply, Kind, Leaf, Node
 from mergekit_px.plan.rules import by_source, matching, rules_outside, weights_by_rule
@@ -54,6 +55,8 @@ class Expressions:
     """Heads that were tied in an input and are written on their own."""
     layer_sources: dict[str, list[list[tuple[str, int]]]] = field(default_factory=dict)
     """Step with slices -> for each output layer, its (source, layer) pairs."""
+    mixtures: dict[str, BuiltMixture] = field(default_factory=dict)
+    """Step with experts -> what its source's config has to follow."""
     config_updates: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """Input with adapters -> what they change in its config."""
     tied: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -91,7 +94,8 @@ class Expressions:
             elif name in self.inputs:
                 self._namespaces[key] = self._stored(self.inputs[name])
             else:
-                self._namespaces[key] = self._step(name, self.loaded.recipe.steps[name])
+                step = self.loaded.recipe.steps[name]
+                self._namespaces[key] = with_experts(name, step, self._step(name, step), self)
         return self._namespaces[key]
 
     def _stored(self, source: ResolvedInput) -> Namespace:

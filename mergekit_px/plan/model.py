@@ -19,7 +19,7 @@ from mergekit_px.checkpoint.dtypes import DType
 from mergekit_px.checkpoint.layout import OutputLayout
 from mergekit_px.escaping import html_table
 from mergekit_px.methods.declare import Access
-from mergekit_px.plan.nodes import Adapted, Apply, Kind, Leaf, Node, Read, View, walk
+from mergekit_px.plan.nodes import Adapted, Apply, Kind, Leaf, Node, Read, View, finest, walk
 from mergekit_px.plan.peak import Budget
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ class WorkItem:
     @cached_property
     def access(self) -> Access:
         """The finest cut that every part of the expression allows."""
-        found = {node.access for node in (*self.applied, *self.adapted, *self.views)}
-        order: tuple[Access, ...] = ("tensor", "rows", "two_pass", "elementwise")
-        return next((access for access in order if access in found), "elementwise")
+        return finest((*self.applied, *self.adapted, *self.views))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -208,6 +208,115 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Section:
+    """Neighbouring elements of an operand, from ``start`` on, as a tensor of their own: one expert of a stack."""
+
+    operand: Node
+    start: int
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.start + math.prod(self.shape) <= math.prod(self.operand.shape):
+            raise PlanError(f"{list(self.shape)} from {self.start} on is outside of {list(self.operand.shape)}")
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        return (self.operand,)
+
+    @property
+    def kind(self) -> Kind:
+        return self.operand.kind
+
+    @property
+    def dtype(self) -> DType:
+        return self.operand.dtype
+
+    @property
+    def access(self) -> Access:
+        return finest(self.operands)
+
+    @property
+    def digest(self) -> str:
+        return f"from {self.start}"
+
+    def describe(self) -> Any:
+        return {"from": self.start, "shape": list(self.shape), "of": self.operand.describe()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joined:
+    """Operands one after another, as one tensor: the experts of a layer in a stack.
+
+    The operands are what inputs offer, or what a method makes of that element by element.
+    """
+
+    parts: tuple[Node, ...]
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sum(math.prod(part.shape) for part in self.parts) != math.prod(self.shape):
+            raise PlanError(f"{[list(part.shape) for part in self.parts]} do not make {list(self.shape)}")
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        return self.parts
+
+    @property
+    def kind(self) -> Kind:
+        return self.parts[0].kind
+
+    @property
+    def dtype(self) -> DType:
+        return self.parts[0].dtype
+
+    @property
+    def access(self) -> Access:
+        return finest(self.parts)
+
+    @property
+    def digest(self) -> str:
+        return "joined"
+
+    def describe(self) -> Any:
+        return {"joined": [part.describe() for part in self.parts]}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """Random numbers, the same on every run with one seed: normal with a deviation, or uniform within a bound."""
+
+    stream: str
+    """What they are for; two of one name are the same numbers."""
+    shape: tuple[int, ...]
+    dtype: DType
+    kind: Kind
+    distribution: Literal["normal", "uniform"]
+    scale: float
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        return ()
+
+    @property
+    def access(self) -> Access:
+        return "elementwise"
+
+    @property
+    def digest(self) -> str:
+        return f"{self.distribution} {self.scale} {self.stream}"
+
+    def describe(self) -> Any:
+        return {"drawn": self.distribution, "scale": self.scale, "for": self.stream}
+
+
+def finest(nodes: Iterable[Node]) -> Access:
+    """The finest cut that all nodes allow; stored tensors may be cut anywhere."""
+    found = {getattr(node, "access", "elementwise") for node in nodes}
+    order: tuple[Access, ...] = ("tensor", "rows", "two_pass", "elementwise")
+    return next((access for access in order if access in found), "elementwise")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Apply:
     """A method applied to sources.
 
@@ -284,7 +393,7 @@ class Adapted:
         return {"adapter": f"{self.input}#{self.number}", "patch": kind, "base": base, "kind": self.kind}
 
 
-View = Rows | RowMixture | RowMean | Decoded
+View = Rows | RowMixture | RowMean | Decoded | Section | Joined | Drawn
 """What stands between an input's stored tensors and what it offers; made block by block, like a read."""
 
 Leaf = Read | View

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.nodes import Node
@@ -27,6 +27,17 @@ class Namespaces(Protocol):
     @property
     def layer_sources(self) -> Mapping[str, list[list[tuple[str, int]]]]:
         """Step with slices -> for each output layer, its (source, layer) pairs."""
+        ...
+
+    @property
+    def notes(self) -> list[str]: ...
+
+    @property
+    def dropped_names(self) -> dict[str, str]: ...
+
+    @property
+    def mixtures(self) -> dict[str, Any]:
+        """Step -> what it made of its source's config."""
         ...
 
     def namespace(self, name: str, base: str | None = None) -> Namespace: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mergekit_px.errors import RecipeError
@@ -9,6 +10,7 @@ from mergekit_px.located.nearest import hint_for
 from mergekit_px.located.places import Path, Places
 from mergekit_px.located.validate import shown
 from mergekit_px.recipe.layer_range import parse_layers
+from mergekit_px.recipe.mixture import FROM_PROMPTS, Expert, Mixture
 from mergekit_px.recipe.model import Rule, Slice, SliceSource, Step, Value
 
 
@@ -35,6 +37,42 @@ def check_step(step: Step, path: Path, places: Places) -> None:
     _check_rules(step.rules, names, path, places)
     for index, piece in enumerate(step.slices or ()):
         _check_slice(piece, (*path, "slices", index), places)
+    if step.mixture is not None:
+        _check_mixture(step.mixture, (*path, "mixture"), places)
+
+
+def _check_mixture(mixture: Mixture, path: Path, places: Places) -> None:
+    if not mixture.experts:
+        raise RecipeError("a mixture without experts", where=places.value((*path, "experts")), hint="name two or more")
+    if mixture.experts_per_token < 1:
+        what = f"'experts_per_token' must be a whole number from 1 on, not {mixture.experts_per_token}"
+        raise RecipeError(what, where=places.value((*path, "experts_per_token")))
+    experts: list[tuple[Path, Expert]] = [(("experts", index), one) for index, one in enumerate(mixture.experts)]
+    experts += [(("shared",), mixture.shared)] if mixture.shared is not None else []
+    for keys, expert in experts:
+        if not (math.isfinite(expert.noise) and expert.noise >= 0):
+            what = f"'noise' must be a finite number from 0 on, not {shown(expert.noise)}"
+            raise RecipeError(what, where=places.value((*path, *keys, "noise")))
+        if not math.isfinite(expert.scale):
+            what = f"'scale' must be a finite number, not {shown(expert.scale)}"
+            raise RecipeError(what, where=places.value((*path, *keys, "scale")))
+        for name, texts in (("prompts", expert.prompts), ("negative_prompts", expert.negative_prompts)):
+            blank = next((index for index, text in enumerate(texts) if not text.strip()), None)
+            if blank is not None:
+                raise RecipeError("a prompt cannot be empty", where=places.value((*path, *keys, name, blank)))
+    router = mixture.router
+    if router.scale is not None and not (math.isfinite(router.scale) and router.scale > 0):
+        what = f"'scale' must be a finite number above 0, not {shown(router.scale)}"
+        raise RecipeError(what, where=places.value((*path, "router", "scale")))
+    if (router.kind == "file") != (router.model is not None):
+        what = f"a router of kind {router.kind} takes no model" if router.model else "it is not said which file"
+        hint = "write router: {kind: file, model: NAME}, and name the file under models"
+        raise RecipeError(what, where=places.key((*path, "router")), hint=hint)
+    if router.kind in FROM_PROMPTS:
+        lacking = next((keys for keys, expert in experts if not expert.prompts and keys != ("shared",)), None)
+        if lacking is not None:
+            what = f"a router of kind {router.kind} is made of prompts, and this expert has none"
+            raise RecipeError(what, where=places.value((*path, *lacking)), hint="write {model: NAME, prompts: [...]}")
 
 
 def _check_slice(piece: Slice, path: Path, places: Places) -> None:

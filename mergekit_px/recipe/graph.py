@@ -29,6 +29,14 @@ def references(step: Step, path: Path) -> Iterator[tuple[Path, str]]:
         for index, source in enumerate(piece.sources):
             yield (*at, "sources", index, "model"), source.model
         yield from _taken(piece.rules, at)
+    if step.mixture is not None:
+        at = (*path, "mixture")
+        for index, expert in enumerate(step.mixture.experts):
+            yield (*at, "experts", index, "model"), expert.model
+        if step.mixture.shared is not None:
+            yield (*at, "shared", "model"), step.mixture.shared.model
+        if step.mixture.router.model is not None:
+            yield (*at, "router", "model"), step.mixture.router.model
 
 
 def _taken(rules: Iterable[Rule], path: Path) -> Iterator[tuple[Path, str]]:

@@ -12,7 +12,7 @@ from mergekit_px.located.overrides import apply_overrides
 from mergekit_px.located.places import Places
 from mergekit_px.located.text import read_text
 from mergekit_px.located.validate import shown, validate, wanted
-from mergekit_px.located.yaml_text import Node, mapping, node_of, parse_documents
+from mergekit_px.located.yaml_text import Node, mapping, node_of, parse_documents, sequence
 from mergekit_px.recipe.catalog import MethodCatalog
 from mergekit_px.recipe.check import check_recipe
 from mergekit_px.recipe.dump import dump_recipe
@@ -134,6 +134,7 @@ def _written_out(root: Node) -> Node:
         entries["steps"] = mapping(root.keys["merge"], {"merge": step}, {"merge": root.keys["merge"]})
         keys["steps"] = root.keys["merge"]
     entries["models"] = _with_models_written_out(entries.get("models"))
+    entries["steps"] = _with_mixtures_written_out(entries.get("steps"))
     tokenizer = entries.get("tokenizer")
     if tokenizer is not None and isinstance(tokenizer.value, dict):
         section = {**tokenizer.value, "tokens": _with_models_written_out(tokenizer.value.get("tokens"))}
@@ -145,11 +146,35 @@ def _with_models_written_out(entries: Node | None) -> Node | None:
     """Entries of which text alone stands for ``{model: text}``."""
     if entries is None or not isinstance(entries.value, dict):
         return entries
-    written: dict[str, Node | None] = {
-        name: mapping(entry.place, {"model": entry}) if isinstance(entry.value, str) else entry
-        for name, entry in entries.value.items()
-    }
+    written: dict[str, Node | None] = {name: _under("model", entry) for name, entry in entries.value.items()}
     return mapping(entries.place, written, entries.keys)
+
+
+def _under(key: str, entry: Node) -> Node:
+    """An entry, where it is text alone as the mapping that it stands for."""
+    return mapping(entry.place, {key: entry}) if isinstance(entry.value, str) else entry
+
+
+def _with_mixtures_written_out(steps: Node | None) -> Node | None:
+    """Steps with the short forms of their mixtures written out: a model for an expert, a kind for a router."""
+    if steps is None or not isinstance(steps.value, dict):
+        return steps
+    written: dict[str, Node | None] = {}
+    for name, step in steps.value.items():
+        mixture = step.value.get("mixture") if isinstance(step.value, dict) else None
+        if mixture is not None and isinstance(step.value, dict) and isinstance(mixture.value, dict):
+            parts: dict[str, Node | None] = dict(mixture.value)
+            experts = mixture.value.get("experts")
+            if experts is not None and isinstance(experts.value, list):
+                parts["experts"] = sequence(experts.place, [_under("model", entry) for entry in experts.value])
+            for key, inner in (("shared", "model"), ("router", "kind")):
+                if key in mixture.value:
+                    parts[key] = _under(inner, mixture.value[key])
+            step = mapping(
+                step.place, {**step.value, "mixture": mapping(mixture.place, parts, mixture.keys)}, step.keys
+            )
+        written[name] = step
+    return mapping(steps.place, written, steps.keys)
 
 
 def _is_mergekit(entries: Mapping[str, Node]) -> bool:

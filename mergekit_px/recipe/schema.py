@@ -46,6 +46,7 @@ def recipe_schema(methods: MethodCatalog) -> dict[str, Any]:
     definitions["Tokenizer"]["properties"]["tokens"] |= {
         "additionalProperties": {"anyOf": [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/TokenRow"}]}
     }
+    _open_mixtures(definitions["Mixture"]["properties"])
     properties = schema["properties"]
     properties["models"] |= {
         "additionalProperties": {"anyOf": [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/ModelInput"}]},
@@ -77,6 +78,16 @@ def _open_steps(definitions: dict[str, Any]) -> None:
     slice_source["properties"]["weight"] = weight
     for part in (rule, slice_source):
         part["properties"]["layers"] = {**_LAYERS, "description": _description(part, "layers")}
+
+
+def _open_mixtures(mixture: dict[str, Any]) -> None:
+    """Text alone stands for an expert by its model, and for a router by its kind."""
+    text: dict[str, Any] = {"type": "string", "minLength": 1}
+    mixture["experts"] |= {"items": {"anyOf": [text, {"$ref": "#/$defs/Expert"}]}, "minItems": 1}
+    for key, part in (("shared", "Expert"), ("router", "Router")):
+        about = {"description": mixture[key]["description"]}
+        mixture[key] = {**about, "anyOf": [text, {"$ref": f"#/$defs/{part}"}]}
+    mixture["experts_per_token"] |= {"minimum": 1}
 
 
 def _parameters(facts: MethodFacts) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from mergekit_px.plan.method_catalog import method_catalog
-from mergekit_px.recipe import model
+from mergekit_px.recipe import mixture, model
 from mergekit_px.recipe.schema import recipe_schema
 from tools.docs.fields import HEADER, field_rows
 from tools.docs.markdown import table
@@ -17,6 +17,9 @@ _PARTS = (
     model.Rule,
     model.Slice,
     model.SliceSource,
+    mixture.Mixture,
+    mixture.Expert,
+    mixture.Router,
     model.Tokenizer,
     model.TokenRow,
     model.Output,
