@@ -9,6 +9,7 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "images": ("PIL",),
     "plot": ("matplotlib",),
+    "fast": ("llvmlite",),
     "demo": ("transformers", "sklearn", "scipy", "matplotlib"),
 }
 """Extra -> the modules that it brings; the narrower extras come first."""

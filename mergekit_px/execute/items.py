@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.errors import NonFiniteError
+from mergekit_px.execute.fused import FusedItems, Sink
 from mergekit_px.execute.lane import Lane
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.values import Block, WholeTensor, check_finite
@@ -23,16 +24,7 @@ from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Adapted, Apply, Leaf, Node, Read, View
 from mergekit_px.stages import timed
 
-_COPY_BYTES = 8 << 20
 _FLOAT32_RANGE = 3e38
-
-
-class Sink(Protocol):
-    """Where output bytes go."""
-
-    def done(self, name: str, start: int, stop: int) -> bool: ...
-
-    def write(self, name: str, start: int, buffer: memoryview) -> None: ...
 
 
 @dataclass
@@ -47,6 +39,8 @@ class Execution:
     allow_nonfinite: bool
     advance: Callable[[str, int], None]
     """Told of (tensor, bytes written or found written)."""
+    fused: FusedItems
+    """Makes what needs no torch."""
     statistics: dict[int, Any] = field(default_factory=dict)
     """Node -> what its method's statistics generator returned."""
     means: RowMeans = field(default_factory=RowMeans)
@@ -54,7 +48,7 @@ class Execution:
     def routine(self, item: WorkItem) -> Routine[Lane]:
         """Everything that makes one output tensor."""
         if item.action == "copy":
-            yield self._copy_jobs(item)
+            yield from self.fused.routine(item)
         elif needs_whole(item):
             if not self.skip(item, 0, item.elements):
                 yield [Job(partial(self._write_whole, item), memory=whole_bytes(item))]
@@ -122,33 +116,26 @@ class Execution:
         self.advance(item.name, (stop - start) * width)
         return True
 
-    def _copy_jobs(self, item: WorkItem) -> list[Job[Lane]]:
-        read = item.reads[0]
-        nbytes = item.elements * item.dtype.bits // 8
-        jobs: list[Job[Lane]] = []
-        for start in range(0, nbytes, _COPY_BYTES):
-            stop = min(start + _COPY_BYTES, nbytes)
-            if self.sink.done(item.name, start, stop):
-                self.advance(item.name, stop - start)
-            else:
-                jobs.append(Job(partial(self._copy, item, read, start, stop)))
-        return jobs
-
-    def _copy(self, item: WorkItem, read: Read, start: int, stop: int, lane: Lane) -> None:
-        buffer = as_bytes(lane.host_bytes("copy", stop - start))
-        self.readers[read.input].read_into(read.tensor, start, buffer)
-        self.sink.write(item.name, start, buffer)
-        self.advance(item.name, stop - start)
+    def _fused(self, item: WorkItem, start: int, stop: int, lane: Lane) -> bool:
+        return lane.device.type == "cpu" and self.fused.write(item, start, stop, self.statistics)
 
     def _write_chunk(self, item: WorkItem, start: int, stop: int, lane: Lane) -> None:
+        if not self._fused(item, start, stop, lane):
+            self.write_chunk(item, start, stop, lane)
+
+    def write_chunk(self, item: WorkItem, start: int, stop: int, lane: Lane) -> None:
+        """Elements [start, stop), by torch."""
         with lane.computing():
             self._write(item, self.read(item, item.leaves, start, stop, lane), start, stop, lane)
 
     def _write_small(self, item: WorkItem, lane: Lane) -> None:
-        """An item of one chunk: it is read once, swept in memory and written."""
+        """An item of one chunk: swept in memory, and written."""
+        unknown = self._unknown(item)
+        if not unknown and self._fused(item, 0, item.elements, lane):
+            return
         with lane.computing():
             raw = self.read(item, item.leaves, 0, item.elements, lane)
-            for node in self._unknown(item):
+            for node in unknown:
 
                 def total(sweep: Sweep, node: Apply = node) -> torch.Tensor:
                     sums = _Totals()
@@ -156,7 +143,8 @@ class Execution:
                     return sums.total()
 
                 self.statistics[id(node)] = _driven(node, item.elements, total)
-            self._write(item, raw, 0, item.elements, lane)
+            if not (unknown and self._fused(item, 0, item.elements, lane)):
+                self._write(item, raw, 0, item.elements, lane)
 
     def _write(self, item: WorkItem, raw: Mapping[int, Any], start: int, stop: int, lane: Lane) -> None:
         width = item.dtype.bits // 8

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.destination import RECIPE_FILE, check_mode, destination
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
@@ -21,12 +21,10 @@ from mergekit_px.errors import OutputError, PlanError, UsageError
 from mergekit_px.execute.allocator import keep_freed_memory
 from mergekit_px.execute.events import Progress, Report, RunResult
 from mergekit_px.execute.finished import claims_result, finished_files
-from mergekit_px.execute.items import Execution, Sink
-from mergekit_px.execute.lane import Lane, pick_device
+from mergekit_px.execute.fused import FusedItems, Sink
 from mergekit_px.execute.locking import check_locked
 from mergekit_px.execute.provenance import CARD_FILE, InputHashes, card, lock_file
-from mergekit_px.execute.scheduler import Routine, Scheduler
-from mergekit_px.execute.together import joint_budget, members_by_tensor, routines
+from mergekit_px.execute.scheduler import Scheduler
 from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.inputs import ResolvedInput
@@ -34,6 +32,10 @@ from mergekit_px.plan.model import Plan, WorkItem
 from mergekit_px.plan.nodes import Apply
 from mergekit_px.plan.sources import equal_sources
 from mergekit_px.plan.texts import config_text, recipe_text
+from mergekit_px.stages import timed
+
+if TYPE_CHECKING:
+    from mergekit_px.execute.items import Execution
 
 
 def run_plan(plan: Plan, *, progress: Report | None = None) -> RunResult:
@@ -167,24 +169,37 @@ def execute(
     *,
     items: Sequence[WorkItem] | None = None,
 ) -> None:
-    """Compute the items of a plan into a sink; ``items``: some of them, with statistics over all that share them."""
+    """Compute the items of a plan into a sink; ``items``: some of them, with statistics over all that share them.
+
+    torch is loaded only if one of them needs it.
+    """
+    items = plan.items if items is None else items
+    fused = _fused(plan, readers, sink, advance)
+    if plan.device in ("auto", "cpu") and not shared_groups(plan.items) and all(map(fused.covers, items)):
+        Scheduler(lambda: None, plan.budget.workers).run(map(fused.routine, items))
+        return
+    with timed("import"):
+        from mergekit_px.execute.lane import Lane, pick_device
     keep_freed_memory()
     device = pick_device(plan.device)
-    execution = _execution(plan, readers, sink, advance)
+    execution = _execution(plan, fused)
     scheduler = partial(Scheduler, partial(Lane, device), plan.budget.workers, _memory_of_whole_tensors(plan))
     for group in shared_groups(plan.items):
         scheduler().run(iter([execution.shared_statistics(group)]))
-    scheduler().run(_routines(execution, plan.items if items is None else items))
+    scheduler().run(map(execution.routine, items))
 
 
 def execute_together(
     plans: Sequence[Plan], readers: Mapping[str, TensorReader], sinks: Sequence[Sink], reporter: Reporter
 ) -> None:
     """Compute the items of several plans, each into its sink; what they share is read once."""
+    with timed("import"):
+        from mergekit_px.execute.lane import Lane, pick_device
+        from mergekit_px.execute.together import joint_budget, members_by_tensor, routines
     keep_freed_memory()
     device = pick_device(plans[0].device)
     executions = [
-        (_execution(plan, readers, sink, partial(reporter.advance, number)), plan)
+        (_execution(plan, _fused(plan, readers, sink, partial(reporter.advance, number))), plan)
         for number, (plan, sink) in enumerate(zip(plans, sinks, strict=True))
     ]
     groups = members_by_tensor(executions)
@@ -199,17 +214,38 @@ def execute_together(
     scheduler().run(routines(groups))
 
 
-def _execution(
+def _fused(
     plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance: Callable[[str, int], None]
-) -> Execution:
-    return Execution(
+) -> FusedItems:
+    def by_torch(item: WorkItem, start: int, stop: int) -> None:
+        from mergekit_px.execute.lane import Lane, pick_device
+
+        _execution(plan, fused).write_chunk(item, start, stop, Lane(pick_device("cpu")))
+
+    fused = FusedItems(
         readers=readers,
-        labels={label: checkpoint.label for label, checkpoint in plan_checkpoints(plan).items()},
         sink=sink,
         chunk=plan.budget.chunk,
         seed=plan.seed,
         allow_nonfinite=plan.options.allow_nonfinite,
         advance=advance,
+        fall_back=by_torch,
+    )
+    return fused
+
+
+def _execution(plan: Plan, fused: FusedItems) -> Execution:
+    from mergekit_px.execute.items import Execution
+
+    return Execution(
+        readers=fused.readers,
+        labels={label: checkpoint.label for label, checkpoint in plan_checkpoints(plan).items()},
+        sink=fused.sink,
+        chunk=plan.budget.chunk,
+        seed=plan.seed,
+        allow_nonfinite=plan.options.allow_nonfinite,
+        advance=fused.advance,
+        fused=fused,
     )
 
 
@@ -294,11 +330,6 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _routines(execution: Execution, items: Sequence[WorkItem]) -> Iterator[Routine[Lane]]:
-    for item in items:
-        yield execution.routine(item)
 
 
 def _depth(node: Apply) -> int:

@@ -6,21 +6,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mergekit_px.errors import NonFiniteError
-from mergekit_px.kernels.random import RandomStream
-from mergekit_px.methods.declare import Operands
+from mergekit_px.methods.declare import Operands, RandomStream
 from mergekit_px.plan.nodes import Adapted, Apply, Leaf, Node
 from mergekit_px.stages import timed
 
-Load = Callable[[Leaf], torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Load = Callable[[Leaf], "torch.Tensor"]
 """Gives a stored tensor's, or a view's, elements of the block, in the accumulation dtype and
 shaped as the method wants them."""
 
-LoadFactors = Callable[[Adapted], Mapping[str, torch.Tensor]]
+LoadFactors = Callable[[Adapted], Mapping[str, "torch.Tensor"]]
 """Gives an adapter's tensors for one target, as stored."""
 
 
@@ -97,11 +97,7 @@ class Block:
         base: torch.Tensor | None,
         statistics: Any,
     ) -> Operands:
-        random = None
-        if node.method.random:
-            like = tensors[0] if base is None else base
-            stream = RandomStream(self._seed, f"{node.step}/{self._name}", self._start, like.numel(), like.device)
-            random = _ShapedRandom(stream, like.shape, node.source_indices)
+        random = self._random(node, tensors[0] if base is None else base) if node.method.random else None
         return Operands(
             tensors=tensors,
             weights=node.weights,
@@ -113,6 +109,12 @@ class Block:
             shape=self._shape,
         )
 
+    def _random(self, node: Apply, like: torch.Tensor) -> RandomStream:
+        from mergekit_px.kernels.random import RandomStream
+
+        stream = RandomStream(self._seed, f"{node.step}/{self._name}", self._start, like.numel(), like.device)
+        return _ShapedRandom(stream, like.shape, node.source_indices)
+
     def _made(self, node: Node) -> torch.Tensor:
         if isinstance(node, Leaf):
             return self._load(node)
@@ -123,7 +125,7 @@ class Block:
         base = None if node.base is None else self.value(node.base)
         if node.patch is None:
             assert base is not None
-            return torch.zeros_like(base)
+            return base.new_zeros(base.shape)
         factors = self._factors(node)
         inner = node.shape[1:]
         row = max(1, math.prod(inner))
@@ -167,7 +169,7 @@ class WholeTensor(Block):
         return merged if operands.load_base is None else merged + operands.load_base()
 
 
-class _Lazy(Sequence[torch.Tensor]):
+class _Lazy(Sequence["torch.Tensor"]):
     def __init__(self, block: WholeTensor, node: Apply, load_base: Callable[[], torch.Tensor] | None) -> None:
         self._block = block
         self._node = node
@@ -191,6 +193,8 @@ def check_finite(block: torch.Tensor, where: str, what: str) -> None:
 
     The sum is tried first: it is finite for almost every finite block and costs a tenth of testing each element.
     """
+    import torch
+
     with timed("check"):
         if math.isfinite(block.sum().item()) or bool(torch.isfinite(block).all()):
             return

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
@@ -31,13 +33,16 @@ class RandomStream:
     """
 
     def __init__(self, seed: int, name: str, start: int, count: int, device: torch.device | str = "cpu") -> None:
-        self._identity = f"{seed}\0{name}"
+        self._seed = seed
+        self._name = name
         self._start = start
         self._count = count
         self._device = device
 
     def uniform(self, source: int) -> torch.Tensor:
         """float32 multiples of 2**-24 in [0, 1), shape (count,), fresh memory, independent between sources."""
+        import torch
+
         first, skip = divmod(self._start, 2)
         words = self._words(source, first, (skip + self._count + 1) // 2)
         halves = words.view(torch.int32)[skip : skip + self._count]
@@ -50,12 +55,19 @@ class RandomStream:
 
     def _words(self, source: int, first: int, count: int) -> torch.Tensor:
         """int64, shape (count,): each word serves two neighbouring elements."""
-        digest = hashlib.blake2b(f"{self._identity}\0{source}".encode(), digest_size=8).digest()
-        key = int.from_bytes(digest, "little", signed=True)
+        import torch
+
+        key = stream_key(self._seed, self._name, source)
         words = torch.arange(first, first + count, dtype=torch.int64, device=self._device).mul_(_GAMMA).add_(key)
         for shift, multiplier in _ROUNDS:
             words.bitwise_xor_(_shift_right(words, shift)).mul_(multiplier)
         return words.bitwise_xor_(_shift_right(words, _LAST_SHIFT))
+
+
+def stream_key(seed: int, name: str, source: int) -> int:
+    """What tells the streams apart: 64 bits, as a signed number."""
+    digest = hashlib.blake2b(f"{seed}\0{name}\0{source}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _shift_right(words: torch.Tensor, distance: int) -> torch.Tensor:

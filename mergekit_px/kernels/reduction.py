@@ -10,8 +10,10 @@ import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _ROW = 4096
 _LARGEST_INTEGER = 2**12
@@ -57,12 +59,14 @@ def weighted_sum(tensors: Iterable[torch.Tensor], coefficients: Sequence[float])
 
 def _multiple(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     if factor == 0:
-        return torch.zeros_like(tensor)
-    return tensor.clone() if factor == 1 else torch.mul(tensor, factor)
+        return tensor.new_zeros(tensor.shape)
+    return tensor.clone() if factor == 1 else tensor.mul(factor)
 
 
 def element_sum(values: torch.Tensor) -> torch.Tensor:
     """float64 sum of all elements, shape ()."""
+    import torch
+
     flat = values.reshape(-1)
     whole = flat.numel() // _ROW * _ROW
     rows = flat[:whole].view(-1, _ROW).sum(dim=1, dtype=torch.float64)
@@ -79,6 +83,8 @@ def gram(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
     Products of float32 values are exact in float64.
     """
+    import torch
+
     doubles = [tensor.to(torch.float64) for tensor in tensors]
     result = torch.empty(len(doubles), len(doubles), dtype=torch.float64, device=tensors[0].device)
     for row, left in enumerate(doubles):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from mergekit_px.kernels.reduction import integer_ratio
+
+if TYPE_CHECKING:
+    import torch
 
 Vote = Literal["sum", "count"]
 Tie = Literal["zero", "positive"]
@@ -21,7 +23,7 @@ Tie = Literal["zero", "positive"]
 
 def trim(values: torch.Tensor, cut: float) -> torch.Tensor:
     """Zero where ``|value| <= cut``, in fresh memory."""
-    return torch.nn.functional.hardshrink(values, _round_down(cut, values.dtype))
+    return values.hardshrink(_round_down(cut, values.dtype))
 
 
 def elect_signs(
@@ -44,7 +46,7 @@ def elect_signs(
     elif len({abs(value) for value in coefficients}) == 1 and coefficients[0]:
         coefficients = [value / abs(coefficients[0]) for value in coefficients]
     factors, _ = integer_ratio(tuple(coefficients))
-    total = torch.zeros_like(tensors[0])
+    total = tensors[0].new_zeros(tensors[0].shape)
     for tensor, factor, cut in zip(tensors, factors, cuts, strict=True):
         ballot = trim(tensor, cut)
         if vote == "count":
@@ -78,14 +80,16 @@ def disjoint_sum(
         shares: what each source that takes part adds to the divisor (a divisor of 0 counts as 1); None for no
             division.
     """
+    import torch
+
     scaled, unit = integer_ratio((*coefficients, *(shares or ())))
     factors, parts = scaled[: len(coefficients)], scaled[len(coefficients) :]
-    total = torch.zeros_like(signs)
-    divisor = torch.zeros_like(signs)
+    total = signs.new_zeros(signs.shape)
+    divisor = signs.new_zeros(signs.shape)
     for index, tensor in enumerate(tensors):
         if orientations[index] == 0:
             continue
-        agreeing = torch.mul(tensor, signs)
+        agreeing = tensor.mul(signs)
         if orientations[index] < 0:
             agreeing.neg_()
         torch.threshold_(agreeing, _round_down(cuts[index], tensor.dtype), 0.0)
@@ -110,7 +114,7 @@ def _replace_zero(divisor: torch.Tensor, parts: Sequence[float], value: float) -
 
 def _round_down(value: float, dtype: torch.dtype) -> float:
     """The largest number of that dtype that is not above a nonnegative value."""
-    if dtype == torch.float64:
+    if dtype.itemsize == 8:
         return value
     with np.errstate(over="ignore"):
         narrow = np.float32(value)

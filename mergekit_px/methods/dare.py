@@ -42,13 +42,11 @@ def _thinned(
     deltas: Sequence[torch.Tensor], random: RandomStream, params: DareLinearParams | DareTiesParams
 ) -> Iterator[torch.Tensor]:
     """Each task vector with its dropped elements zero."""
-    import torch
-
     from mergekit_px.kernels.random import bernoulli
 
     for source, (delta, density) in enumerate(zip(deltas, per_source(params.density, len(deltas)), strict=True)):
         if density in (0, 1):
-            yield delta if density else torch.zeros_like(delta)
+            yield delta if density else delta.new_zeros(delta.shape)
             continue
         kept = bernoulli(random.uniform(source), density)
         yield kept.to(delta.dtype).view(delta.shape).mul_(delta)

@@ -1,0 +1,329 @@
+"""Programs of elementwise arithmetic as machine code: from stored bytes to stored bytes in one pass.
+
+A program (:mod:`~mergekit_px.kernels.tracing`) becomes one loop over vectors: decode the inputs, do the operations,
+look whether everything is finite, round once, store. The compiler is LLVM, which comes with ``llvmlite``; without it,
+or on a processor that has no fused multiply-add, there is no machine code and torch does the work. The bits are those
+of torch's operations on a CPU, one after the other: nothing is contracted, reordered or approximated, and where torch
+multiplies and adds with one rounding, so does this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from mergekit_px.kernels.tracing import Program, Type
+
+LANES = 16
+"""Elements of a vector. Buffers hold whole vectors; what is behind their elements must be finite."""
+
+LOADED = frozenset({"BF16", "F16", "F32", "F64"})
+"""Storage types that are decoded and encoded here."""
+
+# Names of integers of the same width, and of intrinsics, in LLVM's language.
+_BITS: dict[Type, str] = {"float": "i32", "double": "i64"}
+_MAGNITUDE: dict[Type, int] = {"float": 2**31 - 1, "double": 2**63 - 1}
+_SUFFIX: dict[Type, str] = {"float": "f32", "double": "f64"}
+
+# SplitMix64, as in kernels.random.
+_GAMMA = 0x9E3779B97F4A7C15
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_LAST_SHIFT = 31
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled program.
+
+    Attributes:
+        call: ``(output, numbers, keys, first element, elements, maxima, inputs...)``, addresses but for the two
+            counts; the first element is even. ``maxima`` gets the bits of the largest magnitude of all inputs and of
+            that of the result, in the type of the program. Other threads of the interpreter run meanwhile.
+        limit: maxima of finite values are below it.
+    """
+
+    call: Callable[..., None]
+    limit: int
+    _keeps: Any
+
+
+@cache
+def is_available() -> bool:
+    """Whether programs can be compiled here."""
+    try:
+        return _machine() is not None
+    except (ImportError, OSError, RuntimeError):
+        return False
+
+
+_kernels: dict[Any, Kernel] = {}
+_lock = threading.Lock()
+
+
+def compiled(program: Program, output: str) -> Kernel:
+    """The code of a program whose result is stored as ``output``, a safetensors type of :data:`LOADED`."""
+    key = (program.structure, output)
+    with _lock:
+        if key not in _kernels:
+            _kernels[key] = _compiled(program, output)
+        return _kernels[key]
+
+
+@cache
+def _machine() -> Any:
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    features = binding.get_host_cpu_features()
+    triple = binding.get_process_triple()
+    if triple.startswith("x86_64"):
+        if not (features.get("fma") and features.get("avx2") and features.get("f16c")):
+            return None
+    elif not triple.startswith(("aarch64", "arm64")):
+        return None
+    target = binding.Target.from_triple(triple)
+    return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3)
+
+
+def _compiled(program: Program, output: str) -> Kernel:
+    from llvmlite import binding
+
+    module = binding.parse_assembly(_assembly(program, output))
+    engine = binding.create_mcjit_compiler(module, _machine())
+    engine.finalize_object()
+    pointers = [ctypes.c_void_p] * len(program.inputs)
+    kind = ctypes.CFUNCTYPE(
+        None,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        *pointers,
+    )
+    limit = 0x7F800000 if program.type == "float" else 0x7FF0000000000000
+    return Kernel(kind(engine.get_function_address("merge")), limit, engine)
+
+
+class _Code:
+    """Instructions in order, in LLVM's language; values have names that begin with ``prefix``."""
+
+    def __init__(self, prefix: str) -> None:
+        self.lines: list[str] = []
+        self._prefix = prefix
+
+    def put(self, instruction: str) -> str:
+        """An instruction's value."""
+        name = f"%{self._prefix}{len(self.lines)}"
+        self.lines.append(f"  {name} = {instruction}")
+        return name
+
+    def do(self, instruction: str) -> None:
+        """An instruction without a value."""
+        self.lines.append(f"  {instruction}")
+
+
+def _assembly(program: Program, output: str) -> str:
+    """The program as a function in LLVM's language."""
+    kind = program.type
+    bits = _vector(_BITS[kind])
+    entry, loop, end = _Code("before"), _Code("each"), _Code("after")
+    values: list[str] = []
+    read = "%read"
+    for name, made, operands in program.operations:
+        if name == "input":
+            value = _decoded(loop, program.inputs[operands[0]], f"%in{operands[0]}", kind)
+            read = _larger(loop, read, value, kind)
+        elif name == "number":
+            value = _number(entry, operands[0], made)
+        elif name == "uniform":
+            value = _uniform(entry, loop, operands[0])
+        else:
+            sources = [(values[place], program.operations[place][1]) for place in operands]
+            value = _operation(loop, name, made, sources)
+        values.append(value)
+    result = _larger(loop, "%made", values[program.result], kind)
+    _encode(loop, output, values[program.result], kind)
+    for place, largest in enumerate((read, result)):
+        element = _BITS[kind]
+        scalar = end.put(f"call {element} @llvm.vector.reduce.umax.v{LANES}{element}({bits} {largest})")
+        address = end.put(f"getelementptr {element}, ptr %maxima, i64 {place}")
+        end.do(f"store {element} {scalar}, ptr {address}")
+    inputs = "".join(f", ptr noalias %in{number}" for number in range(len(program.inputs)))
+    return "\n".join(
+        [
+            "define void @merge(ptr noalias %out, ptr noalias %numbers, ptr noalias %keys, i64 %start, i64 %count,"
+            f" ptr noalias %maxima{inputs}) {{",
+            "entry:",
+            *entry.lines,
+            "  br label %loop",
+            "loop:",
+            "  %place = phi i64 [0, %entry], [%next, %loop]",
+            f"  %read = phi {bits} [zeroinitializer, %entry], [{read}, %loop]",
+            f"  %made = phi {bits} [zeroinitializer, %entry], [{result}, %loop]",
+            *loop.lines,
+            f"  %next = add i64 %place, {LANES}",
+            "  %more = icmp ult i64 %next, %count",
+            "  br i1 %more, label %loop, label %end",
+            "end:",
+            *end.lines,
+            "  ret void",
+            "}",
+            *_declarations(),
+        ]
+    )
+
+
+def _vector(element: str, lanes: int = LANES) -> str:
+    return f"<{lanes} x {element}>"
+
+
+def _all(element: str, value: object, lanes: int = LANES) -> str:
+    """A constant vector of one value."""
+    return f"<{', '.join([f'{element} {value}'] * lanes)}>"
+
+
+def _declarations() -> Iterator[str]:
+    for kind, suffix in _SUFFIX.items():
+        vector, element = _vector(kind), _BITS[kind]
+        yield f"declare {vector} @llvm.fma.v{LANES}{suffix}({vector}, {vector}, {vector})"
+        yield f"declare {vector} @llvm.fabs.v{LANES}{suffix}({vector})"
+        yield f"declare {_vector(element)} @llvm.umax.v{LANES}{element}({_vector(element)}, {_vector(element)})"
+        yield f"declare {element} @llvm.vector.reduce.umax.v{LANES}{element}({_vector(element)})"
+
+
+def _number(entry: _Code, number: int, kind: Type) -> str:
+    address = entry.put(f"getelementptr double, ptr %numbers, i64 {number}")
+    scalar = entry.put(f"load double, ptr {address}")
+    if kind == "float":
+        scalar = entry.put(f"fptrunc double {scalar} to float")
+    return _spread(entry, kind, scalar)
+
+
+def _spread(entry: _Code, element: str, scalar: str, lanes: int = LANES) -> str:
+    vector = _vector(element, lanes)
+    first = entry.put(f"insertelement {vector} poison, {element} {scalar}, i32 0")
+    return entry.put(f"shufflevector {vector} {first}, {vector} poison, {_vector('i32', lanes)} zeroinitializer")
+
+
+def _decoded(loop: _Code, dtype: str, base: str, kind: Type) -> str:
+    element = {"BF16": "i16", "F16": "half", "F32": "float", "F64": "double"}[dtype]
+    address = loop.put(f"getelementptr {element}, ptr {base}, i64 %place")
+    value = loop.put(f"load {_vector(element)}, ptr {address}, align 2")
+    if dtype == "BF16":
+        wide = loop.put(f"zext {_vector('i16')} {value} to {_vector('i32')}")
+        high = loop.put(f"shl {_vector('i32')} {wide}, {_all('i32', 16)}")
+        value, element = loop.put(f"bitcast {_vector('i32')} {high} to {_vector('float')}"), "float"
+    if element == kind:
+        return value
+    return loop.put(f"fpext {_vector(element)} {value} to {_vector(kind)}")
+
+
+def _encode(loop: _Code, dtype: str, value: str, kind: Type) -> None:
+    if kind == "double" and dtype != "F64":  # torch rounds to float32 on the way to a narrower type
+        value, kind = loop.put(f"fptrunc {_vector('double')} {value} to {_vector('float')}"), "float"
+    element = {"BF16": "i16", "F16": "half", "F32": "float", "F64": "double"}[dtype]
+    if dtype == "BF16":
+        whole = _vector("i32")
+        bits = loop.put(f"bitcast {_vector('float')} {value} to {whole}")
+        high = loop.put(f"lshr {whole} {bits}, {_all('i32', 16)}")
+        odd = loop.put(f"and {whole} {high}, {_all('i32', 1)}")
+        up = loop.put(f"add {whole} {bits}, {_all('i32', 0x7FFF)}")
+        rounded = loop.put(f"add {whole} {up}, {odd}")
+        kept = loop.put(f"lshr {whole} {rounded}, {_all('i32', 16)}")
+        value = loop.put(f"trunc {whole} {kept} to {_vector('i16')}")
+    elif element != kind:
+        operation = "fptrunc" if element == "half" else "fpext"
+        value = loop.put(f"{operation} {_vector(kind)} {value} to {_vector(element)}")
+    address = loop.put(f"getelementptr {element}, ptr %out, i64 %place")
+    loop.do(f"store {_vector(element)} {value}, ptr {address}, align 2")
+
+
+def _larger(loop: _Code, largest: str, value: str, kind: Type) -> str:
+    """The larger of each lane's largest magnitude so far and that of a value, as bits."""
+    element = _BITS[kind]
+    vector = _vector(element)
+    bits = loop.put(f"bitcast {_vector(kind)} {value} to {vector}")
+    magnitude = loop.put(f"and {vector} {bits}, {_all(element, _MAGNITUDE[kind])}")
+    return loop.put(f"call {vector} @llvm.umax.v{LANES}{element}({vector} {largest}, {vector} {magnitude})")
+
+
+def _operation(loop: _Code, name: str, made: Type, sources: Sequence[tuple[str, Type]]) -> str:
+    """One operation on vectors, with torch's meaning of it."""
+    values = [value for value, _ in sources]
+    kind = sources[0][1]
+    vector, truth = _vector(kind), _vector("i1")
+
+    def compare(relation: str, left: str, right: str) -> str:
+        return loop.put(f"fcmp {relation} {vector} {left}, {right}")
+
+    def choose(condition: str, chosen: str, other: str, among: Type = kind) -> str:
+        return loop.put(f"select {truth} {condition}, {_vector(among)} {chosen}, {_vector(among)} {other}")
+
+    if name in ("fadd", "fsub", "fmul", "fdiv"):
+        return loop.put(f"{name} {vector} {values[0]}, {values[1]}")
+    if name == "fma":
+        operands = ", ".join(f"{vector} {value}" for value in values)
+        return loop.put(f"call {vector} @llvm.fma.v{LANES}{_SUFFIX[kind]}({operands})")
+    if name == "fneg":
+        return loop.put(f"fneg {vector} {values[0]}")
+    if name == "fabs":
+        return loop.put(f"call {vector} @llvm.fabs.v{LANES}{_SUFFIX[kind]}({vector} {values[0]})")
+    if name in ("ogt", "oge", "olt", "ole"):
+        return compare(name, *values)
+    zero = _all(kind, "0.0")
+    if name == "sign":
+        negative = choose(compare("olt", values[0], zero), _all(kind, "-1.0"), zero)
+        return choose(compare("ogt", values[0], zero), _all(kind, "1.0"), negative)
+    if name in ("maximum", "minimum"):
+        return choose(compare("ogt" if name == "maximum" else "olt", *values), values[0], values[1])
+    if name in ("atleast", "atmost"):
+        value, bound = values
+        return choose(compare("olt" if name == "atleast" else "ogt", value, bound), bound, value)
+    if name == "hardshrink":
+        value, cut = values
+        below = compare("olt", value, loop.put(f"fneg {vector} {cut}"))
+        return choose(loop.put(f"or {truth} {below}, {compare('ogt', value, cut)}"), value, zero)
+    if name == "threshold":
+        value, cut, instead = values
+        return choose(compare("ole", value, cut), instead, value)
+    if name == "where":
+        return choose(values[0], values[1], values[2], made)
+    if name == "convert":
+        if kind == "bool":
+            return choose(values[0], _all(made, "1.0"), _all(made, "0.0"), made)
+        return loop.put(f"{'fpext' if made == 'double' else 'fptrunc'} {vector} {values[0]} to {_vector(made)}")
+    raise ValueError(f"no operation {name}")
+
+
+def _uniform(entry: _Code, loop: _Code, number: int) -> str:
+    """Random numbers: each word of the generator serves two neighbouring elements."""
+    words = LANES // 2
+    vector = _vector("i64", words)
+    key = entry.put(f"load i64, ptr {entry.put(f'getelementptr i64, ptr %keys, i64 {number}')}")
+    keys = _spread(entry, "i64", key, words)
+    element = loop.put("add i64 %start, %place")
+    first = loop.put(f"lshr i64 {element}, 1")
+    firsts = _spread(loop, "i64", first, words)
+    counters = loop.put(f"add {vector} {firsts}, <{', '.join(f'i64 {word}' for word in range(words))}>")
+
+    def combine(operation: str, left: str, right: str) -> str:
+        return loop.put(f"{operation} {vector} {left}, {right}")
+
+    def constant(value: int) -> str:
+        return _all("i64", value, words)
+
+    word = combine("add", combine("mul", counters, constant(_GAMMA)), keys)
+    for shift, multiplier in _ROUNDS:
+        word = combine("mul", combine("xor", word, combine("lshr", word, constant(shift))), constant(multiplier))
+    word = combine("xor", word, combine("lshr", word, constant(_LAST_SHIFT)))
+    halves = loop.put(f"bitcast {vector} {word} to {_vector('i32')}")
+    low = loop.put(f"and {_vector('i32')} {halves}, {_all('i32', 2**24 - 1)}")
+    value = loop.put(f"uitofp {_vector('i32')} {low} to {_vector('float')}")
+    return loop.put(f"fmul {_vector('float')} {value}, {_all('float', '0x3E70000000000000')}")
