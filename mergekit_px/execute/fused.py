@@ -23,6 +23,7 @@ from mergekit_px.kernels import native
 from mergekit_px.kernels.random import stream_key
 from mergekit_px.kernels.tracing import Program, Traced
 from mergekit_px.methods.declare import Extent, RandomStream
+from mergekit_px.methods.pruning import RankSweep
 from mergekit_px.plan.budget import BLOCK, needs_whole
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Apply, Leaf, Node, Read
@@ -70,6 +71,8 @@ class _Trace:
     """Which leaves of the item the program reads, in its order."""
     streams: tuple[tuple[str, int], ...]
     """Step and source of each stream of random numbers."""
+    results: tuple[int, ...]
+    """Where the program's values are."""
 
 
 @dataclass
@@ -134,27 +137,64 @@ class FusedItems:
         if trace is None or start % 2:
             return False
         kernel = native.compiled(trace.program, item.dtype.name)
-        reads = [item.leaves[place] for place in trace.leaves]
         width = item.dtype.bits // 8
         out = self._buffers.bytes("output", (stop - start) * width)
-        numbers = np.array(trace.program.numbers or [0.0])
-        keys = np.array([stream_key(self.seed, f"{step}/{item.name}", source) for step, source in trace.streams] or [0])
-        maxima = np.zeros(2, dtype=np.uint64)
-        if trace.program.type == "float":
-            maxima = maxima.view(np.uint32)
         limit = _limit(item, kernel.limit)
+        run = self._runner(item, trace, kernel)
         for begin in range(start, stop, _PIECE):
-            count = min(_PIECE, stop - begin)
-            inputs = [self._read(number, read, begin, count) for number, read in enumerate(reads)]
-            with timed("arithmetic"):
-                place = out.ctypes.data + (begin - start) * width
-                kernel.call(place, numbers.ctypes.data, keys.ctypes.data, begin, count, maxima.ctypes.data, *inputs)
-            if maxima[0] >= kernel.limit or maxima[1] > limit:
+            place = out.ctypes.data + (begin - start) * width
+            read, made = run(begin, min(_PIECE, stop - begin), place)
+            if read >= kernel.limit or made > limit:
                 return False
         nbytes = (stop - start) * width
         self.sink.write(item.name, start * width, out[:nbytes].data)
         self.advance(item.name, nbytes)
         return True
+
+    def _runner(
+        self, item: WorkItem, trace: _Trace, kernel: native.Kernel, prefixes: Sequence[int] = ()
+    ) -> Callable[[int, int, int], tuple[int, int]]:
+        """Reads and computes: from the first element, their number and where the output is, to the largest magnitudes
+        of inputs and output as bits."""
+        reads = [item.leaves[place] for place in trace.leaves]
+        numbers = np.array(trace.program.numbers or [0.0])
+        streams = [stream_key(self.seed, f"{step}/{item.name}", source) for step, source in trace.streams]
+        keys = np.array([*streams, *prefixes] or [0], dtype=np.int64)
+        maxima = np.zeros(2, dtype=np.uint32 if trace.program.type == "float" else np.uint64)
+
+        def run(begin: int, count: int, output: int) -> tuple[int, int]:
+            inputs = [self._read(number, read, begin, count) for number, read in enumerate(reads)]
+            with timed("arithmetic"):
+                kernel.call(output, numbers.ctypes.data, keys.ctypes.data, begin, count, maxima.ctypes.data, *inputs)
+            return int(maxima[0]), int(maxima[1])
+
+        return run
+
+    def count(
+        self, item: WorkItem, node: Apply, sweep: RankSweep, start: int, stop: int, statistics: Mapping[int, Any]
+    ) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """What a sweep of a search for ranks counts over elements [start, stop); None where torch is to do it."""
+        if item.wide or not self._takes(item) or getattr(sweep.search.dtype, "itemsize", 4) != 4:
+            return None
+        traced = _traced(item, statistics, lambda block: sweep.values(block.operands(node)))
+        if traced is None or traced.streams:
+            return None
+        shift, size = sweep.search.digits()
+        targets = list(dict.fromkeys((target.source, target.prefix >> shift) for target in sweep.search.targets))
+        counting = native.Counting(tuple(traced.results[source] for source, _ in targets), shift, size)
+        kernel = native.compiled(traced.program, counting)
+        run = self._runner(item, traced, kernel, [prefix for _, prefix in targets])
+        counts, last = np.zeros((2, len(targets), size + 1), dtype=np.int32)
+        for begin in range(start, stop, _PIECE):
+            if run(begin, min(_PIECE, stop - begin), counts.ctypes.data)[0] >= kernel.limit:
+                return None
+        if spare := (start - stop) % native.LANES:
+            # The last element was repeated to fill its vector; a vector of it alone tells where it counts.
+            run(stop - 1, 1, last.ctypes.data)
+            counts -= last // native.LANES * spare
+        rows = {target: row[:size] for target, row in zip(targets, counts, strict=True)}
+        found = [rows[target.source, target.prefix >> shift] for target in sweep.search.targets]
+        return np.concatenate([*found, [stop - start, 0]]).astype(np.int64)
 
     def _read(self, number: int, read: Leaf, begin: int, count: int) -> int:
         """Where some elements of a stored tensor have been read to; the last one is repeated to fill a vector."""
@@ -170,24 +210,23 @@ class FusedItems:
 
     def _trace(self, item: WorkItem, statistics: Mapping[int, Any] | None) -> _Trace | None:
         """How the item's value is made; None where it cannot be told, or not so."""
-        if statistics is None or self.allow_nonfinite or not _is_elementwise(item) or not native.is_available():
+        if statistics is None or not self._takes(item):
             return None
         try:
             key = (_signature(item.node, item, statistics, {}), item.dtype.name, item.wide)
             if key not in self._traces:
-                self._traces[key] = _traced(item, statistics)
+                self._traces[key] = _traced(item, statistics, _value(item))
             return self._traces[key]
         except TypeError:  # parameters that cannot be compared
-            return _traced(item, statistics)
+            return _traced(item, statistics, _value(item))
 
-
-def _is_elementwise(item: WorkItem) -> bool:
-    """Whether all that is read is stored plainly, and may be cut anywhere once statistics are known."""
-    if item.adapted or item.views or item.dtype.name not in native.LOADED or not item.leaves:
-        return False
-    if any(read.dtype.name not in native.LOADED for read in item.reads):
-        return False
-    return not needs_whole(item) and all(node.access != "rows" for node in item.applied)
+    def _takes(self, item: WorkItem) -> bool:
+        """Whether all that is read is stored plainly, and may be cut anywhere once statistics are known."""
+        if self.allow_nonfinite or item.adapted or item.views or not item.leaves or not native.is_available():
+            return False
+        if any(dtype.name not in native.LOADED for dtype in (item.dtype, *(read.dtype for read in item.reads))):
+            return False
+        return not needs_whole(item) and all(node.access != "rows" for node in item.applied)
 
 
 def _limit(item: WorkItem, infinity: int) -> int:
@@ -233,7 +272,12 @@ def _signature(node: Node, item: WorkItem, statistics: Mapping[int, Any], known:
     return *parts, node.base is None, operands
 
 
-def _traced(item: WorkItem, statistics: Mapping[int, Any]) -> _Trace | None:
+def _value(item: WorkItem) -> Callable[[Block], Any]:
+    return lambda block: [block.value(item.node)]
+
+
+def _traced(item: WorkItem, statistics: Mapping[int, Any], evaluate: Callable[[Block], Any]) -> _Trace | None:
+    """The program of what is evaluated on a block of an item; None where it cannot be recorded."""
     program = Program("double" if item.wide else "float")
     leaves: list[int] = []
     streams: list[tuple[str, int]] = []
@@ -251,13 +295,14 @@ def _traced(item: WorkItem, statistics: Mapping[int, Any]) -> _Trace | None:
 
     try:
         block = Recorder(item.name, 0, load, no_factors, statistics, 0, item.shape, item.elements)
-        value: Any = block.value(item.node)
-        if not isinstance(value, Traced) or value.kind != program.type:
-            return None
-        program.result = value.place
+        values = list(evaluate(block))
+        results = tuple(value.place for value in values if isinstance(value, Traced) and value.kind == program.type)
     except Exception:  # whatever a method does that cannot be recorded; torch will do it, or word the error
         return None
-    return _Trace(program, tuple(leaves), tuple(streams))
+    if len(results) != len(values):
+        return None
+    program.result = results[0]
+    return _Trace(program, tuple(leaves), tuple(streams), results)
 
 
 class _TracedRandom:

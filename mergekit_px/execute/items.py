@@ -19,6 +19,7 @@ from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.values import Block, WholeTensor, check_finite
 from mergekit_px.execute.views import RowMeans, ViewValues
 from mergekit_px.methods.declare import Extent, Sweep
+from mergekit_px.methods.pruning import RankSweep
 from mergekit_px.plan.budget import BLOCK, needs_whole, row_length, unit, whole_bytes
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Adapted, Apply, Leaf, Node, Read, View
@@ -198,6 +199,11 @@ class Execution:
         sums: _Totals,
         lane: Lane,
     ) -> None:
+        if lane.device.type == "cpu" and isinstance(sweep, RankSweep):
+            counts = self.fused.count(item, node, sweep, start, stop, self.statistics)
+            if counts is not None:
+                sums.add((number, start), torch.from_numpy(counts))
+                return
         with lane.computing():
             leaves = [leaf for leaf in item.leaves if _uses(node, leaf)]
             self._sweep(item, node, sweep, self.read(item, leaves, start, stop, lane), start, stop, number, sums)

@@ -35,6 +35,20 @@ _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
 
 
+@dataclass(frozen=True, slots=True)
+class Counting:
+    """In the place of a storage type: count the digits of magnitudes instead of storing a value.
+
+    What is counted is the magnitude's bits from ``shift`` on, less a prefix, if that is below ``size``: one of the
+    program's ``results``, for each of which its keys end with a prefix (shifted too). The output is ``size + 1``
+    32-bit counters for each; the last one is for what is not counted.
+    """
+
+    results: tuple[int, ...]
+    shift: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A compiled program.
@@ -64,8 +78,8 @@ _kernels: dict[Any, Kernel] = {}
 _lock = threading.Lock()
 
 
-def compiled(program: Program, output: str) -> Kernel:
-    """The code of a program whose result is stored as ``output``, a safetensors type of :data:`LOADED`."""
+def compiled(program: Program, output: str | Counting) -> Kernel:
+    """The code of a program whose result is stored as ``output``, a safetensors type of :data:`LOADED`, or counted."""
     key = (program.structure, output)
     with _lock:
         if key not in _kernels:
@@ -90,7 +104,7 @@ def _machine() -> Any:
     return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3)
 
 
-def _compiled(program: Program, output: str) -> Kernel:
+def _compiled(program: Program, output: str | Counting) -> Kernel:
     from llvmlite import binding
 
     module = binding.parse_assembly(_assembly(program, output))
@@ -129,7 +143,7 @@ class _Code:
         self.lines.append(f"  {instruction}")
 
 
-def _assembly(program: Program, output: str) -> str:
+def _assembly(program: Program, output: str | Counting) -> str:
     """The program as a function in LLVM's language."""
     kind = program.type
     bits = _vector(_BITS[kind])
@@ -148,8 +162,13 @@ def _assembly(program: Program, output: str) -> str:
             sources = [(values[place], program.operations[place][1]) for place in operands]
             value = _operation(loop, name, made, sources)
         values.append(value)
-    result = _larger(loop, "%made", values[program.result], kind)
-    _encode(loop, output, values[program.result], kind)
+    result = "%made"
+    if isinstance(output, Counting):
+        for number, place in enumerate(output.results):
+            _count(entry, loop, output, number, len(program.keys) + number, values[place])
+    else:
+        result = _larger(loop, result, values[program.result], kind)
+        _encode(loop, output, values[program.result], kind)
     for place, largest in enumerate((read, result)):
         element = _BITS[kind]
         scalar = end.put(f"call {element} @llvm.vector.reduce.umax.v{LANES}{element}({bits} {largest})")
@@ -164,10 +183,12 @@ def _assembly(program: Program, output: str) -> str:
             *entry.lines,
             "  br label %loop",
             "loop:",
-            "  %place = phi i64 [0, %entry], [%next, %loop]",
-            f"  %read = phi {bits} [zeroinitializer, %entry], [{read}, %loop]",
-            f"  %made = phi {bits} [zeroinitializer, %entry], [{result}, %loop]",
+            "  %place = phi i64 [0, %entry], [%next, %last]",
+            f"  %read = phi {bits} [zeroinitializer, %entry], [{read}, %last]",
+            f"  %made = phi {bits} [zeroinitializer, %entry], [{result}, %last]",
             *loop.lines,
+            "  br label %last",
+            "last:",
             f"  %next = add i64 %place, {LANES}",
             "  %more = icmp ult i64 %next, %count",
             "  br i1 %more, label %loop, label %end",
@@ -243,6 +264,30 @@ def _encode(loop: _Code, dtype: str, value: str, kind: Type) -> None:
         value = loop.put(f"{operation} {_vector(kind)} {value} to {_vector(element)}")
     address = loop.put(f"getelementptr {element}, ptr %out, i64 %place")
     loop.do(f"store {_vector(element)} {value}, ptr {address}, align 2")
+
+
+def _count(entry: _Code, loop: _Code, output: Counting, number: int, key: int, value: str) -> None:
+    """Count the digits of magnitudes; vectors of which nothing is counted, which most are as a rule, cost no more."""
+    vector, whole = _vector("float"), _vector("i32")
+    scalar = entry.put(f"load i64, ptr {entry.put(f'getelementptr i64, ptr %keys, i64 {key}')}")
+    prefix = _spread(entry, "i32", entry.put(f"trunc i64 {scalar} to i32"))
+    bits = loop.put(f"bitcast {vector} {value} to {whole}")
+    magnitude = loop.put(f"and {whole} {bits}, {_all('i32', _MAGNITUDE['float'])}")
+    shifted = loop.put(f"lshr {whole} {magnitude}, {_all('i32', output.shift)}")
+    digits = loop.put(f"sub {whole} {shifted}, {prefix}")
+    counted = loop.put(f"icmp ult {whole} {digits}, {_all('i32', output.size)}")
+    some = loop.put(f"bitcast {_vector('i1')} {counted} to i{LANES}")
+    loop.do(f"br i1 {loop.put(f'icmp eq i{LANES} {some}, 0')}, label %counted{number}, label %count{number}")
+    loop.lines.append(f"count{number}:")
+    places = loop.put(f"select {_vector('i1')} {counted}, {whole} {digits}, {whole} {_all('i32', output.size)}")
+    first = number * (output.size + 1)
+    for lane in range(LANES):
+        place = loop.put(f"zext i32 {loop.put(f'extractelement {whole} {places}, i32 {lane}')} to i64")
+        counter = loop.put(f"getelementptr i32, ptr %out, i64 {loop.put(f'add i64 {place}, {first}')}")
+        count = loop.put(f"load i32, ptr {counter}")
+        loop.do(f"store i32 {loop.put(f'add i32 {count}, 1')}, ptr {counter}")
+    loop.do(f"br label %counted{number}")
+    loop.lines.append(f"counted{number}:")
 
 
 def _larger(loop: _Code, largest: str, value: str, kind: Type) -> str:

@@ -82,6 +82,12 @@ class RankSearch:
         seen = [0, elements] if tensors[0].dtype == torch.float64 else [elements, 0]
         return torch.cat([*(counts[place] for place in places), torch.tensor(seen, device=tensors[0].device)])
 
+    def digits(self) -> tuple[int, int]:
+        """What a sweep over float32 counts of a magnitude's bits: those from which place on, and how many values
+        these have."""
+        unknown, shift = self._unknown_and_shift(torch.float32)
+        return shift, 2 ** (unknown - shift)
+
     def _digit_counts(self, tensor: torch.Tensor, prefix: int) -> torch.Tensor:
         dtype = self.dtype or tensor.dtype
         unknown, shift = self._unknown_and_shift(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,17 +39,23 @@ def kept_count(density: float, elements: int) -> int:
     return max(int(density * elements), math.ceil(density)) if elements else 0
 
 
+@dataclass(frozen=True)
+class RankSweep:
+    """One step of a search for order statistics: a sweep that counts."""
+
+    search: RankSearch
+    values: Callable[[Operands], Sequence[torch.Tensor]]
+
+    def __call__(self, operands: Operands) -> torch.Tensor:
+        return self.search.count(self.values(operands))
+
+
 def find_ranks(
     search: RankSearch, values: Callable[[Operands], Sequence[torch.Tensor]] = attrgetter("tensors")
 ) -> Generator[Sweep, torch.Tensor, RankSearch]:
     """Drive a search for order statistics to its end: of the sources, or of what is made of them."""
     while not search.done:
-        current = search
-
-        def count(operands: Operands, current: RankSearch = current) -> torch.Tensor:
-            return current.count(values(operands))
-
-        search = search.narrow((yield count))
+        search = search.narrow((yield RankSweep(search, values)))
     return search
 
 

@@ -61,7 +61,7 @@ def test_the_bits_are_those_of_torch(
 ) -> None:
     used = []
     compiled = native.compiled
-    monkeypatch.setattr(native, "compiled", lambda *args: used.append(args) or compiled(*args))
+    monkeypatch.setattr(native, "compiled", lambda *args: used.append(args[1]) or compiled(*args))
     generator = torch.Generator().manual_seed(len(method))
     for seed, (dtypes, out) in enumerate([([BF16], BF16), ([F16, F32], F16), ([F32, BF16], F32), ([F64, F32], F64)]):
         base, *sources = _states(seed, count + 1, dtypes)
@@ -88,11 +88,16 @@ def test_the_bits_are_those_of_torch(
 
         used.clear()
         fused = merged()
-        assert len(used) == len(base), "not all of it was made by machine code"
+        stored = [output for output in used if isinstance(output, str)]
+        assert len(stored) == len(base), "not all of it was made by machine code"
+        # Statistics over the model are counted so too: float32 in two steps.
+        by_model = method == "ties" and like is None and F64 not in dtypes
+        assert len(used) - len(stored) == (2 * len(base) if by_model else 0)
         with monkeypatch.context() as without:
             without.setattr(native, "is_available", lambda: False)
+            used.clear()
             expected = merged()
-        assert len(used) == len(base)
+        assert not used
         for name, value in expected.items():
             assert fused[name].dtype == out
             assert (
