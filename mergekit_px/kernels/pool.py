@@ -178,15 +178,15 @@ def orthogonalised(us: list[Tensor], s: Tensor, vs: list[Tensor], label: str, no
         label: name of the tensor, for errors.
         notes: appended to where directions were shared or a driver failed.
     """
-    left, shared_left = _stack_factor(us, label, notes)
-    right, shared_right = _stack_factor(vs, label, notes)
+    left, shared_left = stack_factor(us, label, notes)
+    right, shared_right = stack_factor(vs, label, notes)
     # A few directions nearly coincide by chance where the stack is as wide as the matrix.
     if max(shared_left, shared_right) > len(s) // 50:
         notes.append(f"sources share {shared_left} left and {shared_right} right directions up to rounding")
     return LowRank(left.mul_(s), right)
 
 
-def _stack_factor(parts: list[Tensor], label: str, notes: list[str]) -> tuple[Tensor, int]:
+def stack_factor(parts: list[Tensor], label: str, notes: list[str]) -> tuple[Tensor, int]:
     """The polar factor of matrices side by side, and how many directions it lacks."""
     stack = torch.cat(parts, dim=1)
     parts.clear()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, MatrixMerge, NoiseParams, merge_matrices, sum_of
+from mergekit_px.methods.matrices import PAPER, Case, MatrixMerge, NoiseParams, merge_matrices, sum_of
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,15 @@ class IsoCParams(NoiseParams):
     pass
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2502.04959", scratch=3.5)
+@merge_method(
+    family="spectral",
+    space="deltas",
+    access="tensor",
+    centred=True,
+    paper="arXiv:2502.04959",
+    scratch=3.5,
+    presets={"paper": {**PAPER, "noise_floor": False}},
+)
 def iso_c(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],

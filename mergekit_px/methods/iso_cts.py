@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, MatrixMerge, NoiseParams, merge_matrices, sum_of
+from mergekit_px.methods.matrices import PAPER, Case, MatrixMerge, NoiseParams, merge_matrices, sum_of
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,15 @@ class IsoCtsParams(NoiseParams):
     """Share of the rank given to the leading directions of the sum; the rest is shared out among the sources."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2502.04959", scratch=12.0)
+@merge_method(
+    family="spectral",
+    space="deltas",
+    access="tensor",
+    centred=True,
+    paper="arXiv:2502.04959",
+    scratch=12.0,
+    presets={"paper": {**PAPER, "noise_floor": False}},
+)
 def iso_cts(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, FiniteFloat
@@ -73,6 +74,10 @@ class SpectralParams(Params):
         return cut_into_matrices(shape, name, self) is None
 
 
+PAPER = {"stack": "mean", "embeddings": "spectral"}
+"""What the authors of TSV-M and the isotropic methods treat as matrices: every tensor of two axes, and no other."""
+
+
 class NoiseParams(SpectralParams):
     noise_floor: bool = True
     """Leave out components that rounding to 16 bits explains, judged by the values of the base and of the sources.
@@ -90,6 +95,8 @@ class Case:
     noise: float = 0.0
     """Largest singular value that rounding gives one delta before its weight; 0 where it is not known."""
     notes: list[str] = field(default_factory=list)
+    load_base: Callable[[], torch.Tensor] | None = None
+    """Makes the base's matrix, where there is one and the method asked for it."""
 
     @property
     def count(self) -> int:
@@ -240,7 +247,10 @@ def merge_matrices(
     for number, (view, noise) in enumerate(zip(views, noises, strict=True)):
         label = name if len(views) == 1 else f"{name}[{number}]"
         like = view(merged)
-        cases.append(Case(label, (like.shape[0], like.shape[1]), tuple(weights), noise))
+        case = Case(label, (like.shape[0], like.shape[1]), tuple(weights), noise)
+        if load_base is not None:
+            case.load_base = partial(_viewed, view, load_base)
+        cases.append(case)
     running = [(view, merge(case)) for case, view in zip(cases, views, strict=True)]
     for _, generator in running:
         next(generator)
@@ -261,6 +271,10 @@ def merge_matrices(
         for note in dict.fromkeys(case.notes):
             _log.warning("%s: %s", case.label, note)
     return merged.mul_(factor)
+
+
+def _viewed(view: Callable[[torch.Tensor], torch.Tensor], load: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return view(load())
 
 
 def sum_of(case: Case) -> MatrixMerge:

@@ -28,6 +28,7 @@ class SvcParams(SpectralParams):
     paper="arXiv:2602.05536",
     sources=(2, None),
     scratch=9.0,
+    presets={"paper": {"stack": "mean"}},
 )
 def svc(deltas: Sequence[torch.Tensor], params: SvcParams, name: str) -> torch.Tensor:
     """Calibrate the singular values of a merge by those of its sources (SVC, singular value calibration).

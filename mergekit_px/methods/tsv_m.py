@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, Count, MatrixMerge, NoiseParams, component_count, merge_matrices
+from mergekit_px.methods.matrices import PAPER, Case, Count, MatrixMerge, NoiseParams, component_count, merge_matrices
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,15 @@ class TsvMParams(NoiseParams):
     """Components of each source, a number or a percentage of the rank; an equal share of the rank if left out."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2412.00081", scratch=4.5)
+@merge_method(
+    family="spectral",
+    space="deltas",
+    access="tensor",
+    centred=True,
+    paper="arXiv:2412.00081",
+    scratch=4.5,
+    presets={"paper": {**PAPER, "noise_floor": False}},
+)
 def tsv_m(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],

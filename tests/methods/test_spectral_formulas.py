@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mergekit_px.methods import find_method
 from mergekit_px.testing import apply_method
 
 Array = np.ndarray
@@ -132,6 +133,79 @@ def wudi_adam(deltas: list[Array], steps: int, rate: float) -> Array:
     return x.detach().numpy()
 
 
+def self_regression(deltas: list[Array], weights: list[float], ridge: float, side: str) -> Array:
+    """Vectorised normal equations of ``sum_t w_t ||(X - D_t) D_t'||^2``, or of the outputs' like."""
+    if side == "outputs":
+        return self_regression([d.T for d in deltas], weights, ridge, "inputs").T
+    metric = sum(w * d.T @ d for w, d in zip(weights, deltas, strict=True))
+    target = sum(w * d @ d.T @ d for w, d in zip(weights, deltas, strict=True))
+    metric = metric + ridge * np.trace(metric) / len(metric) * np.eye(len(metric))
+    return target @ np.linalg.pinv(metric, rcond=1e-11)
+
+
+def wudi_closed(deltas: list[Array], ridge: float, side: str) -> Array:
+    return self_regression(deltas, [1 / np.sum(d**2) for d in deltas], ridge, side)
+
+
+def dc_merge(deltas: list[Array], smoothing: str = "flat") -> Array:
+    k = min(deltas[0].shape) // len(deltas)
+    parts = [thin(delta) for delta in deltas]
+    p, q = (polar(np.concatenate([part[i][:, :k] for part in parts], axis=1)) for i in (0, 2))
+    core = np.zeros((k * len(deltas), k * len(deltas)))
+    for u, s, v in parts:
+        ratio = {"flat": 1.0, "linear": min(5.0, s[0] / s[k - 1])}.get(smoothing)
+        shares = None if ratio is None else np.linspace(ratio, 1, k)
+        s = s[:k] if shares is None else shares * s[:k].sum() / shares.sum()
+        core += p.T @ (u[:, :k] * s) @ v[:, :k].T @ q
+    return p @ (core * np.kron(np.eye(len(deltas)), np.ones((k, k)))) @ q.T
+
+
+def dc_merge_elected(deltas: list[Array], density: float) -> Array:
+    k = min(deltas[0].shape) // len(deltas)
+    parts = [thin(delta) for delta in deltas]
+    p, q = (polar(np.concatenate([part[i][:, :k] for part in parts], axis=1)) for i in (0, 2))
+    cores = []
+    for delta in deltas:
+        core = p.T @ top(delta, k) @ q
+        cut = np.sort(np.abs(core), axis=None)[core.size - int(density * core.size)]
+        cores.append(np.where(np.abs(core) >= cut, core, 0))
+    stacked = np.stack(cores)
+    agrees = (np.sign(stacked) == np.sign(stacked.sum(axis=0))) & (stacked != 0)
+    core = (stacked * agrees).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)
+    return p @ (core * np.kron(np.eye(len(deltas)), np.ones((k, k)))) @ q.T
+
+
+def res_merge(deltas: list[Array], head: int, budget: float = 0.2) -> Array:
+    count = len(deltas)
+    heads = [top(delta, head) for delta in deltas]
+    tails = [delta - one for delta, one in zip(deltas, heads, strict=True)]
+    units = [tail / np.linalg.norm(tail) for tail in tails]
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    similarity = np.mean([np.sum(units[i] * units[j]) for i, j in pairs])
+    direction = sum(units) / np.linalg.norm(sum(units))
+    coherence = np.mean([np.sum(unit * direction) for unit in units])
+    merged = sum(tails) / count
+    if coherence > 1 / math.sqrt(count):
+        exponent = 1 - 0.3 * ((similarity + 1) / 2 + (coherence + 1) / 2) / 2
+        merged = direction * coherence**exponent * np.mean([np.linalg.norm(tail) for tail in tails])
+    cosines = [np.sum(heads[i] * heads[j]) / np.linalg.norm(heads[i]) / np.linalg.norm(heads[j]) for i, j in pairs]
+    agreement = np.mean(np.maximum(cosines, 0))
+    return merged + sum(heads) / np.linalg.norm(sum(heads)) * budget * agreement * np.linalg.norm(merged)
+
+
+def knots(deltas: list[Array], density: float) -> Array:
+    u, s, v = thin(np.concatenate(deltas, axis=1))
+    width = deltas[0].shape[1]
+    parts = [(v[t * width : (t + 1) * width] * s).T for t in range(len(deltas))]
+    kept = []
+    for part in parts:
+        cut = np.sort(np.abs(part), axis=None)[part.size - int(density * part.size)]
+        kept.append(np.where(np.abs(part) >= cut, part, 0))
+    stacked = np.stack(kept)
+    agrees = (np.sign(stacked) == np.sign(stacked.sum(axis=0))) & (stacked != 0)
+    return u @ ((stacked * agrees).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1))
+
+
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[Array]], Array]]] = {
     "svd plain": ("svd", {"top_k": 11, "orthogonalise": False}, lambda d: svd_plain(d, 11)),
     "svd orthogonalised": ("svd", {"top_k": 11}, lambda d: svd_orthogonalised(d, 11)),
@@ -154,6 +228,25 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[Array]], Array]]] = {
     "svc": ("svc", {}, lambda d: svc(d[0], d[1:])),
     "svc floor": ("svc", {"floor": 0.05}, lambda d: svc(d[0], d[1:], 0.05)),
     "wudi": ("wudi", {"steps": 20, "learning_rate": 1e-2}, lambda d: wudi_adam(d, 20, 1e-2)),
+    "wudi closed": ("wudi", {"solver": "closed", "ridge": 0.1}, lambda d: wudi_closed(d, 0.1, "inputs")),
+    "wudi both": (
+        "wudi",
+        {"solver": "closed", "ridge": 0.01, "sides": "both"},
+        lambda d: (wudi_closed(d, 0.01, "inputs") + wudi_closed(d, 0.01, "outputs")) / 2,
+    ),
+    "actmat": ("actmat", {}, lambda d: self_regression(d, [1.0] * len(d), 0, "inputs")),
+    "actmat outputs": ("actmat", {"sides": "outputs"}, lambda d: self_regression(d, [1.0] * len(d), 0, "outputs")),
+    "dc_merge": ("dc_merge", {}, dc_merge),
+    "dc_merge linear": ("dc_merge", {"smoothing": "linear"}, lambda d: dc_merge(d, "linear")),
+    "dc_merge elected": (
+        "dc_merge",
+        {"smoothing": "none", "cores": "elect", "density": 0.1},
+        lambda d: dc_merge_elected(d, 0.1),
+    ),
+    "res_merge": ("res_merge", {}, lambda d: res_merge(d, 1)),
+    "res_merge head": ("res_merge", {"head": 3, "budget": 0.5}, lambda d: res_merge(d, 3, 0.5)),
+    "knots": ("knots", {}, lambda d: knots(d, 0.3)),
+    "knots all": ("knots", {"density": 1.0}, lambda d: knots(d, 1.0)),
 }
 
 
@@ -292,3 +385,20 @@ def test_math_of_percentages() -> None:
         np.linalg.norm(svd_plain([delta.numpy() for delta in deltas], 4)),
         rel_tol=1e-10,
     )
+
+
+def test_tails_that_agree_keep_more_of_their_norm() -> None:
+    shared, *own = draw((24, 18), 4)
+    deltas = [shared + 0.3 * one for one in own]
+    np.testing.assert_allclose(merge("res_merge", deltas), res_merge([d.numpy() for d in deltas], 1), rtol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+def test_the_papers_treat_what_has_two_axes_as_matrices(method: str) -> None:
+    formula = {"tsv_m": tsv_m, "iso_c": iso_c, "iso_cts": iso_cts}[method]
+    params = dict(find_method(method).presets["paper"])
+    table, kernel = draw((24, 18), 3), draw((6, 4, 3, 3), 3)
+    expected = formula([delta.numpy() for delta in table])
+    np.testing.assert_allclose(merge(method, table, params, name="embed_tokens.weight"), expected, rtol=1e-7, atol=1e-9)
+    mean = sum(delta.numpy() for delta in kernel) / 3
+    np.testing.assert_allclose(merge(method, kernel, params, name="conv.weight"), mean, rtol=1e-7)

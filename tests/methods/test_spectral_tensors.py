@@ -19,7 +19,10 @@ from mergekit_px.methods.iso_cts import specific_count
 from mergekit_px.methods.matrices import component_count, is_table
 from mergekit_px.testing import apply_method, check_method
 
-METHODS = ["svd", "tsv_m", "iso_c", "iso_cts", "cart", "star", "subspace_boosting", "svc", "wudi"]
+METHODS = [
+    *("svd", "tsv_m", "iso_c", "iso_cts", "cart", "star", "subspace_boosting", "svc", "wudi"),
+    *("actmat", "dc_merge", "knots", "res_merge"),
+]
 
 
 def draw(shape: Sequence[int], count: int = 3, seed: int = 0) -> list[torch.Tensor]:
@@ -53,6 +56,12 @@ def unmerged(name: str, deltas: Sequence[torch.Tensor]) -> torch.Tensor:
         ("star", {}),
         ("subspace_boosting", {}),
         ("wudi", {"steps": 5}),
+        ("wudi", {"solver": "closed", "sides": "both"}),
+        ("actmat", {}),
+        ("dc_merge", {}),
+        ("knots", {}),
+        ("res_merge", {}),
+        ("ortho_merge", {}),
     ],
 )
 def test_conformance(name: str, params: dict[str, Any]) -> None:
@@ -234,7 +243,7 @@ def test_sources_are_read_once_a_round_however_many_matrices_a_tensor_holds(name
     params = method.params.model_validate({"stack": "experts", **({"steps": 1} if name == "wudi" else {})})
     operands = Operands(tensors=sources, weights=(1.0,) * 4, params=params, name="w", shape=shape)
     method(operands)
-    rounds = 2 if name in ("iso_cts", "cart") else 1
+    rounds = {"iso_cts": 2, "cart": 2, "knots": 3}.get(name, 1)
     assert sources.reads == 4 * rounds + 1  # the first source tells shape and storage
 
 
