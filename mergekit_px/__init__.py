@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mergekit_px.errors import PxmergeError
     from mergekit_px.execute.events import Progress, RunResult
     from mergekit_px.execute.run import run_plan
-    from mergekit_px.inspection.models import compare, inspect, verify
+    from mergekit_px.inspection.models import advise, compare, inspect, verify
     from mergekit_px.merging import merge, plan_recipe, run_recipe
     from mergekit_px.methods import Method, find_method, load_methods
     from mergekit_px.methods.declare import Params, PerSource, merge_method
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mergekit_px.state_dicts import merge_state_dicts
 
 _HOMES = {
+    "advise": "inspection.models",
     "build_plan": "plan.build",
     "compare": "inspection.models",
     "Checkpoint": "checkpoint.open",
@@ -77,6 +78,7 @@ __all__ = [
     "Recipe",
     "RunResult",
     "__version__",
+    "advise",
     "build_plan",
     "compare",
     "find_method",

@@ -6,7 +6,7 @@ they are, a fine-tune changes the encoder alone, and a merged encoder is scored 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,21 +71,25 @@ class EightTasks:
         self.base = self._pretrained()
         self.tuned = {name: self._tuned(number, rate) for number, name in enumerate(TASKS)}
         self._own = {part: self._scores(self.tuned, part) for part in ("validation", "test")}
+        """Accuracies of the fine-tunes, each on its own task, in the order of the tasks."""
 
     def accuracy(self) -> float:
         """Mean test accuracy of the fine-tunes, each on its own task."""
         return float(np.mean(self._own["test"]))
 
-    def normalised(self, state: State, part: str = "test") -> float:
-        """Mean over the tasks of an encoder's accuracy in percent of the fine-tune's."""
-        found = self._scores(dict.fromkeys(TASKS, state), part)
-        return 100 * float(np.mean([one / own for one, own in zip(found, self._own[part], strict=True)]))
+    def normalised(self, state: State, part: str = "test", among: Sequence[str] = tuple(TASKS)) -> float:
+        """Mean over tasks of an encoder's accuracy in percent of the fine-tune's."""
+        found = self._scores(dict.fromkeys(among, state), part)
+        own = dict(zip(TASKS, self._own[part], strict=True))
+        return 100 * float(np.mean([one / own[name] for name, one in zip(among, found, strict=True)]))
 
     @torch.no_grad()
     def _scores(self, states: Mapping[str, State], part: str) -> list[float]:
         rows = VALIDATION if part == "validation" else TEST
         found = []
         for (name, task), head in zip(TASKS.items(), self._heads, strict=True):
+            if name not in states:
+                continue
             self._encoder.load_state_dict(states[name])
             images, labels = task.examples(self._lab, rows)
             found.append(right(head(self._encoder(images)), labels))

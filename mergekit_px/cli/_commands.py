@@ -86,6 +86,7 @@ _TABLE = (
     Command("inspect", INSPECTION, "Show what a checkpoint holds, from its headers.", "inspect:inspect"),
     Command("compare", INSPECTION, "Measure how models differ, tensor by tensor.", "compare:compare"),
     Command("report", INSPECTION, "Write what a merge was as one HTML page.", "report:report"),
+    Command("advise", INSPECTION, "Say what to try first with some models.", "advise:advise"),
     Command("verify", INSPECTION, "Check every byte of a merged model against its lock file.", "verify:verify"),
     Command("pull", HUB, "Download a model, pinned to a commit.", "pull:pull"),
     Command("push", HUB, "Upload a model in one commit.", "push:push"),

@@ -125,7 +125,7 @@ def compare(
         total_bytes = sum(values[name].nbytes for name in common for values in offered)
         for name in common:
             found = [values[name] for values in offered]
-            sums = _compare_tensor(found)
+            sums = compare_tensor(found)
             if sums is None:
                 rows.append(_opaque_row(found))
             else:
@@ -204,7 +204,7 @@ def _rank(measures: Mapping[str, Any]) -> float:
     return math.inf if measures["relative"] is None else float(measures["relative"])
 
 
-def _compare_tensor(found: Sequence[Values]) -> Difference | None:
+def compare_tensor(found: Sequence[Values]) -> Difference | None:
     """The sums over one tensor; None if torch cannot compute with it."""
     if not all(values.dtype.arithmetic for values in found):
         return None

@@ -86,7 +86,7 @@ def _matrices(
 ) -> list[torch.Tensor | None]:
     """The difference of a model to the first as matrices (m, n); None for those that are zero or not finite."""
     values = [found[place].read(0, math.prod(found[0].shape)).reshape(found[0].shape) for place in (model, 0)]
-    wide = any(each.dtype.itemsize > 4 for each in values)
+    wide = any(each.dtype.bits > 32 for each in found)
     delta = values[0].double().sub_(values[1]) if wide else values[0].float().sub_(values[1].float())
     matrices = [view(delta) for view in views]
     return [one if bool(one.isfinite().all()) and bool(one.any()) else None for one in matrices]

@@ -1,8 +1,8 @@
-"""``inspect``, ``compare`` and ``verify`` by one call each, for programs and notebooks."""
+"""``inspect``, ``compare``, ``advise`` and ``verify`` by one call each, for programs and notebooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from mergekit_px.errors import UsageError
 from mergekit_px.inspection.source import fetch_source, open_source
 
 if TYPE_CHECKING:
+    from mergekit_px.inspection.advice import Advice
     from mergekit_px.inspection.verify import Verification
 
 
@@ -52,6 +53,37 @@ def compare(
     opened = [fetch_source(open_source(reference, allow_pickle=allow_pickle)) for reference in references]
     checkpoints = [source.checkpoint for source in opened]
     return measure(checkpoints[0], checkpoints[1:], pattern=tensors, spectral=spectral, progress=progress)
+
+
+def advise(
+    models: Sequence[str | PathLike[str]],
+    *,
+    base: str | PathLike[str] | None = None,
+    allow_pickle: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Advice:
+    """What models are to one another, what to try first with them, and a recipe: what ``pxmerge advise --json`` prints.
+
+    Args:
+        base: the model that they were fine-tuned from.
+        progress: called with a phase, bytes done and bytes in all.
+
+    Raises:
+        UsageError: one model alone.
+        InputError: missing, unreachable or malformed, or all the same.
+        PlanError: models that cannot be merged.
+    """
+    from mergekit_px.inspection.advice import advise as ask
+    from mergekit_px.plan.options import PlanOptions
+    from mergekit_px.recipe.naming import model_names
+
+    references = [fspath(model) for model in models]
+    return ask(
+        dict(zip(model_names(references), references, strict=True)),
+        None if base is None else fspath(base),
+        options=PlanOptions(allow_pickle=allow_pickle),
+        progress=progress or (lambda phase, done, total: None),
+    )
 
 
 def verify(folder: str | PathLike[str]) -> Verification:

@@ -65,4 +65,4 @@ def _solved(gram: Tensor, target: Tensor, ridge: float, label: str) -> Tensor:
     # Squares of singular values: what rounding of their sums leaves is not a direction.
     kept = values > float(values[-1]) * 1e-13 * len(values)
     scaled = (vectors[:, kept].T @ target).div_((values[kept] + ridge * size).unsqueeze(1))
-    return vectors[:, kept] @ scaled
+    return torch.mm(vectors[:, kept], scaled)

@@ -23,11 +23,12 @@ def procrustes_rotation(start: Tensor, end: Tensor, ridge: float, label: str) ->
 def skew_of(rotation: Tensor) -> Tensor:
     """``A = (R + I)^-1 (R - I)``, made exactly skew; R has no eigenvalue of -1."""
     one = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
-    skew = torch.linalg.solve(rotation + one, rotation - one)
-    return (skew - skew.T).div_(2)
+    skew: Tensor = torch.linalg.solve(rotation + one, rotation - one)
+    return (skew - skew.T) / 2
 
 
 def rotation_of(skew: Tensor) -> Tensor:
     """``R = (I - A)^-1 (I + A)``."""
     one = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
-    return torch.linalg.solve(one - skew, one + skew)
+    rotation: Tensor = torch.linalg.solve(one - skew, one + skew)
+    return rotation

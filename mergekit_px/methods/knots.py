@@ -77,4 +77,4 @@ def _knots(case: Case, params: KnotsParams) -> MatrixMerge:
         agrees = (part.sign() == sign) & (part != 0)
         total += part * agrees
         agreeing += agrees
-    return basis @ total.div_(agreeing.clamp_(min=1))
+    return torch.mm(basis, total.div_(agreeing.clamp_(min=1)))

@@ -99,11 +99,9 @@ def _tail(
 
     square = squared_norm(directions)
     coherence = min(1.0, math.sqrt(square) / count)
-    if coherence <= 1 / math.sqrt(count) and count > 1:
-        return mean
-    if square == 0:
+    if square == 0 or (count > 1 and coherence <= 1 / math.sqrt(count)):
         return mean
     similarity = (square - unit) / (count * (count - 1)) if count > 1 else 1.0
     agreement = min(1.0, max(0.0, (similarity + coherence + 2) / 4))
     exponent = params.most_shrinkage - (params.most_shrinkage - params.least_shrinkage) * agreement
-    return directions * (coherence**exponent * length / math.sqrt(square))
+    return directions.mul(coherence**exponent * length / math.sqrt(square))
