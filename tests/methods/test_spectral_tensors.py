@@ -21,7 +21,7 @@ from mergekit_px.testing import apply_method, check_method
 
 METHODS = [
     *("svd", "tsv_m", "iso_c", "iso_cts", "cart", "star", "subspace_boosting", "svc", "wudi"),
-    *("actmat", "dc_merge", "knots", "res_merge"),
+    *("actmat", "dc_merge", "knots", "opcm", "res_merge"),
 ]
 
 
@@ -68,7 +68,8 @@ def test_conformance(name: str, params: dict[str, Any]) -> None:
     check_method(name, params, symmetric=True)
 
 
-def test_conformance_of_the_calibration() -> None:
+def test_conformance_where_order_matters() -> None:
+    check_method("opcm")
     # With the default floor unrelated sources are all scaled by exactly T, which puts sums onto rounding ties.
     check_method("svc", {"floor": 0.37})
 
