@@ -61,6 +61,7 @@ _TABLE = (
     Command("convert", RECIPES, "Translate a mergekit config into a recipe.", "convert:convert"),
     Command("tokens transplant", RECIPES, "Give a model another one's tokenizer.", "tokens_transplant:transplant"),
     Command("moe build", RECIPES, "Build a mixture of experts of dense models.", "moe_build:build"),
+    Command("moe edit", RECIPES, "Keep, drop, reorder or merge the experts of a mixture.", "moe_edit:edit"),
     Command("schema", RECIPES, "Print the JSON Schema of recipes.", "schema:schema"),
     Command("add", TASK_VECTORS, "Add task vectors to a model.", "task_vectors:add"),
     Command("subtract", TASK_VECTORS, "Take the task vector of a fine-tune, or remove one.", "task_vectors:subtract"),

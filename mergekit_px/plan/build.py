@@ -14,7 +14,6 @@ from mergekit_px.checkpoint.dtypes import DType, parse_dtype
 from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, RecipeError, UsageError
-from mergekit_px.methods import find_method
 from mergekit_px.plan.agreement import disagreements
 from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
@@ -26,7 +25,7 @@ from mergekit_px.plan.headers import describing_metadata
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.plan.lock import published_recipe, recipe_lock, sha256_but_of_weights
 from mergekit_px.plan.model import Dropped, Plan, WorkItem
-from mergekit_px.plan.nodes import Apply, Kind, Node
+from mergekit_px.plan.nodes import Apply, Kind, Node, combined
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.plan.patterns import expanded
 from mergekit_px.plan.sources import copied_values, equal_sources, known_content, overshoot
@@ -299,7 +298,6 @@ def _as_task_vector(
     if step is None or step.base is None:
         raise PlanError(f"a task vector is the difference to a base, and '{target}' has none")
     base = expressions.namespace(step.base)
-    combine = find_method("combine")
     result: dict[str, Node] = {}
     for name, node in namespace.items():
         if not node.dtype.arithmetic:
@@ -307,18 +305,7 @@ def _as_task_vector(
             continue
         if name not in base or base[name].shape != node.shape:
             raise PlanError(f"'{name}' is not in the base '{step.base}' in the same shape, so it has no difference")
-        result[name] = Apply(
-            step=target,
-            method=combine,
-            params=combine.params(),
-            weights=(1.0, -1.0),
-            sources=(node, base[name]),
-            source_indices=(0, 1),
-            base=None,
-            kind="delta",
-            shape=node.shape,
-            dtype=node.dtype,
-        )
+        result[name] = replace(combined(target, (node, base[name]), (1.0, -1.0)), kind="delta")
     return result
 
 

@@ -13,6 +13,7 @@ from mergekit_px.checkpoint.file_kind import LFS_POINTER
 from mergekit_px.checkpoint.side_files import SideFiles, is_tokenizer_file
 from mergekit_px.errors import InputError, PlanError
 from mergekit_px.plan import config as config_edits
+from mergekit_px.plan.expert_choice import ChosenExperts
 from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import is_embedding, stack_sizes
@@ -231,12 +232,11 @@ def _output_config(
     return config, notes
 
 
-def _mixtures(recipe: Recipe, target: str, expressions: Expressions) -> list[BuiltMixture]:
+def _mixtures(recipe: Recipe, target: str, expressions: Expressions) -> list[BuiltMixture | ChosenExperts]:
     """What steps on the way from the first model to the output made of its experts, in order."""
-    found: list[BuiltMixture] = []
+    found: list[BuiltMixture | ChosenExperts] = []
     while target in recipe.steps:
-        if target in expressions.mixtures:
-            found.insert(0, expressions.mixtures[target])
+        found = [*expressions.mixtures.get(target, ()), *found]
         step = recipe.steps[target]
         target = step.base or (step.slices[0].sources[0].model if step.slices else step.source_names()[0])
     return found

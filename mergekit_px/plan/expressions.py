@@ -18,8 +18,9 @@ from mergekit_px.methods.weighting import total_weight
 from mergekit_px.plan.adapters import adapted_model, adapter_changes, as_kind, is_unchanged
 from mergekit_px.plan.artefacts import Artefacts
 from mergekit_px.plan.companions import Companion, companion_nodes, model_names, split_companions
+from mergekit_px.plan.expert_choice import ChosenExperts, with_choice
 from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.layers import depth, stack_sizes
+from mergekit_px.plan.layers import depth, is_derived, stack_sizes
 from mergekit_px.plan.mixtures import BuiltMixture, with_experts
 from mergekit_px.plan.names import bridge, difference, rename_hint, renamed
 from mergekit_px.plan.nodes import Apply, Kind, Leaf, Node
@@ -33,9 +34,6 @@ from mergekit_px.plan.views import StoredView, first_rows, stored_view
 from mergekit_px.plan.vocabulary import ChosenVocabulary
 from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Rule, Step, Value
-
-_DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "attn.masked_bias", "embeddings.position_ids")
-"""Buffers that libraries compute from the config, and that only their older versions stored."""
 
 
 @dataclass
@@ -55,8 +53,8 @@ class Expressions:
     """Heads that were tied in an input and are written on their own."""
     layer_sources: dict[str, list[list[tuple[str, int]]]] = field(default_factory=dict)
     """Step with slices -> for each output layer, its (source, layer) pairs."""
-    mixtures: dict[str, BuiltMixture] = field(default_factory=dict)
-    """Step with experts -> what its source's config has to follow."""
+    mixtures: dict[str, list[BuiltMixture | ChosenExperts]] = field(default_factory=dict)
+    """Step with experts -> what its source's config has to follow, in order."""
     config_updates: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """Input with adapters -> what they change in its config."""
     tied: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -95,7 +93,8 @@ class Expressions:
                 self._namespaces[key] = self._stored(self.inputs[name])
             else:
                 step = self.loaded.recipe.steps[name]
-                self._namespaces[key] = with_experts(name, step, self._step(name, step), self)
+                built = with_experts(name, step.mixture, self._step(name, step), self)
+                self._namespaces[key] = with_choice(name, step.experts, built, self)
         return self._namespaces[key]
 
     def _stored(self, source: ResolvedInput) -> Namespace:
@@ -338,7 +337,7 @@ class Expressions:
         base_missing = base_needed and base is None
         if len(indices) == len(operands) and not base_missing:
             return base, indices
-        derived = slot.name.endswith(_DERIVED)
+        derived = is_derived(slot.name)
         if derived:
             self.notes.append("buffers that follow from the config, and that not all inputs store, are not merged")
         if derived or step.missing == "base":

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+_DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "attn.masked_bias", "embeddings.position_ids")
 _EMBEDDING_MARKS = ("embed", "wte", "wpe", "cls_token", "patch_", "position")
 
 
@@ -49,6 +50,11 @@ def stack_sizes(names: Iterable[str]) -> Mapping[str, int]:
 def is_embedding(name: str) -> bool:
     """Whether a tensor outside the layers stands before the first layer rather than after the last."""
     return any(mark in name for mark in _EMBEDDING_MARKS)
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor is a buffer that libraries compute from the config; only their older versions stored it."""
+    return name.endswith(_DERIVED)
 
 
 def depth(name: str, sizes: Mapping[str, int]) -> float:

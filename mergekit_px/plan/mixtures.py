@@ -11,15 +11,13 @@ from typing import Any, Literal
 from mergekit_px.checkpoint.dtypes import parse_dtype
 from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError
 from mergekit_px.located.nearest import hint_for
-from mergekit_px.methods import find_method
 from mergekit_px.plan.config import config_in_full
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import split_layer
 from mergekit_px.plan.mixture_families import DENSE_PARTS, FAMILIES, Family, family_named, fitting_families
-from mergekit_px.plan.nodes import Apply, Drawn, Joined, Node
+from mergekit_px.plan.nodes import Apply, Drawn, Joined, Node, can_be_cut, combined
 from mergekit_px.plan.slots import Namespace, Namespaces
 from mergekit_px.recipe.mixture import FROM_PROMPTS, Expert, Mixture
-from mergekit_px.recipe.model import Step
 
 _DENSE = re.compile(rf"(.*\.layers\.\d+\.)mlp\.({'|'.join(DENSE_PARTS)})\.weight")
 _ATTENTION_BIAS = re.compile(r".*\.layers\.\d+\.self_attn\.(.*bias)")
@@ -52,13 +50,13 @@ class BuiltMixture:
         return found, [f"config: {family.model_type} with {self.count} experts, {self.chosen} for each token"]
 
 
-def with_experts(name: str, step: Step, nodes: Namespace, namespaces: Namespaces) -> Namespace:
+def with_experts(name: str, mixture: Mixture | None, nodes: Namespace, namespaces: Namespaces) -> Namespace:
     """A step's tensors with experts in the place of its MLPs, where it asks for that.
 
     Raises:
         PlanError, RecipeError: the models do not make such a mixture; the message says where and why.
     """
-    return nodes if step.mixture is None else _Builder(name, step.mixture, nodes, namespaces).built()
+    return nodes if mixture is None else _Builder(name, mixture, nodes, namespaces).built()
 
 
 class _Builder:
@@ -98,7 +96,7 @@ class _Builder:
         members = self.mixture.experts
         biased = any(_ATTENTION_BIAS.fullmatch(name) for name in self.nodes)
         chosen = self.mixture.experts_per_token
-        self.namespaces.mixtures[self.name] = BuiltMixture(family, len(members), chosen, biased)
+        self.namespaces.mixtures.setdefault(self.name, []).append(BuiltMixture(family, len(members), chosen, biased))
         if len({expert.model for expert in members}) == 1 and not any(expert.noise for expert in members):
             self.namespaces.notes.append(
                 "all experts are equal, so the mixture computes what the dense model does until it is trained"
@@ -253,9 +251,7 @@ class _Builder:
         return {f"{prefix}{names[0]}": first, f"{prefix}{names[1]}": second}
 
     def _check_joined(self, node: Node) -> None:
-        if isinstance(node, Apply) and (
-            node.access != "elementwise" or any(isinstance(one, Apply) for one in node.sources)
-        ):
+        if isinstance(node, Apply) and not can_be_cut(node):
             raise PlanError(
                 f"{self.family.model_type} has its experts in one tensor, and {node.method.name} makes no part of one",
                 where=self._where("experts"),
@@ -303,23 +299,6 @@ class _Builder:
             what = f"'{key}' of '{model}' is {list(node.shape)}, and {needed}"
             raise TensorMismatchError(what, where=self._where("router"), hint="a router has a row for each expert")
         return node
-
-
-def combined(step: str, sources: list[Node], weights: list[float]) -> Apply:
-    """A weighted sum of tensors of one shape, of the kind of the first."""
-    method = find_method("combine")
-    return Apply(
-        step=step,
-        method=method,
-        params=method.params(),
-        weights=tuple(weights),
-        sources=tuple(sources),
-        source_indices=tuple(range(len(sources))),
-        base=None,
-        kind=sources[0].kind,
-        shape=sources[0].shape,
-        dtype=sources[0].dtype,
-    )
 
 
 def _first_model(step: str, namespaces: Namespaces) -> ResolvedInput:

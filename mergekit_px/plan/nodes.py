@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 from mergekit_px.checkpoint.dtypes import DType
 from mergekit_px.checkpoint.open import StoredTensor
 from mergekit_px.errors import PlanError
+from mergekit_px.methods import find_method
 from mergekit_px.methods.declare import Access, Method, Params
 from mergekit_px.plan.rows import Indices, RowTable
 from mergekit_px.storage.encoding import Encoding
@@ -420,3 +421,26 @@ def walk(node: Node, *, into_views: bool = True) -> Iterator[Node]:
         yield current
 
     return visit(node)
+
+
+def combined(step: str, sources: Sequence[Node], weights: Sequence[float]) -> Apply:
+    """A weighted sum of tensors of one shape, of the kind of the first."""
+    method = find_method("combine")
+    return Apply(
+        step=step,
+        method=method,
+        params=method.params(),
+        weights=tuple(weights),
+        sources=tuple(sources),
+        source_indices=tuple(range(len(sources))),
+        base=None,
+        kind=sources[0].kind,
+        shape=sources[0].shape,
+        dtype=sources[0].dtype,
+    )
+
+
+def can_be_cut(node: Node) -> bool:
+    """Whether any part of a tensor can be made by itself, so that views may be made of it."""
+    methods = (inner for inner in walk(node) if isinstance(inner, Apply))
+    return all(one.access == "elementwise" and not one.method.random for one in methods)

@@ -36,8 +36,8 @@ class Namespaces(Protocol):
     def dropped_names(self) -> dict[str, str]: ...
 
     @property
-    def mixtures(self) -> dict[str, Any]:
-        """Step -> what it made of its source's config."""
+    def mixtures(self) -> dict[str, list[Any]]:
+        """Step with experts -> what its source's config has to follow, in order."""
         ...
 
     def namespace(self, name: str, base: str | None = None) -> Namespace: ...

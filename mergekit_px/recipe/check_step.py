@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from mergekit_px.errors import RecipeError
 from mergekit_px.located.nearest import hint_for
 from mergekit_px.located.places import Path, Places
 from mergekit_px.located.validate import shown
 from mergekit_px.recipe.layer_range import parse_layers
-from mergekit_px.recipe.mixture import FROM_PROMPTS, Expert, Mixture
+from mergekit_px.recipe.mixture import FROM_PROMPTS, Expert, ExpertChoice, Mixture, group_of
 from mergekit_px.recipe.model import Rule, Slice, SliceSource, Step, Value
 
 
@@ -39,6 +40,54 @@ def check_step(step: Step, path: Path, places: Places) -> None:
         _check_slice(piece, (*path, "slices", index), places)
     if step.mixture is not None:
         _check_mixture(step.mixture, (*path, "mixture"), places)
+    if step.experts is not None:
+        _check_choice(step.experts, (*path, "experts"), places)
+
+
+def _check_choice(choice: ExpertChoice, path: Path, places: Places) -> None:
+    lists: list[tuple[Path, list[Any]]] = [(("layers", layer), entries) for layer, entries in choice.layers.items()]
+    for layer in choice.layers:
+        if not (layer.isascii() and layer.isdecimal()):
+            raise RecipeError(f"'{layer[:80]}' is no number of a layer", where=places.key((*path, "layers", layer)))
+    instead = [key for key in ("drop", "merge") if getattr(choice, key)]
+    if instead and (choice.keep or lists):
+        what = f"either '{instead[0]}' or the experts that are kept"
+        raise RecipeError(what, where=places.key((*path, instead[0])))
+    if choice.keep or not (lists or instead):
+        lists.insert(0, (("keep",), choice.keep))
+    _check_groups(choice, path, places)
+    for keys, entries in lists:
+        if not entries:
+            raise RecipeError("no experts are kept", where=places.key((*path, *keys)), hint="write keep: [0, 1]")
+        if len(entries) != len(lists[0][1]):
+            what = f"{len(entries)} experts here and {len(lists[0][1])} elsewhere, and all layers must have as many"
+            raise RecipeError(what, where=places.key((*path, *keys)))
+        _check_entries(entries, (*path, *keys), places)
+    if choice.experts_per_token is not None and choice.experts_per_token < 1:
+        what = f"'experts_per_token' must be a whole number from 1 on, not {choice.experts_per_token}"
+        raise RecipeError(what, where=places.value((*path, "experts_per_token")))
+
+
+def _check_groups(choice: ExpertChoice, path: Path, places: Places) -> None:
+    """What is merged and what is dropped, apart from one another."""
+    _check_entries(choice.drop, (*path, "drop"), places)
+    _check_entries(choice.merge, (*path, "merge"), places)
+    seen: set[int] = set(choice.drop)
+    for index, entry in enumerate(choice.merge):
+        numbers = {number for number, _ in group_of(entry)}
+        if numbers & seen or len(numbers) < 2:
+            told = f"expert {min(numbers & seen)} is named twice" if numbers & seen else "one expert alone is no group"
+            raise RecipeError(told, where=places.key((*path, "merge", index)))
+        seen |= numbers
+
+
+def _check_entries(entries: Sequence[Any], path: Path, places: Places) -> None:
+    for index, entry in enumerate(entries):
+        try:
+            group_of(entry)
+        except ValueError as error:
+            what = f"{error}, not {shown(entry)}"
+            raise RecipeError(what, where=places.key((*path, index))) from None
 
 
 def _check_mixture(mixture: Mixture, path: Path, places: Places) -> None:

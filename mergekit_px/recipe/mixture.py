@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -73,3 +73,65 @@ class Mixture(Part):
     def members(self) -> list[Expert]:
         """The experts, the shared one last."""
         return [*self.experts, *([self.shared] if self.shared is not None else [])]
+
+
+Group = tuple[tuple[int, float], ...]
+"""The experts that one is made of, each with its share; the shares add up to 1."""
+
+
+class ExpertChoice(Part):
+    """Experts that are chosen of a mixture, in their new order; router, biases and config follow."""
+
+    written: ClassVar[Wanted] = Wanted("a mapping such as {keep: [0, 1]}")
+
+    keep: Annotated[list[Any], Wanted("a list of numbers, or of lists or {number: weight} for means")] = Field(
+        default_factory=list
+    )
+    """The experts of the result in order, in every layer: a number for one that stays as it is, a list of numbers for
+    the mean of several, ``{3: 0.7, 5: 0.3}`` for a weighted one."""
+    drop: Annotated[list[int], Wanted("a list of numbers")] = Field(default_factory=list)
+    """Instead of ``keep``: the experts that are left out."""
+    merge: Annotated[list[Any], Wanted("a list of lists of numbers, or of {number: weight}")] = Field(
+        default_factory=list
+    )
+    """Instead of ``keep``: groups that become one expert each, in the place of the first of the group."""
+    layers: Annotated[dict[str, list[Any]], Wanted("a mapping from layers to lists like those of keep")] = Field(
+        default_factory=dict
+    )
+    """Other experts in some layers, by number, as many as in the others."""
+    experts_per_token: Annotated[int | None, Wanted("a whole number from 1 on")] = None
+    """How many a token goes to; as before, and at most as many as there are, if left out."""
+
+    def of_layer(self, layer: int | None, count: int) -> list[Group]:
+        """What the experts of a layer are made of, of so many as it has."""
+        listed = self.layers.get(str(layer)) or self.keep
+        if listed:
+            return [group_of(entry) for entry in listed]
+        merged = {group[0][0]: group for group in map(group_of, self.merge)}
+        gone = {number for group in merged.values() for number, _ in group} | set(self.drop)
+        return [
+            merged.get(number, ((number, 1.0),)) for number in range(count) if number in merged or number not in gone
+        ]
+
+    def named(self) -> set[int]:
+        """The numbers that ``drop`` and ``merge`` speak of."""
+        return {*self.drop, *(number for group in map(group_of, self.merge) for number, _ in group)}
+
+
+def group_of(entry: Any) -> Group:
+    """One expert as written. Raises ``ValueError`` for what is none."""
+    if isinstance(entry, dict) and not all(isinstance(key, str) and key.isdecimal() for key in entry):
+        raise ValueError("experts are different whole numbers from 0 on")
+    pairs = [(int(key), value) for key, value in entry.items()] if isinstance(entry, dict) else None
+    if pairs is None:
+        pairs = [(number, 1.0) for number in (entry if isinstance(entry, list) else [entry])]
+    numbers = [number for number, _ in pairs]
+    whole = all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers)
+    weights = [weight for _, weight in pairs]
+    if not whole or not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError("experts are different whole numbers from 0 on")
+    if not all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in weights) or not sum(
+        weights
+    ):
+        raise ValueError("weights are numbers from 0 on, and not all 0")
+    return tuple((number, weight / sum(weights)) for number, weight in pairs)

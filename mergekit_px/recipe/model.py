@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from mergekit_px.located.validate import Part, Wanted
-from mergekit_px.recipe.mixture import Mixture
+from mergekit_px.recipe.mixture import ExpertChoice, Mixture
 
 Scalar = bool | int | float | str | None
 
@@ -160,6 +160,8 @@ class Step(Part):
     """Layers stacked anew: the output's layers are those of the slices in order. Replaces ``sources``."""
     mixture: Annotated[Mixture | None, Wanted("a mapping with experts")] = None
     """Experts in the place of the MLPs; the method and its sources make everything else."""
+    experts: Annotated[ExpertChoice | None, Wanted("a mapping such as {keep: [0, 1]}")] = None
+    """Experts that are chosen of those that the step has."""
     missing: Annotated[Literal["error", "present", "base"], Wanted("error, present or base")] = "error"
     """A tensor that only some inputs have: refuse, merge it over the inputs that have it, or take it from
     the base (from the first source that has it, where the base does not)."""
