@@ -227,7 +227,6 @@ def _output_config(
         notes += _restack(config, donor, layers, inputs, expressions)
     for mixture in _mixtures(recipe, target, expressions):
         config, said = mixture.followed(config)
-        config_edits.check_with_transformers(config)
         notes += said
     return config, notes
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from mergekit_px.checkpoint.dtypes import parse_dtype
 from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError
 from mergekit_px.located.nearest import hint_for
-from mergekit_px.plan.config import config_in_full
+from mergekit_px.plan.config import check_with_transformers, config_in_full
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import split_layer
 from mergekit_px.plan.mixture_families import DENSE_PARTS, FAMILIES, Family, family_named, fitting_families
@@ -47,6 +47,7 @@ class BuiltMixture:
         found |= {key: entry(config, self.count, self.chosen) for key, entry in family.entries.items()}
         if family.bias_entry is not None:
             found[family.bias_entry] = self.biased
+        check_with_transformers(found)
         return found, [f"config: {family.model_type} with {self.count} experts, {self.chosen} for each token"]
 
 

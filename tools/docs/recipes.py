@@ -20,6 +20,7 @@ _PARTS = (
     mixture.Mixture,
     mixture.Expert,
     mixture.Router,
+    mixture.ExpertChoice,
     model.Tokenizer,
     model.TokenRow,
     model.Output,

@@ -14,6 +14,7 @@ from mergekit_px.located.validate import shown
 from mergekit_px.located.yaml_text import Node, mapping, sequence
 from mergekit_px.recipe.mergekit.differences import method_differences, parameter_differences
 from mergekit_px.recipe.mergekit.entries import IdleKeys, entries_of
+from mergekit_px.recipe.mergekit.mixture import MARKS, translate_mixture
 from mergekit_px.recipe.mergekit.modules import join_modules, read_modules
 from mergekit_px.recipe.mergekit.output import (
     not_yet,
@@ -35,11 +36,6 @@ _KEYS = (
     *("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"),
     *("tokenizer_source", "tokenizer", "chat_template", "name"),
 )
-_REFUSED = {
-    **dict.fromkeys(
-        ("experts", "gate_mode", "shared_experts", "experts_per_token"), "building a mixture of experts (mergekit-moe)"
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +144,9 @@ class _Translator:
 
     def run(self) -> tuple[Node, Node]:
         """The step, and the output if this is the last."""
-        for key, place in self.root.keys.items():
-            if key in _REFUSED:
-                raise not_yet(_REFUSED[key], place)
+        if MARKS & self.root.keys.keys() and "merge_method" not in self.root.keys:
+            step, output, self.differences = translate_mixture(self.root, self._name, self.idle)
+            return step, output
         self.entries = entries_of(self.root, "the config", _KEYS, self.idle)
         peer = self._method()
         base = read_reference(self.entries["base_model"]) if "base_model" in self.entries else None
