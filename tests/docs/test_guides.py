@@ -21,6 +21,11 @@ RESULTS = {
     "learn-align.md": ["aligned/model"],
     "transfer.md": ["transfer/transfer/target"],
 }
+OF_LANGUAGE = {
+    "experts.md": ["mixture.routers.safetensors", "reordered", "one", "mean", "best"],
+    "mergekit.md": [],
+}
+"""Pages whose commands are about models of language."""
 WORDS = ["sat", "left", "through", "after", "it", "ten", "twice", "minutes", "fine", "dull"]
 
 
@@ -53,6 +58,25 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def language_models(classifiers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two fine-tunes of another kind, with the same tokenizer."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("language")
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS) + 2, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(classifiers / "base")
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
 def run(block: str) -> None:
     """The lines of a block: files that are written, and commands."""
     lines = iter(block.splitlines())
@@ -76,4 +100,22 @@ def test_a_guide_goes_from_texts_to_a_model(
     for block in blocks:
         run(block)
     for result in RESULTS[page]:
+        assert (tmp_path / result).exists()
+
+
+@pytest.mark.parametrize("page", OF_LANGUAGE)
+def test_commands_on_models_of_language_run(
+    page: str, language_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in language_models.iterdir():
+        (tmp_path / place.name).symlink_to(place)
+    text = (DOCS / page).read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    programs = re.search(r"<!-- programs -->(.*?)<!-- end of programs -->", text, re.DOTALL)
+    rows = re.findall(r"\| `(pxmerge .*)` \|$", programs[1], re.MULTILINE) if programs else []
+    assert blocks and len(rows) in (0, 11)
+    for block in [*blocks, *rows]:
+        run(block)
+    for result in OF_LANGUAGE[page]:
         assert (tmp_path / result).exists()
