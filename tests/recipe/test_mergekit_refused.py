@@ -34,10 +34,12 @@ def error(text: str) -> str:
             "merge_method: linear\nmodules: {default: {models: []}, vision_tower: {models: []}}",
             "the module 'default' is the whole model, and stands alone",
         ),
+        ("base_model: a\nexperts: []\ngate_mode: hidden", "m.yml:2:10: 'experts' must be a list of experts, not []"),
         (
-            "base_model: a\nexperts: []\ngate_mode: hidden",
-            "m.yml:2:1: not supported yet: building a mixture of experts",
+            "base_model: a\nexperts: [{source_model: b}]\ngate_mode: hiden",
+            "m.yml:3:12: 'gate_mode' cannot be 'hiden'; did you mean 'hidden'",
         ),
+        ("base_model: a\nexperts: [{source_modle: b}]", "unknown key 'source_modle' in an expert; did you mean"),
         (
             f"merge_method: nuslerp\nmodels: {PAIR}\nparameters: {{nuslerp_row_wise: [{{filter: a, value: true}}, "
             "{value: false}]}",
