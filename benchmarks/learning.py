@@ -221,7 +221,7 @@ def tune(work: Path, options: argparse.Namespace) -> None:
     costs: dict[int, dict[int, list[Cost]]] = {count: {1: [], 1 + options.steps: []} for count in counts}
     for _ in range(max(options.repeats, 3)):
         for count in counts:
-            for epochs, kept in costs[count].items():
+            for steps, kept in costs[count].items():
                 line = [sys.executable, "-m", "mergekit_px", "tune", str(work / f"pool{count}"), *shape]
                 line += [
                     "--base",
@@ -231,7 +231,7 @@ def tune(work: Path, options: argparse.Namespace) -> None:
                     "-o",
                     str(work / f"tuned{count}"),
                 ]
-                kept.append(measured([*line, "--top", "32", "--batch", "24", "--epochs", str(epochs)]))
+                kept.append(measured([*line, "--top", "32", "--batch", "24", "--steps", str(steps)]))
     for count in counts:
         short, long = (cheapest(kept) for kept in costs[count].values())
         trained = json.loads((work / f"tuned{count}" / "report.json").read_text())["trained_values"]

@@ -33,7 +33,8 @@ class Command:
     Attributes:
         name: as typed; of several words for a command of a group, such as ``adapter apply``.
         summary: one line for ``pxmerge --help``.
-        place: ``module:function`` below this package, or None for a command made from a merge method.
+        place: ``module:function`` below this package, or None for a command made from the declaration of a
+            merge method or a learner.
     """
 
     name: str
@@ -44,6 +45,11 @@ class Command:
     def load(self) -> Callable[..., Any]:
         """The command's function, with every option a parameter."""
         if self.place is None:
+            if self.group == LEARNING:
+                from mergekit_px.cli.learner import learner_command
+                from mergekit_px.learn import find_learner
+
+                return learner_command(find_learner(self.name))
             from mergekit_px.cli.method import method_command
             from mergekit_px.methods import load_methods
 
@@ -81,7 +87,6 @@ _TABLE = (
     Command("ofasd", LEARNING, "Learn coefficients for task vectors from a little data.", "ofasd:ofasd"),
     Command("transfer", LEARNING, "Train a model on what another one knows (experimental).", "transfer:transfer"),
     Command("stats", LEARNING, "Measure Fisher information and Gram matrices of a model on data.", "stats:stats"),
-    Command("tune", LEARNING, "Train the singular values of a merged update on labelled data.", "tune:tune"),
     Command("data", LEARNING, "Write the arrays that learning would make of texts or images.", "data:data"),
     Command("search", LEARNING, "Find coefficients of a recipe by a score.", "search:search"),
     Command("inspect", INSPECTION, "Show what a checkpoint holds, from its headers.", "inspect:inspect"),
@@ -106,22 +111,34 @@ def built_in(name: str) -> Command | None:
 
 
 def all_commands() -> Mapping[str, Command]:
-    """All commands by name, group by group; a merge method never hides a command."""
+    """All commands by name, group by group; a merge method or a learner never hides a command."""
     from mergekit_px.methods import load_methods
     from mergekit_px.methods.declare import method_slug
 
-    taken = {command.name for command in _TABLE}
+    learners = _learner_commands()
+    taken = {command.name for command in (*_TABLE, *learners)}
     methods = [
         Command(method_slug(name), METHODS, method.summary, _OWN_OPTIONS.get(name))
         for name, method in load_methods().items()
         if method_slug(name) not in taken
     ]
-    return {command.name: command for group in GROUPS for command in (*_TABLE, *methods) if command.group == group}
+    every = (*_TABLE, *learners, *methods)
+    return {command.name: command for group in GROUPS for command in every if command.group == group}
+
+
+def _learner_commands() -> list[Command]:
+    from mergekit_px.learn import load_learners
+
+    taken = {command.name for command in _TABLE}
+    return [Command(name, LEARNING, learner.summary) for name, learner in load_learners().items() if name not in taken]
 
 
 def find_command(name: str) -> Command | None:
-    """A command by its name as typed, or None. Merge methods are imported only if no other command fits."""
-    return built_in(name) or all_commands().get(name.replace("_", "-"))
+    """A command by its name as typed, or None. Declarations are imported only if no other command fits."""
+    if (command := built_in(name)) is not None:
+        return command
+    called = name.replace("_", "-")
+    return next((one for one in _learner_commands() if one.name == called), None) or all_commands().get(called)
 
 
 def spoken_command(words: Sequence[str]) -> tuple[Command, range] | None:

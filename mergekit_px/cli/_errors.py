@@ -13,6 +13,21 @@ from mergekit_px.errors import PxmergeError
 PROGRAM = "pxmerge"
 INTERRUPTED = 130
 
+_OTHER_NAMES = {
+    "--clients": "--sources",
+    "--models": "--sources",
+    "--target-base": "--base",
+    "--lr": "--learning-rate",
+    "--rate": "--learning-rate",
+    "--decay": "--weight-decay",
+    "--epochs": "--steps",
+    "--batch-size": "--batch",
+    "--compare": "--controls",
+    "--no-compare": "--controls",
+    "--test-data": "--test",
+}
+"""What papers and other programs call an option -> what it is called here: no likeness of letters tells that."""
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C where something can go on later.
@@ -36,7 +51,7 @@ def explain(error: BaseException, words: Sequence[str], command: str = "") -> tu
     if isinstance(error, PxmergeError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, typer.TyperException):
-        text = " ".join(error.format_message().split()).replace("Value error, ", "")
+        text = _renamed(error) or " ".join(error.format_message().split()).replace("Value error, ", "")
         usage = f"{PROGRAM} {command}".rstrip()
         return error.exit_code, f"error: {text.rstrip('.')}; see `{usage} --help`"
     if isinstance(error, Interrupted):
@@ -50,3 +65,12 @@ def explain(error: BaseException, words: Sequence[str], command: str = "") -> tu
         return INTERRUPTED, "interrupted"
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return 1, f"error: unexpected {' '.join(what.split())}; PXMERGE_DEBUG=1 shows the traceback"
+
+
+def _renamed(error: typer.TyperException) -> str | None:
+    """What is said of an option that the command has under another name."""
+    typed = getattr(error, "option_name", None)
+    context = getattr(error, "ctx", None)
+    name = _OTHER_NAMES.get(typed or "")
+    known = {flag for parameter in context.command.params for flag in parameter.opts} if context is not None else ()
+    return f"No such option: {typed} (it is called {name})" if name in known else None

@@ -6,9 +6,9 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from mergekit_px.cli._options import ARGUMENTS, MERGE, METHOD, OPTIONS, OUTPUT, RUN
+from mergekit_px.cli._options import ARGUMENTS, LEARNING, MERGE, METHOD, OPTIONS, OUTPUT, RUN
 
-PANELS = (ARGUMENTS, MERGE, METHOD, OUTPUT, RUN, OPTIONS)
+PANELS = (ARGUMENTS, MERGE, METHOD, LEARNING, OUTPUT, RUN, OPTIONS)
 """The order of the headings; options without one stand under ``Options``."""
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mergekit_px.plan.options import PlanOptions
 
 ARGUMENTS, OPTIONS, METHOD, MERGE, OUTPUT, RUN = "Arguments", "Options", "Method", "Merge", "Output", "Run"
+LEARNING = "Learning"
 """Headings of help texts."""
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or a mergekit config.")]

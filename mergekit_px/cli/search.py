@@ -11,6 +11,7 @@ from mergekit_px.cli._arguments import Several
 from mergekit_px.cli._learning import DATA_HELP, AllowCode, Device, Factory, Overwrite, PassSize, TextColumns, resumable
 from mergekit_px.cli._options import AllowPickle, Json, Quiet, RecipeFile, run_mode
 from mergekit_px.cli._output import Column, Output, output_for
+from mergekit_px.errors import UsageError
 
 Over = Annotated[
     list[str],
@@ -100,7 +101,6 @@ def search(
       pxmerge search recipe.yaml --over merge.sources.math=0:1 merge.sources.code=0:1 --how cma --data dev.npz --resume
     """
     from mergekit_px.checkpoint.layout import parse_size
-    from mergekit_px.cli.tune import held_out_share
     from mergekit_px.learn.search.run import SearchOptions, run_search
     from mergekit_px.learn.search.space import parse_variable
     from mergekit_px.learn.search.strategies import StrategyOptions
@@ -155,3 +155,14 @@ def _show(report: dict[str, Any], sink: Output) -> None:
     sink.table([Column("recipe"), *(Column(part, "right") for part in parts)], rows)
     best = report["best"]["set"]
     sink.note(f"best of {report['trials']} trials: " + (f"--set {' '.join(best)}" if best else "the recipe as written"))
+
+
+def held_out_share(text: str, flag: str) -> float | str:
+    """A share in [0, 1), or the name of a file."""
+    try:
+        share = float(text)
+    except ValueError:
+        return text
+    if not 0 <= share < 1:
+        raise UsageError(f"a share is at least 0 and below 1, not {text}", where=flag)
+    return share

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mergekit_px.cli._learning import TextColumns, resumable
+from mergekit_px.cli._learning import TextColumns
 from mergekit_px.cli._merge import load_mapping, merge_mapping
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Output, output_for
@@ -56,9 +56,9 @@ TuneTop = Annotated[
     int | None,
     typer.Option("--tune-top", metavar="N", min=1, help="With --tune: train the N largest of each.  [default: all]"),
 ]
-TuneEpochs = Annotated[
+TuneSteps = Annotated[
     int | None,
-    typer.Option("--tune-epochs", metavar="N", min=1, help="With --tune: passes over them.  [default: 10]"),
+    typer.Option("--tune-steps", metavar="N", min=1, help="With --tune: steps.  [default: ten passes over them]"),
 ]
 TuneRate = Annotated[
     float | None, typer.Option("--tune-rate", metavar="X", min=0.0, help="With --tune: first rate.  [default: 0.1]")
@@ -68,7 +68,7 @@ _OPTIONS: Mapping[str, Any] = {
     "into": Into,
     "tune": Tune,
     "tune_top": TuneTop,
-    "tune_epochs": TuneEpochs,
+    "tune_steps": TuneSteps,
     "tune_rate": TuneRate,
 }
 
@@ -155,7 +155,7 @@ def _check(form: Form | None, into: Path | None, report: Path | None, run: RunOp
 
 def _check_tuning(own: Mapping[str, Any], text: TextColumns, run: RunOptions, report: Path | None) -> None:
     if own["tune"] is None:
-        for name in ("tune_top", "tune_epochs", "tune_rate"):
+        for name in ("tune_top", "tune_steps", "tune_rate"):
             if own[name] is not None:
                 raise UsageError(f"--{name.replace('_', '-')} goes with --tune", hint="give the data: --tune FILE")
         if text != TextColumns():
@@ -173,25 +173,15 @@ def _tuned(
     recipe: Mapping[str, Any], sources: list[str], run: RunOptions, own: Mapping[str, Any], text: TextColumns
 ) -> int:
     """Pool beside the output, tune into it, and forget the pool: its tuned form is in the output."""
-    from mergekit_px.cli.tune import show_scores
-    from mergekit_px.learn.tune.run import TuneOptions, run_tune
-    from mergekit_px.learn.tune.training import Schedule
+    from mergekit_px.cli.learner import run_settings
+    from mergekit_px.learn import find_learner
+    from mergekit_px.learn.declare import make_settings
     from mergekit_px.pools.record import read_record
     from mergekit_px.pools.write import write_components
 
     sink = output_for(json=run.json, quiet=run.quiet)
     output = run.output or Path("tuned")
     pool = output.with_name(f".{output.name}.pool")
-    given = {"epochs": own["tune_epochs"], "rate": own["tune_rate"]}
-    schedule = Schedule(**{name: value for name, value in given.items() if value is not None})
-    options = TuneOptions(
-        top=own["tune_top"],
-        text=text.options(),
-        schedule=schedule,
-        device=run.device,
-        mode=run.mode,
-        allow_pickle=run.allow_pickle,
-    )
     plan = _plan(recipe, dataclasses.replace(run, output=pool, overwrite=True, resume=False))
     try:
         with progress_on(sink) as advance:
@@ -201,21 +191,15 @@ def _tuned(
         base = read_record(pool).base
         if base is None:
             raise UsageError("--tune needs the model that the sources were fine-tuned from", hint="give it by --base")
-        with resumable():
-            report = run_tune(
-                str(pool),
-                base,
-                own["tune"],
-                output,
-                options,
-                lambda step, steps, loss: sink.note(f"step {step} of {steps}: loss {loss:.4g}"),
-                sink.note,
-            )
+        tuner = find_learner("tune")
+        given = {"top": own["tune_top"], "steps": own["tune_steps"], "learning_rate": own["tune_rate"]}
+        given |= {"columns": text.columns, "max_length": text.max_length, "tokenizer": text.tokenizer}
+        settings = {name: value for name, value in given.items() if value is not None}
+        settings |= {"components": pool, "base": base, "data": own["tune"], "output": output, "device": run.device}
+        settings |= {"resume": run.resume, "overwrite": run.overwrite, "allow_pickle": run.allow_pickle}
+        run_settings(tuner, make_settings(tuner, settings, lambda name: f"--tune-{name.replace('_', '-')}"), sink)
     finally:
         shutil.rmtree(pool, ignore_errors=True)
-    show_scores(report, sink)
-    sink.document({"output": str(output), **report})
-    sink.text(str(output / "model"))
     return 0
 
 

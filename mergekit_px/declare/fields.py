@@ -19,6 +19,9 @@ _BOUNDS: Mapping[str, tuple[str, str, Callable[[float, float], bool]]] = {
 """Key of JSON Schema -> what pydantic calls a breach of it, its words, and whether a number keeps it. Lower bounds
 come first, as they are said."""
 
+_WORDS = {"int_parsing": "must be a whole number", "float_parsing": "must be a number"}
+"""pydantic's type of a finding -> what is said of it, where its own words are about its parser."""
+
 
 def fields(model: type[BaseModel]) -> dict[str, Schema]:
     """The schema of each field by its name, in order, with every reference replaced by what it refers to."""
@@ -82,7 +85,8 @@ def problems(model: type[BaseModel], error: ValidationError) -> list[tuple[str, 
         if issue["type"] in kinds:
             problem = f"must be {in_words(bounds_of(_scalars(fields(model)[name])))}"
         else:
-            problem = issue["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            said = _WORDS.get(issue["type"], issue["msg"])
+            problem = said.removeprefix("Value error, ").replace("Input should be", "must be")
         worded.setdefault(name, problem)
     return list(worded.items())
 

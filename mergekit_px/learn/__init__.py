@@ -1,0 +1,49 @@
+"""What is learned from data, and the registry that finds the learners.
+
+Learners of other packages are found through the entry-point group ``pxmerge.learners``: each entry point names a
+module whose import declares learners with ``mergekit_px.learn.declare.learner``. None of these modules imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+
+from mergekit_px.errors import UsageError
+from mergekit_px.learn.declare import REGISTRY, Learner
+
+BUILT_IN = ("tune.learner",)
+"""Where the learners of this package are declared, in the order in which they are listed."""
+
+
+@cache
+def _import_all() -> None:
+    for module in BUILT_IN:
+        importlib.import_module(f"{__name__}.{module}")
+    for entry in entry_points(group="pxmerge.learners"):
+        try:
+            entry.load()
+        except Exception as error:  # a plug-in may fail in any way, and must not take the rest with it
+            reason = " ".join(str(error).split())
+            warnings.warn(f"plug-in '{entry.name}' ({entry.value}) is left out: {reason}", stacklevel=2)
+
+
+def load_learners() -> Mapping[str, Learner]:
+    """All learners by name. Imports their declarations, none of which imports torch."""
+    _import_all()
+    return REGISTRY
+
+
+def find_learner(name: str) -> Learner:
+    """The learner of that name. Raises ``UsageError`` with the nearest names where there is none."""
+    known = load_learners()
+    called = name.replace("_", "-")
+    if called not in known:
+        near = difflib.get_close_matches(called, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+        raise UsageError(f"unknown learner '{name}'", hint=hint)
+    return known[called]

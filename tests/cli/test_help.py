@@ -27,14 +27,16 @@ def test_overview(run) -> None:
 def test_forty_columns_are_enough(run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     text = run(*name.split(), "--help").stdout
-    prose = re.split(r"\n(?:Arguments|Merge|Output|Options):\n", text)[0]
+    prose = re.split(r"\n(?:Arguments|Merge|Learning|Output|Options):\n", text)[0]
     too_long = [line for line in prose.splitlines() if len(line) > 40 and "pxmerge" not in line]
     assert too_long == []
 
 
 def test_every_option_has_a_help_text(run) -> None:
     for name in all_commands():
-        options = re.split(r"\n(?:Merge|Output|Options):\n", run(name, "-h").stdout, maxsplit=1)[1].splitlines()
+        options = re.split(r"\n(?:Merge|Learning|Output|Options):\n", run(name, "-h").stdout, maxsplit=1)[
+            1
+        ].splitlines()
         for this, following in zip(options, [*options[1:], ""], strict=True):
             if this.startswith("  -"):
                 assert "  " in this.strip() or following.startswith(" " * 10), f"{name}: {this}"

@@ -114,7 +114,7 @@ def words_of(learner: str, *more: str, model: str = "net.py:net") -> list[str]:
     own = {
         "ofasd": ["ofasd", "--base", "base", "--clients", "client0", "client1", "--steps", "2"],
         "align": ["align", *transported, "--sites", "all", "--sided", "two", "--steps", "2"],
-        "tune": ["tune", "components.safetensors", "--base", "base", "--epochs", "2"],
+        "tune": ["tune", "components.safetensors", "--base", "base", "--steps", "2"],
         "search": ["search", "recipe.yaml", "--over", "merge.sources.a=0,1"],
         "stats": ["stats", "base"],
     }[learner]
@@ -243,8 +243,8 @@ def test_a_task_vector_of_another_base(world: Path, refused: Refused) -> None:
     [
         ("ofasd", ["--learning-rate", "1e37", "--steps", "9"]),
         ("ofasd", ["--learning-rate", "1e300"]),
-        ("tune", ["--rate", "3e37", "--epochs", "9"]),
-        ("tune", ["--rate", "1e38"]),
+        ("tune", ["--learning-rate", "3e37", "--steps", "9"]),
+        ("tune", ["--learning-rate", "1e38"]),
         ("align", ["--learning-rate", "1e30", "--steps", "9"]),
         ("align", ["--learning-rate", "1e38"]),
         ("align", ["--learning-rate", "1e38", "--param", "polar"]),

@@ -173,7 +173,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "ofasd": ["ofasd", *base_and_clients, *data, "-o", "out", *fit, *model],
             "align": ["align", *transported, *data, "-o", "out", *fit, *model],
             "tune": ["tune", str(root / "components.safetensors"), "--base", str(root / "base"), *data, "-o", "out",
-                     "--epochs", "4", "--batch", "16", *model],
+                     "--steps", "12", "--batch", "16", *model],
             "search": ["search", str(root / "recipe.yaml"), "--over", "merge.sources.a=0,1", *data, "-o", "out",
                        *model],
             "transfer": ["transfer", str(root / "plan.yaml"), "-o", "out", "--allow-code", "--threads", "1", "-q"],

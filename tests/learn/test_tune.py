@@ -265,7 +265,7 @@ def test_components_that_do_not_fit(made) -> None:
 
 def command(made: dict[str, Path], output: Path, *words: object) -> int:
     given = ["tune", made["components.safetensors"], "--base", made["base"], "--data", made["data.npz"], "-o", output]
-    given += ["--model", f"{made['code.py']}:small", "--allow-code", "--batch", 16, "--epochs", 6, "--device", "cpu"]
+    given += ["--model", f"{made['code.py']}:small", "--allow-code", "--batch", 16, "--steps", 24, "--device", "cpu"]
     return main([str(word) for word in (*given, *words)])
 
 
@@ -307,7 +307,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(made, tmp_path: Path, mon
         patch.setattr(training.Training, "_look", interrupted)
         assert command(made, stopped, "-q") == 130
     assert command(made, stopped, "-q") == 4 and "--resume" in capsys.readouterr().err
-    assert command(made, stopped, "-q", "--resume", "--rate", 0.2) == 4
+    assert command(made, stopped, "-q", "--resume", "--learning-rate", 0.2) == 4
     assert "another plan" in capsys.readouterr().err
     assert command(made, stopped, "-q", "--resume") == 0
     for name in ("components.safetensors", "report.json", "model/model.safetensors"):
@@ -319,7 +319,7 @@ def test_bfloat16_is_for_passes_alone_and_resumes(made, tmp_path: Path, monkeypa
     whole, stopped, single = tmp_path / "whole", tmp_path / "stopped", tmp_path / "single"
     words = ("-q", "--precision", "bfloat16")
     assert command(made, whole, *words) == 0 and command(made, single, "-q") == 0
-    assert json.loads((whole / "report.json").read_text())["options"]["schedule"]["precision"] == "bfloat16"
+    assert json.loads((whole / "report.json").read_text())["settings"]["precision"] == "bfloat16"
     half, full = (load_file(place / "components.safetensors")["last.weight.S"] for place in (whole, single))
     assert half.dtype == torch.float32 and bool(half.isfinite().all())
     assert not torch.equal(half, full) and torch.allclose(half, full, atol=0.2)
@@ -353,7 +353,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_artefact(made, tmp_path: P
     monkeypatch.setattr(training.Training, "_step", broken)
     assert command(made, out, "-q") == 5
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "the loss is nan at step 11" in error and "--rate" in error
+    assert error.count("\n") == 1 and "the loss is nan at step 11" in error and "--learning-rate" in error
     report = json.loads((out / "report.json").read_text())
     assert report["stopped"] and report["selected_step"] in (4, 8)
     assert torch.isfinite(load_file(out / "components.safetensors")["last.weight.S"]).all()
@@ -362,7 +362,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_artefact(made, tmp_path: P
 
 def test_values_that_only_get_worse_are_not_taken(made, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
-    assert command(made, out, "--rate", "0") == 0
+    assert command(made, out, "--learning-rate", "0") == 0
     assert "kept as they came" in capsys.readouterr().err
     before, after = load_file(made["components.safetensors"]), load_file(out / "components.safetensors")
     torch.testing.assert_close(after["last.weight.S"], before["last.weight.S"], rtol=0, atol=0)

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 from mergekit_px.cli import main
 from mergekit_px.cli._commands import GROUPS, METHODS, USUAL, Command, all_commands
+from mergekit_px.learn import load_learners
 from mergekit_px.methods.declare import method_slug
 from tools.docs.markdown import docstring, table
 from tools.docs.methods import own_methods
@@ -48,8 +49,9 @@ def command_tables() -> str:
 
 
 def own_commands() -> list[Command]:
-    """The commands of the package itself, without those of methods from installed plug-ins."""
+    """The commands of the package itself, without those of installed plug-ins."""
     own = {method_slug(name) for name in own_methods()}
+    own |= {name for name, learner in load_learners().items() if learner.origin.startswith("mergekit_px.")}
     return [command for command in all_commands().values() if command.place is not None or command.name in own]
 
 

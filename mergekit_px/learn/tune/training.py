@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,28 +12,16 @@ from torch import Tensor, nn
 
 from mergekit_px.errors import DivergedError
 from mergekit_px.learn.data import TARGETS, Examples, shuffled, to_device
+from mergekit_px.learn.life import Tell, silent
 from mergekit_px.learn.objective import loss_function, metric_function
 from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.precision import Precision, passes
 from mergekit_px.learn.state import load_state, save_state
+from mergekit_px.learn.tune.learner import TuneSettings
 from mergekit_px.learn.tune.substitution import TunedValues
 
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How values are trained; the defaults are those that AXIS takes over from aTLAS (arXiv:2407.02880).
-
-    AdamW with a cosine from ``rate`` to 0, gradients clipped to the norm ``clip``. ``precision`` is that of forward and
-    backward passes; values and weights stay in float32.
-    """
-
-    epochs: int = 10
-    batch: int = 128
-    rate: float = 0.1
-    decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
-    precision: Precision = "float32"
+_PASSES = 10
+"""Over the data, where no number of steps is asked for: as many epochs as AXIS trains."""
 
 
 @dataclass
@@ -41,7 +29,7 @@ class Progress:
     """What a training knows besides its tensors.
 
     Attributes:
-        trace: (step, loss of the batches since the last entry, validation score) once for each epoch.
+        trace: (step, loss of the batches since the last entry, validation score) at each look at the validation data.
         best_step: after which the kept values were; 0 for the values as they came.
         stopped: why it ended early.
     """
@@ -52,9 +40,6 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     stopped: str | None = None
-
-
-Tell = Callable[[int, int, float], None]
 
 
 def evaluate(
@@ -86,10 +71,11 @@ def is_better(score: Mapping[str, float], best: Mapping[str, float]) -> bool:
 class Training:
     """Trains values on examples and keeps those that were best on validation.
 
-    A loss that is not finite ends it; the values that were best until then are kept.
+    AdamW with a cosine from the learning rate to 0, clipped gradients. A loss that is not finite ends it; the values
+    that were best until then are kept.
 
     Args:
-        state: the file that keeps it, written after every epoch.
+        state: the file that keeps it, written after every look at the validation data.
         identity: of the whole run; a state of another is refused.
         own_loss: whether the loss is the one that the model returns.
     """
@@ -99,7 +85,7 @@ class Training:
         values: TunedValues,
         train: Examples,
         validation: Examples,
-        schedule: Schedule,
+        settings: TuneSettings,
         *,
         device: torch.device,
         state: Path,
@@ -109,23 +95,22 @@ class Training:
         self._own_loss = own_loss
         self._values = values
         self._validation = validation
-        self._schedule = schedule
+        self._settings = settings
         self._device = device
         self._state = state
         self._identity = identity
-        self._batches = shuffled(train, schedule.batch, schedule.seed, "tune")
-        self._epoch = max(1, len(train) // schedule.batch)
-        self.steps = schedule.epochs * self._epoch
-        self._optimizer = torch.optim.AdamW([values.values], lr=schedule.rate, weight_decay=schedule.decay)
+        self._batches = shuffled(train, settings.batch, settings.seed, "tune")
+        epoch = max(1, len(train) // settings.batch)
+        self.steps = settings.steps or _PASSES * epoch
+        self._every = settings.evaluate_every or epoch
+        rate, decay = settings.learning_rate, settings.weight_decay
+        self._optimizer = torch.optim.AdamW([values.values], lr=rate, weight_decay=decay)
         self._loss = loss_function("auto", allow_code=False, own_loss=own_loss)
         self._best = values.values.detach().clone()
         self.progress = Progress()
 
-    def run(self, tell: Tell = lambda step, steps, loss: None) -> Progress:
+    def run(self, tell: Tell = silent) -> Progress:
         """Train to the end, from the saved state if there is one; then the best values are those of the model.
-
-        Args:
-            tell: gets the steps done, those to do, and the loss, after every epoch.
 
         Raises:
             InputError, OutputError: a state that cannot be read, or is of another run.
@@ -143,12 +128,11 @@ class Training:
                 self.progress.stopped = error.what
                 break
             self.progress.step += 1
-            if self.progress.step % self._epoch == 0:
-                mean = math.fsum(losses) / len(losses)
-                self._look(mean)
+            tell("step", self.progress.step, self.steps, losses[-1])
+            if self.progress.step % self._every == 0 or self.progress.step == self.steps:
+                self._look(math.fsum(losses) / len(losses))
                 losses = []
                 self._save()
-                tell(self.progress.step, self.steps, mean)
         with torch.no_grad():
             self._values.values.copy_(self._best)
         return self.progress
@@ -158,16 +142,16 @@ class Training:
         place = f"at step {self.progress.step + 1}"
         batch = to_device(self._batches.next(), self._device, torch.float32)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._schedule.rate * 0.5 * (1 + math.cos(math.pi * self.progress.step / self.steps))
+            group["lr"] = self._settings.learning_rate * 0.5 * (1 + math.cos(math.pi * self.progress.step / self.steps))
         self._optimizer.zero_grad()
         substituted = self._values.substituted()
-        with passes(self._device, self._schedule.precision):
+        with passes(self._device, self._settings.precision):
             loss = self._loss(substituted, batch)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise DivergedError(f"the loss is {value} {place}")
         loss.backward()
-        norm = float(nn.utils.clip_grad_norm_([self._values.values], self._schedule.clip))
+        norm = float(nn.utils.clip_grad_norm_([self._values.values], self._settings.clip))
         if not math.isfinite(norm):
             raise DivergedError(f"the gradient is not finite {place}")
         take_step(self._optimizer, place)
@@ -183,9 +167,9 @@ class Training:
     def _score(self) -> dict[str, float]:
         with torch.no_grad():
             module = self._values.substituted()
-        schedule = self._schedule
+        settings = self._settings
         return evaluate(
-            module, self._validation, 4 * schedule.batch, self._device, schedule.precision, own_loss=self._own_loss
+            module, self._validation, 4 * settings.batch, self._device, settings.precision, own_loss=self._own_loss
         )
 
     def _save(self) -> None:

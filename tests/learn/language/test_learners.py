@@ -150,7 +150,7 @@ def test_a_teacher_of_many_classes_is_kept_in_part(world: str, monkeypatch: pyte
 @pytest.mark.parametrize("data", ["long.npz"])
 def test_tuning_follows_the_loss_of_the_model(world: str, data: str) -> None:
     learned("svd", "--base", "base", "--sources", "tuned1", "tuned2", "--as", "components", "-o", "pool")
-    learned("tune", "pool", "--base", "base", "--data", data, "-o", "out", "--epochs", "3", "--batch", "16")
+    learned("tune", "pool", "--base", "base", "--data", data, "-o", "out", "--steps", "6", "--batch", "16")
     report = json.loads(Path("out/report.json").read_text())
     arrays = mixed(world, 60, 7)
     rows = split_rows(60, {"validation": 0.2, "test": 0.2}, 0, "data")["test"]
@@ -169,8 +169,8 @@ def test_tuning_follows_the_loss_of_the_model(world: str, data: str) -> None:
 def test_pooling_and_tuning_are_one_command(world: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["svd", "--base", "base", "--sources", "tuned1", "tuned2", "--top-k", "6"]
     learned(*words, "--as", "components", "-o", "pool")
-    learned("tune", "pool", "--base", "base", "--data", "data.npz", "-o", "apart", "--epochs", "2", "--top", "4")
-    learned(*words, "--tune", "data.npz", "--tune-epochs", "2", "--tune-top", "4", "-o", "together")
+    learned("tune", "pool", "--base", "base", "--data", "data.npz", "-o", "apart", "--steps", "2", "--top", "4")
+    learned(*words, "--tune", "data.npz", "--tune-steps", "2", "--tune-top", "4", "-o", "together")
     first, second = (load_file(f"{name}/model/model.safetensors") for name in ("apart", "together"))
     assert all(torch.equal(one, second[name]) for name, one in first.items())
     assert not list(Path().glob(".*pool*"))

@@ -1,0 +1,110 @@
+"""``tune``: singular values of a merged update, trained on labelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from mergekit_px.learn.declare import (
+    DATA_HELP,
+    Aside,
+    Base,
+    Data,
+    Input,
+    LearnerSettings,
+    ModelSettings,
+    Note,
+    Option,
+    Part,
+    Report,
+    Seed,
+    Table,
+    TextSettings,
+    learner,
+)
+
+if TYPE_CHECKING:
+    from mergekit_px.learn.life import Run
+
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TuneSettings(LearnerSettings, TextSettings, ModelSettings):
+    """The defaults are those that AXIS takes over from aTLAS (arXiv:2407.02880)."""
+
+    components: Annotated[str, Input("file"), Option(metavar="COMPONENTS", by_place=True)]
+    """A .safetensors file of components."""
+    base: Base
+    """The model that the update was taken from."""
+    data: Data = Field(description=f"{DATA_HELP}, with labels.")
+    top: Annotated[int | None, Field(ge=1), Option(unset="all")] = None
+    """Train the N largest values of each matrix."""
+    core: bool = False
+    """Train a full N x N matrix between the vectors, not its diagonal."""
+    match: Annotated[tuple[str, ...], Option(metavar="GLOB...")] = ("*",)
+    """The matrices to train, by name."""
+    validation: Part = 0.2
+    """What values are chosen on: a share of the data, or a file."""
+    test: Part = 0.2
+    """What is reported and never chosen on; 0 for none."""
+    steps: Annotated[int | None, Field(ge=1), Option(unset="ten passes over the data")] = None
+    """Of training."""
+    batch: Annotated[int, Field(ge=1)] = 128
+    """Examples in a step."""
+    evaluate_every: Annotated[int | None, Field(ge=1), Option(unset="a pass over the data")] = None
+    """Steps between two validations."""
+    learning_rate: Finite = 0.1
+    """At the start of the cosine."""
+    weight_decay: Finite = 0.1
+    """Of AdamW, towards the base."""
+    clip: Finite = 1.0
+    """Largest norm of a gradient."""
+    seed: Seed = 0
+    """Draws the parts of the data and their order."""
+    allow_base_mismatch: Annotated[bool, Aside(), Option(panel="Run")] = False
+    """Use a base that the update was not taken from."""
+
+
+class TuneReport(Report):
+    """Scores of the base, of the components as they came and of the tuned ones, on validation and test."""
+
+    labels: str
+    trained_values: int
+    examples: dict[str, int]
+    steps: int
+    selected_step: int
+    stopped: str | None
+    trace: list[dict[str, Any]]
+    scores: dict[str, dict[str, dict[str, float]]]
+
+    def shown(self) -> Iterable[Table | Note]:
+        rows = [
+            (what, part, *(f"{score[name]:.4g}" if name in score else None for name in ("accuracy", "loss")))
+            for what, parts in self.scores.items()
+            for part, score in parts.items()
+        ]
+        yield Table(("model", "data", "accuracy, %", "loss"), rows, texts=2)
+        if self.selected_step == 0:
+            yield Note("no step made the validation score better: the components are kept as they came")
+        yield Note(f"{self.trained_values} values trained, chosen after step {self.selected_step}")
+
+
+@learner(TuneSettings, TuneReport, output="tuned")
+def tune(run: Run[TuneSettings]) -> TuneReport:
+    """Train the singular values of a merged update on labelled data (stage 2 of AXIS, arXiv 2508.19353).
+
+    The vectors stay as they are, so a handful of numbers for each matrix is trained, at a cost that does not depend
+    on how many models were merged. Values are chosen on validation data; the report has base, components as they
+    came, and tuned ones side by side, on test data too.
+
+    \b
+    Examples:
+      pxmerge tune components.safetensors --base ./base --data target.npz -o ./tuned
+      pxmerge tune components.safetensors --base ./base --data target.jsonl --top 32 --core --overwrite
+      pxmerge tune components.safetensors --base ./base --data target.npz -o ./tuned --resume
+    """
+    from mergekit_px.learn.tune.run import fit
+
+    return fit(run)
