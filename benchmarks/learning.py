@@ -117,9 +117,9 @@ def measured(command: list[str]) -> Cost:
 
 
 def ours(work: Path, clients: int, steps: int, *, stream: bool) -> list[str]:
-    line = [sys.executable, "-m", "mergekit_px", "ofasd", "--base", str(work / "base"), "--clients"]
+    line = [sys.executable, "-m", "mergekit_px", "ofasd", "--base", str(work / "base"), "--sources"]
     line += [str(work / f"client{number}") for number in range(clients)]
-    line += ["--data", str(work / "data.npz"), "-o", str(work / "out"), "--overwrite", "-q", "--no-compare"]
+    line += ["--data", str(work / "data.npz"), "-o", str(work / "out"), "--overwrite", "-q", "--controls", "cheap"]
     line += ["--objective", "cross-entropy", "--batch", str(BATCH), "--steps", str(steps), "--device", "cpu"]
     line += ["--learning-rate", str(RATE), "--weight-decay", str(DECAY), "--initial", "0"]
     return [*line, "--evaluate-every", str(max(steps, 1)), *(["--stream"] if stream else [])]

@@ -5,6 +5,7 @@
     px.merge(["a", "b"], "ties", base="base", weights=[0.6, 0.4], density=0.3, output="merged")
     px.run_recipe("recipe.yaml", output="merged")
     px.plan_recipe("recipe.yaml")
+    px.run_learner("ofasd", base="base", sources=["a", "b"], data="few.jsonl", output="coefficients")
 
 Names are imported when they are first used, so that ``import mergekit_px`` is quick and does not import torch.
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mergekit_px.execute.events import Progress, RunResult
     from mergekit_px.execute.run import run_plan
     from mergekit_px.inspection.models import advise, compare, inspect, verify
+    from mergekit_px.learn.life import run_learner
     from mergekit_px.merging import merge, plan_recipe, run_recipe
     from mergekit_px.methods import Method, find_method, load_methods
     from mergekit_px.methods.declare import Params, PerSource, merge_method
@@ -61,6 +63,7 @@ _HOMES = {
     "plan_recipe": "merging",
     "plan_report": "plan.report",
     "run_recipe": "merging",
+    "run_learner": "learn.life",
     "run_plan": "execute.run",
     "verify": "inspection.models",
 }
@@ -92,6 +95,7 @@ __all__ = [
     "parse_recipe",
     "plan_recipe",
     "plan_report",
+    "run_learner",
     "run_plan",
     "run_recipe",
     "verify",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from benchmarks.quality.domains import DOMAINS, mean_score
 from benchmarks.quality.experiment import Experiment, Scores
 from benchmarks.quality.lab import Lab, State, added, difference, score
 from benchmarks.quality.vit import TinyViT
-from mergekit_px.learn.ofasd import Settings
+from mergekit_px.learn.ofasd.settings import CoefficientSettings
 
 
 def addition(lab: Lab) -> Scores:
@@ -44,10 +43,10 @@ def addition(lab: Lab) -> Scores:
     }
     names = [lab.save(f"domain{number}", state) for number, state in enumerate(tuned)]
     whole, data = lab.save("base", base), lab.data("shown", *shown)
-    settings = Settings(
+    settings = CoefficientSettings(
         objective="cross-entropy", initial=0.0, learning_rate=1e-2, validation=0.2, test=0.01, seed=lab.seed
     )
-    isotropic = replace(settings, granularity="model")
+    isotropic = settings.model_copy(update={"granularity": "model"})
     found["isotropic CE"] = test(learned(lab, whole, names, data, isotropic))
     found["anisotropic CE"] = test(learned(lab, whole, names, data, settings))
     found["anisotropic CE, plain loop"] = test(plain_loop(base, deltas, *shown, seed=lab.seed))

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.quality.experiment import Experiment, Scores
 from benchmarks.quality.lab import MODEL, Lab
-from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
+from mergekit_px import run_learner
 
 
 def alignment(lab: Lab) -> Scores:
@@ -16,20 +16,21 @@ def alignment(lab: Lab) -> Scores:
     source = lab.train(None, images[:500], labels[:500])
     target = lab.train(source, images[500:900], labels[500:900], epochs=15, rate=1e-3)
     tuned = lab.train(source, turned[:900], labels[:900], epochs=20, rate=1e-3)
-    options = AlignOptions(
-        target_base=lab.save("target", target),
+    learned = run_learner(
+        "align",
+        base=lab.save("target", target),
         source_base=lab.save("source", source),
         source_model=lab.save("tuned", tuned),
         data=lab.data("few", turned[900:962], labels[900:962]),
-        test_data=lab.data("test", turned[1297:], labels[1297:]),
+        test=lab.data("test", turned[1297:], labels[1297:]),
         output=lab.folder / "aligned",
         model=MODEL,
-        settings=AlignSettings(seed=lab.seed),
+        seed=lab.seed,
         device="cpu",
-        mode="overwrite",
+        overwrite=True,
         allow_code=True,
     )
-    report = align_task_vector(options).report
+    report = learned.report.model_dump(mode="json")
     scores: Scores = dict(report["test"])
     scores["(orthogonality error)"] = report["rotations"]["orthogonality_error"]
     scores["(norm ratio)"] = report["norm"]["after"] / report["norm"]["before"]

@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.quality.lab import MODEL, Lab, State
-from mergekit_px.learn.ofasd import OfasdOptions, Settings, learn_coefficients
+from mergekit_px import run_learner
+from mergekit_px.learn.ofasd.settings import CoefficientSettings
 
 
 def learned(
-    lab: Lab, base: str, sources: Sequence[str], data: str, settings: Settings, counts: Sequence[float] | None = None
+    lab: Lab,
+    base: str,
+    sources: Sequence[str],
+    data: str,
+    settings: CoefficientSettings,
+    counts: Sequence[float] = (),
 ) -> State:
     """The model with the coefficients that ``settings`` lead to."""
     output = lab.folder / "coefficients"
-    learn_coefficients(
-        OfasdOptions(
-            base=base,
-            sources=sources,
-            data=data,
-            output=output,
-            counts=counts,
-            model=MODEL,
-            settings=settings,
-            compare=False,
-            device="cpu",
-            mode="overwrite",
-            allow_code=True,
-        )
+    run_learner(
+        "ofasd",
+        base=base,
+        sources=sources,
+        data=data,
+        output=output,
+        counts=counts,
+        controls="cheap",
+        device="cpu",
+        overwrite=True,
+        allow_code=True,
+        **settings.model_dump(exclude={"model"}),
+        model=MODEL,
     )
     return lab.merge("run", str(output / "recipe.yaml"))

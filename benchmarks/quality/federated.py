@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
 from benchmarks.quality.coefficients import learned
 from benchmarks.quality.experiment import Experiment, Scores
 from benchmarks.quality.lab import Lab, added, difference, predict, right, score
-from mergekit_px.learn.ofasd import Settings
+from mergekit_px.learn.ofasd.settings import CoefficientSettings
 
 
 def federated(lab: Lab, alpha: float, *, with_labels: bool) -> Scores:
@@ -49,16 +47,16 @@ def federated(lab: Lab, alpha: float, *, with_labels: bool) -> Scores:
         "teacher": right(logits.mean(0), labels[test]),
     }
 
-    def arm(data: str, settings: Settings) -> float:
+    def arm(data: str, settings: CoefficientSettings) -> float:
         return score(learned(lab, start, names, data, settings, counts), images[test], labels[test])
 
     if with_labels:
-        settings = Settings(label_share=0.5, validation=0.1, test=0.01, seed=lab.seed)
+        settings = CoefficientSettings(label_share=0.5, validation=0.1, test=0.01, seed=lab.seed)
         found["anisotropic CE+KD"] = arm(lab.data("pooled", images[pool], labels[pool]), settings)
         return found
     proxy = lab.data("proxy", images[1000:1350], labels[1000:1350])
-    settings = Settings(label_share=0.0, validation=0.25, test=0.03, seed=lab.seed)
-    found["isotropic KD"] = arm(proxy, replace(settings, granularity="model"))
+    settings = CoefficientSettings(label_share=0.0, validation=0.25, test=0.03, seed=lab.seed)
+    found["isotropic KD"] = arm(proxy, settings.model_copy(update={"granularity": "model"}))
     found["anisotropic KD"] = arm(proxy, settings)
     return found
 

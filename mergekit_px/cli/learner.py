@@ -43,7 +43,7 @@ class SettingOption:
 
     def as_parameter(self) -> inspect.Parameter:
         """Values come as words, None where nothing was given; the settings class reads them."""
-        scalars = [form.get("items", form) for form in forms(self.schema)]
+        scalars = [form.get("items") or form.get("prefixItems", [form])[0] for form in forms(self.schema)]
         types = {form.get("type") for form in scalars}
         choices = tuple(
             str(word) for form in scalars for word in form.get("enum", [form["const"]] if "const" in form else ())
@@ -62,7 +62,7 @@ class SettingOption:
             settings["metavar"] = self.option.metavar or ("|".join(choices) or number) + ("..." if several else "")
             if several:
                 numeric = types <= {"integer", "number"}
-                assigned = "=" in settings["metavar"] and self.name == "columns"
+                assigned = "=" in settings["metavar"]
                 marks.append(Several(self.flag, "numbers" if numeric else "assignments" if assigned else "text"))
                 annotation = list[str] if self.required else list[str] | None
             elif choices and types == {"string"}:

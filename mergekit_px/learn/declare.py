@@ -90,6 +90,7 @@ Code = Annotated[str | None, Input("code"), Option(metavar="FILE.PY:FUNCTION")]
 Part = Annotated[float | str, BeforeValidator(_share), Input("data"), Option(metavar="SHARE|FILE")]
 """A share of the data, or a file."""
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0)]
 Controls = Literal["none", "cheap", "all"]
 """What a result is compared with: nothing, what trains nothing, or all."""
@@ -99,12 +100,14 @@ DATA_HELP = "Texts (.jsonl, .csv, .parquet), a folder of images by class, or arr
 """What ``--data`` takes, to which a learner adds what it needs of them."""
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Base of all classes of settings. Field docstrings become help texts, bounds become option ranges."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
 
 
-class LearnerSettings(_Settings):
-    """Base of the settings classes. Field docstrings become help texts, bounds become option ranges."""
+class LearnerSettings(Settings):
+    """What every learner can be told."""
 
     output: Annotated[str | None, Aside(), Option(metavar="PATH", panel="Output")] = None
     """Where the result goes."""
@@ -123,6 +126,9 @@ class LearnerSettings(_Settings):
     @classmethod
     def _paths_as_words(cls, given: Any) -> Any:
         return {name: _as_words(value) for name, value in given.items()} if isinstance(given, Mapping) else given
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for settings that contradict one another."""
 
     @property
     def mode(self) -> Mode:
@@ -148,7 +154,7 @@ def _as_words(value: Any) -> Any:
     return [_as_words(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-class TextSettings(_Settings):
+class TextSettings(Settings):
     """How rows of text are read."""
 
     columns: Annotated[tuple[str, ...], Option(metavar="ROLE=COLUMN...", unset="so named")] = ()
@@ -172,7 +178,7 @@ class TextSettings(_Settings):
         return TextOptions(tuple(pairs), self.max_length, self.tokenizer)
 
 
-class ModelSettings(_Settings):
+class ModelSettings(Settings):
     """The model that learns."""
 
     model: Code = None
@@ -301,7 +307,7 @@ def make_settings(
             hint = f"did you mean {spelled(near[0])}?" if near else f"known are {', '.join(map(spelled, fields))}"
             raise UsageError(f"{declared.name} has no setting '{name}'", hint=hint)
     try:
-        return declared.settings.model_validate(dict(given))
+        settings = declared.settings.model_validate(dict(given))
     except ValidationError as error:
         name, problem = problems(declared.settings, error)[0]
         if name not in given:
@@ -309,3 +315,5 @@ def make_settings(
         value = given[name]
         said = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         raise UsageError(f"{spelled(name)} {problem}, not {said}") from None
+    settings.check()
+    return settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from torch import Tensor
 
 from mergekit_px.cli import main
 from mergekit_px.errors import DivergedError, OutputError, PlanError, TensorMismatchError, UsageError
-from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
 from mergekit_px.learn.align.direct import gradfix, gradient_signs
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import Piece, find_pieces
 from mergekit_px.learn.align.rotations import Rotations
 from mergekit_px.learn.align.routes import CONTROLS
+from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.data import TARGETS
+from mergekit_px.learn.life import run_learner
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
 from mergekit_px.learn.ofasd.blend import find_sites
 from mergekit_px.testing.checkpoints import write_checkpoint
@@ -95,20 +95,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def options(world: Path, output: Path, **changes: Any) -> AlignOptions:
-    own = {name: changes.pop(name) for name in list(changes) if hasattr(AlignSettings(), name)}
-    made = AlignOptions(
-        target_base=str(world / "small" / "further"),
-        data=str(world / "task.npz"),
-        source_base=str(world / "small" / "base"),
-        source_model=str(world / "small" / "tuned"),
-        output=output,
-        model=f"{world / 'net.py'}:small",
-        settings=AlignSettings(**{"steps": 10, "evaluate_every": 5, "learning_rate": 0.01, **own}),
-        device="cpu",
-        allow_code=True,
-    )
-    return replace(made, **changes)
+def options(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    small, code = world / "small", f"{world / 'net.py'}:small"
+    given = {"base": small / "further", "source_base": small / "base", "source_model": small / "tuned", "model": code}
+    given |= {"data": world / "task.npz", "output": output, "device": "cpu", "allow_code": True}
+    return {**given, "steps": 10, "evaluate_every": 5, "learning_rate": 0.01, **changes}
+
+
+def aligned(settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The report."""
+    return run_learner("align", **settings, **more).report.model_dump(mode="json")
 
 
 def target(world: Path, dtype: torch.dtype = torch.float64) -> LearningModel:
@@ -234,7 +230,7 @@ def test_gradfix_only_lowers_the_loss_to_first_order(world: Path, majority: bool
 
 def test_a_run_writes_what_fits_together(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = align_task_vector(options(world, out)).report
+    report = aligned(options(world, out))
     assert list(report["test"]) == [
         "zero-shot", "naive", "aligned", "sham", "few-shot fine-tune", "fine-tune from naive"
     ]  # fmt: skip
@@ -259,7 +255,7 @@ def test_a_run_writes_what_fits_together(world: Path, tmp_path: Path) -> None:
 
 
 def test_identity_rotations_are_the_naive_transfer(world: Path, tmp_path: Path) -> None:
-    report = align_task_vector(options(world, tmp_path / "out", steps=0)).report
+    report = aligned(options(world, tmp_path / "out", steps=0))
     assert report["test"]["aligned"] == report["test"]["naive"]
     assert report["test"]["few-shot fine-tune"] == report["test"]["zero-shot"]
     assert report["norm"]["after"] == pytest.approx(report["norm"]["before"])
@@ -275,46 +271,46 @@ def test_identity_rotations_are_the_naive_transfer(world: Path, tmp_path: Path) 
     ],
 )
 def test_norm_and_spectrum_stay(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    report = align_task_vector(options(world, tmp_path / "out", **changes)).report
+    report = aligned(options(world, tmp_path / "out", **changes))
     assert report["rotations"]["orthogonality_error"] < 1e-4 and report["rotations"]["spectrum_distance"] < 1e-4
     assert report["rotations"]["mean_distance_from_identity"] > 1e-3
     assert report["norm"]["after"] == pytest.approx(report["norm"]["before"], rel=1e-5)
 
 
 def test_training_lowers_the_loss(world: Path, tmp_path: Path) -> None:
-    report = align_task_vector(options(world, tmp_path / "out", steps=40)).report
+    report = aligned(options(world, tmp_path / "out", steps=40))
     assert min(entry[2] for entry in report["trace"]) < report["trace"][0][2]
     assert report["test"]["few-shot fine-tune"] > report["test"]["zero-shot"]
 
 
 @pytest.mark.parametrize("route", ["gradfix", "theseus"])
 def test_direct_routes(world: Path, tmp_path: Path, route: str) -> None:
-    report = align_task_vector(options(world, tmp_path / "out", route=route, steps=0)).report
-    assert report["norm"]["after"] < report["norm"]["before"] * 1.001 and "rotations" not in report
+    report = aligned(options(world, tmp_path / "out", route=route, steps=0))
+    assert report["norm"]["after"] < report["norm"]["before"] * 1.001 and report["rotations"] is None
     assert not (tmp_path / "out" / "rotations.safetensors").exists()
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
 
 
 def test_theseus_goes_across_widths(world: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
-        "target_base": str(world / "wide" / "base"),
+        "base": str(world / "wide" / "base"),
         "model": f"{world / 'net.py'}:wide",
         "source_code": f"{world / 'net.py'}:small",
     }
-    report = align_task_vector(options(world, tmp_path / "out", route="theseus", steps=0, **changes)).report
+    report = aligned(options(world, tmp_path / "out", route="theseus", steps=0, **changes))
     assert report["left_out"] == [] and report["norm"]["after"] > 0
     vector = load_file(tmp_path / "out" / "task_vector" / "model.safetensors")
     assert vector["attn.qkv.weight"].shape == (36, 12) and torch.linalg.matrix_rank(vector["attn.proj.weight"]) <= 8
     with pytest.raises(UsageError, match="no matrix to rotate"):
-        align_task_vector(options(world, tmp_path / "two", **changes))
+        aligned(options(world, tmp_path / "two", **changes))
 
 
 @pytest.mark.parametrize("stop", [7, 17])
 def test_resumed_is_uninterrupted(world: Path, tmp_path: Path, stop: int) -> None:
-    whole = align_task_vector(options(world, tmp_path / "whole")).report
+    whole = aligned(options(world, tmp_path / "whole"))
     calls = 0
 
-    def interrupt(step: int, loss: float) -> None:
+    def interrupt(what: str, step: int, steps: int, loss: float | None = None) -> None:
         nonlocal calls
         calls += 1
         if calls == stop:
@@ -322,18 +318,18 @@ def test_resumed_is_uninterrupted(world: Path, tmp_path: Path, stop: int) -> Non
 
     halved = options(world, tmp_path / "halved")
     with pytest.raises(KeyboardInterrupt):
-        align_task_vector(halved, tell=interrupt)
+        aligned(halved, tell=interrupt)
     with pytest.raises(OutputError, match="unfinished run"):
-        align_task_vector(halved)
-    report = align_task_vector(replace(halved, mode="resume")).report
+        aligned(halved)
+    report = aligned(halved | {"resume": True})
     assert report["trace"] == whole["trace"] and report["test"] == whole["test"]
     for file in ("rotations.safetensors", "task_vector/model.safetensors", "model/model.safetensors"):
         assert (tmp_path / "halved" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_bfloat16_is_for_passes_alone_and_resumes(world: Path, tmp_path: Path) -> None:
-    whole = align_task_vector(options(world, tmp_path / "whole", precision="bfloat16")).report
-    single = align_task_vector(options(world, tmp_path / "single")).report
+    whole = aligned(options(world, tmp_path / "whole", precision="bfloat16"))
+    single = aligned(options(world, tmp_path / "single"))
     assert whole["settings"]["precision"] == "bfloat16" and single["settings"]["precision"] == "float32"
     half, full = (load_file(tmp_path / name / "rotations.safetensors") for name in ("whole", "single"))
     assert {one.dtype for one in half.values()} == {torch.float32}
@@ -342,16 +338,16 @@ def test_bfloat16_is_for_passes_alone_and_resumes(world: Path, tmp_path: Path) -
         torch.testing.assert_close(half[name], one, rtol=0, atol=0.1)
     assert 0 < abs(whole["trace"][0][2] / single["trace"][0][2] - 1) < 0.02
 
-    def interrupt(step: int, loss: float) -> None:
+    def interrupt(what: str, step: int, steps: int, loss: float | None = None) -> None:
         if step == 7:
             raise KeyboardInterrupt
 
     halved = options(world, tmp_path / "halved", precision="bfloat16")
     with pytest.raises(KeyboardInterrupt):
-        align_task_vector(halved, tell=interrupt)
+        aligned(halved, tell=interrupt)
     with pytest.raises(OutputError, match="another plan"):
-        align_task_vector(options(world, tmp_path / "halved", mode="resume"))
-    align_task_vector(replace(halved, mode="resume"))
+        aligned(options(world, tmp_path / "halved", resume=True))
+    aligned(halved | {"resume": True})
     names = [tmp_path / folder / "rotations.safetensors" for folder in ("whole", "halved")]
     assert names[0].read_bytes() == names[1].read_bytes()
 
@@ -360,7 +356,7 @@ def test_bfloat16_is_for_passes_alone_and_resumes(world: Path, tmp_path: Path) -
 def test_bfloat16_reaches_the_routes_that_train_nothing(world: Path, tmp_path: Path, route: str) -> None:
     changes: dict[str, Any] = {"route": route, "steps": 0}
     for name in ("bfloat16", "float32"):
-        align_task_vector(options(world, tmp_path / name, precision=name, **changes))
+        aligned(options(world, tmp_path / name, precision=name, **changes))
     half, full = (load_file(tmp_path / name / "task_vector" / "model.safetensors") for name in ("bfloat16", "float32"))
     assert {one.dtype for one in half.values()} == {torch.float32}
     assert any(not torch.equal(half[name], one) for name, one in full.items())
@@ -368,7 +364,7 @@ def test_bfloat16_reaches_the_routes_that_train_nothing(world: Path, tmp_path: P
 
 def test_a_loss_that_is_not_finite_keeps_the_best_before(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="the best before, is kept"):
-        align_task_vector(options(world, tmp_path / "out", learning_rate=1e30, steps=30))
+        aligned(options(world, tmp_path / "out", learning_rate=1e30, steps=30))
     vector = load_file(tmp_path / "out" / "task_vector" / "model.safetensors")
     torch.testing.assert_close(vector["mlp.weight"], delta(world, torch.float32)["mlp.weight"])
 
@@ -384,39 +380,39 @@ def test_what_does_not_belong_together_is_refused(world: Path, tmp_path: Path) -
         ({"source_model": None, "task_vector": str(world / "small" / "tuned")}, "it holds weights"),
     ):
         with pytest.raises(UsageError, match=message):
-            align_task_vector(options(world, out, **changes))
+            aligned(options(world, out, **changes))
     with pytest.raises(TensorMismatchError):
-        align_task_vector(options(world, out, source_model=str(world / "wide" / "tuned")))
+        aligned(options(world, out, source_model=str(world / "wide" / "tuned")))
     words = ["subtract", str(world / "small" / "tuned"), str(world / "small" / "base"), "-o", str(tmp_path / "tau")]
     assert main([*words, "-q"]) == 0
     vector: dict[str, Any] = {"source_model": None, "task_vector": str(tmp_path / "tau")}
     with pytest.raises(PlanError, match="another base"):
-        align_task_vector(options(world, out, **vector, source_base=str(world / "small" / "further")))
-    align_task_vector(options(world, out, **vector, source_base=None, steps=0))
+        aligned(options(world, out, **vector, source_base=str(world / "small" / "further")))
+    aligned(options(world, out, **vector, source_base=None, steps=0))
 
 
 @pytest.mark.parametrize("changes", [{}, {"parametrisation": "cayley", "sided": "two", "sites": "all"}])
 def test_matrices_are_used_again_without_data(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    align_task_vector(options(world, tmp_path / "out", **changes))
+    aligned(options(world, tmp_path / "out", **changes))
     again = options(world, tmp_path / "again", data=None, maps=str(tmp_path / "out"), model=None)
-    report = align_task_vector(again).report
+    report = aligned(again)
     assert report["test"] == {} and report["scales"] == [] and set(report["not_scored"]) == set(CONTROLS)
     one, two = (load_file(tmp_path / name / "task_vector" / "model.safetensors") for name in ("out", "again"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-7)
-    scored = align_task_vector(options(world, tmp_path / "scored", maps=str(tmp_path / "out"), steps=1)).report
+    scored = aligned(options(world, tmp_path / "scored", maps=str(tmp_path / "out"), steps=1))
     assert set(scored["test"]) == set(CONTROLS)
     with pytest.raises(PlanError, match="made for another target base"):
-        align_task_vector(replace(again, output=tmp_path / "no", target_base=str(world / "small" / "base")))
+        aligned(again | {"output": tmp_path / "no", "base": str(world / "small" / "base")})
     with pytest.raises(UsageError, match="needs labelled examples"):
-        align_task_vector(replace(again, output=tmp_path / "no", maps=None))
+        aligned(again | {"output": tmp_path / "no", "maps": None})
 
 
 def test_signs_are_used_again_without_data(world: Path, tmp_path: Path) -> None:
-    align_task_vector(options(world, tmp_path / "out", route="gradfix", steps=0))
+    aligned(options(world, tmp_path / "out", route="gradfix", steps=0))
     signs = load_file(tmp_path / "out" / "signs.safetensors")
     assert {one.dtype for one in signs.values()} == {torch.int8} and signs.keys() == delta(world).keys()
-    align_task_vector(options(world, tmp_path / "again", data=None, maps=str(tmp_path / "out"), model=None))
+    aligned(options(world, tmp_path / "again", data=None, maps=str(tmp_path / "out"), model=None))
     one, two = (load_file(tmp_path / name / "task_vector" / "model.safetensors") for name in ("out", "again"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert all(bool((tensor.sign() * signs[name] >= 0).all()) for name, tensor in two.items())
@@ -425,38 +421,38 @@ def test_signs_are_used_again_without_data(world: Path, tmp_path: Path) -> None:
 def test_maps_between_widths_are_used_again_without_data(world: Path, tmp_path: Path) -> None:
     wide = str(world / "wide" / "base")
     codes = {"model": f"{world / 'net.py'}:wide", "source_code": f"{world / 'net.py'}:small"}
-    align_task_vector(options(world, tmp_path / "out", route="theseus", steps=0, target_base=wide, **codes))
+    aligned(options(world, tmp_path / "out", route="theseus", steps=0, base=wide, **codes))
     maps = load_file(tmp_path / "out" / "maps.safetensors")
     assert maps["attn.qkv[8:16].outputs"].shape == (8, 12) and maps["embed[0:8].inputs"].shape == (4, 4)
-    again = options(world, tmp_path / "again", data=None, maps=str(tmp_path / "out"), target_base=wide, model=None)
-    assert align_task_vector(again).report["left_out"] == []
+    again = options(world, tmp_path / "again", data=None, maps=str(tmp_path / "out"), base=wide, model=None)
+    assert aligned(again)["left_out"] == []
     for folder in ("task_vector", "model"):
         one, two = (load_file(tmp_path / name / folder / "model.safetensors") for name in ("out", "again"))
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_scales_of_one_s_own(world: Path, tmp_path: Path) -> None:
-    report = align_task_vector(options(world, tmp_path / "out", steps=0, scales=(0.0, 0.3))).report
+    report = aligned(options(world, tmp_path / "out", steps=0, scales=(0.0, 0.3)))
     assert [entry["scale"] for entry in report["scales"]] == [0.0, 0.3]
     with pytest.raises(UsageError, match="finite"):
-        align_task_vector(options(world, tmp_path / "no", scales=(float("nan"),)))
+        aligned(options(world, tmp_path / "no", scales=(float("nan"),)))
 
 
 def test_a_model_without_its_head_is_refused(world: Path, tmp_path: Path) -> None:
-    for part in ("target_base", "source_base", "source_model"):
-        tensors = load_file(Path(str(getattr(options(world, tmp_path), part))) / "model.safetensors")
+    for part in ("base", "source_base", "source_model"):
+        tensors = load_file(Path(options(world, tmp_path)[part]) / "model.safetensors")
         headless = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         write_checkpoint(tmp_path / part, headless)
         with pytest.raises(TensorMismatchError, match=r"it lacks head\.|the base has no head\.") as caught:
-            align_task_vector(options(world, tmp_path / "out", **{part: str(tmp_path / part)}))
+            aligned(options(world, tmp_path / "out", **{part: str(tmp_path / part)}))
         assert str(tmp_path / part) in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = world / "small"
-    words = ["align", "--source-base", small / "base", "--source-model", small / "tuned", "--target-base"]
-    words += [small / "further", "--data", world / "few.npz", "--test-data", world / "task.npz", "--steps", "5"]
+    words = ["align", "--source-base", small / "base", "--source-model", small / "tuned", "--base"]
+    words += [small / "further", "--data", world / "few.npz", "--test", world / "task.npz", "--steps", "5"]
     words += ["--model", f"{world / 'net.py'}:small", "-o", tmp_path / "out", "--param", "cayley", "--allow-code"]
     assert main([str(word) for word in words]) == 0
     shown = capsys.readouterr()

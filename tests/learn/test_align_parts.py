@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_px.learn.align import AlignSettings
 from mergekit_px.learn.align.direct import activation_maps, procrustes, theseus
 from mergekit_px.learn.align.fixed import FixedMap
 from mergekit_px.learn.align.pieces import pieces_of
+from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.align.sham import sham_of
 
 

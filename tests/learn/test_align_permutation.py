@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from torch import Tensor
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.cli import main
 from mergekit_px.errors import InputError, NonFiniteError, PlanError, PxmergeError, TensorMismatchError, UsageError
-from mergekit_px.learn.align import AlignOptions, AlignSettings, align_task_vector
 from mergekit_px.learn.align.head_counts import head_counts
 from mergekit_px.learn.align.layout import find_layout
 from mergekit_px.learn.align.matching import random_permutations
 from mergekit_px.learn.align.parts import Layout
+from mergekit_px.learn.life import run_learner
 
 ALL = ("heads", "mlp", "residual")
 
@@ -115,17 +114,14 @@ def permuted(
     return truth.orders
 
 
-def options(folder: Path, target: Path, output: Path, **changes: Any) -> AlignOptions:
-    own = {name: changes.pop(name) for name in list(changes) if hasattr(AlignSettings(), name)}
-    started = AlignOptions(
-        target_base=str(target),
-        source_base=str(folder / "a"),
-        source_model=str(folder / "tuned"),
-        output=output,
-        settings=AlignSettings(**{"route": "permutation", **own}),
-        device="cpu",
-    )
-    return replace(started, **changes)
+def options(folder: Path, target: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    given = {"base": target, "source_base": folder / "a", "source_model": folder / "tuned", "output": output}
+    return {**given, "route": "permutation", "device": "cpu", **changes}
+
+
+def aligned(settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The report."""
+    return run_learner("align", **settings, **more).report.model_dump(mode="json")
 
 
 # Exact symmetries of real models
@@ -139,7 +135,7 @@ def test_a_permuted_model_is_matched_exactly(made: Callable[[str], Path], kind: 
     folder = made(kind)
     truth = permuted(folder, tmp_path / "b")
     torch.testing.assert_close(logits(tmp_path / "b", kind), logits(folder / "a", kind), rtol=1e-4, atol=1e-5)
-    report = align_task_vector(options(folder, tmp_path / "b", tmp_path / "out", match=by)).report
+    report = aligned(options(folder, tmp_path / "b", tmp_path / "out", match=by))
     orders = load_file(tmp_path / "out" / "permutations.safetensors")
     assert len(orders) == len(truth) and all(one.dtype == torch.int64 for one in orders.values())
     for (name, axis), order in truth.items():
@@ -167,7 +163,7 @@ def test_values_may_have_an_order_of_their_own(made: Callable[[str], Path], kind
     permuted(folder, tmp_path / "b", inside="separate")
     torch.testing.assert_close(logits(tmp_path / "b", kind), logits(folder / "a", kind), rtol=1e-4, atol=1e-5)
     found = [
-        align_task_vector(options(folder, tmp_path / "b", tmp_path / inside, inside=inside)).report["permutations"]
+        aligned(options(folder, tmp_path / "b", tmp_path / inside, inside=inside))["permutations"]
         for inside in ("separate", "joint")
     ]
     assert found[0]["similarity"]["after"] == pytest.approx(1, abs=1e-6)
@@ -182,7 +178,7 @@ def test_parts_of_the_symmetry(made: Callable[[str], Path], permute: tuple[str, 
     folder = made("llama")
     truth = permuted(folder, tmp_path / "b", permute=permute)
     torch.testing.assert_close(logits(tmp_path / "b", "llama"), logits(folder / "a", "llama"), rtol=1e-4, atol=1e-5)
-    align_task_vector(options(folder, tmp_path / "b", tmp_path / "out", permute=permute))
+    aligned(options(folder, tmp_path / "b", tmp_path / "out", permute=permute))
     orders = load_file(tmp_path / "out" / "permutations.safetensors")
     assert orders.keys() == {f"{name}.axis{axis}" for name, axis in truth}
     assert all(torch.equal(orders[f"{name}.axis{axis}"], order) for (name, axis), order in truth.items())
@@ -196,7 +192,7 @@ def test_equal_bases_give_the_naive_transfer(made: Callable[[str], Path], by: st
         if "intermediate" in name or "value" in name:
             base[name][:4] = 0  # units that cannot be told apart stay where they are
     source = saved(folder / "a", tmp_path / "a", base)
-    report = align_task_vector(options(folder, source, tmp_path / "out", match=by, source_base=str(source))).report
+    report = aligned(options(folder, source, tmp_path / "out", match=by, source_base=str(source)))
     assert report["permutations"]["moved"] == 0 and report["permutations"]["rounds"] == 1
     for name, tensor in weights(folder / "tuned").items():
         assert torch.equal(weights(tmp_path / "out" / "task_vector")[name], tensor - base[name])
@@ -206,7 +202,7 @@ def test_equal_bases_give_the_naive_transfer(made: Callable[[str], Path], by: st
 def test_unrelated_models_keep_their_function(made: Callable[[str], Path], by: str, tmp_path: Path) -> None:
     """Whatever is found is a symmetry: the target permuted by it computes the same."""
     folder = made("llama")
-    found = align_task_vector(options(folder, folder / "other", tmp_path / "out", match=by)).report["permutations"]
+    found = aligned(options(folder, folder / "other", tmp_path / "out", match=by))["permutations"]
     assert found["stable"] and 0 < found["moved"] <= 1
     assert found["similarity"]["after"] >= found["similarity"]["before"]
     orders = load_file(tmp_path / "out" / "permutations.safetensors")
@@ -225,7 +221,7 @@ def test_heads_of_related_models_stay(made: Callable[[str], Path], by: str, tmp_
     other = weights(folder / "other")
     near = {name: one + 0.3 * (other[name] - one) for name, one in weights(folder / "a").items()}
     target = saved(folder / "a", tmp_path / "b", near)
-    report = align_task_vector(options(folder, target, tmp_path / "out", match=by, permute=("heads",))).report
+    report = aligned(options(folder, target, tmp_path / "out", match=by, permute=("heads",)))
     orders = load_file(tmp_path / "out" / "permutations.safetensors")
     heads = [order.reshape(4, 4) // 4 for name, order in orders.items() if name.endswith("query.weight.axis0")]
     assert len(heads) == 2 and all(torch.equal(one, torch.arange(4)[:, None].expand(4, 4)) for one in heads)
@@ -235,7 +231,7 @@ def test_heads_of_related_models_stay(made: Callable[[str], Path], by: str, tmp_
 def test_the_same_seed_gives_the_same_bytes(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = made("vit")
     for number in range(2):
-        align_task_vector(options(folder, folder / "other", tmp_path / str(number), seed=4))
+        aligned(options(folder, folder / "other", tmp_path / str(number), seed=4))
     for file in ("permutations.safetensors", "task_vector/model.safetensors", "model/model.safetensors"):
         assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes()
 
@@ -249,8 +245,8 @@ def test_an_order_of_the_source_does_not_matter(made: Callable[[str], Path], tmp
     target = saved(folder / "a", tmp_path / "b", near)
     for name in ("a", "tuned"):
         saved(folder / "a", tmp_path / "shuffled" / name, truth.transport(weights(folder / name)))
-    align_task_vector(options(folder, target, tmp_path / "one"))
-    align_task_vector(options(tmp_path / "shuffled", target, tmp_path / "two"))
+    aligned(options(folder, target, tmp_path / "one"))
+    aligned(options(tmp_path / "shuffled", target, tmp_path / "two"))
     one, two = (weights(tmp_path / name / "task_vector") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -302,22 +298,22 @@ def bad(folder: Path, tmp_path: Path) -> Iterator[tuple[dict[str, Any], type[Pxm
     holed["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     saved(folder / "a", tmp_path / "nan", holed)
     bare = str(folder / "a" / "model.safetensors")
-    yield {"target_base": str(wide)}, TensorMismatchError, r"\.weight is \[16, .* and \[32, .*--route theseus"
-    yield {"target_base": str(more)}, TensorMismatchError, "2 key and value heads.*--permute mlp residual"
-    yield {"target_base": str(tmp_path / "nan")}, NonFiniteError, "up_proj.weight holds a NaN"
-    yield {"target_base": bare}, UsageError, "number of heads is told by no config.json; give it with --heads"
-    yield {"target_base": bare, "heads": 4}, UsageError, "--positions additive"
+    yield {"base": str(wide)}, TensorMismatchError, r"\.weight is \[16, .* and \[32, .*--route theseus"
+    yield {"base": str(more)}, TensorMismatchError, "2 key and value heads.*--permute mlp residual"
+    yield {"base": str(tmp_path / "nan")}, NonFiniteError, "up_proj.weight holds a NaN"
+    yield {"base": bare}, UsageError, "number of heads is told by no config.json; give it with --heads"
+    yield {"base": bare, "heads": 4}, UsageError, "--positions additive"
     yield {"heads": 3}, PlanError, r"q_proj\.weight has 16 channels, which do not fit 3 heads"
     yield {"heads": 4, "kv_heads": 3}, UsageError, "cannot share 3"
     yield {"kv_heads": 4}, PlanError, r"k_proj\.weight has 8 channels"
-    yield {"permute": ("head",)}, UsageError, "'head' cannot be permuted"
+    yield {"permute": ("head",)}, UsageError, "permute must be 'heads', 'mlp' or 'residual', not head"
     yield {"permute": ()}, UsageError, "nothing is to be permuted"
-    yield {"places": (("quer", "x"),)}, UsageError, "no role 'quer'"
-    yield {"places": (("reader", "a..b"),)}, UsageError, "no pattern"
-    yield {"places": (("writer", "lm_head"),)}, PlanError, r"nothing tells what lm_head\.weight \[30, 16\]"
+    yield {"places": ("quer=x",)}, UsageError, "no role 'quer'"
+    yield {"places": ("reader=a..b",)}, UsageError, "no pattern"
+    yield {"places": ("writer=lm_head",)}, PlanError, r"nothing tells what lm_head\.weight \[30, 16\]"
     yield {"source_base": None}, UsageError, "source base is needed"
     yield {"route": "orthogonal"}, UsageError, "needs labelled examples"
-    yield {"test_data": "x.npz"}, UsageError, "test data goes with --data"
+    yield {"test": str(folder / "a" / "config.json")}, UsageError, "test data goes with --data"
 
 
 def test_what_cannot_be_matched_is_refused(made: Callable[[str], Path], tmp_path: Path) -> None:
@@ -325,7 +321,7 @@ def test_what_cannot_be_matched_is_refused(made: Callable[[str], Path], tmp_path
     tried = 0
     for changes, error, message in bad(folder, tmp_path):
         with pytest.raises(error, match=message):
-            align_task_vector(options(folder, folder / "other", tmp_path / "out", **changes))
+            aligned(options(folder, folder / "other", tmp_path / "out", **changes))
         tried += 1
     assert tried == 16 and not (tmp_path / "out").exists()
 
@@ -333,7 +329,7 @@ def test_what_cannot_be_matched_is_refused(made: Callable[[str], Path], tmp_path
 def test_scipy_is_asked_for_by_name(made: Callable[[str], Path], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="scipy, which is not installed"):
-        align_task_vector(options(made("llama"), made("llama") / "other", tmp_path / "out"))
+        aligned(options(made("llama"), made("llama") / "other", tmp_path / "out"))
 
 
 def test_other_classes_are_left_out(made: Callable[[str], Path], tmp_path: Path) -> None:
@@ -341,7 +337,7 @@ def test_other_classes_are_left_out(made: Callable[[str], Path], tmp_path: Path)
     tensors = weights(folder / "other")
     tensors["classifier.weight"], tensors["classifier.bias"] = torch.zeros(5, 16), torch.zeros(5)
     target = saved(folder / "a", tmp_path / "b", tensors)
-    report = align_task_vector(options(folder, target, tmp_path / "out")).report
+    report = aligned(options(folder, target, tmp_path / "out"))
     assert report["left_out"] == ["classifier.bias", "classifier.weight"]
     assert weights(tmp_path / "out" / "model")["classifier.weight"].shape == (5, 16)
 
@@ -349,22 +345,22 @@ def test_other_classes_are_left_out(made: Callable[[str], Path], tmp_path: Path)
 def test_permutations_are_used_again(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = made("vit")
     permuted(folder, tmp_path / "b")
-    align_task_vector(options(folder, tmp_path / "b", tmp_path / "out"))
+    aligned(options(folder, tmp_path / "b", tmp_path / "out"))
     second = {name: one + 0.1 * weights(folder / "other")[name] for name, one in weights(folder / "a").items()}
     saved(folder / "a", tmp_path / "second", second)
     again = options(folder, tmp_path / "b", tmp_path / "again", route="orthogonal", maps=str(tmp_path / "out"))
-    report = align_task_vector(replace(again, source_model=str(tmp_path / "second"))).report
+    report = aligned(again | {"source_model": str(tmp_path / "second")})
     assert report["reused"] == str(tmp_path / "out") and "random permutation" not in report["not_scored"]
     moved = logits(tmp_path / "again" / "model", "vit")
     torch.testing.assert_close(moved, logits(tmp_path / "second", "vit"), rtol=1e-4, atol=1e-5)
     orders = (tmp_path / "out" / "permutations.safetensors", tmp_path / "again" / "permutations.safetensors")
     assert orders[0].read_bytes() == orders[1].read_bytes()
     for changes, what in (
-        ({"target_base": str(folder / "other")}, "target"),
+        ({"base": str(folder / "other")}, "target"),
         ({"source_base": str(folder / "other")}, "source"),
     ):
         with pytest.raises(PlanError, match=f"made for another {what} base"):
-            align_task_vector(replace(again, output=tmp_path / "no", **changes))
+            aligned(again | {"output": tmp_path / "no", **changes})
     first = next(iter(load_file(orders[0])))
     for array, message in (
         (torch.zeros(16, dtype=torch.int64), "is no permutation"),
@@ -372,11 +368,11 @@ def test_permutations_are_used_again(made: Callable[[str], Path], tmp_path: Path
     ):
         save_file({first: array}, tmp_path / "broken.safetensors")
         with pytest.raises((InputError, PlanError), match=message):
-            align_task_vector(replace(again, output=tmp_path / "no", maps=str(tmp_path / "broken.safetensors")))
+            aligned(again | {"output": tmp_path / "no", "maps": str(tmp_path / "broken.safetensors")})
     with pytest.raises(InputError, match="is no file that"):
-        align_task_vector(replace(again, output=tmp_path / "no", maps=str(folder / "a" / "model.safetensors")))
+        aligned(again | {"output": tmp_path / "no", "maps": str(folder / "a" / "model.safetensors")})
     with pytest.raises(InputError, match="is there"):
-        align_task_vector(replace(again, output=tmp_path / "no", maps=str(folder / "a")))
+        aligned(again | {"output": tmp_path / "no", "maps": str(folder / "a")})
 
 
 def few(folder: Path) -> Path:
@@ -391,24 +387,24 @@ def test_with_data_all_controls_are_scored(made: Callable[[str], Path], tmp_path
     folder = made("vit")
     permuted(folder, tmp_path / "b")
     changes: dict[str, Any] = {"data": str(few(tmp_path)), "steps": 2, "evaluate_every": 1}
-    report = align_task_vector(options(folder, tmp_path / "b", tmp_path / "out", **changes)).report
+    report = aligned(options(folder, tmp_path / "b", tmp_path / "out", **changes))
     assert list(report["test"]) == [
         "zero-shot", "naive", "aligned", "sham", "few-shot fine-tune", "fine-tune from naive", "random permutation"
     ]  # fmt: skip
     assert report["not_scored"] == {} and len(report["scales"]) == 9
     assert report["permutations"]["function_change"] < 1e-4
-    align_task_vector(options(folder, tmp_path / "b", tmp_path / "free"))
+    aligned(options(folder, tmp_path / "b", tmp_path / "free"))
     for file in ("permutations.safetensors", "task_vector/model.safetensors", "model/model.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "free" / file).read_bytes()
     with pytest.raises(PlanError, match="not built as its names tell"):
-        align_task_vector(options(folder, folder / "other", tmp_path / "wrong", heads=2, **changes))
+        aligned(options(folder, folder / "other", tmp_path / "wrong", heads=2, **changes))
 
 
 def test_the_command_without_data(
     made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = made("llama")
-    words = ["align", "--source-base", folder / "a", "--source-model", folder / "tuned", "--target-base"]
+    words = ["align", "--source-base", folder / "a", "--source-model", folder / "tuned", "--base"]
     words += [folder / "other", "--route", "permutation", "--permute", "heads", "mlp", "-o", tmp_path / "out"]
     assert main([str(word) for word in words]) == 0
     shown = capsys.readouterr()
@@ -422,7 +418,7 @@ def test_the_command_without_data(
         folder / "a",
         "--source-model",
         folder / "tuned",
-        "--target-base",
+        "--base",
         folder / "other",
     ]
     again += ["--maps", tmp_path / "out", "-o", tmp_path / "again", "--json"]

@@ -110,9 +110,9 @@ def write_data(**changes: Any) -> None:
 
 
 def words_of(learner: str, *more: str, model: str = "net.py:net") -> list[str]:
-    transported = ["--source-base", "base", "--source-model", "client0", "--target-base", "client1"]
+    transported = ["--source-base", "base", "--source-model", "client0", "--base", "client1"]
     own = {
-        "ofasd": ["ofasd", "--base", "base", "--clients", "client0", "client1", "--steps", "2"],
+        "ofasd": ["ofasd", "--base", "base", "--sources", "client0", "client1", "--steps", "2"],
         "align": ["align", *transported, "--sites", "all", "--sided", "two", "--steps", "2"],
         "tune": ["tune", "components.safetensors", "--base", "base", "--steps", "2"],
         "search": ["search", "recipe.yaml", "--over", "merge.sources.a=0,1"],
@@ -277,7 +277,7 @@ def test_a_control_that_diverges_leaves_what_was_asked_for(refused: Refused) -> 
 )
 def test_a_rate_is_a_finite_number(learner: str, flag: str, refused: Refused) -> None:
     for word in ("inf", "nan", "0"):
-        assert "must be a finite number above 0" in refused(2, words_of(learner, flag, word))
+        assert f"{flag} must be " in refused(2, words_of(learner, flag, word))
 
 
 def test_statistics_that_are_no_numbers(refused: Refused) -> None:

@@ -24,7 +24,7 @@ from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, para
 from mergekit_px.learn.ofasd.blocks import Parameter, make_blocks
 from mergekit_px.learn.ofasd.learner import Learner
 from mergekit_px.learn.ofasd.objective import distillation, entropy, penalty
-from mergekit_px.learn.ofasd.settings import Settings
+from mergekit_px.learn.ofasd.settings import CoefficientSettings as Settings
 from mergekit_px.testing.checkpoints import fine_tune, write_checkpoint
 
 SETTINGS = [

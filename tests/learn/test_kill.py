@@ -25,7 +25,7 @@ import json, os, signal, sys, traceback
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-import mergekit_px.learn.align, mergekit_px.learn.ofasd, mergekit_px.learn.search.run
+import mergekit_px.learn.align.run, mergekit_px.learn.ofasd.run, mergekit_px.learn.search.run
 import mergekit_px.learn.stats.run as stats
 import mergekit_px.learn.transfer.report as transfer
 import mergekit_px.learn.tune.run
@@ -163,10 +163,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (root / "plan.yaml").write_text(json.dumps(plan))
     model = ["--model", place, "--allow-code", "--device", "cpu", "-q"]
     data = ["--data", str(root / "data.npz")]
-    base_and_clients = ["--base", str(root / "base"), "--clients", str(root / "client0"), str(root / "client1")]
+    base_and_clients = ["--base", str(root / "base"), "--sources", str(root / "client0"), str(root / "client1")]
     fit = ["--steps", "12", "--evaluate-every", "4", "--batch", "16"]
     transported = ["--source-base", str(root / "base"), "--source-model", str(root / "client0")]
-    transported += ["--target-base", str(root / "client1"), "--sites", "all", "--sided", "two"]
+    transported += ["--base", str(root / "client1"), "--sites", "all", "--sided", "two"]
     return World(
         root,
         {

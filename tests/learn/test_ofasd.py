@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from mergekit_px.artefacts.coefficients import read_table
 from mergekit_px.cli import main
 from mergekit_px.errors import DivergedError, InputError, OutputError, UsageError
 from mergekit_px.learn.data import split_rows
+from mergekit_px.learn.life import run_learner
 from mergekit_px.learn.models import find_checkpoint, load_model
-from mergekit_px.learn.ofasd import OfasdOptions, Settings, learn_coefficients
 from mergekit_px.learn.ofasd.learner import Course, Learner
 from mergekit_px.testing.checkpoints import write_checkpoint
 
@@ -82,20 +81,26 @@ def train(module: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor, *
         optimizer.step()
 
 
-def options(world: Path, output: Path, kind: str = "plain", **changes: Any) -> OfasdOptions:
-    settings = {"steps": 20, "batch": 64, "evaluate_every": 5, "learning_rate": 0.05}
-    own = {name: changes.pop(name) for name in list(changes) if hasattr(Settings(), name)}
-    made = OfasdOptions(
-        base=str(world / kind / "base"),
-        sources=[str(world / kind / "client0"), str(world / kind / "client1")],
-        data=str(world / "labelled.npz"),
-        output=output,
-        model=f"{world / 'net.py'}:{kind}",
-        settings=Settings(**{**settings, **own}),
-        allow_code=True,
-        device="cpu",
-    )
-    return replace(made, **changes)
+def options(world: Path, output: Path, kind: str = "plain", **changes: Any) -> dict[str, Any]:
+    return {
+        "base": world / kind / "base",
+        "sources": [world / kind / "client0", world / kind / "client1"],
+        "data": world / "labelled.npz",
+        "output": output,
+        "model": f"{world / 'net.py'}:{kind}",
+        "allow_code": True,
+        "device": "cpu",
+        "steps": 20,
+        "batch": 64,
+        "evaluate_every": 5,
+        "learning_rate": 0.05,
+        **changes,
+    }
+
+
+def learned(settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The report."""
+    return run_learner("ofasd", **settings, **more).report.model_dump(mode="json")
 
 
 def applied(output: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
@@ -113,16 +118,15 @@ def accuracy(world: Path, kind: str, tensors: dict[str, torch.Tensor], tmp_path:
 
 
 def test_distillation_learns_writes_and_applies(world: Path, tmp_path: Path) -> None:
-    learned = learn_coefficients(options(world, tmp_path / "out"))
-    report = learned.report
+    report = learned(options(world, tmp_path / "out"))
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(report["test"]) == {"base", "average", "isotropic", "learned"}
     trace = report["trace"]
     assert trace[0][:2] == [0, None] and report["best_validation_score"] < trace[0][2]
     assert report["test"]["learned"]["divergence"] < report["test"]["average"]["divergence"]
     assert {"accuracy", "agreement", "entropy", "kept", "sources"} == set(report["teacher"])
-    assert len(report["inputs"][str(world / "plain" / "base")]["model.safetensors"]) == 64
-    assert not (tmp_path / "out" / ".ofasd").exists()
+    assert len(report["inputs"]["base"][0]["files"]["model.safetensors"]) == 64
+    assert main(["verify", str(tmp_path / "out"), "-q"]) == 0 and not (tmp_path / "out" / ".pxmerge").exists()
     _, table, _ = read_table(tmp_path / "out")
     assert set(table.blocks) == {"first.weight", "first.bias", "second.weight", "second.bias"}
     merged = applied(tmp_path / "out", tmp_path)
@@ -136,13 +140,13 @@ def test_distillation_learns_writes_and_applies(world: Path, tmp_path: Path) -> 
 
 
 def test_the_start_is_the_average_and_no_steps_leave_it(world: Path, tmp_path: Path) -> None:
-    report = learn_coefficients(options(world, tmp_path / "out", steps=0, counts=[30, 10])).report
+    report = learned(options(world, tmp_path / "out", steps=0, counts=[30, 10]))
     assert report["test"]["learned"] == report["test"]["weighted average"] != report["test"]["average"]
     assert read_table(tmp_path / "out")[1].values[0][0] == 0.75
 
 
 def test_the_first_loss_is_that_of_the_average(world: Path, tmp_path: Path) -> None:
-    report = learn_coefficients(options(world, tmp_path / "out", label_share=1.0, steps=0)).report
+    report = learned(options(world, tmp_path / "out", label_share=1.0, steps=0))
     sources = [str(world / "plain" / name) for name in ("client0", "client1")]
     assert main(["linear", "--sources", *sources, "-o", str(tmp_path / "average"), "-q"]) == 0
     module = load_model(find_checkpoint(str(tmp_path / "average")), f"{world / 'net.py'}:plain", allow_code=True).module
@@ -155,46 +159,46 @@ def test_the_first_loss_is_that_of_the_average(world: Path, tmp_path: Path) -> N
 
 
 def test_bfloat16_is_for_passes_alone_and_resumes(world: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"precision": "bfloat16", "compare": False}
-    whole = learn_coefficients(options(world, tmp_path / "whole", **changes)).report
-    single = learn_coefficients(options(world, tmp_path / "single", compare=False)).report
+    changes: dict[str, Any] = {"precision": "bfloat16", "controls": "cheap"}
+    whole = learned(options(world, tmp_path / "whole", **changes))
+    single = learned(options(world, tmp_path / "single", controls="cheap"))
     assert whole["settings"]["precision"] == "bfloat16"
     found, expected = (np.array(list(report["coefficients"].values())) for report in (whole, single))
     assert np.isfinite(found).all() and not np.array_equal(found, expected)
     np.testing.assert_allclose(found, expected, atol=0.1)
     assert abs(whole["trace"][0][2] / single["trace"][0][2] - 1) < 0.02
 
-    def interrupt(step: int, loss: float) -> None:
+    def interrupt(what: str, step: int, steps: int, loss: float | None = None) -> None:
         if step == 13:
             raise KeyboardInterrupt
 
     halved = options(world, tmp_path / "halved", **changes)
     with pytest.raises(KeyboardInterrupt):
-        learn_coefficients(halved, tell=interrupt)
+        learned(halved, tell=interrupt)
     with pytest.raises(OutputError, match="changed since"):
-        learn_coefficients(options(world, tmp_path / "halved", compare=False, mode="resume"))
-    record = tmp_path / "halved" / ".ofasd" / "run.json"
+        learned(options(world, tmp_path / "halved", controls="cheap", resume=True))
+    record = tmp_path / "halved" / ".pxmerge" / "journal.jsonl"
     text = record.read_text()
     record.write_text(text[:9])
-    with pytest.raises(OutputError, match="another plan"):
-        learn_coefficients(replace(halved, mode="resume"))
+    with pytest.raises(OutputError, match="cannot be read"):
+        learned(halved | {"resume": True})
     record.write_text(text)
-    learn_coefficients(replace(halved, mode="resume"))
+    learned(halved | {"resume": True})
     assert read_table(tmp_path / "halved")[1:] == read_table(tmp_path / "whole")[1:]
 
 
 def test_the_order_of_clients_orders_rows_only(world: Path, tmp_path: Path) -> None:
-    plain = options(world, tmp_path / "one", compare=False)
-    learn_coefficients(plain)
-    learn_coefficients(replace(plain, output=tmp_path / "two", sources=plain.sources[::-1]))
+    plain = options(world, tmp_path / "one", controls="cheap")
+    learned(plain)
+    learned(plain | {"output": tmp_path / "two", "sources": plain["sources"][::-1]})
     first, second = read_table(tmp_path / "one")[1], read_table(tmp_path / "two")[1]
     np.testing.assert_allclose(first.values, second.values[::-1], rtol=1e-4, atol=1e-6)
 
 
 def test_streaming_gives_the_same_file(world: Path, tmp_path: Path) -> None:
     for name, stream in (("kept", False), ("streamed", True)):
-        changes: dict[str, Any] = {"granularity": "random", "random_groups": 4, "compare": False}
-        learn_coefficients(options(world, tmp_path / name, stream=stream, **changes))
+        changes: dict[str, Any] = {"granularity": "random", "random_groups": 4, "controls": "cheap"}
+        learned(options(world, tmp_path / name, stream=stream, **changes))
     one, two = (read_table(tmp_path / name)[1] for name in ("kept", "streamed"))
     assert one == two and len(one.blocks) == 10
     assert "anisotropic_groups" in (tmp_path / "kept" / "recipe.yaml").read_text()
@@ -203,27 +207,27 @@ def test_streaming_gives_the_same_file(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [7, 13])
 def test_resumed_is_uninterrupted(world: Path, tmp_path: Path, stop: int) -> None:
-    whole = learn_coefficients(options(world, tmp_path / "whole", granularity="layer")).report
+    whole = learned(options(world, tmp_path / "whole", granularity="layer"))
 
-    def interrupt(step: int, loss: float) -> None:
+    def interrupt(what: str, step: int, steps: int, loss: float | None = None) -> None:
         if step == stop:
             raise KeyboardInterrupt
 
     halved = options(world, tmp_path / "halved", granularity="layer")
     with pytest.raises(KeyboardInterrupt):
-        learn_coefficients(halved, tell=interrupt)
+        learned(halved, tell=interrupt)
     with pytest.raises(OutputError, match="unfinished run"):
-        learn_coefficients(halved)
+        learned(halved)
     with pytest.raises(OutputError, match="changed since"):
-        learn_coefficients(replace(halved, mode="resume", settings=replace(halved.settings, seed=1)))
-    report = learn_coefficients(replace(halved, mode="resume")).report
+        learned(halved | {"resume": True, "seed": 1})
+    report = learned(halved | {"resume": True})
     assert report["trace"] == whole["trace"] and report["test"] == whole["test"]
     assert read_table(tmp_path / "halved")[1:] == read_table(tmp_path / "whole")[1:]
 
 
 @pytest.mark.parametrize("policy", ["reestimate", "mean"])
 def test_batch_norm_policies(world: Path, tmp_path: Path, policy: str) -> None:
-    report = learn_coefficients(options(world, tmp_path / "out", "normed", batch_norm=policy, compare=False)).report
+    report = learned(options(world, tmp_path / "out", "normed", batch_norm=policy, controls="cheap"))
     merged = applied(tmp_path / "out", tmp_path)
     clients = [load_file(world / "normed" / name / "model.safetensors") for name in ("client0", "client1")]
     mean = (clients[0]["norm.running_mean"] + clients[1]["norm.running_mean"]) / 2
@@ -237,35 +241,31 @@ def test_batch_norm_policies(world: Path, tmp_path: Path, policy: str) -> None:
 
 
 def test_labels_may_be_left_out(world: Path, tmp_path: Path) -> None:
-    report = learn_coefficients(options(world, tmp_path / "out", data=str(world / "unlabelled.npz"))).report
+    report = learned(options(world, tmp_path / "out", data=str(world / "unlabelled.npz")))
     assert set(report["test"]["learned"]) == {"agreement", "divergence"}
     assert "without labels" in report["warnings"][0]
     with pytest.raises(UsageError, match="needs labels"):
-        learn_coefficients(
-            options(world, tmp_path / "two", data=str(world / "unlabelled.npz"), objective="cross-entropy")
-        )
+        learned(options(world, tmp_path / "two", data=str(world / "unlabelled.npz"), objective="cross-entropy"))
 
 
 def test_a_poor_teacher_is_warned_of(world: Path, tmp_path: Path) -> None:
     base = str(world / "plain" / "base")
     clients = [base, base]
-    report = learn_coefficients(options(world, tmp_path / "out", sources=clients)).report
+    report = learned(options(world, tmp_path / "out", sources=clients))
     assert report["teacher"]["agreement"] == 100
     assert any("no better than the plain average" in warning for warning in report["warnings"])
 
 
 def test_cross_entropy_beats_what_it_began_with(world: Path, tmp_path: Path) -> None:
-    report = learn_coefficients(options(world, tmp_path / "out", objective="cross-entropy", steps=40)).report
+    report = learned(options(world, tmp_path / "out", objective="cross-entropy", steps=40))
     assert report["teacher"] is None
     assert report["test"]["learned"]["accuracy"] > report["test"]["base"]["accuracy"]
     assert report["trace"][0][2] > report["best_validation_score"]
 
 
 def test_entropy_stays_within_bounds(world: Path, tmp_path: Path) -> None:
-    learned = learn_coefficients(
-        options(world, tmp_path / "out", objective="entropy", data=str(world / "unlabelled.npz"), learning_rate=0.3)
-    )
-    values = np.array(read_table(learned.output)[1].values)
+    learned(options(world, tmp_path / "out", objective="entropy", data=world / "unlabelled.npz", learning_rate=0.3))
+    values = np.array(read_table(tmp_path / "out")[1].values)
     assert values.min() >= 0 and values.max() <= 1 and not np.allclose(values, 0.3)
 
 
@@ -278,24 +278,24 @@ def test_negation_unlearns_and_keeps_the_control(world: Path, tmp_path: Path) ->
         base=str(world / "plain" / "client0"),
         sources=[client.replace("client0", "client1")],
         data=str(world / "low.npz"),
-        control=str(world / "high.npz"),
+        control_data=str(world / "high.npz"),
         steps=30,
     )
-    scores = learn_coefficients(changed).report["test"]
+    scores = learned(changed)["test"]
     assert scores["learned"]["accuracy"] < scores["base"]["accuracy"] - 10
     assert scores["learned"]["control accuracy"] >= 0.9 * scores["base"]["control accuracy"]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_best_before(world: Path, tmp_path: Path) -> None:
-    wild = options(world, tmp_path / "out", learning_rate=1e36, clip=None, steps=100, compare=False)
+    wild = options(world, tmp_path / "out", learning_rate=1e36, clip=None, steps=100, controls="cheap")
     with pytest.raises(DivergedError, match="the best before, are kept"):
-        learn_coefficients(wild)
+        learned(wild)
     assert np.isfinite(read_table(tmp_path / "out")[1].values).all()
     applied(tmp_path / "out", tmp_path)
 
 
 def test_a_control_that_diverges_leaves_the_coefficients(world: Path, tmp_path: Path, monkeypatch) -> None:
-    learn_coefficients(options(world, tmp_path / "whole", steps=20))
+    learned(options(world, tmp_path / "whole", steps=20))
     run = Learner.run
 
     def broken(self: Learner, state: Path, *given: Any) -> Course:
@@ -305,7 +305,7 @@ def test_a_control_that_diverges_leaves_the_coefficients(world: Path, tmp_path: 
 
     monkeypatch.setattr(Learner, "run", broken)
     with pytest.raises(DivergedError, match=r"at step 3 of the isotropic coefficients; .* the best before, are kept"):
-        learn_coefficients(options(world, tmp_path / "out", steps=20))
+        learned(options(world, tmp_path / "out", steps=20))
     files = [tmp_path / folder / "coefficients.safetensors" for folder in ("whole", "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert (tmp_path / "out" / "recipe.yaml").exists()
@@ -326,7 +326,7 @@ def test_bad_data_is_refused(world: Path, tmp_path: Path) -> None:
     for name, (arrays, message) in bad.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
         with pytest.raises(InputError, match=message):
-            learn_coefficients(options(world, tmp_path / "out", data=str(tmp_path / f"{name}.npz")))
+            learned(options(world, tmp_path / "out", data=str(tmp_path / f"{name}.npz")))
         assert not (tmp_path / "out").exists(), name
 
 
@@ -341,7 +341,7 @@ def test_bad_data_is_refused(world: Path, tmp_path: Path) -> None:
         ({"random_groups": 3}, "go together"),
         ({"bounds": (1.0, 0.0)}, "not below"),
         ({"temperature": 0.0}, "above 0"),
-        ({"label_share": 1.5}, "between 0 and 1"),
+        ({"label_share": 1.5}, "must be from 0 to 1"),
         ({"allow_code": False}, "--allow-code"),
     ],
 )
@@ -349,12 +349,12 @@ def test_options_that_contradict_are_refused(
     world: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        learn_coefficients(options(world, tmp_path / "out", **changes))
+        learned(options(world, tmp_path / "out", **changes))
 
 
 def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = world / "plain"
-    words = ["ofasd", "--base", folder / "base", "--clients", folder / "client0", folder / "client1"]
+    words = ["ofasd", "--base", folder / "base", "--sources", folder / "client0", folder / "client1"]
     words += ["--data", world / "labelled.npz", "--model", f"{world / 'net.py'}:plain", "-o", tmp_path / "out"]
     words += ["--steps", "10", "--counts", "30", "10", "--granularity", "groups", "--groups", "first", "bias"]
     assert main([str(word) for word in words]) == 2

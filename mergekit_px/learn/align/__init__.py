@@ -3,8 +3,3 @@
 Beside it two routes that train nothing: least-squares maps between the activations of both models (Theseus, arXiv
 2602.12952) and masks by the signs of gradients (GradFix, arXiv 2510.09658).
 """
-
-from mergekit_px.learn.align.run import AlignedTaskVector, align_task_vector
-from mergekit_px.learn.align.settings import AlignOptions, AlignSettings
-
-__all__ = ["AlignOptions", "AlignSettings", "AlignedTaskVector", "align_task_vector"]

@@ -14,6 +14,7 @@ from mergekit_px.errors import DivergedError
 from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.data import Batch, Examples, shuffled, to_device
 from mergekit_px.learn.labels import target_count
+from mergekit_px.learn.life import Tell
 from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.state import load_state, save_state, under
 
@@ -58,7 +59,7 @@ class Fit:
         device: torch.device,
         state: Path,
         plan_hash: str,
-        tell: Callable[[int, float], None],
+        tell: Tell,
     ) -> None:
         """Train on ``train`` and leave ``free`` as it was best on ``validation``; goes on from a saved state.
 
@@ -80,7 +81,7 @@ class Fit:
                 except DivergedError:
                     self._take_best()
                     raise
-                tell(self.step, losses[-1])
+                tell("step", self.step, settings.steps, losses[-1])
             self._look(math.fsum(losses) / len(losses), parts, device, dtype)
             self._save(state, plan_hash, stream.place)
         self._take_best()

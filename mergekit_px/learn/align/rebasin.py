@@ -62,7 +62,7 @@ def find_rebasin(
         theirs = head_counts(source, settings.heads, settings.kv_heads, settings.positions)
         require_equal_heads(source, target, counts, theirs)
     shapes = {name: stored.shape for name, stored in target.tensors.items() if stored.dtype.arithmetic}
-    layout = find_layout(shapes, counts, settings.permute, settings.places, target.label)
+    layout = find_layout(shapes, counts, settings.permute, settings.roles, target.label)
     _require_equal_shapes(layout, source, target)
     names = sorted({part.tensor for _, part in layout.parts()})
     ours = _finite_tensors(target, names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from mergekit_px.learn.align.fixed import Artefact, FixedMap, Transport
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import Piece
 from mergekit_px.learn.align.rotations import ROTATIONS_FILE, Rotations
-from mergekit_px.learn.align.settings import AlignSettings
+from mergekit_px.learn.align.settings import AlignTask
 from mergekit_px.learn.align.sham import sham_of
 from mergekit_px.learn.data import Batch, Examples, to_device
+from mergekit_px.learn.life import Run
 
 Deltas = Mapping[str, Tensor]
 Keep = Callable[[Deltas, Artefact | None], None]
@@ -31,17 +31,16 @@ CONTROLS = ("zero-shot", "naive", "aligned", "sham", "few-shot fine-tune", "fine
 class Trial:
     """One alignment: all that it and its controls share."""
 
+    life: Run[AlignTask]
     model: ChangedModel
-    settings: AlignSettings
     parts: Mapping[str, Examples]
     pieces: Sequence[Piece]
     fixed: FixedMap | None
     metadata: Mapping[str, str]
-    device: torch.device
-    work: Path
-    plan_hash: str
-    say: Callable[[str], None]
-    tell: Callable[[int, float], None]
+
+    @property
+    def settings(self) -> AlignTask:
+        return self.life.settings
 
     def run(self, deltas: Deltas, fitting: Deltas, keep: Keep) -> dict[str, Any]:
         """Transport, keep the result, and score it beside its controls.
@@ -96,7 +95,7 @@ class Trial:
     def batches(self, part: str) -> Iterator[Batch]:
         """The batches of a part, in order, on the device."""
         dtype = next(iter(self.model.sites.values())).base.dtype
-        return (to_device(batch, self.device, dtype) for batch in self.parts[part].batches(self.settings.batch))
+        return (to_device(batch, self.life.device, dtype) for batch in self.parts[part].batches(self.settings.batch))
 
     def _transported(
         self, name: str, deltas: Deltas, fitting: Deltas, keep: Keep | None
@@ -118,7 +117,7 @@ class Trial:
         settings, model = self.settings, self.model
         pieces = [piece for piece in self.pieces if piece.tensor in deltas]
         dtype = next(iter(deltas.values())).dtype
-        rotations = Rotations(pieces, settings, self.device, dtype)
+        rotations = Rotations(pieces, settings, self.life.device, dtype)
 
         def fidelity(batch: Batch) -> Tensor:
             return model.loss(rotations.transport(deltas), batch, settings.scale)
@@ -135,7 +134,7 @@ class Trial:
             rate=settings.learning_rate,
             after_step=rotations.retract if settings.parametrisation == "polar" else lambda: None,
         )
-        self.say(f"learning {len(rotations.free)} matrices ({name})")
+        self.life.note(f"learning {len(rotations.free)} matrices ({name})")
         try:
             self._run(fit, name)
         except DivergedError as error:
@@ -144,7 +143,7 @@ class Trial:
             keep(moved(), self._artefact(rotations))
             raise DivergedError(
                 f"{error.what}; the result of step {fit.best_step}, the best before, is kept",
-                where=str(self.work.parent),
+                where=str(self.life.output),
                 hint="lower the learning rate and start over with --overwrite",
             ) from error
         if settings.project:
@@ -163,7 +162,7 @@ class Trial:
         def loss(batch: Batch) -> Tensor:
             return self.model.loss({**fixed, **free}, batch)
 
-        self.say(f"few-shot fine-tune ({name})")
+        self.life.note(f"few-shot fine-tune ({name})")
         try:
             self._run(Fit(free, loss, loss, self.settings, rate=self.settings.tune_rate), name)
         except DivergedError as error:
@@ -171,13 +170,14 @@ class Trial:
         return {**fixed, **{other: one.detach() for other, one in free.items()}}
 
     def _run(self, fit: Fit, name: str) -> None:
-        fit.run(self.parts, self.device, self.work / f"{name}.safetensors", self.plan_hash, self.tell)
+        life = self.life
+        fit.run(self.parts, life.device, life.work / f"{name}.safetensors", life.identity, life.tell)
 
     def _stopped(self, error: DivergedError, control: str, rate: str) -> DivergedError:
         """The error for a control that diverged when the result itself was written."""
         return DivergedError(
             f"{error.what} of {control}; the transported task vector is kept, without scores",
-            where=str(self.work.parent),
+            where=str(self.life.output),
             hint=f"lower the {rate} and start over with --overwrite",
         )
 

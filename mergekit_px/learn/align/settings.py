@@ -1,142 +1,233 @@
-"""How a task vector is aligned."""
+"""``align``: a task vector of one model for another of the same architecture, or nearly."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mergekit_px.checkpoint.destination import Mode
+from pydantic import Field
+
 from mergekit_px.errors import UsageError
-from mergekit_px.learn.align.head_counts import Positions
 from mergekit_px.learn.align.roles import Place, check_places
-from mergekit_px.learn.precision import Precision
-from mergekit_px.learn.text_data import NO_TEXT, TextOptions
+from mergekit_px.learn.declare import (
+    DATA_HELP,
+    Base,
+    Code,
+    Controls,
+    Input,
+    LearnerSettings,
+    ModelSettings,
+    Note,
+    Option,
+    Part,
+    Rate,
+    Report,
+    Seed,
+    Table,
+    TextSettings,
+    learner,
+)
 
-Route = Literal["orthogonal", "theseus", "gradfix", "permutation"]
-DEFAULT_SCALES = tuple(step / 4 for step in range(9))
-PERMUTED = ("heads", "mlp", "residual")
-Parametrisation = Literal["soft", "cayley", "polar"]
+if TYPE_CHECKING:
+    from mergekit_px.learn.life import Run
+
+Unit = Literal["heads", "mlp", "residual"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+_FIRST = 3
+"""Names that a line tells of a list."""
 
 
-@dataclass(frozen=True)
-class AlignSettings:
-    """Every number that the result depends on, the data and models aside.
+class AlignSettings(ModelSettings):
+    """How a task vector is aligned."""
 
-    Attributes:
-        route: ``orthogonal``: rotations learned from labels; ``theseus``: Procrustes maps between activations;
-            ``gradfix``: only elements whose sign lowers the loss; ``permutation``: heads, hidden units and channels in
-            the order in which the weights of both bases are most alike.
-        parametrisation: ``soft``: free matrices and a penalty; ``cayley``: exactly orthogonal; ``polar``: free steps,
-            each followed by the nearest orthogonal matrix.
-        sided: ``one`` matrix on both sides of a change, or ``two``, one on each.
-        sites: ``attention``: the square projections of attention; ``all``: every linear layer.
-        scale: factor of the transported task vector (lambda).
-        orthogonality: factor of the penalty (beta), for ``soft``.
-        project: replace soft matrices by the nearest orthogonal ones when they are learned.
-        sham: the random task vector beside the real one: noise of the same norms, or with the same spectra too.
-        controls: what the result is compared with: nothing, what trains nothing, or all.
-        scales: factors that the report gives an accuracy for.
-        majority: for ``gradfix``: signs by a vote of the examples instead of the mean gradient.
-        learning_rate: of the rotations.
-        tune_rate: of the few-shot fine-tunes that the result is compared with.
-        precision: of forward and backward passes; matrices, maps and weights keep their dtype.
-        permute: which units change places, any of `PERMUTED`.
-        match: ``spectrum``: heads by the singular values of their projections (TransFusion); ``product``: by inner
-            products, as everything else (Git Re-Basin).
-        inside: ``joint``: one order of channels for query, key and value of a head; ``separate``: one for query and
-            key, another for value.
-        rounds: at most as many rounds of coordinate descent.
-        heads, kv_heads: None for what ``config.json`` says.
-        positions: how the model knows positions.
-        places: roles of tensors whose names are not known, with patterns for the ends of their names.
-    """
-
-    route: Route = "orthogonal"
-    parametrisation: Parametrisation = "soft"
+    route: Literal["orthogonal", "theseus", "gradfix", "permutation"] = "orthogonal"
+    """Rotations learned from labels; least-squares maps between activations; only elements whose sign lowers the loss;
+    or permutations of heads, hidden units and channels, found from the weights of both bases, without data."""
+    parametrisation: Annotated[Literal["soft", "cayley", "polar"], Option(flag="--param")] = "soft"
+    """Free matrices with a penalty, exactly orthogonal ones, or projected in each step."""
     sided: Literal["one", "two"] = "one"
+    """One matrix on both sides of a change, or one on each."""
     sites: Literal["attention", "all"] = "attention"
-    scale: float = 1.0
-    orthogonality: float = 1.0
+    """Which linear layers are rotated: the square projections of attention, or every one."""
+    scale: Finite = 1.0
+    """Factor of the transported task vector."""
+    orthogonality: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of the penalty of soft matrices."""
     project: bool = False
+    """Make soft matrices orthogonal when they are learned."""
+    majority: Annotated[bool, Option(negative="--mean-gradient")] = True
+    """gradfix: signs by a vote of examples, or by their mean."""
     sham: Literal["gauss", "rotated"] = "gauss"
-    controls: Literal["none", "cheap", "all"] = "all"
-    scales: tuple[float, ...] = DEFAULT_SCALES
-    majority: bool = True
-    learning_rate: float = 3e-3
-    tune_rate: float = 5e-4
-    weight_decay: float = 0.0
-    precision: Precision = "float32"
-    steps: int = 150
-    batch: int = 64
-    evaluate_every: int = 10
-    validation: float = 0.2
-    test: float = 0.3
-    seed: int = 0
-    permute: tuple[str, ...] = PERMUTED
+    """The random task vector beside the real one: equal norms, or equal spectra too."""
+    controls: Controls = "all"
+    """What the result is compared with: nothing, what trains nothing, or all."""
+    scales: tuple[Finite, ...] = tuple(step / 4 for step in range(9))
+    """Factors that the report tries."""
+    permute: Annotated[tuple[Unit, ...], Option(metavar="WHAT...")] = ("heads", "mlp", "residual")
+    """permutation: which units change places."""
     match: Literal["spectrum", "product"] = "spectrum"
+    """permutation: heads by singular values of their projections, or by inner products (Git Re-Basin)."""
     inside: Literal["joint", "separate"] = "joint"
-    rounds: int = 100
-    heads: int | None = None
-    kv_heads: int | None = None
-    positions: Positions = "auto"
-    places: tuple[Place, ...] = ()
+    """permutation: one order of the channels of a head, or another for its values."""
+    rounds: Annotated[int, Field(ge=1)] = 100
+    """permutation: at most, until all is stable."""
+    heads: Annotated[int | None, Field(ge=1), Option(unset="as config.json says")] = None
+    """Attention heads."""
+    kv_heads: Annotated[int | None, Field(ge=1), Option(unset="as config or shapes say")] = None
+    """Key and value heads."""
+    positions: Literal["auto", "additive", "rotary"] = "auto"
+    """How it knows positions: added to its inputs (or not at all), or rotary."""
+    places: Annotated[tuple[str, ...], Option(flag="--place", metavar="ROLE=NAME...")] = ()
+    """permutation: what tensors are, by the ends of their names, as query=to_q; roles: docs/learn-align.md."""
+    learning_rate: Rate = 3e-3
+    """Of the matrices."""
+    tune_rate: Rate = 5e-4
+    """Learning rate of the fine-tunes beside it."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW."""
+    steps: Annotated[int, Field(ge=0)] = 150
+    """Of training, each time."""
+    batch: Annotated[int, Field(ge=1)] = 64
+    """Examples in a step."""
+    evaluate_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between two validations."""
+    validation: Part = 0.2
+    """What selects: a share of the data, or a file."""
+    test: Part = 0.3
+    """What the report is about: a share of the data, or a file."""
+    seed: Seed = 0
+    """Of the split, the order and the sham."""
+
+    @property
+    def roles(self) -> tuple[Place, ...]:
+        """Roles of tensors whose names are not known. Raises ``UsageError`` for a word that names none."""
+        found = []
+        for word in self.places:
+            role, equals, pattern = word.partition("=")
+            if not equals:
+                raise UsageError(f"{word!r} names no role", hint="write --place ROLE=NAME, as in --place query=to_q")
+            found.append((role, pattern))
+        check_places(found)
+        return tuple(found)
+
+
+class AlignTask(LearnerSettings, TextSettings, AlignSettings):
+    """What is transported from where to where."""
+
+    base: Base
+    """The model that receives."""
+    source_base: Annotated[str | None, Input("model"), Option(metavar="MODEL")] = None
+    """The model that the fine-tune began with; needed unless a task vector is given, and to compare both bases."""
+    source_model: Annotated[str | None, Input("source", of="source_base"), Option(metavar="MODEL")] = None
+    """The fine-tune whose change is transported; or:"""
+    task_vector: Annotated[str | None, Input("model"), Option(metavar="FILE")] = None
+    """The change itself, as `pxmerge subtract` writes it."""
+    data: Annotated[str | None, Input("data"), Option(metavar="FILE")] = Field(
+        default=None,
+        description=f"{DATA_HELP}: a few labelled examples of the task; needed unless nothing is learned from them.",
+    )
+    maps: Annotated[str | None, Input("file"), Option(metavar="FILE")] = None
+    """What a former run transported with, or its folder; nothing is learned."""
+    source_code: Code = None
+    """What makes the source, where --model makes the target and the source is another."""
 
     def check(self) -> None:
-        """Raise ``UsageError`` for numbers that cannot be meant."""
-        for name, value in (("learning rate", self.learning_rate), ("rate of the fine-tunes", self.tune_rate)):
-            if not 0 < value < math.inf:
-                raise UsageError(f"the {name} must be a finite number above 0, not {value:g}")
+        """Raise ``UsageError`` for settings that contradict one another."""
+        if (self.source_model is None) == (self.task_vector is None):
+            raise UsageError("either a source model or a task vector is transported", hint="give one of them")
+        compared = self.maps is None and self.route in ("theseus", "permutation")
+        if (self.source_model is not None or compared) and self.source_base is None:
+            raise UsageError("the source base is needed: the model that the fine-tune began with")
+        if self.data is None and self.route != "permutation" and self.maps is None:
+            raise UsageError(
+                f"the route {self.route} needs labelled examples",
+                hint="give them with --data; --route permutation needs none",
+            )
+        if self.data is None and isinstance(self.test, str):
+            raise UsageError("test data goes with --data: the controls are trained on it")
         if self.project and self.parametrisation != "soft":
             raise UsageError(f"{self.parametrisation} matrices are orthogonal already", hint="project goes with soft")
-        for scale in (self.scale, *self.scales):
-            if not math.isfinite(scale):
-                raise UsageError(f"a scale must be a finite number, not {scale}")
-        unknown = sorted(set(self.permute) - set(PERMUTED))
-        if unknown or not self.permute:
-            what = f"{unknown[0]!r} cannot be permuted" if unknown else "nothing is to be permuted"
-            raise UsageError(what, hint=f"name some of {', '.join(PERMUTED)}")
-        for kind, count in (("heads", self.heads), ("key and value heads", self.kv_heads)):
-            if count is not None and count < 1:
-                raise UsageError(f"a model has at least one of its {kind}, not {count}")
+        if not self.permute:
+            raise UsageError("nothing is to be permuted", hint="name some of heads, mlp, residual")
         if self.heads is not None and self.kv_heads is not None and self.heads % self.kv_heads:
             raise UsageError(f"{self.heads} heads cannot share {self.kv_heads} key and value heads evenly")
-        check_places(self.places)
+        _ = self.roles
 
 
-@dataclass(frozen=True)
-class AlignOptions:
-    """What is transported from where to where.
+class AlignReport(Report):
+    """The result and its controls; what was not asked for is None."""
 
-    Attributes:
-        target_base: the model that receives; path or Hub reference.
-        data: labelled examples of the task: texts, images or arrays. May be left out where nothing is learned from them
-            (route ``permutation``, or ``maps``); then nothing is scored.
-        source_base: the model that the task vector was taken from; may be left out with ``task_vector``, unless
-            both bases are compared.
-        source_model: the fine-tune of the source base; or else:
-        task_vector: a file of differences.
-        text: how rows of text are read.
-        test_data: examples for the scores of the report; None for a share of ``data``.
-        maps: what a former run transported with, or its folder; applied instead of anything new.
-        model: ``file.py:function`` of the target; None for the class that its config names.
-        source_code: the same of the source, where it differs.
+    examples: dict[str, int]
+    left_out: list[str]
+    norm: dict[str, float]
+    test: dict[str, float]
+    not_scored: dict[str, str]
+    scales: list[dict[str, float]]
+    trace: list[tuple[int, float | None, float]]
+    labels: str | None = None
+    steps: int = 0
+    best_step: int = 0
+    rotations: dict[str, Any] | None = None
+    permutations: dict[str, Any] | None = None
+    reused: str | None = None
+
+    def shown(self) -> Iterable[Table | Note]:
+        scores = self.test
+        if scores:
+            yield Table(("on test data", "accuracy"), [(name, f"{accuracy:.1f}") for name, accuracy in scores.items()])
+        if self.rotations is not None:
+            yield from _about_rotations(self.rotations)
+        if self.permutations is not None:
+            yield from _about_permutations(self.permutations)
+        if not scores:
+            yield Note(f"not scored, since there is no --data: {', '.join(self.not_scored)}")
+        elif scores["aligned"] <= max((scores[name] for name in ("naive", "sham") if name in scores), default=-1.0):
+            what = "alignment gains nothing over the task vector as it is, or over a random one of the same norms"
+            yield Note(what, warning=True)
+        if self.left_out:
+            yield Note(f"{len(self.left_out)} tensors of the task vector have no place in the target")
+        if scores:
+            yield Note(f"{self.examples['test']} test examples")
+
+
+def _about_rotations(found: dict[str, Any]) -> Iterable[Note]:
+    yield Note(
+        f"{found['matrices']} matrices, orthogonal to {found['orthogonality_error']:.2g}, mean distance"
+        f" from the identity {found['mean_distance_from_identity']:.2g}"
+    )
+    if found["stay"]:
+        named = ", ".join(found["stay"][:_FIRST]) + (", ..." if len(found["stay"]) > _FIRST else "")
+        yield Note(f"{len(found['stay'])} matrices are added as they are: {named}")
+
+
+def _about_permutations(found: dict[str, Any]) -> Iterable[Note]:
+    likeness = found["similarity"]
+    yield Note(
+        f"{found['moved']:.0%} of all places have another unit than before; cosine of the weights"
+        f" {likeness['before']:.3f}, then {likeness['after']:.3f}; rounds: {found['rounds']}"
+    )
+    if not found["stable"]:
+        yield Note("the matching had not settled when it was stopped; give it more --rounds", warning=True)
+    for block, reason in found["left_alone"].items():
+        yield Note(f"{block.rstrip('.') or 'the model'} keeps its order: {reason}")
+
+
+@learner(AlignTask, AlignReport, output="aligned")
+def align(run: Run[AlignTask]) -> AlignReport:
+    """Transport a task vector to another model, by rotations learned from a few examples (arXiv 2505.12021).
+
+    The result is a task vector for the base, the model that it makes, the rotations or permutations, and a
+    report that holds the controls: the base without it, the task vector as it is, a random one of the same
+    norms, and few-shot fine-tunes on the same examples. Read it before the model: where two models are unrelated,
+    rotations are only another way to fine-tune.
+
+    \b
+    Examples:
+      pxmerge align --source-base ./a --source-model ./a-ft --base ./b --data few.npz -o aligned
+      pxmerge align --task-vector ./tau --base ./b --data few.npz --route gradfix
+      pxmerge align --source-base ./a --source-model ./a-ft --base ./b --route permutation
+      pxmerge align --task-vector ./tau2 --base ./b --maps ./aligned -o other
     """
+    from mergekit_px.learn.align.run import fit
 
-    target_base: str
-    data: str | None = None
-    source_base: str | None = None
-    source_model: str | None = None
-    task_vector: str | None = None
-    output: Path = Path("aligned")
-    text: TextOptions = NO_TEXT
-    test_data: str | None = None
-    maps: str | None = None
-    model: str | None = None
-    source_code: str | None = None
-    settings: AlignSettings = field(default_factory=AlignSettings)
-    device: str = "auto"
-    mode: Mode = "new"
-    allow_code: bool = False
-    allow_pickle: bool = False
+    return fit(run)

@@ -4,8 +4,3 @@ The parametrisation is anisotropic scaling (aTLAS, arXiv 2407.02880); what it is
 ensemble of the models (OFASD), labels (aTLAS), the entropy of predictions (AdaMerging, arXiv 2310.02575) or the loss
 on data to be forgotten. ``method: anisotropic`` applies what was learned.
 """
-
-from mergekit_px.learn.ofasd.run import LearnedCoefficients, learn_coefficients
-from mergekit_px.learn.ofasd.settings import OfasdOptions, Settings
-
-__all__ = ["LearnedCoefficients", "OfasdOptions", "Settings", "learn_coefficients"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_px.errors import UsageError
-from mergekit_px.learn.ofasd.settings import Settings
+from mergekit_px.learn.ofasd.settings import CoefficientSettings
 from mergekit_px.plan.layers import split_layer
 
 
@@ -37,7 +37,7 @@ class Blocks:
     seed: int
 
 
-def make_blocks(parameters: Sequence[Parameter], buffers: Sequence[str], settings: Settings) -> Blocks:
+def make_blocks(parameters: Sequence[Parameter], buffers: Sequence[str], settings: CoefficientSettings) -> Blocks:
     """Blocks of parameters as the settings say, then one for each buffer.
 
     Vectors and tensors with fewer elements than random groups are not split.
@@ -70,7 +70,7 @@ def make_blocks(parameters: Sequence[Parameter], buffers: Sequence[str], setting
     return Blocks(tuple(columns), tensors, flags, settings.seed)
 
 
-def _block_name(name: str, settings: Settings, patterns: Sequence[re.Pattern[str]]) -> str:
+def _block_name(name: str, settings: CoefficientSettings, patterns: Sequence[re.Pattern[str]]) -> str:
     if settings.granularity == "model":
         return "all"
     if settings.granularity == "groups":

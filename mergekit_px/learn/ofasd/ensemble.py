@@ -12,7 +12,7 @@ from torch.nn import functional
 from mergekit_px.learn.data import COUNTED, TEACHER, TEACHER_CLASSES, Examples, to_device
 from mergekit_px.learn.ofasd.blend import Blend
 from mergekit_px.learn.ofasd.objective import counted, kept_log_probabilities
-from mergekit_px.learn.ofasd.settings import Settings
+from mergekit_px.learn.ofasd.settings import CoefficientSettings
 from mergekit_px.learn.outputs import predict
 
 MOST_CLASSES = 1024
@@ -48,7 +48,12 @@ class Ensemble:
 
 @torch.no_grad()
 def ensemble(
-    blend: Blend, module: nn.Module, data: Examples, shares: Sequence[float], settings: Settings, device: torch.device
+    blend: Blend,
+    module: nn.Module,
+    data: Examples,
+    shares: Sequence[float],
+    settings: CoefficientSettings,
+    device: torch.device,
 ) -> Ensemble:
     """Run every source over the data once; the model holds the last of them afterwards.
 
@@ -97,7 +102,7 @@ def ensemble(
 
 
 def _turns(
-    blend: Blend, module: nn.Module, data: Examples, settings: Settings, device: torch.device
+    blend: Blend, module: nn.Module, data: Examples, settings: CoefficientSettings, device: torch.device
 ) -> Iterator[range]:
     """Rows of the data, as many at a time as may wait: whole batches."""
     blend.assemble(torch.zeros(blend.source_count, len(blend.blocks.names), dtype=torch.float64))
@@ -109,7 +114,9 @@ def _turns(
         yield range(start, min(start + step, len(data)))
 
 
-def _logits(blend: Blend, module: nn.Module, data: Examples, settings: Settings, device: torch.device) -> Tensor:
+def _logits(
+    blend: Blend, module: nn.Module, data: Examples, settings: CoefficientSettings, device: torch.device
+) -> Tensor:
     """(n, classes), float32, on the CPU: of the predictions that count."""
     batches = (to_device(batch, device, blend.sites[0].base.dtype) for batch in data.batches(settings.batch))
     return torch.cat([counted(predict(module, batch, settings.precision), batch).float().cpu() for batch in batches])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from mergekit_px.errors import DivergedError
 from mergekit_px.learn.data import COUNTED, TARGETS, Batch, Examples, shuffled, to_device
 from mergekit_px.learn.labels import target_count
+from mergekit_px.learn.life import Tell
 from mergekit_px.learn.objective import cross_entropy, right_predictions
 from mergekit_px.learn.ofasd.batch_norm import batch_norms, batch_statistics, reestimate
 from mergekit_px.learn.ofasd.blend import Blend
 from mergekit_px.learn.ofasd.objective import counted, distillation_from, entropy, penalty
-from mergekit_px.learn.ofasd.settings import Settings
+from mergekit_px.learn.ofasd.settings import CoefficientSettings
 from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.outputs import predict
 from mergekit_px.learn.state import load_state, save_state
-
-Tell = Callable[[int, float], None]
 
 _UNFIT = 1000.0
 """Added to the score of coefficients that hurt the control data too much: worse than any that do not."""
@@ -65,7 +64,7 @@ class Learner:
         module: nn.Module,
         parts: Mapping[str, Examples],
         initial: Tensor,
-        settings: Settings,
+        settings: CoefficientSettings,
         device: torch.device,
     ) -> None:
         self.blend = blend
@@ -108,7 +107,7 @@ class Learner:
             losses = []
             for _ in range(min(self.settings.evaluate_every, self.settings.steps - course.step)):
                 losses.append(self.learn())
-                tell(course.step, losses[-1])
+                tell("step", course.step, self.settings.steps, losses[-1])
             self._look(math.fsum(losses) / len(losses))
             self._save(state, plan_hash)
         return course

@@ -7,16 +7,17 @@ from typing import Any
 from mergekit_px.artefacts.coefficients import COEFFICIENTS_FILE, CoefficientTable, write_table
 from mergekit_px.errors import WriteError
 from mergekit_px.learn.artefact import write_text
+from mergekit_px.learn.life import Run
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.batch_norm import batch_norms
 from mergekit_px.learn.ofasd.learner import Course, Learner
-from mergekit_px.learn.ofasd.settings import OfasdOptions
+from mergekit_px.learn.ofasd.settings import OfasdSettings
 
 RECIPE_FILE = "recipe.yaml"
 BUFFERS = "buffers"
 
 
-def write_result(options: OfasdOptions, model: LearningModel, learner: Learner, course: Course) -> None:
+def write_result(run: Run[OfasdSettings], model: LearningModel, learner: Learner, course: Course) -> None:
     """Write the best coefficients of a course, and the recipe that applies them; the model is settled at them.
 
     Raises:
@@ -24,12 +25,12 @@ def write_result(options: OfasdOptions, model: LearningModel, learner: Learner, 
     """
     blocks = learner.blend.blocks
     values = tuple(tuple(row) for row in course.best.tolist())
-    table = CoefficientTable(tuple(options.sources), blocks.names, blocks.tensors, blocks.seed, values)
-    write_table(table, options.output / COEFFICIENTS_FILE)
+    table = CoefficientTable(tuple(run.settings.sources), blocks.names, blocks.tensors, blocks.seed, values)
+    write_table(table, run.stage / COEFFICIENTS_FILE)
     estimated = _running_statistics(model) if learner.settings.batch_norm == "reestimate" else []
     if estimated:
-        _write_buffers(options, model, estimated)
-    write_text(options.output / RECIPE_FILE, _recipe(options, learner, estimated))
+        _write_buffers(run, model, estimated)
+    write_text(run.stage / RECIPE_FILE, _recipe(run, learner, estimated))
 
 
 def _running_statistics(model: LearningModel) -> list[str]:
@@ -42,10 +43,10 @@ def _running_statistics(model: LearningModel) -> list[str]:
     return [name for name, own in model.names.items() if own in inner]
 
 
-def _write_buffers(options: OfasdOptions, model: LearningModel, names: list[str]) -> None:
+def _write_buffers(run: Run[OfasdSettings], model: LearningModel, names: list[str]) -> None:
     from safetensors.torch import save_file
 
-    folder = options.output / BUFFERS
+    folder = run.stage / BUFFERS
     tensors = model.tensors()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,11 +55,11 @@ def _write_buffers(options: OfasdOptions, model: LearningModel, names: list[str]
         raise WriteError(f"the disk refused: {error.strerror or error}", where=str(folder)) from error
 
 
-def _recipe(options: OfasdOptions, learner: Learner, estimated: list[str]) -> str:
+def _recipe(run: Run[OfasdSettings], learner: Learner, estimated: list[str]) -> str:
     """The merge as a recipe, with the inputs as they were named and the coefficients beside it."""
     import yaml
 
-    sources = {f"source{number}": reference for number, reference in enumerate(options.sources)}
+    sources = {f"source{number}": reference for number, reference in enumerate(run.settings.sources)}
     split = any(count > 1 for _, count in learner.blend.blocks.tensors.values())
     step: dict[str, Any] = {
         "method": "anisotropic_groups" if split else "anisotropic",
@@ -66,8 +67,8 @@ def _recipe(options: OfasdOptions, learner: Learner, estimated: list[str]) -> st
         "sources": list(sources),
         "params": {"coefficients": COEFFICIENTS_FILE},
     }
-    models = {"base": options.base, **sources}
+    models = {"base": run.settings.base, **sources}
     if estimated:
-        models[BUFFERS] = str(options.output / BUFFERS)
+        models[BUFFERS] = str(run.output / BUFFERS)
         step["rules"] = [{"match": name, "take": BUFFERS} for name in estimated]
     return yaml.safe_dump({"pxmerge": 1, "models": models, "merge": step}, sort_keys=False, allow_unicode=True)

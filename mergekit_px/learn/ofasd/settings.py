@@ -1,22 +1,39 @@
-"""What is learned and how: every number that the result depends on, the data and models aside."""
+"""``ofasd``: coefficients for task vectors, learned from a little data. Every number that the result depends on."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from mergekit_px.checkpoint.destination import Mode
+from pydantic import Field
+
 from mergekit_px.errors import UsageError
-from mergekit_px.learn.precision import Precision
-from mergekit_px.learn.text_data import NO_TEXT, TextOptions
+from mergekit_px.learn.declare import (
+    DATA_HELP,
+    Aside,
+    Base,
+    Controls,
+    Data,
+    Input,
+    LearnerSettings,
+    ModelSettings,
+    Note,
+    Option,
+    Rate,
+    Report,
+    Seed,
+    Share,
+    Sources,
+    Table,
+    TextSettings,
+    learner,
+)
+
+if TYPE_CHECKING:
+    from mergekit_px.learn.life import Run
 
 Objective = Literal["distill", "cross-entropy", "entropy", "negation"]
 Granularity = Literal["tensor", "layer", "model", "groups", "random"]
-BatchNorm = Literal["reestimate", "mean"]
-Teacher = Literal["logits", "probabilities"]
 
 _DEFAULTS: Mapping[Objective, Mapping[str, Any]] = {
     "distill": {"learning_rate": 1e-2, "weight_decay": 0.0, "steps": 300, "initial": None},
@@ -27,57 +44,57 @@ _DEFAULTS: Mapping[Objective, Mapping[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How coefficients are learned; None stands for the default of the objective.
-
-    Attributes:
-        objective: ``distill``: match the ensemble's predictions; ``cross-entropy``: fit labels; ``entropy``: make
-            predictions certain; ``negation``: unfit the labels of the data, fit those of the control data.
-        granularity: what shares a coefficient: a tensor, a layer, the whole model, the tensors that a pattern finds,
-            or a random part of a tensor.
-        groups: regular expressions for ``groups``; the first that is found in a name counts.
-        random_groups: parts of each matrix for ``random``.
-        temperature: T of the distillation.
-        label_share: beta, the share of the cross-entropy in the loss of ``distill``.
-        teacher: whether the ensemble is the mean of logits or of probabilities.
-        penalty: factor of the mean |c - c_initial|^p over all coefficients.
-        penalty_norm: p, 1 or 2.
-        initial: what every coefficient begins with; None: the sources' shares.
-        bounds: least and largest coefficient.
-        clip: largest norm of the coefficients' gradient; None for no limit.
-        evaluate_every: steps between two looks at the validation data.
-        patience: looks without a better score after which learning stops.
-        precision: of forward and backward passes; coefficients, parameters and their sums stay as they are.
-        control_share: for ``negation``: share of the base's control accuracy that must be left.
-    """
+class CoefficientSettings(ModelSettings):
+    """How coefficients are learned; None stands for the default of the objective."""
 
     objective: Objective = "distill"
+    """What is learned by: the sources' ensemble, labels, certainty, unfitting labels."""
     granularity: Granularity = "tensor"
-    groups: tuple[str, ...] = ()
-    random_groups: int = 1
-    temperature: float = 1.0
-    label_share: float | None = None
-    teacher: Teacher = "logits"
-    penalty: float = 0.0
-    penalty_norm: int = 2
-    initial: float | None = None
-    bounds: tuple[float, float] | None = None
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    clip: float | None = 1.0
-    steps: int | None = None
-    batch: int = 128
-    evaluate_every: int = 20
-    patience: int = 10
-    batch_norm: BatchNorm = "reestimate"
-    precision: Precision = "float32"
-    control_share: float = 0.95
-    validation: float = 0.2
-    test: float = 0.2
-    seed: int = 0
+    """What has a coefficient of its own for each source."""
+    groups: Annotated[tuple[str, ...], Option(metavar="REGEX...")] = ()
+    """With granularity groups: patterns of tensor names; the first that is found in a name counts."""
+    random_groups: Annotated[int, Field(ge=1)] = 1
+    """With granularity random: parts of each matrix."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Of the distillation."""
+    label_share: Annotated[Share | None, Option(unset="0.5 with labels")] = None
+    """Share of the labels in the loss of the distillation."""
+    teacher: Literal["logits", "probabilities"] = "logits"
+    """What of the sources is averaged."""
+    penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Factor of the distance from the first coefficients."""
+    penalty_norm: Annotated[int, Field(ge=1, le=2)] = 2
+    """Of that distance."""
+    initial: Annotated[float | None, Option(unset="by the objective")] = None
+    """First value of all coefficients."""
+    bounds: Annotated[tuple[float, float] | None, Option(metavar="LOW HIGH", unset="none; entropy: 0 1")] = None
+    """Least and largest coefficient."""
+    learning_rate: Annotated[Rate | None, Option(unset="by the objective")] = None
+    """Of AdamW."""
+    weight_decay: Annotated[float | None, Field(ge=0), Option(unset="by the objective")] = None
+    """Of AdamW."""
+    clip: Annotated[float | None, Field(ge=0)] = 1.0
+    """Largest norm of the gradient of the coefficients."""
+    steps: Annotated[int | None, Field(ge=0), Option(unset="300; entropy: 500")] = None
+    """Most steps."""
+    batch: Annotated[int, Field(ge=1)] = 128
+    """Examples in a step."""
+    evaluate_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between two validations."""
+    patience: Annotated[int, Field(ge=1)] = 10
+    """Validations without gain until the end."""
+    batch_norm: Literal["reestimate", "mean"] = "reestimate"
+    """Running statistics: estimated anew on the data, or the sources' mean."""
+    control_share: Share = 0.95
+    """For negation: share of the base's accuracy on the control data that must be left."""
+    validation: Share = 0.2
+    """Share of the data that selects."""
+    test: Share = 0.2
+    """Share of the data that the report is about."""
+    seed: Seed = 0
+    """Of the split, the order and random groups."""
 
-    def filled(self, *, labelled: bool) -> Settings:
+    def filled(self, *, labelled: bool) -> Self:
         """With the objective's defaults, and the label share that the data allows.
 
         Raises:
@@ -87,7 +104,7 @@ class Settings:
         share = self.label_share
         if share is None:
             share = 0.5 if labelled else 0.0
-        filled = replace(self, **chosen, label_share=share)
+        filled = self.model_copy(update={**chosen, "label_share": share})
         filled._check(labelled)
         return filled
 
@@ -96,49 +113,78 @@ class Settings:
             raise UsageError(f"the objective {self.objective} needs labels, the data has none")
         if self.objective == "distill" and self.label_share and not labelled:
             raise UsageError("labels are to count and the data has none", hint="set the label share to 0")
-        if not 0 <= (self.label_share or 0.0) <= 1:
-            raise UsageError(f"the label share lies between 0 and 1, not at {self.label_share}")
         if (self.granularity == "groups") != bool(self.groups):
             raise UsageError("granularity groups and patterns of groups go together")
         if (self.granularity == "random") != (self.random_groups > 1):
             raise UsageError("granularity random and a number of random groups above 1 go together")
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise UsageError(f"the lower bound {self.bounds[0]:g} is not below the upper one {self.bounds[1]:g}")
-        positive = {"temperature": self.temperature, "learning rate": self.learning_rate or 0.0}
-        for name, value in positive.items():
-            if not 0 < value < math.inf:
-                raise UsageError(f"the {name} must be a finite number above 0, not {value:g}")
 
 
-@dataclass(frozen=True)
-class OfasdOptions:
-    """What coefficients are learned for, from what, and where they go.
+class OfasdSettings(LearnerSettings, TextSettings, CoefficientSettings):
+    """What coefficients are learned for, and from what."""
 
-    Attributes:
-        base: path or Hub reference.
-        sources: fine-tunes of the base, or task vectors taken from it.
-        data: texts, images or arrays; labels may be left out where the objective needs none.
-        text: how rows of text are read.
-        control: data that must stay known, for ``negation``.
-        counts: examples that each source was trained on: their shares are the first coefficients and the weights of
-            the ensemble; None for equal ones.
-        model: ``file.py:function``; None for the class that the base's config names.
-        stream: read the task vectors from their files in every step instead of keeping them in memory.
-        compare: also learn one coefficient for each source, as a control.
+    base: Base
+    """The model that all sources began with."""
+    sources: Sources
+    """Fine-tunes of the base, task vectors taken from it, or adapters of it."""
+    data: Data = Field(description=f"{DATA_HELP}; labels may be left out where the objective needs none.")
+    control_data: Annotated[str | None, Input("data"), Option(metavar="FILE")] = None
+    """Labelled examples that must stay known (negation)."""
+    counts: Annotated[tuple[float, ...], Option(metavar="N...", unset="equal shares")] = ()
+    """Examples that each source learned from: its share at first, and in the ensemble."""
+    controls: Controls = "all"
+    """What the result is compared with: nothing, base and averages, or one coefficient for each source too."""
+    stream: Annotated[bool, Aside()] = False
+    """Read task vectors from their files in every step; memory for one at a time."""
+
+
+class OfasdReport(Report):
+    """What was learned, and what it is worth beside its controls."""
+
+    sources: list[str]
+    shares: list[float]
+    labels: str | None
+    examples: dict[str, int]
+    steps: int
+    best_step: int
+    best_validation_score: float
+    trace: list[tuple[int, float | None, float]]
+    test: dict[str, dict[str, float]]
+    teacher: dict[str, Any] | None
+    warnings: list[str]
+    coefficients: dict[str, list[float]]
+    recipe: str
+
+    def shown(self) -> Iterable[Table | Note]:
+        rows: dict[str, Mapping[str, Any]] = dict(self.test)
+        if self.teacher is not None:
+            rows["teacher"] = self.teacher
+            rows |= {one["source"]: one for one in self.teacher.get("sources", ())}
+        titles = list(dict.fromkeys(key for scores in self.test.values() for key in scores))
+        cells = [(f"{scores[title]:.4g}" if title in scores else None for title in titles) for scores in rows.values()]
+        yield Table(("on test data", *titles), [(name, *row) for name, row in zip(rows, cells, strict=True)])
+        yield from (Note(text, warning=True) for text in self.warnings)
+        best = f"best after {self.best_step} of {self.steps} steps"
+        yield Note(f"{best}; {self.examples['test']} test examples")
+        yield Note(f"to apply them: pxmerge run {self.recipe}")
+
+
+@learner(OfasdSettings, OfasdReport, output="coefficients")
+def ofasd(run: Run[OfasdSettings]) -> OfasdReport:
+    """Learn a coefficient for each source and block of parameters, by distilling the sources' ensemble (OFASD).
+
+    The result is a small file of coefficients, a recipe that applies it, and a report: scores on held-out data beside
+    those of the base, the plain average, one coefficient for each source, and the ensemble itself. Other objectives
+    learn from labels (aTLAS, arXiv 2407.02880), from certainty (AdaMerging, arXiv 2310.02575), or unlearn.
+
+    What is reconstructed rather than published is said in docs/learn-ofasd.md.
+
+    \b
+    Examples:
+      pxmerge ofasd --base ./base --sources ./a ./b ./c --data proxy.jsonl -o coefficients
+      pxmerge run coefficients/recipe.yaml -o ./merged
     """
+    from mergekit_px.learn.ofasd.run import fit
 
-    base: str
-    sources: Sequence[str]
-    data: str
-    output: Path = Path("coefficients")
-    text: TextOptions = NO_TEXT
-    control: str | None = None
-    counts: Sequence[float] | None = None
-    model: str | None = None
-    settings: Settings = field(default_factory=Settings)
-    stream: bool = False
-    compare: bool = True
-    device: str = "auto"
-    mode: Mode = "new"
-    allow_code: bool = False
-    allow_pickle: bool = False
+    return fit(run)

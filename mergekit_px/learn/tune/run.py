@@ -16,7 +16,7 @@ from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.output import write_model
 from mergekit_px.learn.tune.components import read_components
-from mergekit_px.learn.tune.learner import TuneReport, TuneSettings
+from mergekit_px.learn.tune.settings import TuneReport, TuneSettings
 from mergekit_px.learn.tune.substitution import TunedValues
 from mergekit_px.learn.tune.training import Training, evaluate
 

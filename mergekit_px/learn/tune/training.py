@@ -17,7 +17,7 @@ from mergekit_px.learn.objective import loss_function, metric_function
 from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.precision import Precision, passes
 from mergekit_px.learn.state import load_state, save_state
-from mergekit_px.learn.tune.learner import TuneSettings
+from mergekit_px.learn.tune.settings import TuneSettings
 from mergekit_px.learn.tune.substitution import TunedValues
 
 _PASSES = 10

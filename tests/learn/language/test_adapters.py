@@ -49,8 +49,8 @@ LLAMA = pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_coefficients_of_adapters_are_those_of_their_models(adapters: str, more: list[str]) -> None:
     reports = []
     for name in ("lora", "model"):
-        learned("ofasd", "--base", "base", "--clients", f"{name}1", f"{name}2", "--data", "data.npz",
-                "-o", f"of-{name}", "--steps", "10", "--evaluate-every", "5", "--no-compare", *more)  # fmt: skip
+        learned("ofasd", "--base", "base", "--sources", f"{name}1", f"{name}2", "--data", "data.npz",
+                "-o", f"of-{name}", "--steps", "10", "--evaluate-every", "5", "--controls", "cheap", *more)  # fmt: skip
         reports.append(json.loads(Path(f"of-{name}/report.json").read_text()))
     for block, values in reports[0]["coefficients"].items():
         assert values == pytest.approx(reports[1]["coefficients"][block], abs=1e-4), block
@@ -65,7 +65,7 @@ def test_coefficients_of_adapters_are_those_of_their_models(adapters: str, more:
 def test_an_adapter_is_aligned_as_the_model_that_it_makes(adapters: str) -> None:
     reports = []
     for name in ("lora", "model"):
-        learned("align", "--source-base", "base", "--source-model", f"{name}1", "--target-base", "model2", "--data",
+        learned("align", "--source-base", "base", "--source-model", f"{name}1", "--base", "model2", "--data",
                 "data.npz", "-o", f"al-{name}", "--steps", "4", "--controls", "cheap")  # fmt: skip
         reports.append(json.loads(Path(f"al-{name}/report.json").read_text()))
     assert reports[0]["test"] == pytest.approx(reports[1]["test"], abs=1.0)
@@ -76,7 +76,7 @@ def test_an_adapter_is_aligned_as_the_model_that_it_makes(adapters: str) -> None
 
 @LLAMA
 def test_narrow_keys_and_values_are_turned_and_what_stays_is_named(adapters: str) -> None:
-    learned("align", "--source-base", "base", "--source-model", "model1", "--target-base", "model2",
+    learned("align", "--source-base", "base", "--source-model", "model1", "--base", "model2",
             "--data", "data.npz", "-o", "out", "--steps", "2", "--controls", "none")  # fmt: skip
     report = json.loads(Path("out/report.json").read_text())
     assert report["rotations"]["matrices"] == 2 * (1 + 2 + 2 + 1)  # q and o from one side, k and v from both
@@ -90,6 +90,6 @@ def test_narrow_keys_and_values_are_turned_and_what_stays_is_named(adapters: str
 def test_an_adapter_of_another_base_is_refused(adapters: str, capsys: pytest.CaptureFixture[str]) -> None:
     other = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=2, n_head=2))
     other.save_pretrained("gpt")
-    words = ["ofasd", "--base", "gpt", "--clients", "lora1", "--data", "data.npz", "-o", "out"]
+    words = ["ofasd", "--base", "gpt", "--sources", "lora1", "--data", "data.npz", "-o", "out"]
     assert main(words) != 0
     assert "lora1" in capsys.readouterr().err.splitlines()[-1] and not Path("out").exists()

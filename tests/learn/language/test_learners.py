@@ -50,8 +50,8 @@ def learned(*words: str) -> None:
 
 
 def ofasd(data: str, output: str, *more: str) -> dict[str, Any]:
-    learned("ofasd", "--base", "base", "--clients", "tuned1", "tuned2", "--data", data, "-o", output, "--batch", "16",
-            "--steps", "30", "--evaluate-every", "10", "--no-compare", *more)  # fmt: skip
+    learned("ofasd", "--base", "base", "--sources", "tuned1", "tuned2", "--data", data, "-o", output, "--batch", "16",
+            "--steps", "30", "--evaluate-every", "10", "--controls", "cheap", *more)  # fmt: skip
     return json.loads(Path(output, "report.json").read_text())
 
 
@@ -206,7 +206,7 @@ def test_statistics_are_of_the_tokens_that_count(world: str, labels: str) -> Non
 
 
 def align(data: str, output: str, *more: str) -> dict[str, Any]:
-    learned("align", "--source-base", "base", "--source-model", "tuned1", "--target-base", "tuned2", "--data", data,
+    learned("align", "--source-base", "base", "--source-model", "tuned1", "--base", "tuned2", "--data", data,
             "-o", output, "--steps", "4", "--batch", "16", *more)  # fmt: skip
     return json.loads(Path(output, "report.json").read_text())
 

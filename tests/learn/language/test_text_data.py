@@ -172,8 +172,8 @@ def test_learners_take_the_file_and_its_arrays_alike(models_here: Path) -> None:
     arrays("llama", "texts.jsonl")
     reports = []
     for data in ("texts.jsonl", "arrays.safetensors"):
-        assert main(["ofasd", "--base", "llama", "--clients", "tuned0", "tuned1", "--data", data, "-o", f"of-{data}",
-                     "--steps", "3", "--no-compare", "-q"]) == 0  # fmt: skip
+        assert main(["ofasd", "--base", "llama", "--sources", "tuned0", "tuned1", "--data", data, "-o", f"of-{data}",
+                     "--steps", "3", "--controls", "cheap", "-q"]) == 0  # fmt: skip
         reports.append(json.loads(Path(f"of-{data}/report.json").read_text()))
         assert (
             main(["stats", "llama", "--data", data, "-o", f"{data}.stats.safetensors", "--labels", "given", "-q"]) == 0
@@ -291,6 +291,6 @@ def test_a_teacher_with_another_vocabulary_is_refused(models_here: Path, capsys:
     write_rows([{"text": "the cat"}, {"text": "dog ran"}] * 10)
     shutil.copytree("llama", "other")
     tokenizer(Path("other"), [*WORDS[:6], *reversed(WORDS[6:])])
-    assert main(["ofasd", "--base", "llama", "--clients", "other", "--data", "d.jsonl", "-o", "out"]) == 4
+    assert main(["ofasd", "--base", "llama", "--sources", "other", "--data", "d.jsonl", "-o", "out"]) == 4
     assert "other: its vocabulary is another than that of llama: 12 tokens differ" in capsys.readouterr().err
     assert not Path("out").exists()
