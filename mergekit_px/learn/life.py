@@ -103,13 +103,15 @@ class Run(Generic[S]):
         parts = {part: whole.take(numbers) for part, numbers in rows.items()}
         return parts | {part: self._load(file, model) for part, file in given.items() if isinstance(file, str)}
 
-    def model(self, name: str = "base", code: str = "model") -> LearningModel:
-        """A model with its forward pass, on the device, with nothing that learns."""
+    def model(self, name: str = "base", code: str = "model", *, learns: bool = False) -> LearningModel:
+        """A model with its forward pass, on the device, in evaluation mode; and its gradients if it learns."""
         from mergekit_px.learn.models import load_model
 
         factory = getattr(self.settings, code)
         model = load_model(self.checkpoint(name), factory, allow_code=self.settings.allow_code)
-        model.module.to(self.device).eval().requires_grad_(False)
+        model.module.to(self.device).eval()
+        if not learns:
+            model.module.requires_grad_(False)
         return model
 
     def report(self, report: Report) -> Report:

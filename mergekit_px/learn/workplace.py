@@ -72,9 +72,11 @@ class Workplace:
             WriteError: the disk refuses.
         """
         try:
-            files = {name: _published(self.stage / name) for name in self.staged()}
+            names = self.staged()
+            own = [name for name in names if self.place.file in (None, name)]
+            files = {name: _published(self.stage / name) for name in own}
             (self.stage / self.place.lock_file).write_bytes(folder_lock(files))
-            names = [*files, self.place.lock_file]
+            names.append(self.place.lock_file)
             put_in_place(self.output, {name: self.stage / name for name in names}, self.replaces)
         except OSError as error:
             raise WriteError(f"the disk refused: {error.strerror or error}", where=str(self.output)) from error
@@ -121,8 +123,11 @@ def workplace(output: Path, mode: Mode, identity: str, *, is_file: bool, continu
         OutputLockedError: another process works there.
     """
     place = _place(output, is_file=is_file)
-    finished = mode == "resume" and continues and (output / place.lock_file).exists() and not place.state.exists()
-    mode = "overwrite" if finished else mode
+    if continues and (output / place.lock_file).exists() and not place.state.exists():
+        if mode == "new":
+            hint = "go on with --resume, or start over with --overwrite"
+            raise OutputError("a finished run is there", where=str(output), hint=hint)
+        mode = "overwrite"
     made = not place.folder.exists()
     try:
         if not place.state.exists():

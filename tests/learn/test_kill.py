@@ -275,7 +275,7 @@ def test_what_a_killed_search_kept_is_not_taken_for_another(world: World, launch
     passes = whole("search")[1]["forward"]
     folder = world.root / "other"
     assert launch(folder, words, f"forward:{passes // 2}") == -signal.SIGKILL
-    assert (folder / "out" / "kept").exists()
+    assert (folder / "out" / ".pxmerge" / "learned" / "kept").exists()
     changed = [word.replace("recipe.yaml", "changed.yaml") for word in words]
     recipe = (world.root / "recipe.yaml").read_text()
     (world.root / "changed.yaml").write_text(recipe.replace("{a: 0.3, b: 0.3}", "{a: -2, b: -2}"))

@@ -178,7 +178,7 @@ def test_golden_section_by_a_command(made: Path, capsys: pytest.CaptureFixture[s
     assert load_file(out / "model" / "model.safetensors")["w"][1] == pytest.approx(best)
     assert str(best) in (out / "model" / "pxmerge.yaml").read_text()
     assert calls(made) == report["trials"] == len((out / "trials.jsonl").read_text().splitlines()) - 1
-    assert sorted(one.name for one in out.iterdir()) == ["model", "report.json", "trials.jsonl"]
+    assert sorted(one.name for one in out.iterdir()) == ["model", "pxmerge.lock.json", "report.json", "trials.jsonl"]
 
 
 def test_a_resumed_search_tries_nothing_twice_and_ends_the_same(made: Path, capsys) -> None:
@@ -323,7 +323,7 @@ def test_a_test_file_is_only_for_the_result(made: Path) -> None:
     report = json.loads((made / "out" / "report.json").read_text())
     assert report["best"]["values"] == {ONE: 0.3}
     assert report["scores"]["best"]["validation"] > 98 and report["scores"]["best"]["test"] < 5
-    assert str(made / "test.npz") in report["inputs"]
+    assert report["inputs"]["test"][0]["reference"] == str(made / "test.npz")
 
 
 @pytest.mark.parametrize("how", ["coordinate", "cma"])
@@ -342,7 +342,7 @@ def test_two_values_by_a_command(made: Path, how: str) -> None:
     report = json.loads((made / "out" / "report.json").read_text())
     best = report["best"]["values"]
     assert abs(best["merge.sources.zero"] + best[ONE] - 0.6) < 0.15 and abs(best[ONE] - 0.3) < 0.15
-    assert report["strategy"] == how and report["trials"] <= 61
+    assert report["settings"]["how"] == how and report["trials"] <= 61
 
 
 def test_trials_keep_to_the_memory_of_a_streamed_merge(made: Path, monkeypatch, capsys) -> None:

@@ -13,12 +13,15 @@ from torch import nn
 
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.cli import main
-from mergekit_px.cli._learning import told
 from mergekit_px.cli._output import Output
+from mergekit_px.cli.learner import told
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.data import examples
+from mergekit_px.learn.life import run_learner
 from mergekit_px.learn.models import LearningModel, load_model
-from mergekit_px.learn.stats import Labels, fisher_information, gram_matrices, run, sums
+from mergekit_px.learn.stats import run, sums
+from mergekit_px.learn.stats.fisher import Labels, fisher_information
+from mergekit_px.learn.stats.gram import gram_matrices
 from mergekit_px.testing import write_checkpoint
 
 CODE = """
@@ -173,12 +176,17 @@ def test_the_file_merges(made: Made, tmp_path: Path, capsys: pytest.CaptureFixtu
     output = tmp_path / "statistics.safetensors"
     assert command(made, output) == 0
     assert capsys.readouterr().out == f"{output}\n"
+    assert main(["verify", str(output), "-q"]) == 0
     found = load_file(output)
     torch.testing.assert_close(
         found["last.weight.fisher"], fisher_information(loaded(made), data_of(arrays()))["last.weight"]
     )
     report = json.loads(output.with_suffix(".json").read_text())
-    assert report["examples"] == 10 and len(report["data_sha256"]) == 64 and report["options"]["seed"] == 0
+    assert (
+        report["examples"] == 10
+        and len(report["inputs"]["data"][0]["sha256"]) == 64
+        and report["settings"]["seed"] == 0
+    )
     x = arrays()["x"]
     assert report["gram_trace"]["first.weight"] == pytest.approx((x**2).sum() / 10, rel=1e-5)
     twice = [made[1], made[1], output, output]
@@ -204,7 +212,7 @@ def test_bfloat16_is_for_passes_alone(made: Made, tmp_path: Path) -> None:
     files = {name: tmp_path / f"{name}.safetensors" for name in ("float32", "bfloat16")}
     for precision, output in files.items():
         assert command(made, output, "--precision", precision, "-q") == 0
-        assert json.loads(output.with_suffix(".json").read_text())["options"]["precision"] == precision
+        assert json.loads(output.with_suffix(".json").read_text())["settings"]["precision"] == precision
     single, half = (load_file(path) for path in files.values())
     for name, tensor in half.items():
         assert tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
@@ -241,7 +249,7 @@ def test_resumed_is_uninterrupted(made: Made, tmp_path: Path, monkeypatch, capsy
     assert command(made, halved, *words, "--resume") == 0
     assert halved.read_bytes() == whole.read_bytes()
     assert halved.with_suffix(".json").read_bytes() == whole.with_suffix(".json").read_bytes()
-    assert not halved.with_suffix(".unfinished.safetensors").exists()
+    assert not (tmp_path / ".halved.pxmerge").exists()
     assert command(made, halved, *words, "--resume") == 4 and "no unfinished run" in capsys.readouterr().err
 
 
@@ -268,18 +276,16 @@ def test_bad_input(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_values_are_no_classes(made: Made, tmp_path: Path) -> None:
-    from mergekit_px.learn.stats import StatsOptions, measure
-
     np.savez(made[2], x=arrays()["x"], labels=np.linspace(0, 1, 10, dtype=np.float32))
-    options = StatsOptions(factory=f"{made[0]}:small", allow_code=True)
+    code = {"model": f"{made[0]}:small", "allow_code": True}
     with pytest.raises(InputError, match="taken for classes"):
-        measure(str(made[1]), made[2], tmp_path / "out.safetensors", options, lambda what, done, total: None)
+        run_learner("stats", checkpoint=made[1], data=made[2], output=tmp_path / "out.safetensors", **code)
 
 
 def test_progress_is_told_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
     tell = told(Output("human"), clock=lambda: now[0])
-    for done, seconds in enumerate((1.0, 4.9, 5.0, 6.0, 9.9, 10.0)):
+    for done, seconds in enumerate((1.0, 9.9, 10.0, 11.0, 19.9, 20.0)):
         now[0] = seconds
         tell("examples", done, 6)
     assert capsys.readouterr().err == "examples: 2 of 6\nexamples: 5 of 6\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -25,11 +25,7 @@ from mergekit_px.learn.declare import (
     Seed,
     Table,
     TextSettings,
-    learner,
 )
-
-if TYPE_CHECKING:
-    from mergekit_px.learn.life import Run
 
 Unit = Literal["heads", "mlp", "residual"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -210,24 +206,3 @@ def _about_permutations(found: dict[str, Any]) -> Iterable[Note]:
         yield Note("the matching had not settled when it was stopped; give it more --rounds", warning=True)
     for block, reason in found["left_alone"].items():
         yield Note(f"{block.rstrip('.') or 'the model'} keeps its order: {reason}")
-
-
-@learner(AlignTask, AlignReport, output="aligned")
-def align(run: Run[AlignTask]) -> AlignReport:
-    """Transport a task vector to another model, by rotations learned from a few examples (arXiv 2505.12021).
-
-    The result is a task vector for the base, the model that it makes, the rotations or permutations, and a
-    report that holds the controls: the base without it, the task vector as it is, a random one of the same
-    norms, and few-shot fine-tunes on the same examples. Read it before the model: where two models are unrelated,
-    rotations are only another way to fine-tune.
-
-    \b
-    Examples:
-      pxmerge align --source-base ./a --source-model ./a-ft --base ./b --data few.npz -o aligned
-      pxmerge align --task-vector ./tau --base ./b --data few.npz --route gradfix
-      pxmerge align --source-base ./a --source-model ./a-ft --base ./b --route permutation
-      pxmerge align --task-vector ./tau2 --base ./b --maps ./aligned -o other
-    """
-    from mergekit_px.learn.align.run import fit
-
-    return fit(run)

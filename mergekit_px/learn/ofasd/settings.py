@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -26,11 +26,7 @@ from mergekit_px.learn.declare import (
     Sources,
     Table,
     TextSettings,
-    learner,
 )
-
-if TYPE_CHECKING:
-    from mergekit_px.learn.life import Run
 
 Objective = Literal["distill", "cross-entropy", "entropy", "negation"]
 Granularity = Literal["tensor", "layer", "model", "groups", "random"]
@@ -168,23 +164,3 @@ class OfasdReport(Report):
         best = f"best after {self.best_step} of {self.steps} steps"
         yield Note(f"{best}; {self.examples['test']} test examples")
         yield Note(f"to apply them: pxmerge run {self.recipe}")
-
-
-@learner(OfasdSettings, OfasdReport, output="coefficients")
-def ofasd(run: Run[OfasdSettings]) -> OfasdReport:
-    """Learn a coefficient for each source and block of parameters, by distilling the sources' ensemble (OFASD).
-
-    The result is a small file of coefficients, a recipe that applies it, and a report: scores on held-out data beside
-    those of the base, the plain average, one coefficient for each source, and the ensemble itself. Other objectives
-    learn from labels (aTLAS, arXiv 2407.02880), from certainty (AdaMerging, arXiv 2310.02575), or unlearn.
-
-    What is reconstructed rather than published is said in docs/learn-ofasd.md.
-
-    \b
-    Examples:
-      pxmerge ofasd --base ./base --sources ./a ./b ./c --data proxy.jsonl -o coefficients
-      pxmerge run coefficients/recipe.yaml -o ./merged
-    """
-    from mergekit_px.learn.ofasd.run import fit
-
-    return fit(run)

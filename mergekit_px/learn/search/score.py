@@ -9,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.errors import InputNotFoundError, RunError, UsageError
-from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.data import Examples, split_rows
-from mergekit_px.learn.data_files import data_sha256, load_data, needs_model
+from mergekit_px.learn.data_files import load_data, needs_model
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import find_checkpoint, load_model
-from mergekit_px.learn.text_data import TextOptions
+from mergekit_px.learn.search.settings import SearchSettings
 from mergekit_px.learn.tune.training import evaluate
 
 Score = Callable[[Path], float]
@@ -70,36 +71,14 @@ class DataScore:
     """Scores on examples; those for the choice and those for the test are kept apart.
 
     Texts are read when the first model is there, by the tokenizer that came along with it.
-
-    Args:
-        data: a file or folder.
-        test: a share of it, or another file; 0 for none.
     """
 
-    def __init__(
-        self,
-        data: str,
-        test: float | str,
-        *,
-        text: TextOptions,
-        factory: str | None,
-        allow_code: bool,
-        device: str,
-        batch: int,
-        seed: int,
-    ) -> None:
-        self._data, self._test, self._text, self._seed = data, test, text, seed
-        self._factory, self._allow_code = factory, allow_code
-        self._place, self._batch = pick_device(device), batch
+    def __init__(self, settings: SearchSettings, device: torch.device) -> None:
+        self._settings, self._device = settings, device
         self._parts: dict[str, Examples] = {}
-        paths = [data, *([test] if isinstance(test, str) else [])]
-        self.inputs = {path: data_sha256(path) for path in paths if Path(path).expanduser().exists()}
+        paths = [path for path in (settings.data, settings.test) if isinstance(path, str)]
         if any(not needs_model(path) for path in paths):
             self._read(None)
-
-    @property
-    def has_test(self) -> bool:
-        return self._test != 0
 
     def score(self, part: Literal["validation", "test"]) -> Score:
         """Percent of right labels where an example has one; else the negative loss: of tokens, or of values."""
@@ -108,10 +87,11 @@ class DataScore:
             checkpoint = find_checkpoint(str(folder))
             if not self._parts:
                 self._read(checkpoint)
-            model = load_model(checkpoint, self._factory, allow_code=self._allow_code)
-            model.module.to(self._place).eval().requires_grad_(False)
-            read, reading = read_labels(model.module, self._parts[part], self._place)
-            found = evaluate(model.module, read, self._batch, self._place, own_loss=reading.own_loss)
+            settings = self._settings
+            model = load_model(checkpoint, settings.model, allow_code=settings.allow_code)
+            model.module.to(self._device).eval().requires_grad_(False)
+            read, reading = read_labels(model.module, self._parts[part], self._device)
+            found = evaluate(model.module, read, settings.batch, self._device, own_loss=reading.own_loss)
             if not math.isfinite(found["loss"]):
                 return math.nan
             return found["accuracy"] if reading.kind == "examples" else -found["loss"]
@@ -119,11 +99,11 @@ class DataScore:
         return score
 
     def _read(self, model: Checkpoint | None) -> None:
-        whole = load_data(self._data, model, self._text)
-        if isinstance(self._test, str):
-            self._parts = {"validation": whole, "test": load_data(self._test, model, self._text)}
-        elif self._test > 0:
-            rows = split_rows(len(whole), {"test": self._test}, self._seed, self._data)
+        settings, data = self._settings, str(self._settings.data)
+        whole = load_data(data, model, settings.text)
+        self._parts = {"validation": whole}
+        if isinstance(settings.test, str):
+            self._parts["test"] = load_data(settings.test, model, settings.text)
+        elif settings.test > 0:
+            rows = split_rows(len(whole), {"test": settings.test}, settings.seed, data)
             self._parts = {"validation": whole.take(rows["train"]), "test": whole.take(rows["test"])}
-        else:
-            self._parts = {"validation": whole}

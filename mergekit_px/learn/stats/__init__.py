@@ -4,8 +4,30 @@ They are written as one safetensors file: ``NAME.fisher`` in the shape of tensor
 (m, n) weight NAME of a linear layer. All float32.
 """
 
-from mergekit_px.learn.stats.fisher import Labels, fisher_information
-from mergekit_px.learn.stats.gram import gram_matrices
-from mergekit_px.learn.stats.run import StatsOptions, measure
+from __future__ import annotations
 
-__all__ = ["Labels", "StatsOptions", "fisher_information", "gram_matrices", "measure"]
+from typing import TYPE_CHECKING
+
+from mergekit_px.learn.declare import learner
+from mergekit_px.learn.stats.settings import StatsReport, StatsSettings
+
+if TYPE_CHECKING:
+    from mergekit_px.learn.life import Run
+
+
+@learner(StatsSettings, StatsReport, form="file")
+def stats(run: Run[StatsSettings]) -> StatsReport:
+    """Measure Fisher information and Gram matrices of a model on data.
+
+    The file goes to the methods fisher and regmean, after the models and in their order. A report with hashes, seed
+    and sums stands beside it with the suffix .json.
+
+    \b
+    Examples:
+      pxmerge stats ./math --data math.npz -o math-statistics.safetensors
+      pxmerge stats ./math --data math.jsonl -o math-statistics.safetensors --what fisher --labels sampled
+      pxmerge fisher --sources ./math ./code math-statistics.safetensors code-statistics.safetensors
+    """
+    from mergekit_px.learn.stats.run import fit
+
+    return fit(run)

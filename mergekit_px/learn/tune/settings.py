@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -22,11 +22,7 @@ from mergekit_px.learn.declare import (
     Seed,
     Table,
     TextSettings,
-    learner,
 )
-
-if TYPE_CHECKING:
-    from mergekit_px.learn.life import Run
 
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -89,22 +85,3 @@ class TuneReport(Report):
         if self.selected_step == 0:
             yield Note("no step made the validation score better: the components are kept as they came")
         yield Note(f"{self.trained_values} values trained, chosen after step {self.selected_step}")
-
-
-@learner(TuneSettings, TuneReport, output="tuned")
-def tune(run: Run[TuneSettings]) -> TuneReport:
-    """Train the singular values of a merged update on labelled data (stage 2 of AXIS, arXiv 2508.19353).
-
-    The vectors stay as they are, so a handful of numbers for each matrix is trained, at a cost that does not depend
-    on how many models were merged. Values are chosen on validation data; the report has base, components as they
-    came, and tuned ones side by side, on test data too.
-
-    \b
-    Examples:
-      pxmerge tune components.safetensors --base ./base --data target.npz -o ./tuned
-      pxmerge tune components.safetensors --base ./base --data target.jsonl --top 32 --core --overwrite
-      pxmerge tune components.safetensors --base ./base --data target.npz -o ./tuned --resume
-    """
-    from mergekit_px.learn.tune.run import fit
-
-    return fit(run)
