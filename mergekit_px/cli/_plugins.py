@@ -1,4 +1,4 @@
-"""``--plugin FILE.py``: merge methods of a file, for this one command line."""
+"""``--plugin FILE.py``: merge methods and learners of a file, for this one command line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ALLOW = "--allow-code"
 def load_plugins(words: Sequence[str]) -> list[str]:
     """Import the files that a command line names, and return its other words.
 
-    This comes before the words are parsed, since a plug-in's methods are commands themselves.
+    This comes before the words are parsed, since what a plug-in declares are commands themselves.
 
     Raises:
-        UsageError: no ``--allow-code``, no file, or a file that raises or declares no method.
+        UsageError: no ``--allow-code``, no file, or a file that raises or declares nothing.
         InputNotFoundError: no such file.
     """
     rest: list[str] = []
@@ -48,13 +48,22 @@ def load_plugins(words: Sequence[str]) -> list[str]:
 
 
 def _load(file: str) -> None:
-    from mergekit_px.methods import load_methods
     from mergekit_px.user_code import import_file
 
     if not file.endswith(".py"):
         raise UsageError(f"{_FLAG} takes a Python file, not '{file}'", hint=f"write {_FLAG} my_method.py")
-    before = load_methods().keys()
+    before = _declared()
     module = import_file(Path(file).expanduser())
-    declared = [name for name, method in load_methods().items() if method.origin == module.__name__]
-    if not declared and load_methods().keys() == before:
-        raise UsageError("it declares no merge method", where=file, hint="decorate a function with @merge_method")
+    declared = _declared()
+    if declared.keys() == before.keys() and module.__name__ not in declared.values():
+        what = "it declares no merge method and no learner"
+        raise UsageError(what, where=file, hint="decorate a function with @merge_method or @learner")
+
+
+def _declared() -> dict[str, str]:
+    """Where each merge method and learner was declared."""
+    from mergekit_px.learn import load_learners
+    from mergekit_px.methods import load_methods
+
+    methods = {f"method {name}": method.origin for name, method in load_methods().items()}
+    return methods | {f"learner {name}": learner.origin for name, learner in load_learners().items()}

@@ -153,7 +153,9 @@ def _root(
     ] = False,
     plugin: Annotated[
         list[str] | None,
-        typer.Option("--plugin", metavar="FILE.PY", help="Methods of your own, from a file; goes with --allow-code."),
+        typer.Option(
+            "--plugin", metavar="FILE.PY", help="Methods and learners of your own, from a file; goes with --allow-code."
+        ),
     ] = None,
 ) -> None:
     """Options of ``pxmerge`` itself."""

@@ -121,9 +121,15 @@ def learner_command(learner: Learner) -> Callable[..., int]:
     shared = {"json": Json, "quiet": Quiet}
     for name, annotation in shared.items():
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation))
-    command.__doc__ = learner.documentation
+    command.__doc__ = _help(learner.documentation)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
+
+
+def _help(documentation: str) -> str:
+    """A docstring whose paragraphs of indented lines are printed as they are, which \\b before them asks for."""
+    blocks = documentation.split("\n\n")
+    return "\n\n".join(f"\b\n{block}" if "\n  " in block else block for block in blocks)
 
 
 def run_settings(learner: Learner, settings: LearnerSettings, sink: Output) -> Report:

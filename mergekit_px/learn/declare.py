@@ -32,6 +32,32 @@ if TYPE_CHECKING:
     from mergekit_px.checkpoint.destination import Mode
     from mergekit_px.learn.text_data import TextOptions
 
+__all__ = [
+    "DATA_HELP",
+    "Aside",
+    "Base",
+    "Code",
+    "Controls",
+    "Data",
+    "Input",
+    "LabelledSettings",
+    "LearnerSettings",
+    "ModelSettings",
+    "Note",
+    "Option",
+    "Part",
+    "Precision",
+    "Rate",
+    "Report",
+    "Seed",
+    "Share",
+    "Sources",
+    "Table",
+    "TextSettings",
+    "learner",
+]
+"""What a declaration is made of."""
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -176,6 +202,18 @@ class TextSettings(Settings):
                 raise UsageError(f"'{word}' names no column", where="--columns", hint="write text=COLUMN")
             pairs.append((role, column))
         return TextOptions(tuple(pairs), self.max_length, self.tokenizer)
+
+
+class LabelledSettings(TextSettings):
+    """Labelled data in parts: to learn from, to choose by, and for the report."""
+
+    data: Data = Field(description=f"{DATA_HELP}, with labels.")
+    validation: Part = 0.2
+    """What chooses: a share of the data, or a file."""
+    test: Part = 0.2
+    """What is reported and never chosen on: a share of the data, or a file; 0 for none."""
+    seed: Seed = 0
+    """Draws the parts of the data and their order."""
 
 
 class ModelSettings(Settings):

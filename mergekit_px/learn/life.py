@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mergekit_px.checkpoint.contents import Checkpoint
     from mergekit_px.learn.data import Examples
+    from mergekit_px.learn.labels import Reading
     from mergekit_px.learn.models import LearningModel
 
 REPORT_FILE = "report.json"
@@ -113,6 +114,22 @@ class Run(Generic[S]):
         if not learns:
             model.module.requires_grad_(False)
         return model
+
+    def labelled(
+        self, model: LearningModel, parts: Mapping[str, Examples], dtype: torch.dtype | None = None
+    ) -> tuple[dict[str, Examples], Reading]:
+        """Parts of the data with what the labels are compared with, and how they belong to the model's predictions.
+
+        Raises:
+            InputError: data that the model cannot take, or labels that it does not have.
+        """
+        import torch
+
+        from mergekit_px.learn.labels import read_labels
+
+        wanted = dtype or torch.float32
+        read = {name: read_labels(model.module, part, self.device, wanted) for name, part in parts.items()}
+        return {name: part for name, (part, _) in read.items()}, next(iter(read.values()))[1]
 
     def report(self, report: Report) -> Report:
         """Complete a report and write it beside the result."""

@@ -24,7 +24,6 @@ def align(run: Run[AlignTask]) -> AlignReport:
     norms, and few-shot fine-tunes on the same examples. Read it before the model: where two models are unrelated,
     rotations are only another way to fine-tune.
 
-    \b
     Examples:
       pxmerge align --source-base ./a --source-model ./a-ft --base ./b --data few.npz -o aligned
       pxmerge align --task-vector ./tau --base ./b --data few.npz --route gradfix

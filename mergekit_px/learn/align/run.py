@@ -39,7 +39,7 @@ from mergekit_px.learn.align.routes import CONTROLS, Deltas, Trial, norm
 from mergekit_px.learn.align.settings import AlignReport, AlignTask
 from mergekit_px.learn.align.source import read_deltas
 from mergekit_px.learn.data import Batch, Examples, to_device
-from mergekit_px.learn.labels import find_reading, read_labels
+from mergekit_px.learn.labels import find_reading
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.blend import find_sites
@@ -75,9 +75,7 @@ def _with_data(run: Run[AlignTask], parts: dict[str, Examples], metadata: Mappin
     model = run.model()
     sites = find_sites(model)
     dtype = sites[0].base.dtype
-    read = {name: read_labels(model.module, part, device, dtype) for name, part in parts.items()}
-    parts = {name: part for name, (part, _) in read.items()}
-    reading = read["train"][1]
+    parts, reading = run.labelled(model, parts, dtype)
     if reading.kind == "values":
         raise InputError("the labels are values, not classes", where=settings.data, hint="number the classes from 0")
     deltas = read_deltas(run, device, dtype)

@@ -26,7 +26,6 @@ def ofasd(run: Run[OfasdSettings]) -> OfasdReport:
 
     What is reconstructed rather than published is said in docs/learn-ofasd.md.
 
-    \b
     Examples:
       pxmerge ofasd --base ./base --sources ./a ./b ./c --data proxy.jsonl -o coefficients
       pxmerge run coefficients/recipe.yaml -o ./merged

@@ -19,7 +19,6 @@ def search(run: Run[SearchSettings]) -> SearchReport:
     search goes on with --resume. The recipe as written is the first trial. The best is merged into DIR/model, and the
     test, which takes no part in the choice, is reported for it and for the recipe as written.
 
-    \b
     Examples:
       pxmerge search recipe.yaml --over merge.params.t=0:1 --how golden --score "python score.py {}"
       pxmerge search recipe.yaml --over merge.sources.math=0:1:0.25 merge.sources.code=0:1:0.25 --data dev.npz

@@ -22,7 +22,6 @@ def stats(run: Run[StatsSettings]) -> StatsReport:
     The file goes to the methods fisher and regmean, after the models and in their order. A report with hashes, seed
     and sums stands beside it with the suffix .json.
 
-    \b
     Examples:
       pxmerge stats ./math --data math.npz -o math-statistics.safetensors
       pxmerge stats ./math --data math.jsonl -o math-statistics.safetensors --what fisher --labels sampled

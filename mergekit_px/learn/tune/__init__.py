@@ -19,7 +19,6 @@ def tune(run: Run[TuneSettings]) -> TuneReport:
     on how many models were merged. Values are chosen on validation data; the report has base, components as they
     came, and tuned ones side by side, on test data too.
 
-    \b
     Examples:
       pxmerge tune components.safetensors --base ./base --data target.npz -o ./tuned
       pxmerge tune components.safetensors --base ./base --data target.jsonl --top 32 --core --overwrite

@@ -12,7 +12,6 @@ from torch import nn
 from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
 from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import DivergedError, InputError
-from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.output import write_model
 from mergekit_px.learn.tune.components import read_components
@@ -47,9 +46,7 @@ def fit(run: Run[TuneSettings]) -> TuneReport:
             "values are chosen on validation data, and none is left", where=settings.data, hint="--validation 0.2"
         )
     model = run.model()
-    read = {part: read_labels(model.module, held, device) for part, held in parts.items()}
-    parts = {part: held for part, (held, _) in read.items()}
-    reading = read["train"][1]
+    parts, reading = run.labelled(model, parts)
 
     def scored(module: nn.Module) -> dict[str, dict[str, float]]:
         batch = 4 * settings.batch

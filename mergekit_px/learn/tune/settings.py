@@ -8,43 +8,34 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mergekit_px.learn.declare import (
-    DATA_HELP,
     Aside,
     Base,
-    Data,
     Input,
+    LabelledSettings,
     LearnerSettings,
     ModelSettings,
     Note,
     Option,
-    Part,
     Report,
-    Seed,
     Table,
-    TextSettings,
 )
 
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class TuneSettings(LearnerSettings, TextSettings, ModelSettings):
+class TuneSettings(LearnerSettings, LabelledSettings, ModelSettings):
     """The defaults are those that AXIS takes over from aTLAS (arXiv:2407.02880)."""
 
     components: Annotated[str, Input("file"), Option(metavar="COMPONENTS", by_place=True)]
     """A .safetensors file of components."""
     base: Base
     """The model that the update was taken from."""
-    data: Data = Field(description=f"{DATA_HELP}, with labels.")
     top: Annotated[int | None, Field(ge=1), Option(unset="all")] = None
     """Train the N largest values of each matrix."""
     core: bool = False
     """Train a full N x N matrix between the vectors, not its diagonal."""
     match: Annotated[tuple[str, ...], Option(metavar="GLOB...")] = ("*",)
     """The matrices to train, by name."""
-    validation: Part = 0.2
-    """What values are chosen on: a share of the data, or a file."""
-    test: Part = 0.2
-    """What is reported and never chosen on; 0 for none."""
     steps: Annotated[int | None, Field(ge=1), Option(unset="ten passes over the data")] = None
     """Of training."""
     batch: Annotated[int, Field(ge=1)] = 128
@@ -57,8 +48,6 @@ class TuneSettings(LearnerSettings, TextSettings, ModelSettings):
     """Of AdamW, towards the base."""
     clip: Finite = 1.0
     """Largest norm of a gradient."""
-    seed: Seed = 0
-    """Draws the parts of the data and their order."""
     allow_base_mismatch: Annotated[bool, Aside(), Option(panel="Run")] = False
     """Use a base that the update was not taken from."""
 
