@@ -83,7 +83,7 @@ _TABLE = (
     Command("acmap map", LEARNING, "Add a task's class prototypes, and move those of earlier ones.", "acmap_map:map_"),
     Command("acmap classify", LEARNING, "Find the class of the nearest prototype.", "acmap_classify:classify"),
     Command("acmap export", LEARNING, "Write prototypes as a linear head, or a merged adapter.", "acmap_export:export"),
-    Command("transfer", LEARNING, "Train a model on what another one knows (experimental).", "transfer:transfer"),
+    Command("pairs", LEARNING, "List the tensors that a transfer can pair.", "pairs:pairs"),
     Command("data", LEARNING, "Write the arrays that learning would make of texts or images.", "data:data"),
     Command("inspect", INSPECTION, "Show what a checkpoint holds, from its headers.", "inspect:inspect"),
     Command("compare", INSPECTION, "Measure how models differ, tensor by tensor.", "compare:compare"),

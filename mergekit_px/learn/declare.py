@@ -153,6 +153,10 @@ class LearnerSettings(Settings):
     def _paths_as_words(cls, given: Any) -> Any:
         return {name: _as_words(value) for name, value in given.items()} if isinstance(given, Mapping) else given
 
+    def place(self, default: str | None) -> str | None:
+        """Where the result goes: what was asked for, else the learner's default."""
+        return self.output or default
+
     def check(self) -> None:
         """Raise ``UsageError`` for settings that contradict one another."""
 
@@ -277,6 +281,7 @@ class Learner:
         output: the default of ``output``; None where one must be given.
         form: of the output.
         continues: whether a finished output of the same settings may be gone on with.
+        inputs: opens what is read, where fields alone do not name it.
     """
 
     name: str
@@ -286,6 +291,7 @@ class Learner:
     output: str | None
     form: Literal["folder", "file"]
     continues: bool
+    inputs: Callable[[Any], Any] | None
     origin: str
 
     @property
@@ -309,6 +315,7 @@ def learner(
     form: Literal["folder", "file"] = "folder",
     name: str | None = None,
     continues: bool = False,
+    inputs: Callable[[Any], Any] | None = None,
 ) -> Callable[[Callable[[Any], Report]], Learner]:
     """Declare a learner: a function of a `Run` that returns its report. See `Learner` for the arguments.
 
@@ -321,7 +328,7 @@ def learner(
         known = REGISTRY.get(called)
         if known is not None and known.origin != fit.__module__:
             raise ValueError(f"there is a learner '{called}' already, in {known.origin}")
-        REGISTRY[called] = Learner(called, fit, settings, report, output, form, continues, fit.__module__)
+        REGISTRY[called] = Learner(called, fit, settings, report, output, form, continues, inputs, fit.__module__)
         return REGISTRY[called]
 
     return declare

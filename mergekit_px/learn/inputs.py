@@ -73,7 +73,7 @@ def open_inputs(settings: LearnerSettings) -> Inputs:
                 for reference, one in zip(references, prints, strict=True)
             ]
         else:
-            inputs.records[name] = [_file_record(reference, mark.kind) for reference in references]
+            inputs.records[name] = [file_record(reference, mark.kind) for reference in references]
     return inputs
 
 
@@ -83,7 +83,7 @@ def _references(value: Any) -> list[str]:
     return [one for one in value if isinstance(one, str)] if isinstance(value, (list, tuple)) else []
 
 
-def _file_record(reference: str, kind: str) -> InputRecord:
+def file_record(reference: str, kind: str) -> InputRecord:
     """Of data, code or another file. Code that is missing is found out where it is run."""
     if kind == "code":
         file = Path(reference.rpartition(":")[0]).expanduser()

@@ -190,12 +190,12 @@ def live(learner: Learner, settings: LearnerSettings, note: Callable[[str], None
     from mergekit_px.execute.lane import pick_device
 
     mode = settings.mode
-    named = settings.output or learner.output
+    named = settings.place(learner.output)
     if named is None:
         raise UsageError(f"{learner.name} needs an output", hint="name it with -o")
     output = Path(named).expanduser()
     device = pick_device(settings.device)
-    inputs = open_inputs(settings)
+    inputs: Inputs = (learner.inputs or open_inputs)(settings)
     check_apart(output, inputs.places())
     identity = identity_of(learner, settings, inputs, device.type)
     is_file = learner.form == "file"

@@ -122,7 +122,7 @@ def _check_transfer(plan: TransferPlan, transfer: Transfer, path: KeyPath, place
             raise RecipeError(what, where=places.key(("models", name)), hint="add data: examples.npz")
     if complete and not transfer.pairs:
         where = places.key((*path, "pairs"))
-        raise RecipeError("no tensors are paired", where=where, hint="--suggest lists tensors that can be")
+        raise RecipeError("no tensors are paired", where=where, hint="`pxmerge pairs` lists tensors that can be")
     _check_pairs(transfer, path, places)
 
 

@@ -148,7 +148,7 @@ class Transfer(Part):
     receive. ``self``: the source is another tensor of the target."""
     preset: Annotated[str | None, Wanted("the name of a preset")] = None
     pairs: Annotated[list[Pair], Wanted("a list of pairs")] = Field(default_factory=list)
-    """Needed; ``--suggest`` lists what can be paired."""
+    """Needed; ``pxmerge pairs`` lists what can be paired."""
     steps: Count = 1000
     cycle: Annotated[int | None, Field(ge=1), _COUNT] = None
     """Transfer at every so many steps of the target. Default 4."""

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergekit_px._version import __version__
 from mergekit_px.errors import WriteError
 from mergekit_px.learn.transfer.arm import ArmResult, Trial
+from mergekit_px.learn.transfer.settings import TransferReport
+from mergekit_px.learn.transfer.table import NOTE, TITLES, markdown_table
 
-JSON_FILE, TABLE_FILE, PICTURE_FILE = "report.json", "report.md", "report.png"
-REPORT_FILES = (JSON_FILE, TABLE_FILE, PICTURE_FILE)
-
-NOTE = (
-    "Experimental. Values are on test data that no choice was made on. A difference is the mean over seeds of paired"
-    " differences, with their standard deviation and t, the mean over its standard error."
-)
+TABLE_FILE, PICTURE_FILE = "report.md", "report.png"
 
 _T_QUANTILES = (
     *(12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13),
     *(2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04),
 )
 """97.5 % quantiles of Student's t for 1 to 30 degrees of freedom."""
-
-TITLES = {"transfer": "with transfer", "none": "without", "sham": "sham source", "dense": "without, no factors"}
 
 
 @dataclass(frozen=True)
@@ -88,13 +78,12 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
     return found
 
 
-def report_document(common: Mapping[str, Any], all_results: Sequence[Results]) -> dict[str, Any]:
-    """The whole report as plain data."""
+def report_of(seeds: list[int], all_results: Sequence[Results]) -> TransferReport:
+    """The whole report."""
     transfers = {}
     for results in all_results:
         trial, first = results.trial, results.arms["transfer"][0]
         transfers[trial.name] = {
-            "plan_hash": trial.plan_hash,
             "settings": trial.transfer.model_dump(),
             "models": {entrant.name: entrant.settings.model_dump() for entrant in (trial.target, trial.source)},
             "transfers": first.transfers,
@@ -105,75 +94,24 @@ def report_document(common: Mapping[str, Any], all_results: Sequence[Results]) -
             },
             "loss": {arm: runs[0].trace for arm, runs in results.arms.items()},
         }
-    return {
-        "pxmerge_transfer_report": 1,
-        "note": NOTE,
-        **common,
-        "telling_t": telling_t(len(common["seeds"])),
-        "versions": {"pxmerge": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "transfers": transfers,
-    }
+    return TransferReport(note=NOTE, seeds=seeds, telling_t=telling_t(len(seeds)), transfers=transfers)
 
 
-def table_rows(document: Mapping[str, Any]) -> list[list[str]]:
-    """Titles, then a row for each transfer and model; columns that no row fills are left out."""
-    rows = [["transfer", "model", "metric", *TITLES.values(), "transfer - without", "transfer - sham"]]
-    for name, transfer in document["transfers"].items():
-        for one in transfer["comparisons"]:
-            metric = "accuracy %" if one["metric"] == "accuracy" else one["metric"]
-            arms = [_value(one["arms"].get(arm)) for arm in TITLES]
-            differences = [_difference(one["transfer_minus"].get(arm)) for arm in ("none", "sham")]
-            rows.append([name, one["model"], metric, *arms, *differences])
-    kept = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
-    return [[row[column] for column in kept] for row in rows]
-
-
-def explanation(document: Mapping[str, Any]) -> str:
-    """What the numbers of the table are."""
-    count, telling = len(document["seeds"]), document["telling_t"]
-    if telling is None:
-        return f"{NOTE} One seed says nothing of the spread."
-    return f"{NOTE} With {count} seeds, |t| below {telling} shows nothing."
-
-
-def markdown_table(document: Mapping[str, Any]) -> str:
-    """The table and its explanation."""
-    rows = table_rows(document)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:], "", explanation(document)]) + "\n"
-
-
-def _value(arm: Mapping[str, Any] | None) -> str:
-    if arm is None:
-        return ""
-    return f"{arm['mean']:.4g}" + (f" ({arm['sd']:.2g})" if arm["sd"] is not None else "")
-
-
-def _difference(difference: Mapping[str, Any] | None) -> str:
-    if difference is None:
-        return ""
-    spread = f" (sd {difference['sd']:.2g}, t {difference['t']:+.1f})" if difference["t"] is not None else ""
-    return f"{round(difference['mean'], 6):+.3g}{spread}"
-
-
-def write_report(output: Path, common: Mapping[str, Any], all_results: Sequence[Results]) -> dict[str, Any]:
-    """Write table, picture (where matplotlib is installed) and, last, JSON; returns the document.
+def write_report(output: Path, seeds: list[int], all_results: Sequence[Results]) -> TransferReport:
+    """Write table and picture (where matplotlib is installed); returns the report.
 
     Raises:
         WriteError: the disk refuses.
     """
-    document = report_document(common, all_results)
+    report = report_of(seeds, all_results)
+    document = report.model_dump(mode="json")
     try:
         (output / TABLE_FILE).write_text(markdown_table(document), encoding="utf-8")
         if importlib.util.find_spec("matplotlib") is not None:
             write_picture(document, output / PICTURE_FILE)
-        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        (output / JSON_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise WriteError(f"the disk refused: {error.strerror or error}", where=str(output)) from error
-    return document
+    return report
 
 
 def write_picture(document: Mapping[str, Any], path: Path) -> None:

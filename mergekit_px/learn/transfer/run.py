@@ -2,182 +2,135 @@
 
 <output>/<transfer>/target, source    trained models of the first seed (source: modes joint and mutual)
 <output>/<transfer>/last-good         what is left of a run that diverged
-<output>/report.json, .md, .png       the comparison
+<output>/report.md, .png              the comparison
 <output>/plan.yaml                    the plan
-<output>/.transfer/                   states and results of an unfinished run
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.destination import Mode
-from mergekit_px.checkpoint.fingerprint import fingerprint
-from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.index import LARGEST_INDEX
-from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.errors import DivergedError, InputError, UsageError
+from mergekit_px.errors import DivergedError, InputError
 from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.data import Examples
-from mergekit_px.learn.data_files import data_sha256
-from mergekit_px.learn.folder import working_folder
+from mergekit_px.learn.declare import InputRecord
+from mergekit_px.learn.inputs import Inputs, file_record, open_inputs
+from mergekit_px.learn.life import Run
 from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.output import write_model
+from mergekit_px.learn.sources import source_fingerprint
 from mergekit_px.learn.transfer.arm import Arm, ArmResult, Entrant, Kind, Trial
 from mergekit_px.learn.transfer.load import LoadedTransferPlan
 from mergekit_px.learn.transfer.plan import Model, Transfer
 from mergekit_px.learn.transfer.presets import filled_model, filled_transfer
-from mergekit_px.learn.transfer.report import REPORT_FILES, Results, write_report
+from mergekit_px.learn.transfer.report import Results, write_report
+from mergekit_px.learn.transfer.settings import TransferReport, TransferSettings
 from mergekit_px.small_files import read_small_file
 
-UNFINISHED = ".transfer"
 PLAN_FILE = "plan.yaml"
 LAST_GOOD = "last-good"
 
-QUIET_SECONDS = 10.0
-"""A run tells how far it is after so long without a line."""
 
-_HASH_VERSION = 1
+def open_plan(settings: TransferSettings) -> Inputs:
+    """The plan, and what it names: weights by the names of the models, and the files beside them.
 
-
-@dataclass(frozen=True, slots=True)
-class TransferOptions:
-    """How a plan is carried out; what is given here goes before what the plan says."""
-
-    output: Path | None = None
-    seed: int | None = None
-    seeds: int | None = None
-    device: str = "auto"
-    threads: int | None = None
-    mode: Mode = "new"
-    allow_code: bool = False
-    allow_pickle: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TransferOutcome:
-    """A finished plan: its folder, and the report as plain data."""
-
-    output: Path
-    report: Mapping[str, Any]
+    Raises:
+        RecipeError, InputError: a plan that cannot be meant, or an input that cannot be had.
+    """
+    inputs = open_inputs(settings)
+    plan = settings.load().plan
+    used = {name for transfer in plan.transfers.values() for name in (transfer.target, transfer.source) if name}
+    for name, model in plan.models.items():
+        if name in used and model.weights is not None:
+            found = find_checkpoint(model.weights, allow_pickle=settings.allow_pickle)
+            inputs.checkpoints[name] = [found]
+            inputs.records[name] = [InputRecord(reference=model.weights, fingerprint=source_fingerprint(found))]
+        if name in used:
+            inputs.records[f"{name}: files"] = _files(model)
+    return inputs
 
 
-def run_transfers(
-    loaded: LoadedTransferPlan, options: TransferOptions, say: Callable[[str], None] = lambda line: None
-) -> TransferOutcome:
+def _files(model: Model) -> list[InputRecord]:
+    """The data files and the code that a model names; what is missing is found out where it is read."""
+    named = [model.model, model.loss, model.metric]
+    if model.data is not None:
+        named += [one for one in (model.data.train, model.data.validation, model.data.test) if isinstance(one, str)]
+    words = sorted({word for word in named if word is not None})
+    code = [file_record(word, "code") for word in words if ".py:" in word]
+    return [*code, *(file_record(word, "data") for word in words if Path(word).expanduser().exists())]
+
+
+def fit(run: Run[TransferSettings]) -> TransferReport:
     """Carry out a plan.
-
-    Args:
-        say: gets a line for each run that is finished.
 
     Raises:
         UsageError, InputError, PlanError: what is asked cannot be done.
-        OutputError: the output folder is not free, or its unfinished run is another.
         DivergedError: a run diverged; its last good state is kept as a checkpoint.
-        KeyboardInterrupt: passed on; mode ``resume`` goes on from the last saved state.
     """
-    from mergekit_px.execute.lane import pick_device
-
-    plan = loaded.plan
-    output = options.output or Path(plan.output)
-    device = pick_device(options.device)
-    first = plan.seed if options.seed is None else options.seed
-    seeds = [first + number for number in range(plan.seeds if options.seeds is None else options.seeds)]
-    checkpoints = _checkpoints(loaded, options)
-    trials = _trials(loaded, checkpoints, device, options)
-    identity = {"seeds": seeds, "transfers": {trial.name: trial.plan_hash for trial in trials}}
-    with _threads(options.threads), working_folder(output, UNFINISHED, options.mode, identity) as work:
-        for name in (*REPORT_FILES, PLAN_FILE):  # of an earlier run
-            (output / name).unlink(missing_ok=True)
-        results = {trial.name: _run_trial(trial, seeds, output, work, say) for trial in trials}
-        report = {
-            "seeds": seeds,
-            "device": str(device),
-            "inputs": _inputs(loaded, checkpoints),
-        }
-        write_text(output / PLAN_FILE, loaded.text)
-        document = write_report(output, report, [Results(trial, results[trial.name]) for trial in trials])
-        shutil.rmtree(work, ignore_errors=True)
-    return TransferOutcome(output, document)
+    settings, loaded = run.settings, run.settings.load()
+    first = loaded.plan.seed if settings.seed is None else settings.seed
+    seeds = [first + number for number in range(loaded.plan.seeds if settings.seeds is None else settings.seeds)]
+    checkpoints = {name: found[0] for name, found in run.inputs.checkpoints.items()}
+    trials = trials_of(loaded, checkpoints, run.identity, run.device, allow_code=settings.allow_code)
+    with _threads(settings.threads):
+        results = [Results(trial, _run_trial(run, trial, seeds)) for trial in trials]
+    write_text(run.stage / PLAN_FILE, loaded.text)
+    return write_report(run.stage, seeds, results)
 
 
-def _run_trial(
-    trial: Trial, seeds: list[int], output: Path, work: Path, say: Callable[[str], None]
-) -> dict[str, list[ArmResult]]:
+def _run_trial(run: Run[TransferSettings], trial: Trial, seeds: list[int]) -> dict[str, list[ArmResult]]:
     """Arm -> a result for each seed."""
     results: dict[str, list[ArmResult]] = {}
     kinds: list[Kind] = ["transfer", *dict.fromkeys(trial.transfer.controls)]
     for seed in seeds:
         for kind in kinds:
-            is_kept = kind == "transfer" and seed == seeds[0]
-            where = (output / trial.name, work / trial.name)
-            result = _run_arm(trial, kind, seed, *where, _teller(trial, kind, seed, say), is_kept=is_kept)
+            result = _run_arm(run, trial, kind, seed, is_kept=kind == "transfer" and seed == seeds[0])
             results.setdefault(kind, []).append(result)
             score = result.scores["target"]["test"]
-            say(f"{trial.name}, seed {seed}, {kind}: {trial.target.settings.metric} {score:.4g}")
+            run.note(f"{trial.name}, seed {seed}, {kind}: {trial.target.settings.metric} {score:.4g}")
     return results
 
 
-def _teller(trial: Trial, kind: Kind, seed: int, say: Callable[[str], None]) -> Callable[[int, float], None]:
-    """What says how far a run is, now and then."""
-    told = time.monotonic()
-
-    def tell(step: int, loss: float) -> None:
-        nonlocal told
-        if time.monotonic() - told >= QUIET_SECONDS:
-            told = time.monotonic()
-            say(f"{trial.name}, seed {seed}, {kind}: step {step} of {trial.transfer.steps}, loss {loss:.4g}")
-
-    return tell
-
-
-def _run_arm(
-    trial: Trial,
-    kind: Kind,
-    seed: int,
-    output: Path,
-    work: Path,
-    tell: Callable[[int, float], None],
-    *,
-    is_kept: bool,
-) -> ArmResult:
+def _run_arm(run: Run[TransferSettings], trial: Trial, kind: Kind, seed: int, *, is_kept: bool) -> ArmResult:
     """One run, or what is left to do of it."""
+    work = run.work / trial.name
     finished, state = work / f"{seed}-{kind}.json", work / f"{seed}-{kind}.safetensors"
     if finished.exists():
         return _read_result(finished)
     arm = Arm(trial, kind, seed)
+
+    def tell(step: int, loss: float) -> None:
+        run.tell(f"{trial.name}, seed {seed}, {kind}: step", step, trial.transfer.steps, loss)
+
     try:
         result = arm.run(state, tell)
     except DivergedError as error:
-        raise _diverged(error, Arm(trial, kind, seed), state, output) from error
+        raise _diverged(error, Arm(trial, kind, seed), state, run) from error
     if is_kept:
         for role, side in arm.sides.items():
-            write_model(side.model, output / role, trial.plan_hash)
+            write_model(side.model, run.stage / trial.name / role, trial.plan_hash)
     write_text(finished, json.dumps(result.document()))
     state.unlink(missing_ok=True)
     return result
 
 
-def _diverged(error: DivergedError, arm: Arm, state: Path, output: Path) -> DivergedError:
+def _diverged(error: DivergedError, arm: Arm, state: Path, run: Run[TransferSettings]) -> DivergedError:
     """Keep the models of the last good state, or of the start, as checkpoints, and say so."""
     if state.exists():
         arm.restore(state)
+    place = Path(arm.trial.name) / LAST_GOOD
     for role, side in arm.sides.items():
-        write_model(side.model, output / LAST_GOOD / role, arm.trial.plan_hash)
+        write_model(side.model, run.stage / place / role, arm.trial.plan_hash)
     return DivergedError(
         f"{error.what} of the run '{arm.kind}'; the models of step {arm.step} are kept",
-        where=str(output / LAST_GOOD),
+        where=str(run.output / place),
         hint="lower the learning rates or stop_at, and start over with --overwrite",
     )
 
@@ -193,21 +146,15 @@ def _read_result(path: Path) -> ArmResult:
         ) from error
 
 
-def _checkpoints(loaded: LoadedTransferPlan, options: TransferOptions) -> dict[str, Checkpoint | None]:
-    used = {name for transfer in loaded.plan.transfers.values() for name in (transfer.target, transfer.source) if name}
-    return {
-        name: None if model.weights is None else find_checkpoint(model.weights, allow_pickle=options.allow_pickle)
-        for name, model in loaded.plan.models.items()
-        if name in used
-    }
-
-
-def _trials(
+def trials_of(
     loaded: LoadedTransferPlan,
-    checkpoints: Mapping[str, Checkpoint | None],
+    checkpoints: Mapping[str, Checkpoint],
+    identity: str,
     device: torch.device,
-    options: TransferOptions,
+    *,
+    allow_code: bool,
 ) -> list[Trial]:
+    """The transfers of a plan, ready to run."""
     trials = []
     files: dict[tuple[str, str], Examples] = {}
     for name, given in loaded.plan.transfers.items():
@@ -216,8 +163,7 @@ def _trials(
         source = target
         if transfer.source is not None and transfer.mode != "self":
             source = _entrant(loaded, transfer, transfer.source, checkpoints, is_source=True)
-        plan_hash = _plan_hash(transfer, target, source, device)
-        trials.append(Trial(name, transfer, target, source, plan_hash, device, options.allow_code, loaded.where, files))
+        trials.append(Trial(name, transfer, target, source, identity, device, allow_code, loaded.where, files))
     return trials
 
 
@@ -225,68 +171,16 @@ def _entrant(
     loaded: LoadedTransferPlan,
     transfer: Transfer,
     name: str,
-    checkpoints: Mapping[str, Checkpoint | None],
+    checkpoints: Mapping[str, Checkpoint],
     *,
     is_source: bool,
 ) -> Entrant:
-    return Entrant(name, filled_model(loaded.plan.models[name], transfer, is_source=is_source), checkpoints[name])
-
-
-def _plan_hash(transfer: Transfer, target: Entrant, source: Entrant, device: torch.device) -> str:
-    """Names all that the numbers of a run depend on, so that a run goes on only with the same."""
-    document = {
-        "version": _HASH_VERSION,
-        "transfer": transfer.model_dump(),
-        "device": device.type,
-        "entrants": [
-            {
-                "name": entrant.name,
-                "settings": entrant.settings.model_dump(exclude={"weights"}),
-                "weights": _fingerprint(entrant.checkpoint),
-                "files": _file_hashes(entrant.settings),
-            }
-            for entrant in (target, source)
-        ],
-    }
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(checkpoint: Checkpoint | None) -> str | None:
-    if checkpoint is None:
-        return None
-    reader = open_reader(checkpoint)
-    try:
-        return fingerprint(checkpoint, reader)
-    finally:
-        reader.close()
-
-
-def _file_hashes(model: Model) -> dict[str, str]:
-    """sha256 of the data files and of the code that a model names."""
-    named = [model.model, model.loss, model.metric]
-    if model.data is not None:
-        named += [one for one in (model.data.train, model.data.validation, model.data.test) if isinstance(one, str)]
-    paths = {one.rpartition(":")[0] if ".py:" in one else one for one in named if one is not None}
-    return {path: data_sha256(path) for path in sorted(paths) if Path(path).expanduser().exists()}
-
-
-def _inputs(loaded: LoadedTransferPlan, checkpoints: Mapping[str, Checkpoint | None]) -> dict[str, Any]:
-    """What the report says of the inputs."""
-    found = {}
-    for name, checkpoint in checkpoints.items():
-        model = loaded.plan.models[name]
-        weights: dict[str, str] = {}
-        if checkpoint is not None and checkpoint.directory is not None:
-            weights = {file: file_sha256(checkpoint.directory / file) for file in checkpoint.files}
-        found[name] = {"weights": model.weights, "weight_files": weights, "other_files": _file_hashes(model)}
-    return found
+    return Entrant(name, filled_model(loaded.plan.models[name], transfer, is_source=is_source), checkpoints.get(name))
 
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     """So many threads of torch while the block runs."""
-    if count is not None and count < 1:
-        raise UsageError("at least one thread is needed")
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

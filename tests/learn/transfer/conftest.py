@@ -101,12 +101,13 @@ class Place:
     capture: pytest.CaptureFixture[str]
     plan: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, *words: object, code: int | None = 0, write: bool = True) -> Outcome:
-        """``pxmerge transfer plan.yaml --allow-code ...`` on one thread; checks the exit code unless it is None."""
+    def run(self, *words: object, code: int | None = 0, write: bool = True, verb: str = "transfer") -> Outcome:
+        """``pxmerge VERB plan.yaml --allow-code ...`` on one thread; checks the exit code unless it is None."""
         if write:
             Path("plan.yaml").write_text(json.dumps(self.plan))
         self.capture.readouterr()
-        words = ("transfer", "plan.yaml", "--allow-code", "--threads", "1", "-q", *words)
+        threads = ("--threads", "1") if verb == "transfer" else ()
+        words = (verb, "plan.yaml", "--allow-code", *threads, "-q", *words)
         found = main([str(word) for word in words])
         captured = self.capture.readouterr()
         assert code is None or found == code, captured.err

@@ -154,7 +154,7 @@ def test_self_pairs_are_of_two_tensors(tmp_path: Path) -> None:
 def test_pairs_may_be_missing_only_where_they_are_looked_for(tmp_path: Path) -> None:
     text = PLAN[: PLAN.index("  pairs:")]
     load(tmp_path, text, complete=False)
-    with pytest.raises(RecipeError, match="no tensors are paired; --suggest lists tensors that can be"):
+    with pytest.raises(RecipeError, match="no tensors are paired; `pxmerge pairs` lists tensors that can be"):
         load(tmp_path, text)
     models = PLAN[: PLAN.index("transfer:")]
     load(tmp_path, models, complete=False)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mergekit_px.learn.transfer.plan import Adapter, Data, Model, Optimizer, Pair, Transfer, TransferPlan
-from mergekit_px.learn.transfer.report import explanation, markdown_table, summary, table_rows, telling_t, write_picture
+from mergekit_px.learn.transfer.report import summary, telling_t, write_picture
+from mergekit_px.learn.transfer.table import explanation, markdown_table, table_rows
 
 
 def document(seeds: int, *, metric: str = "accuracy") -> dict:

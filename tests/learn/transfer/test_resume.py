@@ -61,14 +61,14 @@ def test_damaged_states_are_not_resumed(place) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 27)
         place.run(code=130)
-    [state] = Path("out/.transfer/transfer").glob("*.safetensors")
+    [state] = Path("out/.pxmerge/learned/transfer").glob("*.safetensors")
     whole = state.read_bytes()
     state.write_bytes(whole[: len(whole) // 2])
     assert str(state) in place.fails("--resume", code=3)
     state.write_bytes(whole.replace(b"pxmerge_training_state", b"pxmerge_training_stat3"))
     assert "not the state of a run that was stopped; start over with --overwrite" in place.fails("--resume", code=3)
     state.write_bytes(whole)
-    [finished] = Path("out/.transfer/transfer").glob("*.json")
+    [finished] = Path("out/.pxmerge/learned/transfer").glob("*.json")
     finished.write_text("{}")
     assert "the result of a finished run cannot be read" in place.fails("--resume", code=3)
 
@@ -78,10 +78,10 @@ def test_folders_that_are_not_free(place) -> None:
     Path("out/mine.txt").write_text("keep")
     assert "the output folder is not empty" in place.fails(code=4)
     assert "there is no unfinished run to resume" in place.fails("--resume", code=4)
-    place.run("--overwrite")
+    assert "mine.txt" in place.fails("--overwrite", code=4)
     assert Path("out/mine.txt").read_text() == "keep"
     assert "give one of them" in place.fails("--resume", "--overwrite")
-    assert "the output is a file" in place.fails("-o", "plan.yaml", code=4)
+    assert "the output is a file" in place.fails("-o", "out/mine.txt", code=4)
 
 
 def test_a_refused_plan_leaves_no_folder(place) -> None:

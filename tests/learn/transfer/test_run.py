@@ -11,7 +11,7 @@ import torch
 
 from mergekit_px.learn.transfer.arm import Arm, Trial
 from mergekit_px.learn.transfer.load import load_transfer_plan
-from mergekit_px.learn.transfer.run import TransferOptions, _checkpoints, _trials
+from mergekit_px.learn.transfer.run import trials_of
 from mergekit_px.learn.transfer.side import Side
 
 
@@ -19,8 +19,7 @@ def trial_of(place) -> Trial:
     """The single transfer of a place's plan, ready to run."""
     Path("plan.yaml").write_text(json.dumps(place.plan))
     loaded = load_transfer_plan("plan.yaml")
-    options = TransferOptions(allow_code=True)
-    return _trials(loaded, _checkpoints(loaded, options), torch.device("cpu"), options)[0]
+    return trials_of(loaded, {}, "identity", torch.device("cpu"), allow_code=True)[0]
 
 
 # What comes out
@@ -42,15 +41,16 @@ def test_the_output_is_the_model_and_nothing_else(place, files) -> None:
     assert Path("out/transfer/target/config.json").read_bytes() == (folder / "config.json").read_bytes()
     assert set(files("out")) == {
         "plan.yaml",
+        "pxmerge.lock.json",
         "report.json",
         "report.md",
         *(f"transfer/target/{name}" for name in files("out/transfer/target")),
         *(f"transfer/source/{name}" for name in files("out/transfer/source")),
     }
     report = place.report()
-    assert json.loads(outcome.stdout) == report
-    assert report["inputs"]["kernels"]["weights"] == str(folder)
-    assert set(report["inputs"]["wide"]["other_files"]) == {"nets.py", "short.npz"}
+    assert json.loads(outcome.stdout) == {"output": "out", **report}
+    assert report["inputs"]["kernels"][0]["reference"] == str(folder)
+    assert [one["reference"] for one in report["inputs"]["wide: files"]] == ["nets.py:wide", "short.npz"]
 
 
 def test_the_report_compares_over_seeds(place) -> None:

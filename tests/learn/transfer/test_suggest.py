@@ -9,7 +9,7 @@ def test_suggestions_come_from_headers(place) -> None:
     folder = place.checkpoint("big", "wide", torch.bfloat16)
     place.plan["models"] = {"wide": {"weights": str(folder)}, "kernels": {"model": "nets.py:kernels"}}
     place.plan.pop("transfer")
-    found = json.loads(place.run("--suggest", "--json").stdout)
+    found = json.loads(place.run("--json", verb="pairs").stdout)
     assert found["kernels"] == [
         {"name": "conv.weight", "shape": [4, 1, 3, 3], "matrix": [4, 9], "rank": 1},
         {"name": "deep.weight", "shape": [6, 4, 3, 3], "matrix": [6, 36], "rank": 1},
