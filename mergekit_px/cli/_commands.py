@@ -80,8 +80,6 @@ _TABLE = (
     Command("adapter convert", ADAPTERS, "Write an adapter in another format.", "adapter_convert:convert"),
     Command("adapter inspect", ADAPTERS, "Show what an adapter holds and whether it fits.", "adapter_inspect:inspect"),
     Command("acmap merge", ADAPTERS, "Keep the running mean of the adapters of many tasks.", "acmap_merge:merge"),
-    Command("acmap map", LEARNING, "Add a task's class prototypes, and move those of earlier ones.", "acmap_map:map_"),
-    Command("acmap classify", LEARNING, "Find the class of the nearest prototype.", "acmap_classify:classify"),
     Command("acmap export", LEARNING, "Write prototypes as a linear head, or a merged adapter.", "acmap_export:export"),
     Command("pairs", LEARNING, "List the tensors that a transfer can pair.", "pairs:pairs"),
     Command("data", LEARNING, "Write the arrays that learning would make of texts or images.", "data:data"),

@@ -9,9 +9,9 @@ import typer
 
 from mergekit_px.cli._options import Json, Quiet
 from mergekit_px.cli._output import output_for
-from mergekit_px.cli.acmap_options import StateFile
 from mergekit_px.errors import UsageError
 
+StateFile = Annotated[Path, typer.Option("--state", metavar="FILE", help="The state that `acmap merge` keeps.")]
 Result = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.")]
 AdapterOf = Annotated[
     int | None, typer.Option("--adapter", metavar="T", min=1, help="Write the merged adapter of T tasks instead.")

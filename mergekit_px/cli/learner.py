@@ -19,7 +19,7 @@ from mergekit_px.cli._parameters import choice
 from mergekit_px.cli._prose import plain
 from mergekit_px.cli._units import show_seconds
 from mergekit_px.declare.fields import Schema, bounds_of, fields, forms, in_words
-from mergekit_px.learn.declare import Learner, LearnerSettings, Note, Option, Report, Table, make_settings
+from mergekit_px.learn.declare import Learner, Line, Note, Option, Report, RunSettings, Table, make_settings
 
 INTERVAL = 10.0
 """Seconds between two lines of progress."""
@@ -98,7 +98,7 @@ def setting_options(learner: Learner) -> list[SettingOption]:
         field = settings.model_fields[name]
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         required = field.is_required()
-        if name == "output":
+        if name == "output" and learner.form != "state":
             default, required = learner.output, learner.output is None
         found.append(SettingOption(name, schemas[name], marks.get(name, Option()), required, default))
     return found
@@ -132,7 +132,7 @@ def _help(documentation: str) -> str:
     return "\n\n".join(f"\b\n{block}" if "\n  " in block else block for block in blocks)
 
 
-def run_settings(learner: Learner, settings: LearnerSettings, sink: Output) -> Report:
+def run_settings(learner: Learner, settings: RunSettings, sink: Output) -> Report:
     """Run a learner, and show what came of it."""
     from mergekit_px.learn.life import live
 
@@ -140,17 +140,22 @@ def run_settings(learner: Learner, settings: LearnerSettings, sink: Output) -> R
     with resumable():
         learned = live(learner, settings, sink.note, told(sink))
     show(learned.report.shown(), sink)
-    sink.note(f"{show_seconds(time.monotonic() - began)}")
-    sink.document({"output": str(learned.output), **learned.report.model_dump(mode="json")})
-    sink.text(str(learned.output))
+    if learner.form != "state":
+        sink.note(show_seconds(time.monotonic() - began))
+    output = None if learned.output is None else str(learned.output)
+    sink.document({"output": output, **learned.report.model_dump(mode="json")})
+    if output is not None:
+        sink.text(output)
     return learned.report
 
 
-def show(parts: Iterable[Table | Note], sink: Output) -> None:
-    """Tables on stdout, notes and warnings on stderr."""
+def show(parts: Iterable[Table | Note | Line], sink: Output) -> None:
+    """Tables and lines on stdout, notes and warnings on stderr."""
     for part in parts:
         if isinstance(part, Note):
             (sink.warning if part.warning else sink.note)(part.text)
+        elif isinstance(part, Line):
+            sink.text(part.text)
         else:
             columns = [
                 Column(title, "left" if place < part.texts else "right") for place, title in enumerate(part.titles)

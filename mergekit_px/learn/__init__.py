@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.declare import REGISTRY, Learner
 
-BUILT_IN = ("align", "ofasd", "tune", "search", "stats", "transfer")
+BUILT_IN = ("align", "ofasd", "tune", "search", "stats", "transfer", "acmap")
 """Where the learners of this package are declared, in the order in which they are listed."""
 
 

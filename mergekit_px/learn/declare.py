@@ -42,6 +42,7 @@ __all__ = [
     "Input",
     "LabelledSettings",
     "LearnerSettings",
+    "Line",
     "ModelSettings",
     "Note",
     "Option",
@@ -49,6 +50,7 @@ __all__ = [
     "Precision",
     "Rate",
     "Report",
+    "RunSettings",
     "Seed",
     "Share",
     "Sources",
@@ -121,6 +123,8 @@ Seed = Annotated[int, Field(ge=0)]
 Controls = Literal["none", "cheap", "all"]
 """What a result is compared with: nothing, what trains nothing, or all."""
 Precision = Literal["float32", "bfloat16"]
+Form = Literal["folder", "file", "state"]
+"""Of an output: a folder, one .safetensors file with a report beside it, or a state that the learner keeps itself."""
 
 DATA_HELP = "Texts (.jsonl, .csv, .parquet), a folder of images by class, or arrays (.npz, .safetensors)"
 """What ``--data`` takes, to which a learner adds what it needs of them."""
@@ -132,15 +136,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
 
 
-class LearnerSettings(Settings):
-    """What every learner can be told."""
+class RunSettings(Settings):
+    """What every run can be told."""
 
-    output: Annotated[str | None, Aside(), Option(metavar="PATH", panel="Output")] = None
-    """Where the result goes."""
-    overwrite: Annotated[bool, Aside(), Option(panel="Output")] = False
-    """Replace a result of before."""
-    resume: Annotated[bool, Aside(), Option(panel="Run")] = False
-    """Go on with an interrupted run of the output."""
     device: Annotated[str, Aside(), Option(metavar="NAME", panel="Run")] = "auto"
     """auto, cpu, cuda or cuda:1."""
     allow_code: Annotated[bool, Aside(), Option(panel="Run")] = False
@@ -155,17 +153,10 @@ class LearnerSettings(Settings):
 
     def place(self, default: str | None) -> str | None:
         """Where the result goes: what was asked for, else the learner's default."""
-        return self.output or default
+        return default
 
     def check(self) -> None:
         """Raise ``UsageError`` for settings that contradict one another."""
-
-    @property
-    def mode(self) -> Mode:
-        """What becomes of what is in the output. Raises ``UsageError`` for a contradiction."""
-        if self.resume and self.overwrite:
-            raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
-        return "resume" if self.resume else "overwrite" if self.overwrite else "new"
 
     @classmethod
     def marked(cls, kind: type[Any]) -> dict[str, Any]:
@@ -176,6 +167,27 @@ class LearnerSettings(Settings):
     def plain(self) -> dict[str, Any]:
         """All that the result depends on, as plain data."""
         return self.model_dump(mode="json", exclude=set(self.marked(Aside)))
+
+
+class LearnerSettings(RunSettings):
+    """What every learner with an output of its own can be told."""
+
+    output: Annotated[str | None, Aside(), Option(metavar="PATH", panel="Output")] = None
+    """Where the result goes."""
+    overwrite: Annotated[bool, Aside(), Option(panel="Output")] = False
+    """Replace a result of before."""
+    resume: Annotated[bool, Aside(), Option(panel="Run")] = False
+    """Go on with an interrupted run of the output."""
+
+    def place(self, default: str | None) -> str | None:
+        return self.output or default
+
+    @property
+    def mode(self) -> Mode:
+        """What becomes of what is in the output. Raises ``UsageError`` for a contradiction."""
+        if self.resume and self.overwrite:
+            raise UsageError("--resume keeps what is there and --overwrite removes it", hint="give one of them")
+        return "resume" if self.resume else "overwrite" if self.overwrite else "new"
 
 
 def _as_words(value: Any) -> Any:
@@ -246,6 +258,13 @@ class Note:
     warning: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of data on stdout."""
+
+    text: str
+
+
 class InputRecord(BaseModel):
     """What was read: as it was named, and what it held."""
 
@@ -267,7 +286,7 @@ class Report(BaseModel):
     device: str = ""
     versions: dict[str, str] = {}
 
-    def shown(self) -> Iterable[Table | Note]:
+    def shown(self) -> Iterable[Table | Note | Line]:
         """What people are told; programs get the document."""
         return ()
 
@@ -286,10 +305,10 @@ class Learner:
 
     name: str
     fit: Callable[[Any], Report]
-    settings: type[LearnerSettings]
+    settings: type[RunSettings]
     report: type[Report]
     output: str | None
-    form: Literal["folder", "file"]
+    form: Form
     continues: bool
     inputs: Callable[[Any], Any] | None
     origin: str
@@ -308,11 +327,11 @@ REGISTRY: dict[str, Learner] = {}
 
 
 def learner(
-    settings: type[LearnerSettings],
+    settings: type[RunSettings],
     report: type[Report],
     *,
     output: str | None = None,
-    form: Literal["folder", "file"] = "folder",
+    form: Form = "folder",
     name: str | None = None,
     continues: bool = False,
     inputs: Callable[[Any], Any] | None = None,
@@ -336,7 +355,7 @@ def learner(
 
 def make_settings(
     declared: Learner, given: Mapping[str, Any], spelled: Callable[[str], str] = lambda name: name
-) -> LearnerSettings:
+) -> RunSettings:
     """The settings of a learner from what was given.
 
     Args:

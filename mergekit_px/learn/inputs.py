@@ -10,7 +10,7 @@ from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.errors import InputNotFoundError
 from mergekit_px.learn.data_files import data_sha256
-from mergekit_px.learn.declare import Input, InputRecord, LearnerSettings
+from mergekit_px.learn.declare import Input, InputRecord, RunSettings
 from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.sources import find_source, source_fingerprint, stored_source
 
@@ -45,7 +45,7 @@ class Inputs:
         return self.records
 
 
-def open_inputs(settings: LearnerSettings) -> Inputs:
+def open_inputs(settings: RunSettings) -> Inputs:
     """Open what settings name, by headers, models before their sources.
 
     Raises:

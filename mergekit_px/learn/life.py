@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -19,7 +20,7 @@ from mergekit_px.checkpoint.destination import check_apart
 from mergekit_px.errors import DivergedError, UsageError
 from mergekit_px.learn import find_learner
 from mergekit_px.learn.artefact import write_json
-from mergekit_px.learn.declare import Input, Learner, LearnerSettings, Report, make_settings
+from mergekit_px.learn.declare import Input, Learner, LearnerSettings, Report, RunSettings, make_settings
 from mergekit_px.learn.inputs import Inputs, open_inputs
 from mergekit_px.learn.workplace import workplace
 
@@ -35,7 +36,7 @@ REPORT_FILE = "report.json"
 
 _IDENTITY_VERSION = 1
 
-S = TypeVar("S", bound=LearnerSettings)
+S = TypeVar("S", bound=RunSettings)
 
 
 class Tell(Protocol):
@@ -70,7 +71,6 @@ class Run(Generic[S]):
     inputs: Inputs
     note: Callable[[str], None]
     tell: Tell
-    _reported: bool = field(default=False, init=False)
 
     def checkpoint(self, name: str) -> Checkpoint:
         """The model that a setting names."""
@@ -131,11 +131,11 @@ class Run(Generic[S]):
         read = {name: read_labels(model.module, part, self.device, wanted) for name, part in parts.items()}
         return {name: part for name, (part, _) in read.items()}, next(iter(read.values()))[1]
 
-    def report(self, report: Report) -> Report:
-        """Complete a report and write it beside the result."""
+    def completed(self, report: Report) -> Report:
+        """A report with what every report says."""
         from importlib.metadata import version
 
-        completed = report.model_copy(
+        return report.model_copy(
             update={
                 "settings": self.settings.plain(),
                 "inputs": self.inputs.finished(),
@@ -143,10 +143,13 @@ class Run(Generic[S]):
                 "versions": {"pxmerge": __version__, "torch": version("torch")},
             }
         )
+
+    def report(self, report: Report) -> Report:
+        """Complete a report and write it beside the result."""
+        completed = self.completed(report)
         is_file = self.output.suffix == ".safetensors"
         name = self.output.with_suffix(".json").name if is_file else REPORT_FILE
         write_json(self.stage / name, completed.model_dump(mode="json"))
-        self._reported = True
         return completed
 
     def _load(self, path: str, model: str) -> Examples:
@@ -158,9 +161,9 @@ class Run(Generic[S]):
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """A finished run: where its result is, and the report."""
+    """A finished run: where its result is, if anywhere, and the report."""
 
-    output: Path
+    output: Path | None
     report: Report
 
 
@@ -185,21 +188,26 @@ def run_learner(
     return live(declared, make_settings(declared, settings), note, tell)
 
 
-def live(learner: Learner, settings: LearnerSettings, note: Callable[[str], None], tell: Tell) -> Learned:
+def live(learner: Learner, settings: RunSettings, note: Callable[[str], None], tell: Tell) -> Learned:
     """One run of a learner, from its settings to a published result; errors as `run_learner`."""
     from mergekit_px.execute.lane import pick_device
 
-    mode = settings.mode
+    if isinstance(settings, LearnerSettings):
+        _ = settings.mode  # before anything is read
     named = settings.place(learner.output)
+    device = pick_device(settings.device)
+    inputs: Inputs = (learner.inputs or open_inputs)(settings)
+    identity = identity_of(learner, settings, inputs, device.type)
+    if not isinstance(settings, LearnerSettings):
+        nowhere = Path(os.devnull)
+        run = Run(settings, nowhere, nowhere, nowhere, identity, device, inputs, note, tell)
+        return Learned(None if named is None else Path(named), run.completed(learner.fit(run)))
     if named is None:
         raise UsageError(f"{learner.name} needs an output", hint="name it with -o")
     output = Path(named).expanduser()
-    device = pick_device(settings.device)
-    inputs: Inputs = (learner.inputs or open_inputs)(settings)
     check_apart(output, inputs.places())
-    identity = identity_of(learner, settings, inputs, device.type)
     is_file = learner.form == "file"
-    with workplace(output, mode, identity, is_file=is_file, continues=learner.continues) as place:
+    with workplace(output, settings.mode, identity, is_file=is_file, continues=learner.continues) as place:
         run = Run(settings, output, place.stage, place.work, identity, device, inputs, note, tell)
         try:
             report = run.report(learner.fit(run))
@@ -211,7 +219,7 @@ def live(learner: Learner, settings: LearnerSettings, note: Callable[[str], None
     return Learned(output, report)
 
 
-def identity_of(learner: Learner, settings: LearnerSettings, inputs: Inputs, device: str) -> str:
+def identity_of(learner: Learner, settings: RunSettings, inputs: Inputs, device: str) -> str:
     """Names all that the result depends on, so that a run goes on only with the same."""
     plain: Mapping[str, Any] = settings.plain()
     marks = settings.marked(Input)

@@ -62,7 +62,7 @@ def test_map_says_how_far_prototypes_moved(run, work) -> None:
     assert (report["t"], report["L"], report["classes"]) == (2, 10, [2, 3])
     assert report["drift"]["tasks"]["1"]["after"] < 1e-12 < 0.1 < report["drift"]["tasks"]["1"]["before"]
     again = run(*words, "--json")
-    assert again.document().items() >= {**report, "was_mapped_already": True, "output": None}.items()
+    assert again.document().items() >= {**report, "was_mapped_already": True}.items()
     assert "nothing changed" in again.stderr
 
 
@@ -92,14 +92,14 @@ def test_classify_into_a_file_and_as_a_document(run, work) -> None:
     document = run(*words, "--json").document()
     assert document["accuracy"] == {"overall": 100.0, "tasks": {"1": 100.0, "2": 100.0}}
     assert len(document["predictions"]) == 16
-    assert "predictions" not in run(*words, "-o", "predictions.npz", "--overwrite", "--json").document()
+    assert run(*words, "-o", "predictions.npz", "--overwrite", "--json").document()["predictions"] is None
     assert run(*words, "-q").stderr == ""
 
 
 def test_merged_and_not_mapped_is_said(run, work) -> None:
     assert run("acmap", "map", "--state", "state", "--features", "task1.npz", "-q").code == 0
     outcome = run("acmap", "classify", "--state", "state", "--features", "task1.npz", "--json")
-    assert outcome.stderr == "warning: merged and not mapped, so left out: task 2\n"
+    assert outcome.stderr.startswith("warning: merged and not mapped, so left out: task 2\n")
 
 
 def test_export(run, work) -> None:
@@ -149,7 +149,7 @@ def test_an_interruption_says_how_to_go_on(run, work, monkeypatch: pytest.Monkey
         ("map --state state --features task1.npz --base b", 2, "--features needs no model"),
         ("map --state state --data task1.npz", 2, "give --base, --model, or both"),
         ("map --state state --data task1.npz --model vit.py:make", 2, "allow it with --allow-code"),
-        ("map --state state --features task1.npz --classes 0 1.5", 2, "'1.5' is not the number of a class"),
+        ("map --state state --features task1.npz --classes 0 1.5", 2, "--classes must be a whole number, not 0 1.5"),
         ("map --state state --features task1.npz --classes 0 1 7", 3, "class 7 of the task has no examples"),
         ("map --state state --features task2.npz --task 2", 3, "map the tasks in their order"),
         ("map --state state --features task2.npz", 3, "features_1 has no meaning; expected are features, labels"),
