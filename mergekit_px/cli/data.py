@@ -7,15 +7,17 @@ from typing import Annotated
 
 import typer
 
-from mergekit_px.cli._learning import Overwrite, TextColumns
 from mergekit_px.cli._options import AllowPickle, Json, Quiet
 from mergekit_px.cli._output import output_for
+from mergekit_px.cli._text_columns import TextColumns
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Whose tokenizer, image settings and classes are used.")]
 File = Annotated[
     str, typer.Argument(metavar="FILE", help="Texts (.jsonl, .csv, .parquet), a folder of images by class, or arrays.")
 ]
 Target = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.")]
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file.")]
 
 
 def data(

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mergekit_px.cli._learning import TextColumns
 from mergekit_px.cli._merge import load_mapping, merge_mapping
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Output, output_for
 from mergekit_px.cli._parameters import parameter_options
 from mergekit_px.cli._progress import progress_on
+from mergekit_px.cli._text_columns import TextColumns
 from mergekit_px.cli.method import method_command, method_recipe
 from mergekit_px.errors import UsageError
 from mergekit_px.methods import find_method
