@@ -14,6 +14,7 @@ from mergekit_px.checkpoint.file_pool import FilePool
 from mergekit_px.stages import timed
 
 _PIECE = 8 << 20
+_IN_CACHE = 1 << 18  # of a piece, what stays in the cache between reading and hashing
 _FLUSH_EVERY = 128 << 20
 _PAUSE = 0.02  # seconds between looks at the writer's progress
 
@@ -64,7 +65,7 @@ class Hasher(_Follower):
         self._digests = [hashlib.sha256() for _ in names]
         self._hashed = [0] * len(names)
         self._first = 0
-        self._buffer = memoryview(bytearray(_PIECE))
+        self._buffer = memoryview(bytearray(_IN_CACHE))
         super().__init__("pxmerge-hasher")
 
     def step(self) -> bool:
@@ -79,12 +80,14 @@ class Hasher(_Follower):
         return False
 
     def _update(self, number: int, stop: int) -> None:
-        piece = self._buffer[: stop - self._hashed[number]]
-        with timed("read"), self._pool.use(self._names[number]) as file:
-            if file.read_into(self._hashed[number], piece) != len(piece):
-                raise OSError(f"{self._names[number]} became shorter while it was written")
-        with timed("hash"):
-            self._digests[number].update(piece)
+        with self._pool.use(self._names[number]) as file:
+            for place in range(self._hashed[number], stop, len(self._buffer)):
+                piece = self._buffer[: stop - place]
+                with timed("read"):
+                    if file.read_into(place, piece) != len(piece):
+                        raise OSError(f"{self._names[number]} became shorter while it was written")
+                with timed("hash"):
+                    self._digests[number].update(piece)
         self._hashed[number] = stop
 
     def result(self) -> list[str]:

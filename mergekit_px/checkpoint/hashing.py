@@ -15,7 +15,7 @@ from mergekit_px.checkpoint.remembered import Remembered
 from mergekit_px.errors import InputError, InputNotFoundError
 from mergekit_px.stages import timed
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18  # stays in the cache between reading and hashing
 _SETTLED = 2.0
 """Seconds after which a write gets another time than the one before it, on every file system in use."""
 
@@ -29,14 +29,14 @@ def file_sha256(
     *,
     remember: bool = True,
     expected: FileIdentity | None = None,
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[int], bool] = lambda hashed: False,
 ) -> str:
     """Hex sha256 of the bytes of a file.
 
     Args:
         remember: take the hash that was computed when the file had the same place, size, times and inode.
         expected: which file it must be.
-        stopped: asked between pieces.
+        stopped: asked between pieces, of how many bytes are hashed; may wait until it is time for more.
 
     Raises ``InputNotFoundError``; ``InputError`` for a file that cannot be read or changes meanwhile;
     ``HashingStopped``.
@@ -54,10 +54,12 @@ def file_sha256(
             began = time.time_ns()
             digest = hashlib.sha256()
             buffer = memoryview(bytearray(_PIECE))
+            hashed = 0
             while count := _filled(file, buffer):
                 with timed("hash"):
                     digest.update(buffer[:count])
-                if stopped():
+                hashed += count
+                if stopped(hashed):
                     raise HashingStopped
             if FileIdentity.of(os.fstat(file.fileno())) != identity:
                 raise changed(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -65,6 +66,8 @@ class FileReader:
         self._directory = checkpoint.directory
         self._portable = portable
         self._pool = FilePool(self._open)
+        self.bytes_read: Counter[str] = Counter()
+        """Of each file, about: threads may count at once."""
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         wanted = buffer.nbytes
@@ -86,6 +89,7 @@ class FileReader:
                 count = file.read_into(offset, buffer)
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror or error}", where=self._where(tensor)) from error
+        self.bytes_read[name] += count
         if count != wanted:
             raise InputError(
                 f"the file ends {wanted - count} bytes early; it changed while it was read",

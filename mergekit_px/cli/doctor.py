@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,12 @@ from mergekit_px.cli._units import show_bytes, show_rate
 Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Measure the disk of this folder.")]
 
 _PACKAGES = ("torch", "numpy", "safetensors", "huggingface_hub", "pydantic", "typer", "rich")
+_RATES = {
+    "memory": "memory",
+    "read": "read from cache",
+    "cold": "read from disk",
+    "write": "write to disk",
+}
 _HUB_VARIABLES = (
     "HF_HOME",
     "HF_HUB_CACHE",
@@ -108,7 +115,7 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
-def _bandwidth(directory: Path) -> dict[str, float] | None:
+def _bandwidth(directory: Path) -> dict[str, float | None] | None:
     """Bytes per second; None where the folder cannot be written."""
     from mergekit_px.execute import bandwidth
 
@@ -118,7 +125,7 @@ def _bandwidth(directory: Path) -> dict[str, float] | None:
     except OSError:
         return None
     bandwidth.remember(place, measured)
-    return {"memory": measured.memory, "read": measured.read, "write": measured.write}
+    return asdict(measured)
 
 
 def _hub() -> dict[str, Any]:
@@ -154,7 +161,7 @@ def _show(document: dict[str, Any], output: Output) -> None:
     if rates is None:
         output.text("not measured: the folder cannot be written")
     else:
-        output.pairs((name, show_rate(rate)) for name, rate in rates.items())
+        output.pairs((_RATES[name], show_rate(rate)) for name, rate in rates.items() if rate is not None)
     output.heading("Hub")
     output.pairs([("token", "present" if document["hub"]["token"] else "none"), *document["hub"]["settings"].items()])
     output.heading("Extras")

@@ -42,7 +42,15 @@ from mergekit_px.checkpoint.writer import CheckpointWriter
 from mergekit_px.errors import InputError, OutputError, UsageError, WriteError
 from mergekit_px.execute.events import Report, RunResult
 from mergekit_px.execute.provenance import CARD_FILE, InputHashes, card, lock_file
-from mergekit_px.execute.run import Reporter, execute, fetch_inputs, peak_memory, plan_checkpoints, settled_files
+from mergekit_px.execute.run import (
+    Reporter,
+    bytes_read,
+    execute,
+    fetch_inputs,
+    peak_memory,
+    plan_checkpoints,
+    settled_files,
+)
 from mergekit_px.plan.model import Plan
 from mergekit_px.plan.texts import recipe_text
 
@@ -110,6 +118,7 @@ def run_part(plan: Plan, number: int, count: int, *, progress: Report | None = N
             plan.inputs,
             local=plan.options.hash_inputs,
             records={writer.inputs_file: writer.finished_bytes > 0},
+            bytes_read=partial(bytes_read, readers),
             share=(1 + busy.index(number), len(busy)),
         )
         stack.callback(hashes.stop)

@@ -22,12 +22,14 @@ class Bandwidth:
     """Bytes per second.
 
     ``memory``: copying within memory with all cores, reads and writes counted once. ``read``: a file that is in the
-    page cache, by all cores. ``write``: a new file, synced to the disk.
+    page cache, by all cores. ``cold``: a file that is not, by all cores, each at a place of its own; None where the
+    system does not let go of it, as in a file system in memory. ``write``: a new file, synced to the disk.
     """
 
     memory: float
     read: float
     write: float
+    cold: float | None = None
 
     def bound(self, bytes_read: int, bytes_written: int) -> float:
         """The least seconds for a merge: its reads and its writes go on side by side, and neither can be faster."""
@@ -40,8 +42,8 @@ def measure(directory: Path, *, megabytes: int = 256) -> Bandwidth:
 
     Takes about a second. Raises OSError where the folder cannot be written.
     """
-    write, read = _file_bandwidth(directory, max(megabytes * 1_000_000 // _PIECE, 2))
-    return Bandwidth(memory=_memory_bandwidth(), read=read, write=write)
+    write, read, cold = _file_bandwidth(directory, max(megabytes * 1_000_000 // _PIECE, 2))
+    return Bandwidth(memory=_memory_bandwidth(), read=read, write=write, cold=cold)
 
 
 def remembered(directory: Path) -> Bandwidth | None:
@@ -88,7 +90,7 @@ def _memory_bandwidth() -> float:
     return _in_threads(work, copied)
 
 
-def _file_bandwidth(directory: Path, pieces: int) -> tuple[float, float]:
+def _file_bandwidth(directory: Path, pieces: int) -> tuple[float, float, float | None]:
     piece = os.urandom(1 << 16) * (_PIECE >> 16)
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".pxmerge-bandwidth-") as file:
         start = time.perf_counter()
@@ -109,7 +111,39 @@ def _file_bandwidth(directory: Path, pieces: int) -> tuple[float, float]:
                     if not count:
                         own.seek(0)
 
-        return write, _in_threads(work, copied)
+        read = _in_threads(work, copied)
+        return write, read, _cold_bandwidth(file.fileno(), Path(file.name), pieces)
+
+
+def _cold_bandwidth(descriptor: int, path: Path, pieces: int) -> float | None:
+    """Each core reads its share of a file once, after the system was told to forget it; None where it did not."""
+    before = _read_from_disks()
+    if before is None or not hasattr(os, "posix_fadvise"):
+        return None
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    copied = [0] * (os.cpu_count() or 1)
+
+    def work(place: int) -> None:
+        buffer = bytearray(_PIECE)
+        with path.open("rb", buffering=0) as own:
+            for piece in range(place, pieces, len(copied)):
+                own.seek(piece * _PIECE)
+                copied[place] += own.readinto(buffer)
+
+    rate = _in_threads(work, copied)
+    after = _read_from_disks()
+    return rate if after is not None and after - before >= sum(copied) / 2 else None
+
+
+def _read_from_disks() -> int | None:
+    """Bytes that the system has fetched from disks for this process; None where it does not tell."""
+    try:
+        for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
+            if line.startswith("read_bytes:"):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 def _in_threads(work: object, copied: list[int]) -> float:

@@ -52,18 +52,33 @@ class Execution:
             yield from self.fused.routine(item)
         elif needs_whole(item):
             if not self.skip(item, 0, item.elements):
-                yield [Job(partial(self._write_whole, item), memory=whole_bytes(item))]
+                yield [self._job(self._write_whole, item, memory=whole_bytes(item))]
         elif item.elements <= self._length(item):
             if item.elements and not self.skip(item, 0, item.elements):
-                yield [Job(partial(self._write_small, item))]
+                yield [self._job(self._write_small, item)]
         else:
             chunks = [(start, stop) for start, stop in self.chunks(item) if not self.skip(item, start, stop)]
             if chunks:
                 for node in self._unknown(item):
                     self.statistics[id(node)] = yield from self._swept(node, [(item, node)])
-                yield [Job(partial(self._write_chunk, item, start, stop)) for start, stop in chunks]
+                yield [self._job(self._write_chunk, item, start, stop) for start, stop in chunks]
         for node in item.applied:
             self.statistics.pop(id(node), None)
+
+    def _job(self, work: Callable[..., None], *arguments: Any, memory: int = 0) -> Job[Lane]:
+        """A job of a worker; what finds no room on its device is done on the CPU."""
+
+        def run(lane: Lane) -> None:
+            try:
+                work(*arguments, lane)
+            except torch.OutOfMemoryError:
+                if lane.device.type == "cpu":
+                    raise
+                lane.release()
+                torch.cuda.empty_cache()
+                work(*arguments, Lane(torch.device("cpu")))
+
+        return Job(run, memory)
 
     def shared_statistics(self, members: Sequence[tuple[WorkItem, Apply]]) -> Routine[Lane]:
         """Statistics over all tensors of the model that one step treats alike."""
@@ -90,7 +105,7 @@ class Execution:
                 sweep = next(generator) if total is None else generator.send(total)
                 sums = _Totals()
                 yield [
-                    Job(partial(self._sweep_chunk, item, member, sweep, start, stop, number, sums))
+                    self._job(self._sweep_chunk, item, member, sweep, start, stop, number, sums)
                     for number, (item, member) in enumerate(members)
                     for start, stop in self.chunks(item)
                 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,12 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 
+_TOGETHER = 4
+"""Files that are hashed at once at most; they wait for the run more than they compute."""
+
+_BEHIND = 4 << 20
+_PAUSE = 0.02  # seconds between looks at how far the run has read
+
 
 class InputHashes:
     """The inputs' files as a run reads them: that they stay what they were, and their sha256, computed beside the run.
@@ -43,6 +51,8 @@ class InputHashes:
         inputs: opened, and on this machine.
         local: whether files that the Hub lists no hash for are hashed.
         records: where to note them -> whether the record of an earlier run must be there.
+        bytes_read: of a file (its label and name), as far as the run has come; hashing follows, so that it finds the
+            bytes in the system's memory and no file is read from the disk twice. None: do not wait.
         share: 3 of 8 hashes every eighth file, from the third on; the rest is for others.
 
     Raises:
@@ -55,6 +65,7 @@ class InputHashes:
         *,
         local: bool,
         records: Mapping[Path, bool],
+        bytes_read: Callable[[str, str], int | None] = lambda label, name: None,
         share: tuple[int, int] = (1, 1),
     ) -> None:
         self._files = {
@@ -65,21 +76,33 @@ class InputHashes:
         self._checkpoints = [checkpoint for _, checkpoint, _ in _checkpoints(inputs)]
         self._local = local
         self._records = tuple(records)
+        self._bytes_read = bytes_read
         self._share = share
-        self._hashes: dict[tuple[str, str], str | None] = {}
+        self._hashes: dict[tuple[str, str], str | None] = dict.fromkeys(self._files)
+        self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._stopping = threading.Event()
+        self._alone = threading.Event()
+        """Set when the run has read all that it reads."""
         for record, resumed in records.items():
             if resumed:
                 self._compare(_read_record(record))
         self._note()
-        self._thread = threading.Thread(target=self._work, name="pxmerge-input-hashes", daemon=True)
-        self._thread.start()
+        first, step = share
+        wanted = [key for number, key in enumerate(self._files, step + 1 - first) if number % step == 0]
+        self._queue = deque(sorted(wanted, key=self._place_in_checkpoint))
+        self._threads = [
+            threading.Thread(target=self._work, name=f"pxmerge-input-hashes-{number}", daemon=True)
+            for number in range(max(1, min(_TOGETHER, len(self._queue))))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Give up; what is missing stays unknown."""
         self._stopping.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def result(self) -> Mapping[tuple[str, str], str | None]:
         """(input or ``input#number`` of its adapter, file) -> hex sha256, or None where it was not asked for.
@@ -87,25 +110,44 @@ class InputHashes:
         Raises:
             InputError: an input changed while it was read, or is not what the Hub lists; what reading raised.
         """
-        self._thread.join()
+        self._alone.set()
+        for thread in self._threads:
+            thread.join()
         if self._failure is not None:
             raise self._failure
         check_unchanged(self._checkpoints)
         return self._hashes
 
+    def _place_in_checkpoint(self, key: tuple[str, str]) -> int:
+        """Files of several inputs are read side by side, so they are hashed so."""
+        return list(self._files[key].checkpoint.files).index(key[1])
+
     def _work(self) -> None:
         try:
-            first, step = self._share
-            for number, (key, file) in enumerate(self._files.items(), step + 1 - first):
-                if number % step == 0 and (file.listed is not None or self._local):
-                    self._hashes[key] = file.sha256(self._stopping.is_set)
-                    self._note()
-                else:
-                    self._hashes[key] = None
+            while not self._stopping.is_set():
+                try:
+                    key = self._queue.popleft()
+                except IndexError:
+                    return
+                file = self._files[key]
+                if file.listed is not None or self._local:
+                    digest = file.sha256(partial(self._is_stopped, key))
+                    with self._lock:
+                        self._hashes[key] = digest
+                        self._note()
         except HashingStopped:
             pass
         except BaseException as error:
             self._failure = error
+
+    def _is_stopped(self, key: tuple[str, str], hashed: int) -> bool:
+        """Whether to give up, after waiting until the run has read more of the file."""
+        while not (self._stopping.is_set() or self._alone.is_set()):
+            read = self._bytes_read(*key)
+            if read is None or hashed + _BEHIND <= read:
+                break
+            self._alone.wait(_PAUSE)
+        return self._stopping.is_set()
 
     def _note(self) -> None:
         record = {
@@ -124,7 +166,7 @@ class InputHashes:
             if entry.get("identity") == list(file.described.identity):
                 continue
             # A file that was copied back, or looked at from another machine, may still have the bytes it had.
-            if entry.get("sha256") is None or file.sha256(lambda: False) != entry["sha256"]:
+            if entry.get("sha256") is None or file.sha256(lambda hashed: False) != entry["sha256"]:
                 raise _other_input(label, name, file.path)
 
 
@@ -139,7 +181,7 @@ class _Input:
     def path(self) -> Path:
         return (self.checkpoint.directory or Path()) / self.described.name
 
-    def sha256(self, stopped: Callable[[], bool]) -> str:
+    def sha256(self, stopped: Callable[[int], bool]) -> str:
         digest = file_sha256(self.path, expected=self.described.identity, stopped=stopped)
         if self.listed is not None and digest != self.listed:
             raise not_as_listed(self.described.name, self.checkpoint.label)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_px.checkpoint.destination import RECIPE_FILE, check_mode, destination
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.checkpoint.publish import SideFile
-from mergekit_px.checkpoint.reader import TensorReader, open_reader
+from mergekit_px.checkpoint.reader import FileReader, TensorReader, open_reader
 from mergekit_px.checkpoint.writer import CheckpointWriter
 from mergekit_px.errors import OutputError, PlanError, UsageError
 from mergekit_px.execute.allocator import keep_freed_memory
@@ -106,6 +106,7 @@ def _carried_out(plans: Sequence[Plan], progress: Report | None) -> list[RunResu
             inputs,
             local=plans[0].options.hash_inputs,
             records={writer.inputs_file: writer.finished_bytes > 0 for writer in writers},
+            bytes_read=partial(bytes_read, readers),
         )
         stack.callback(hashes.stop)
         side_files = [_side_files(plan, hashes) for plan in plans]
@@ -133,6 +134,12 @@ def _carried_out(plans: Sequence[Plan], progress: Report | None) -> list[RunResu
         )
         for plan, files in zip(plans, published, strict=True)
     ]
+
+
+def bytes_read(readers: Mapping[str, TensorReader], label: str, file: str) -> int | None:
+    """Of a file of an input, as far as its reader counts."""
+    reader = readers.get(label)
+    return reader.bytes_read[file] if isinstance(reader, FileReader) else None
 
 
 def _writer(plan: Plan) -> CheckpointWriter:

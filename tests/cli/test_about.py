@@ -40,15 +40,25 @@ def test_methods_suggests_the_nearest(run) -> None:
 def test_doctor_measures_and_keeps_the_token_secret(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mergekit_px.execute import bandwidth
 
-    monkeypatch.setattr(bandwidth, "measure", lambda place: bandwidth.Bandwidth(memory=2e10, read=3e9, write=1e9))
+    monkeypatch.setattr(bandwidth, "measure", lambda place: bandwidth.Bandwidth(2e10, 3e9, 1e9, cold=5e8))
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     monkeypatch.setenv("HF_ENDPOINT", "http://user:password@localhost:1/x")
     outcome = run("doctor", "-o", tmp_path)
     assert outcome.code == 0
-    for words in ("20 GB/s", "cores", "torch", "present", "http://localhost:1/x"):
+    for words in (
+        "20 GB/s",
+        "from cache",
+        "3 GB/s",
+        "from disk",
+        "500 MB/s",
+        "cores",
+        "torch",
+        "present",
+        "http://localhost:1/x",
+    ):
         assert words in outcome.stdout
     document = run("doctor", "-o", tmp_path, "--json").document()
-    assert document["bandwidth"] == {"memory": 2e10, "read": 3e9, "write": 1e9}
+    assert document["bandwidth"] == {"memory": 2e10, "read": 3e9, "write": 1e9, "cold": 5e8}
     assert document["hub"]["token"] is True
     assert document["extras"].keys() == EXTRAS.keys()
     for secret in ("secret", "password"):
