@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergekit_px.cli._merge import merge_mapping
+from mergekit_px.cli._merge import load_mapping, merge_mapping
 from mergekit_px.cli._options import RunOptions
+from mergekit_px.cli._output import output_for
+from mergekit_px.cli._progress import progress_on
 from mergekit_px.recipe.naming import model_names
+
+if TYPE_CHECKING:
+    from mergekit_px.execute.transplant import Fit
 
 
 class Absent(StrEnum):
@@ -17,6 +24,8 @@ class Absent(StrEnum):
 
     subword = "subword"
     mean = "mean"
+    omp = "omp"
+    nearest = "nearest"
 
 
 Target = Annotated[
@@ -30,17 +39,27 @@ PadTo = Annotated[
     int | None,
     typer.Option("--pad-to", metavar="N", min=1, help="Rows in multiples of N.  [default: as many as DONOR has]"),
 ]
+Neighbours = Annotated[
+    int, typer.Option("--neighbours", metavar="N", min=1, help="With omp and nearest: rows that one is made of.")
+]
 
 
 def transplant(
-    target: Target, tokenizer_of: Donor, options: RunOptions, method: Method = Absent.subword, pad_to: PadTo = None
+    target: Target,
+    tokenizer_of: Donor,
+    options: RunOptions,
+    method: Method = Absent.subword,
+    pad_to: PadTo = None,
+    neighbours: Neighbours = 8,
 ) -> int:
     """Give a model another one's tokenizer: rows of embedding and head follow its tokens.
 
     Tokens that both have keep TARGET's rows exactly; they are matched by the text that they stand for, so that
     vocabularies of different kinds have tokens in common, and those of the beginning, the end and padding by what the
     configs say. A token that TARGET lacks gets the mean of the rows of the pieces that TARGET's own tokens make of its
-    text (subword), or the mean of all rows (mean). Everything else of the model stays as it is; the result is meant
+    text (subword), the mean of all rows (mean), or a mixture of rows of tokens that both have: the one that makes up
+    DONOR's row best by orthogonal matching pursuit (omp), or of the nearest to it by cosine (nearest). Such mixtures
+    are written first, to OUTPUT.rows.safetensors. Everything else of the model stays as it is; the result is meant
     for a little training, for merging with models that have that tokenizer, or as a draft model for one.
 
     \b
@@ -49,7 +68,8 @@ def transplant(
       pxmerge tokens transplant ./math --tokenizer-of org/chat --method mean --pad-to 64
     """
     name, donor = model_names([target, tokenizer_of])
-    tokenizer: dict[str, Any] = {"from": donor, "absent": method.value}
+    fitted = method in (Absent.omp, Absent.nearest)
+    tokenizer: dict[str, Any] = {"from": donor, "absent": "mean" if fitted else method.value}
     if pad_to is not None:
         tokenizer["pad_to"] = pad_to
     recipe = {
@@ -58,4 +78,23 @@ def transplant(
         "merge": {"method": "passthrough", "sources": [name]},
         "tokenizer": tokenizer,
     }
+    if fitted and not options.dry_run:
+        tokenizer["rows"] = str(_fitted(recipe, donor, method, neighbours, options))
     return merge_mapping(recipe, options)
+
+
+def _fitted(recipe: dict[str, Any], donor: str, method: Absent, count: int, options: RunOptions) -> Path:
+    """The file of mixtures, written."""
+    from mergekit_px.execute.run import fetch_inputs
+    from mergekit_px.execute.transplant import fit_absent_rows
+    from mergekit_px.plan.build import build_plan
+
+    output = output_for(json=options.json, quiet=options.quiet)
+    plan = fetch_inputs(build_plan(load_mapping(recipe, options), options.plan_options()))
+    assert plan.output is not None
+    path = plan.output.with_name(f"{plan.output.name}.rows.safetensors")
+    fit: Fit = "omp" if method is Absent.omp else "nearest"
+    with progress_on(output) as advance:
+        rows = fit_absent_rows(plan, donor, fit, count, path, partial(advance, "fitting rows"))
+    output.note(f"note: {rows} rows for tokens that the model lacks are mixtures of {count}, written to {path}")
+    return path

@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_px.artefacts.row_mixtures import read_row_mixtures
 from mergekit_px.checkpoint.destination import FILE_SUFFIX, check_apart, destination
 from mergekit_px.checkpoint.dtypes import DType, parse_dtype
 from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, RecipeError, UsageError
+from mergekit_px.methods.declare import ArtefactFile
 from mergekit_px.plan.agreement import disagreements
 from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
@@ -36,6 +38,8 @@ from mergekit_px.plan.vocabulary import ChosenVocabulary
 from mergekit_px.recipe.graph import references
 from mergekit_px.recipe.loaded import LoadedRecipe
 from mergekit_px.recipe.model import Recipe
+
+_ROW_MIXTURES = ArtefactFile("row mixtures", read_row_mixtures)
 
 
 def build_plan(
@@ -88,6 +92,8 @@ def build_plan(
     config_from = config_donor(recipe, target, resolved, loaded)
     vocabularies = _vocabularies(recipe, target, resolved, config_from, loaded)
     expressions = Expressions(replace(loaded, recipe=recipe), resolved, vocabularies)
+    if isinstance(vocabularies, ChosenVocabulary) and vocabularies.request.rows is not None:
+        vocabularies.mixtures = expressions.artefacts.read(_ROW_MIXTURES, vocabularies.request.rows).content
     members = [recipe.steps[name] for name in recipe.steps if name in needed]
     notes.extend(check_components(members, resolved, strict=options.strict))
     namespace = expressions.namespace(target)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_px.artefacts.row_mixtures import RowMixtures
 from mergekit_px.errors import PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import WorkItem
@@ -49,6 +50,7 @@ class ChosenVocabulary:
         donor: the model whose tokenizer it is, or which a union begins with.
         seed: of random rows.
         where: the place of the request.
+        mixtures: of a file, for tokens that a model lacks, by tensor.
     """
 
     request: Request
@@ -60,6 +62,7 @@ class ChosenVocabulary:
     where: str
     tokenizers: Tokenizers = field(default_factory=Tokenizers)
     notes: list[str] = field(default_factory=list)
+    mixtures: Mapping[str, RowMixtures] = field(default_factory=dict)
     _offered: Offered | None = None
     _arranged: set[str] = field(default_factory=set)
     _moved: bool = False
@@ -213,6 +216,10 @@ class ChosenVocabulary:
         mixed: dict[int, list[Entry]] = {}
         means: list[int] = []
         for place in () if change else absent:
+            fitted = self.mixtures[name].of(place) if name in self.mixtures else None
+            if fitted is not None and self.tokens[place] not in self.request.tokens:
+                mixed[place] = [(source.name, row, weight) for row, weight in fitted]
+                continue
             entries = self._stand_in(source.name, self.tokens[place], name, pieces)
             if entries is None:
                 means.append(place)
@@ -333,6 +340,7 @@ class ChosenVocabulary:
         shown = ", ".join(repr(token) for token in tokens[:_SHOWN]) + (" ..." if len(tokens) > _SHOWN else "")
         if self.request.absent != "models":
             made = "the mean of those of its pieces" if self.request.absent == "subword" else "the mean of all"
+            made = f"mixtures of '{self.request.rows}', else {made}" if self.request.rows is not None else made
             self.notes.append(f"'{name}' gets {len(tokens)} rows for tokens that it lacks ({shown}): {made}")
             return
         by_base = f"those of '{self.base}', where it has none " if self.base not in (None, name) else ""

@@ -205,6 +205,9 @@ class Tokenizer(Part):
     absent: Annotated[Literal["models", "subword", "mean"], Wanted("models, subword or mean")] = "models"
     """What makes up the rows of tokens that a model lacks: the other models' rows, by the rule above; the mean of the
     rows of the pieces that the model's own tokens make of the token's text; or the mean of all its rows."""
+    rows: Annotated[str | None, Wanted("the path of a file", text=True)] = None
+    """A file of mixtures for tokens that a model lacks, as ``pxmerge tokens transplant --method omp`` writes it; goes
+    before ``absent``."""
     pad_to: Annotated[int | None, Wanted("a whole number from 1 on")] = None
     """The number of rows is a multiple of this, with no more rows than that needs; if left out, the model's own."""
 
