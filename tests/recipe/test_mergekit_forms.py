@@ -169,3 +169,44 @@ def test_chat_templates_of_ones_own_and_unknown_ones() -> None:
     assert load(f"merge_method: linear\n{TWO}chat_template: auto\n").recipe.output.chat_template is None
     with pytest.raises(RecipeError, match="did you mean 'chatml'"):
         load(f"merge_method: linear\n{TWO}chat_template: chat-ml\n")
+
+
+def test_a_mixture_of_experts_is_a_step_with_a_mixture() -> None:
+    loaded = load(
+        "base_model: a\nexperts_per_token: 1\ndtype: bfloat16\narchitecture: qwen\ncolour: red\n"
+        "experts:\n  - {source_model: b@main, positive_prompts: [x], negative_prompts: [y]}\n"
+        "  - {source_model: a, positive_prompts: [z], noise_scale: 0.1, residual_scale: 0.5, colour: red}\n"
+        "shared_experts: [{source_model: c, positive_prompts: [all]}]\n"
+    )
+    step = loaded.recipe.steps["merge"]
+    assert (step.method, step.sources) == ("passthrough", ["a"]) and loaded.recipe.output.dtype == "bfloat16"
+    assert step.mixture is not None and step.mixture.model_dump(exclude_defaults=True) == {
+        "family": "qwen2_moe",
+        "experts_per_token": 1,
+        "router": {"kind": "hidden"},
+        "experts": [
+            {"model": "b", "prompts": ["x"], "negative_prompts": ["y"]},
+            {"model": "a", "prompts": ["z"], "noise": 0.1, "scale": 0.5},
+        ],
+        "shared": {"model": "c", "prompts": ["all"]},
+    }
+    assert [place for _, place in loaded.idle] == ["m.yml:5:1", "m.yml:8:82"]
+
+
+def test_sce_of_one_model_is_that_model() -> None:
+    loaded = load("merge_method: sce\nbase_model: c\nmodels: [{model: c}, {model: a}]\n")
+    assert (loaded.recipe.steps["merge"].method, loaded.recipe.steps["merge"].sources) == ("passthrough", ["a"])
+    assert any("sce of one model is that model" in told for told in loaded.differences)
+    with pytest.raises(RecipeError, match="one model has no such variance"):
+        load("merge_method: sce\nbase_model: c\nmodels: [{model: a}]\nparameters: {select_topk: [0.5, 1]}\n")
+
+
+def test_idle_keys_of_tokenizers() -> None:
+    loaded = load(
+        f"merge_method: linear\nbase_model: a\n{TWO}tokenizer: {{source: base, colour: red, tokens: "
+        "{x: {source: b, why: y}}}\n"
+    )
+    assert {sentence.split(" has no")[0] for sentence, _ in loaded.idle} == {
+        "'colour' in 'tokenizer'",
+        "'why' in the entry of 'x'",
+    }

@@ -22,6 +22,12 @@ CHAT_TEMPLATES = {
         " {{ message['content'] | trim }}{{ eos_token }}{% else %}[INST] {{ message['content'] | trim }} [/INST]"
         "{% endif %}{% endfor %}"
     ),
+    "exaone": (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}[|system|][|endofturn|]\n"
+        "{% endif %}{{ '[|' + message['role'] + '|]' + message['content'] }}"
+        "{% if message['role'] != 'user' %}[|endofturn|]{% endif %}{{ '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}[|assistant|]{% endif %}"
+    ),
     "alpaca": (
         "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
         "{% elif message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"

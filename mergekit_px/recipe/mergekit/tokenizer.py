@@ -7,7 +7,7 @@ from collections.abc import Callable
 from mergekit_px.errors import RecipeError
 from mergekit_px.located.validate import shown
 from mergekit_px.located.yaml_text import Node, mapping
-from mergekit_px.recipe.mergekit.entries import entries_of
+from mergekit_px.recipe.mergekit.entries import IdleKeys, entries_of
 from mergekit_px.recipe.mergekit.references import Reference, read_reference
 from mergekit_px.recipe.model import UNION
 
@@ -22,7 +22,12 @@ Named = Callable[[Reference, Node], str]
 
 
 def read_tokenizer(
-    source: Node | None, tokenizer: Node | None, base: Reference | None, base_name: str | None, named: Named
+    source: Node | None,
+    tokenizer: Node | None,
+    base: Reference | None,
+    base_name: str | None,
+    named: Named,
+    idle: IdleKeys,
 ) -> Node | None:
     """The section of a recipe that says the same; None where the config says nothing.
 
@@ -38,7 +43,7 @@ def read_tokenizer(
         raise RecipeError("either tokenizer_source or tokenizer, not both", where=str(tokenizer.place))
     entries: dict[str, Node] = {}
     if tokenizer is not None:
-        entries = entries_of(tokenizer, "'tokenizer'", ("source", "tokens", "pad_to_multiple_of"))
+        entries = entries_of(tokenizer, "'tokenizer'", ("source", "tokens", "pad_to_multiple_of"), idle)
         source = entries.get("source") or Node(UNION, tokenizer.place)
     if source is None:
         return None
@@ -51,20 +56,20 @@ def read_tokenizer(
         {
             "from": Node(UNION if reference is None else named(reference, source), place),
             "base": Node(base_name, place) if base_name is not None else None,
-            "tokens": _tokens(entries["tokens"], named) if "tokens" in entries else None,
+            "tokens": _tokens(entries["tokens"], named, idle) if "tokens" in entries else None,
             # Rows without a token are cut there.
             "pad_to": entries.get("pad_to_multiple_of", Node(1, place)),
         },
     )
 
 
-def _tokens(node: Node, named: Named) -> Node:
-    read = {token: _token(token, entry, named) for token, entry in entries_of(node, "'tokens'").items()}
+def _tokens(node: Node, named: Named, idle: IdleKeys) -> Node:
+    read = {token: _token(token, entry, named, idle) for token, entry in entries_of(node, "'tokens'").items()}
     return mapping(node.place, {**read}, node.keys)
 
 
-def _token(token: str, node: Node, named: Named) -> Node:
-    entries = entries_of(node, f"the entry of '{token[:80]}'", ("source", "force"))
+def _token(token: str, node: Node, named: Named, idle: IdleKeys) -> Node:
+    entries = entries_of(node, f"the entry of '{token[:80]}'", ("source", "force"), idle)
     source = entries.get("source")
     if source is None:
         raise RecipeError(f"'source' is missing for '{token[:80]}'", where=str(node.place))
@@ -72,7 +77,7 @@ def _token(token: str, node: Node, named: Named) -> Node:
     if not isinstance(source.value, dict) or "kind" not in source.value:
         row["model"] = Node(named(read_reference(source), source), source.place)
         return mapping(node.place, row)
-    said = entries_of(source, "'source'", ("kind", "model", "token", "token_id"))
+    said = entries_of(source, "'source'", ("kind", "model", "token", "token_id"), idle)
     kind = said["kind"].value if "kind" in said else None
     if kind == "zero":
         row["kind"] = said["kind"]

@@ -159,6 +159,8 @@ class _Translator:
         if peer.base == "subtracted" and peer.sources is None and peer.name != "model_stock" and _alone(pieces):
             self.differences.append(f"There is no model besides the base_model, so that the result is '{base}' itself.")
             peer = METHODS["passthrough"]
+        if peer.name == "sce" and all(len(_members(peer, piece)) == 1 for piece in pieces):
+            peer, pieces = self._single_sce(peer, pieces)
         pieces = [self._with_roles(piece, peer) for piece in pieces]
         step = self._step(peer, pieces, base)
         output = self._output(peer, pieces, base)
@@ -204,6 +206,22 @@ class _Translator:
         if any(given) != all(given):
             raise not_yet("slices with and without a base_model in one merge", pieces[given.index(False)].node.place)
         return replace(peer, base="subtracted", target=peer.on_deltas) if any(given) else replace(peer, base="ignored")
+
+    def _single_sce(self, peer: PeerMethod, pieces: list[Piece]) -> tuple[PeerMethod, list[Piece]]:
+        """sce of one model, which is that model where all its elements are selected."""
+        parameter = peer.parameters["select_topk"]
+        for piece in pieces:
+            for choice in self._choices("select_topk", parameter, piece, None):
+                values = choice.value.data()
+                if any(value < 1 for value in (values if isinstance(values, list) else [values])):
+                    raise RecipeError(
+                        "sce selects elements by how they vary between models, and one model has no such variance: "
+                        "nothing of it would be left",
+                        where=str(choice.value.place),
+                        hint="leave out select_topk, or use another method such as ties",
+                    )
+        self.differences.append("sce of one model is that model, as it is.")
+        return METHODS["passthrough"], [replace(piece, sources=tuple(_members(peer, piece))) for piece in pieces]
 
     def _with_vectors(self, peer: PeerMethod, pieces: list[Piece]) -> PeerMethod:
         """The method with ``nuslerp_flatten`` in the words of ``along``; what is not flat is rows, or else columns."""
@@ -410,6 +428,7 @@ class _Translator:
             base,
             base_name if base_name not in self.steps else None,
             self._name,
+            self.idle,
         )
         if self.tokenizer is not None:
             self.differences.append(DIFFERENCE)
