@@ -190,7 +190,7 @@ def test_a_mixture_of_experts_is_a_step_with_a_mixture() -> None:
         ],
         "shared": {"model": "c", "prompts": ["all"]},
     }
-    assert [place for _, place in loaded.idle] == ["m.yml:5:1", "m.yml:8:82"]
+    assert [place for _, place in loaded.idle] == ["m.yml:5:1", "m.yml:8:85"]
 
 
 def test_sce_of_one_model_is_that_model() -> None:
