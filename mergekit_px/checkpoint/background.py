@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from mergekit_px.checkpoint.file_pool import FilePool
+from mergekit_px.checkpoint.positional import PositionalFile
 from mergekit_px.stages import timed
 
 _PIECE = 8 << 20
@@ -56,7 +57,7 @@ class Hasher(_Follower):
     """
 
     def __init__(
-        self, pool: FilePool, names: Sequence[str], sizes: Sequence[int], finished: Callable[[int], int]
+        self, pool: FilePool[PositionalFile], names: Sequence[str], sizes: Sequence[int], finished: Callable[[int], int]
     ) -> None:
         self._pool = pool
         self._names = names

@@ -42,13 +42,15 @@ class StoredTensor:
 
 
 class FileIdentity(NamedTuple):
-    """What the system records of a file. Every write moves ``ctime_ns``, and no program can set it back."""
+    """What the system records of a file. Every write moves ``ctime_ns``, and no program can set it back. Of an object
+    in a store ``etag`` stands for the rest."""
 
     size: int
     mtime_ns: int
     ctime_ns: int
     inode: int
     device: int
+    etag: str = ""
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileIdentity:

@@ -8,19 +8,25 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Generic, Protocol, TypeVar
 
-from mergekit_px.checkpoint.positional import PositionalFile
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+File = TypeVar("File", bound=_Closable)
 
 _OPEN_FILES = 64  # macOS allows a process 256 in all by default
 _RESERVED = 48
 """Of the files that the system allows, those left to everything else: libraries, journals, modules still to load."""
 
-_pools: weakref.WeakSet[FilePool] = weakref.WeakSet()
+_pools: weakref.WeakSet[FilePool[Any]] = weakref.WeakSet()
 _lock = threading.Lock()
 """One for all pools, since one may have to close files of another."""
 
 
-class FilePool:
+class FilePool(Generic[File]):
     """Hands out open files by name to any number of threads.
 
     ``open_file`` is called when a name is asked for that is not open; what it raises passes through. Beyond
@@ -28,16 +34,16 @@ class FilePool:
     longest first.
     """
 
-    def __init__(self, open_file: Callable[[str], PositionalFile]) -> None:
+    def __init__(self, open_file: Callable[[str], File]) -> None:
         self._open_file = open_file
-        self._files: OrderedDict[str, PositionalFile] = OrderedDict()
+        self._files: OrderedDict[str, File] = OrderedDict()
         self._users: dict[str, int] = {}
         self._most_of_all = _allowed()
         with _lock:
             _pools.add(self)
 
     @contextmanager
-    def use(self, name: str) -> Iterator[PositionalFile]:
+    def use(self, name: str) -> Iterator[File]:
         """The open file ``name``, which stays open at least as long as the context."""
         with _lock:
             if name not in self._files:

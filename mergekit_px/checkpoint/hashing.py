@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import Callable
-from io import BufferedIOBase
+from contextlib import closing
 from pathlib import Path
 
 from mergekit_px.checkpoint.contents import FileIdentity
 from mergekit_px.checkpoint.identity import changed
+from mergekit_px.checkpoint.ranged import RangedFile, address_of, open_ranged
 from mergekit_px.checkpoint.remembered import Remembered
 from mergekit_px.errors import InputError, InputNotFoundError
 from mergekit_px.stages import timed
@@ -43,28 +42,27 @@ def file_sha256(
     """
     store = Remembered("sha256")
     try:
-        with path.open("rb") as file:
-            identity = FileIdentity.of(os.fstat(file.fileno()))
+        with closing(open_ranged(path)) as file:
+            identity = file.identity()
             if expected is not None and identity != expected:
                 raise changed(path)
-            key = f"{path.resolve()}:{':'.join(map(str, identity))}"
+            key = f"{address_of(path.resolve())}:{':'.join(map(str, identity))}"
             known = store.get(key) if remember else None
             if isinstance(known, str):
                 return known
             began = time.time_ns()
-            digest = hashlib.sha256()
+            digest, done = file.hashed()
             buffer = memoryview(bytearray(_PIECE))
-            hashed = 0
-            while count := _filled(file, buffer):
+            while count := _filled(file, done, buffer):
                 with timed("hash"):
                     digest.update(buffer[:count])
-                hashed += count
-                if stopped(hashed):
+                done += count
+                if stopped(done):
                     raise HashingStopped
-            if FileIdentity.of(os.fstat(file.fileno())) != identity:
+            if file.identity() != identity:
                 raise changed(path)
     except FileNotFoundError:
-        raise InputNotFoundError("no such file", where=str(path)) from None
+        raise InputNotFoundError("no such file", where=address_of(path)) from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
     if began - max(identity.mtime_ns, identity.ctime_ns) > _SETTLED * 1e9:
@@ -72,6 +70,6 @@ def file_sha256(
     return digest.hexdigest()
 
 
-def _filled(file: BufferedIOBase, buffer: memoryview) -> int:
+def _filled(file: RangedFile, start: int, buffer: memoryview) -> int:
     with timed("read"):
-        return file.readinto(buffer)
+        return file.read_into(start, buffer)

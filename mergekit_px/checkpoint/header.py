@@ -8,9 +8,9 @@ that no later step has to think about it.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 from mergekit_px.checkpoint.contents import FileIdentity
 from mergekit_px.checkpoint.dtypes import DTYPES, DType, byte_count
 from mergekit_px.checkpoint.json_text import depth, parse_json, shown
+from mergekit_px.checkpoint.ranged import RangedFile, open_ranged
 from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError, UsageError
-from mergekit_px.small_files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000
 """The cap of the reference reader."""
@@ -207,10 +207,10 @@ def read_raw_header(path: Path, where: str | None = None) -> tuple[bytes, FileId
     """
     where = where or str(path)
     try:
-        with os.fdopen(open_regular(path, where), "rb") as file:
-            identity = FileIdentity.of(os.fstat(file.fileno()))
-            length = header_length(file.read(_LENGTH_BYTES), identity.size, where)
-            raw = file.read(length)
+        with closing(open_ranged(path, where)) as file:
+            identity = file.identity()
+            length = header_length(read_range(file, 0, _LENGTH_BYTES), identity.size, where)
+            raw = read_range(file, _LENGTH_BYTES, length)
     except FileNotFoundError:
         raise InputNotFoundError("no such file", where=where) from None
     except (OSError, ValueError) as error:
@@ -218,6 +218,12 @@ def read_raw_header(path: Path, where: str | None = None) -> tuple[bytes, FileId
     if len(raw) != length:
         raise MalformedCheckpointError("the header ends early", where=where, hint=_TRUNCATED)
     return raw, identity
+
+
+def read_range(file: RangedFile, start: int, length: int) -> bytes:
+    """Some bytes of a file, fewer only at its end."""
+    buffer = bytearray(length)
+    return bytes(buffer[: file.read_into(start, memoryview(buffer))])
 
 
 def read_header(path: Path) -> Header:

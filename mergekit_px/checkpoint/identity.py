@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from mergekit_px.checkpoint.contents import Checkpoint, FileIdentity
-from mergekit_px.errors import InputError
+from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.ranged import address_of, identity_now
+from mergekit_px.errors import InputError, InputNotFoundError
 
 
 def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
@@ -19,8 +20,8 @@ def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
                 continue
             path = checkpoint.directory / file.name
             try:
-                identity = FileIdentity.of(path.stat())
-            except OSError:
+                identity = identity_now(path)
+            except (OSError, InputNotFoundError):
                 continue  # whoever needed it has read it, or was told
             if identity != file.identity:
                 raise changed(path)
@@ -29,5 +30,7 @@ def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
 def changed(path: Path) -> InputError:
     """The error for an input that is not the file any more that it was."""
     return InputError(
-        "the file changed since its header was read", where=str(path), hint="let no program write to inputs; run again"
+        "the file changed since its header was read",
+        where=address_of(path),
+        hint="let no program write to inputs; run again",
     )

@@ -28,6 +28,7 @@ from mergekit_px.checkpoint.header import Header, parse_header, read_raw_header
 from mergekit_px.checkpoint.index import INDEX_SUFFIX, LARGEST_INDEX, check_index, index_name, is_inside, parse_index
 from mergekit_px.checkpoint.json_text import parse_json, read_object, shown
 from mergekit_px.checkpoint.parts import MODULES_FILE, PIPELINE_FILE, joined, part_folders
+from mergekit_px.checkpoint.ranged import exists, files_beside, is_remote, names_in, place_of
 from mergekit_px.checkpoint.selection import (
     MODEL_FILE,
     PICKLE_SUFFIXES,
@@ -37,7 +38,6 @@ from mergekit_px.checkpoint.selection import (
     select_weights,
 )
 from mergekit_px.checkpoint.side_files import SideFiles, is_weights
-from mergekit_px.checkpoint.side_files import side_files as find_side_files
 from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError
 from mergekit_px.small_files import read_small_file
 
@@ -58,17 +58,17 @@ def open_checkpoint(path: str | Path, *, label: str | None = None, allow_pickle:
     """
     label = str(path) if label is None else label
     try:
-        place = Path(path).expanduser()
+        place = place_of(path) if isinstance(path, str) else path.expanduser()
         if place.is_dir():
             return _open_folder(place, label, allow_pickle)
-        if not place.exists():
+        if not exists(place):
             raise InputNotFoundError("no such file or folder", where=label, hint="check the path")
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=label) from error
     if place.name.endswith(INDEX_SUFFIX):
         raise InputError("this is an index, not weights", where=label, hint=f"give its folder, {place.parent}")
     if place.name.lower().endswith(PICKLE_SUFFIXES):
-        _check_pickle_allowed(place.name, label, allow_pickle)
+        _check_pickle_allowed(place.name, label, allow_pickle, place.parent)
         return _open_pickles(place.parent, [place.name], None, label)
     return _open_files(place.parent, [place.name], None, label)
 
@@ -165,16 +165,16 @@ def check_numbers(files: Iterable[str], label: str, index_file: str | None) -> N
 
 
 def _open_folder(folder: Path, label: str, allow_pickle: bool) -> Checkpoint:
-    names = [entry.name for entry in folder.iterdir()]
+    names = names_in(folder)
     folders = _part_folders(folder, names, label)
     if not folders:
         return _open_plain_folder(folder, names, label, allow_pickle)
     parts = {}
     for name in folders:
-        inside = [entry.name for entry in (folder / name).iterdir()]
+        inside = names_in(folder / name)
         parts[name] = _open_plain_folder(folder / name, inside, f"{label}/{name}" if name else label, allow_pickle)
     whole = joined(label, folder, parts, SideFiles())
-    beside = find_side_files(folder, whole.files, folders)
+    beside = files_beside(folder, whole.files, folders)
     return replace(whole, side_files=beside.carried, left_behind=beside.left_behind)
 
 
@@ -184,7 +184,7 @@ def _part_folders(folder: Path, names: Sequence[str], label: str) -> tuple[str, 
     files = []
     for name in names:
         inside = folder / name
-        files += [f"{name}/{entry.name}" for entry in inside.iterdir()] if inside.is_dir() else [name]
+        files += [f"{name}/{entry}" for entry in names_in(inside)] if inside.is_dir() else [name]
 
     def read(name: str) -> Any:
         where = f"{label}/{name}"
@@ -199,7 +199,7 @@ def _open_plain_folder(folder: Path, names: Sequence[str], label: str, allow_pic
         place = distributed_place(folder, names)
         if place is not None:
             checkpoint = open_distributed(folder, place, label)
-            beside = find_side_files(folder, checkpoint.files)
+            beside = files_beside(folder, checkpoint.files)
             return replace(
                 checkpoint,
                 config=_read_config(folder, label),
@@ -266,7 +266,7 @@ def _open_files(
         sizes[name] = identities[name].size
         hashes[name] = hashlib.sha256(raw).hexdigest()
     config = _read_config(folder, label) if whole_folder else None
-    carried = find_side_files(folder, names) if whole_folder else SideFiles()
+    carried = files_beside(folder, names) if whole_folder else SideFiles()
     return checkpoint_from_headers(
         label,
         headers,
@@ -303,7 +303,7 @@ def _no_weights(folder: Path, names: Sequence[str], label: str) -> InputError:
 
 def _holds_weights(folder: Path) -> bool:
     try:
-        return select_weights(entry.name for entry in folder.iterdir()) is not None
+        return select_weights(names_in(folder)) is not None
     except OSError:
         return False
 
@@ -316,17 +316,19 @@ def _missing_shard(file: str, where: str) -> MalformedCheckpointError:
 
 def _open_pickle_folder(folder: Path, chosen: Selection, label: str, allow_pickle: bool) -> Checkpoint:
     if chosen.index is not None:
-        _check_pickle_allowed(chosen.index.removesuffix(INDEX_SUFFIX), label, allow_pickle)
         where = f"{label}/{chosen.index}"
         weight_map = parse_index(_read_index(folder, chosen.index, label), where)
-        return _open_pickles(folder, sorted(set(weight_map.values())), weight_map, label, whole_folder=True)
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            _check_pickle_allowed(name, label, allow_pickle, folder)
+        return _open_pickles(folder, names, weight_map, label, whole_folder=True)
     if len(chosen.names) > 1:
         raise InputError(
             f"it holds {len(chosen.names)} PyTorch pickles ({chosen.names[0]}, ...) and no index",
             where=label,
             hint="give the file itself",
         )
-    _check_pickle_allowed(chosen.names[0], label, allow_pickle)
+    _check_pickle_allowed(chosen.names[0], label, allow_pickle, folder)
     return _open_pickles(folder, chosen.names, None, label, whole_folder=True)
 
 
@@ -345,11 +347,17 @@ def _open_pickles(
     places = {name: f"{label}/{shown(name)}" if whole_folder else label for name in names}
     files, tensors = describe_pickles(folder, places, weight_map, label)
     config = _read_config(folder, label) if whole_folder else None
-    beside = find_side_files(folder, names) if whole_folder else SideFiles()
+    beside = files_beside(folder, names) if whole_folder else SideFiles()
     return Checkpoint(label, folder, files, tensors, config, beside.carried, beside.left_behind, kind="pickle")
 
 
-def _check_pickle_allowed(name: str, label: str, allow_pickle: bool) -> None:
+def _check_pickle_allowed(name: str, label: str, allow_pickle: bool, folder: Path) -> None:
+    if is_remote(folder / name):
+        raise InputError(
+            f"{name} is a PyTorch pickle, and those are read from this machine only",
+            where=label,
+            hint="copy it here, or convert it to safetensors",
+        )
     if not allow_pickle:
         raise InputError(
             f"{name} is a PyTorch pickle, which is not read unless asked for",

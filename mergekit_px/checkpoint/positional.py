@@ -7,10 +7,17 @@ lock: seek, then read or write.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from mergekit_px.checkpoint.contents import FileIdentity
+from mergekit_px.small_files import open_regular
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 PORTABLE_VARIABLE = "PXMERGE_PORTABLE_IO"
 
@@ -33,8 +40,11 @@ class PositionalFile(Protocol):
     def write(self, offset: int, buffer: memoryview) -> None:
         """Write all of ``buffer`` at ``offset``."""
 
-    def status(self) -> os.stat_result:
-        """What the system records of the file."""
+    def identity(self) -> FileIdentity:
+        """Which file it is, by what the system records."""
+
+    def hashed(self) -> tuple[_Hash, int]:
+        """The sha256 of no bytes: reading computes none here."""
 
     def allocate(self, size: int) -> None:
         """Give the file ``size`` bytes, of real space where the file system can reserve it."""
@@ -47,11 +57,16 @@ class PositionalFile(Protocol):
 
 
 def open_positional(
-    path: Path, *, writable: bool = False, create: bool = False, portable: bool = False
+    path: Path, *, writable: bool = False, create: bool = False, portable: bool = False, where: str | None = None
 ) -> PositionalFile:
-    """Open ``path``; with ``create`` it is made if it is missing, with the permissions of the umask."""
-    flags = os.O_RDWR if writable or create else os.O_RDONLY
-    descriptor = os.open(path, flags | _BINARY | (os.O_CREAT if create else 0), 0o666)
+    """Open ``path``; with ``create`` it is made if it is missing, with the permissions of the umask.
+
+    Raises ``OSError``; ``MalformedCheckpointError`` that names ``where``, for reading what is no regular file.
+    """
+    if writable or create:
+        descriptor = os.open(path, os.O_RDWR | _BINARY | (os.O_CREAT if create else 0), 0o666)
+    else:
+        descriptor = open_regular(path, where or str(path))
     if is_portable(portable):
         return _SeekingFile(descriptor, writable or create)
     return _PreadFile(descriptor)
@@ -75,8 +90,11 @@ class _PreadFile:
         while done < len(buffer):
             done += os.pwrite(self._descriptor, buffer[done : done + _LARGEST_CALL], offset + done)
 
-    def status(self) -> os.stat_result:
-        return os.fstat(self._descriptor)
+    def identity(self) -> FileIdentity:
+        return FileIdentity.of(os.fstat(self._descriptor))
+
+    def hashed(self) -> tuple[_Hash, int]:
+        return hashlib.sha256(), 0
 
     def allocate(self, size: int) -> None:
         allocate(self._descriptor, size)
@@ -116,8 +134,11 @@ class _SeekingFile:
             while done < len(buffer):
                 done += self._file.write(buffer[done : done + _LARGEST_CALL]) or 0
 
-    def status(self) -> os.stat_result:
-        return os.fstat(self._file.fileno())
+    def identity(self) -> FileIdentity:
+        return FileIdentity.of(os.fstat(self._file.fileno()))
+
+    def hashed(self) -> tuple[_Hash, int]:
+        return hashlib.sha256(), 0
 
     def allocate(self, size: int) -> None:
         with self._lock:

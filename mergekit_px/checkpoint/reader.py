@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from mergekit_px.checkpoint.contents import Checkpoint, FileIdentity, StoredTensor
+from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.file_pool import FilePool
 from mergekit_px.checkpoint.identity import changed, check_unchanged
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.pieces import read_pieces
-from mergekit_px.checkpoint.positional import PositionalFile, open_positional
+from mergekit_px.checkpoint.ranged import RangedFile, address_of, open_ranged
 from mergekit_px.checkpoint.state_dict import MemoryReader, checkpoint_from_state_dict
 from mergekit_px.errors import InputError, InputNotFoundError
 from mergekit_px.stages import timed
@@ -99,20 +99,20 @@ class FileReader:
     def close(self) -> None:
         self._pool.close()
 
-    def _open(self, name: str) -> PositionalFile:
+    def _open(self, name: str) -> RangedFile:
         path = self._directory / name
         try:
-            file = open_positional(path, portable=self._portable)
+            file = open_ranged(path, portable=self._portable)
         except FileNotFoundError:
-            raise InputNotFoundError("the file is gone since its header was read", where=str(path)) from None
+            raise InputNotFoundError("the file is gone since its header was read", where=address_of(path)) from None
         expected = self._checkpoint.files[name].identity
-        if expected is not None and FileIdentity.of(file.status()) != expected:
+        if expected is not None and file.identity() != expected:
             file.close()
             raise changed(path)
         return file
 
     def _where(self, tensor: StoredTensor) -> str:
-        return f"{self._directory / tensor.file}: {shown(tensor.name)}"
+        return f"{address_of(self._directory / tensor.file)}: {shown(tensor.name)}"
 
 
 class PickleReader:

@@ -25,6 +25,9 @@ def run() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    ranged = sys.modules.get("mergekit_px.checkpoint.ranged")
+    if ranged is not None:
+        ranged.forget()  # which nobody else does on this way out
     os._exit(code)
 
 

@@ -10,6 +10,7 @@ EXTRAS = {
     "images": ("PIL",),
     "plot": ("matplotlib",),
     "fast": ("llvmlite",),
+    "remote": ("s3fs", "gcsfs", "adlfs"),
     "demo": ("transformers", "sklearn", "scipy", "matplotlib"),
 }
 """Extra -> the modules that it brings; the narrower extras come first."""

@@ -19,6 +19,7 @@ from mergekit_px.checkpoint.identity import check_unchanged
 from mergekit_px.checkpoint.index import LARGEST_INDEX
 from mergekit_px.checkpoint.json_text import read_object
 from mergekit_px.checkpoint.publish import PublishedFile
+from mergekit_px.checkpoint.ranged import address_of, is_remote
 from mergekit_px.checkpoint.replacement import replacement
 from mergekit_px.errors import InputError
 from mergekit_px.execute.locking import lock_entries
@@ -118,9 +119,10 @@ class InputHashes:
         check_unchanged(self._checkpoints)
         return self._hashes
 
-    def _place_in_checkpoint(self, key: tuple[str, str]) -> int:
-        """Files of several inputs are read side by side, so they are hashed so."""
-        return list(self._files[key].checkpoint.files).index(key[1])
+    def _place_in_checkpoint(self, key: tuple[str, str]) -> tuple[bool, int]:
+        """Files of several inputs are read side by side, so they are hashed so; those in stores wait for the end."""
+        file = self._files[key]
+        return is_remote(file.path), list(file.checkpoint.files).index(key[1])
 
     def _work(self) -> None:
         try:
@@ -131,6 +133,9 @@ class InputHashes:
                     return
                 file = self._files[key]
                 if file.listed is not None or self._local:
+                    # What is in a store is hashed as the run reads it: read beside it, it would come over twice.
+                    while is_remote(file.path) and not (self._stopping.is_set() or self._alone.is_set()):
+                        self._alone.wait(_PAUSE)
                     digest = file.sha256(partial(self._is_stopped, key))
                     with self._lock:
                         self._hashes[key] = digest
@@ -209,7 +214,7 @@ def _read_record(path: Path) -> Mapping[str, Any]:
 def _other_input(label: str, name: str, path: Path) -> InputError:
     return InputError(
         f"'{label}' is not what the unfinished run began with: {name} changed since",
-        where=str(path),
+        where=address_of(path),
         hint="start over with --overwrite",
     )
 

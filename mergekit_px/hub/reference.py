@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from mergekit_px.checkpoint.object_store import store_scheme
 from mergekit_px.errors import UsageError
 
 _REPO = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -33,11 +34,14 @@ def parse_reference(text: str) -> HubReference | None:
     """A Hub reference, or None where ``text`` means a local path.
 
     Local is anything that exists on disk, that starts with ``./``, ``../``, ``/`` or ``~``, or that has
-    more or fewer slashes than the one of ``org/name``. ``hf://`` and web addresses are never local.
+    more or fewer slashes than the one of ``org/name``. So is an address of a store, ``s3://bucket/key``: a folder here
+    stands for it. ``hf://`` and web addresses are never local.
 
     Raises:
         UsageError: an address that is no model repository, or a revision that cannot be one.
     """
+    if store_scheme(text) is not None:
+        return None
     if "://" in text:
         return parse_repository(text)
     repo, at, revision = text.partition("@")

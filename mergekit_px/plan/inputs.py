@@ -14,6 +14,7 @@ import yaml
 
 from mergekit_px.adapters.binder import BindOptions
 from mergekit_px.checkpoint.open import Checkpoint, component_folder, open_checkpoint
+from mergekit_px.checkpoint.ranged import exists, names_in, place_of
 from mergekit_px.checkpoint.selection import ADAPTER_FILE, Selection, select_weights
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
@@ -128,8 +129,8 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
     opened = [_open_adapter(name, reference, allow_pickle, where) for reference in listed]
     adapters, adapter_repos = tuple(adapter for adapter, _ in opened), tuple(repo for _, repo in opened)
     if hub_reference is None:
-        path = Path(request.model).expanduser()
-        if not path.exists():
+        path = place_of(request.model)
+        if not exists(path):
             raise InputNotFoundError(f"input '{name}': no such file or folder '{request.model}'", where=where)
         checkpoint = open_checkpoint(path, label=request.model, allow_pickle=allow_pickle)
         from mergekit_px.adapters.single_file import is_adapter_file
@@ -170,13 +171,13 @@ def _of_component(request: ModelInput) -> tuple[ModelInput, bool]:
     """The input as the component's own folder, where its model is a pipeline; and whether it is."""
     if request.component is None or request.model is None or parse_reference(request.model) is not None:
         return request, False
-    folder = component_folder(Path(request.model).expanduser(), request.component, request.model)
+    folder = component_folder(place_of(request.model), request.component, request.model)
     return (request, False) if folder is None else (request.model_copy(update={"model": str(folder)}), True)
 
 
 def _adapter_input(name: str, reference: str, allow_pickle: bool, where: str, options: BindOptions) -> ResolvedInput:
     adapter, repo = _open_adapter(name, reference, allow_pickle, where)
-    path = Path(reference).expanduser()
+    path = place_of(reference)
     beside = _model_beside(path) if parse_reference(reference) is None and path.is_dir() else None
     notes = []
     if beside is not None and beside.pickled and not allow_pickle:
@@ -197,14 +198,13 @@ def _adapter_input(name: str, reference: str, allow_pickle: bool, where: str, op
 
 
 def _declares_adapter(reference: str) -> bool:
-    path = Path(reference).expanduser()
-    return (path / "adapter_config.json").is_file()
+    return (place_of(reference) / "adapter_config.json").is_file()
 
 
 def is_adapter(reference: str, allow_pickle: bool) -> bool:
     """Whether a folder is an adapter and no model: where it holds both, the model counts, as for its own library."""
-    path = Path(reference).expanduser()
-    if path.is_file() and path.name.startswith("adapter_model."):
+    path = place_of(reference)
+    if exists(path) and not path.is_dir() and path.name.startswith("adapter_model."):
         return (path.parent / "adapter_config.json").is_file()
     if not _declares_adapter(reference):
         return False
@@ -214,7 +214,7 @@ def is_adapter(reference: str, allow_pickle: bool) -> bool:
 
 def _model_beside(folder: Path) -> Selection | None:
     """The weights of a full model in the folder of an adapter."""
-    return select_weights(entry.name for entry in folder.iterdir() if entry.name.startswith(_MODEL_FILES))
+    return select_weights(name for name in names_in(folder) if name.startswith(_MODEL_FILES))
 
 
 def _both_note(name: str, reference: str) -> str:
@@ -230,7 +230,7 @@ def _open_adapter(name: str, reference: str, allow_pickle: bool, where: str) -> 
 
     hub_reference = parse_reference(reference)
     if hub_reference is None:
-        path = Path(reference).expanduser()
+        path = place_of(reference, whole=True)
         if not path.exists():
             raise InputNotFoundError(f"input '{name}': no such adapter '{reference}'", where=where)
         return open_adapter(path, label=reference, allow_pickle=allow_pickle), None

@@ -55,7 +55,8 @@ def known_content(inputs: Mapping[str, ResolvedInput]) -> ContentHash:
         source = inputs[label.partition("#")[0]]
         if source.repo is not None and "#" not in label:
             return source.repo.files[file.name].sha256 if file.name in source.repo.files else None
-        return None if file.identity is None else f"{file.identity.device}:{file.identity.inode}"
+        identity = file.identity
+        return None if identity is None else identity.etag or f"{identity.device}:{identity.inode}"
 
     return content
 

@@ -72,7 +72,7 @@ def test_more_files_than_may_be_open(tmp_path, monkeypatch, portable) -> None:
         opened.append(file)
         return file
 
-    monkeypatch.setattr("mergekit_px.checkpoint.reader.open_positional", counting)
+    monkeypatch.setattr("mergekit_px.checkpoint.ranged.open_positional", counting)
     reader = FileReader(checkpoint, portable=portable)
 
     def read(number: int) -> bool:

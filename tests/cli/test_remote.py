@@ -1,0 +1,190 @@
+"""Models in an object store: read by ranges, checked, and said clearly where the store says no."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from mergekit_px.checkpoint.ranged import forget
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from store_server import FakeStore, cut_short, refuse, slow
+
+RECIPE = """
+models: {base: base, math: math, code: code}
+merge: {method: task_arithmetic, base: base, sources: {math: 0.5, code: 0.5}}
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeStore]:
+    with FakeStore() as running:
+        yield running
+
+
+@pytest.fixture
+def store(server: FakeStore, models, monkeypatch: pytest.MonkeyPatch) -> FakeStore:
+    """A bucket with the models in it, and the recipe over them as local folders and in the bucket."""
+    server.create("models")
+    server.faults.clear()
+    for name in ("base", "math", "code"):
+        folder = Path(name)
+        server.put("models", {f"runs/{name}/{path.name}": path.read_bytes() for path in folder.iterdir()})
+    server.requests.clear()
+    forget()
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "SECRETWORD",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    Path("local.yaml").write_text(RECIPE)
+    Path("remote.yaml").write_text(RECIPE.replace(": base,", ": s3://models/runs/base,", 1)
+                                   .replace("math: math", "math: s3://models/runs/math")
+                                   .replace("code: code", "code: s3://models/runs/code"))  # fmt: skip
+    return server
+
+
+def weights(folder: str) -> bytes:
+    return Path(folder, "model.safetensors").read_bytes()
+
+
+def test_a_merge_of_models_in_a_store_has_the_bytes_of_a_merge_of_files(run, store: FakeStore) -> None:
+    assert run("run", "local.yaml", "-o", "here").code == 0
+    planned = run("plan", "remote.yaml")
+    assert planned.code == 0, planned.stderr
+    size = Path("base/model.safetensors").stat().st_size
+    assert store.bytes_sent("base/model.safetensors") < size, "a plan read more than the header"
+    outcome = run("run", "remote.yaml", "-o", "there")
+    assert outcome.code == 0, outcome.stderr
+    assert weights("here") == weights("there")
+    assert Path("there/tokenizer.json").read_text() == "{}"
+    assert '"sha256": null' not in Path("there/pxmerge.lock.json").read_text()
+    assert "pxmerge-remote-" not in Path("there/pxmerge.lock.json").read_text() + outcome.stderr
+    shown = run("inspect", "s3://models/runs/base/model.safetensors")
+    assert shown.code == 0 and "s3://models/runs/base" in shown.stdout
+
+
+def test_large_files_cross_the_network_once(run, store: FakeStore) -> None:
+    large = {f"layers.{number}.w": torch.full((1024, 640), float(number)) for number in range(5)}
+    store.put("models", {"large/model.safetensors": save(large, {"format": "pt"}), "large/config.json": b"{}"})
+    Path("large.yaml").write_text("models: {a: s3://models/large}\nmerge: {method: linear, sources: [a]}")
+    store.requests.clear()
+    outcome = run("run", "large.yaml", "-o", "out")
+    assert outcome.code == 0, outcome.stderr
+    assert weights("out") == save(large, {"format": "pt"})
+    size = len(save(large, {"format": "pt"}))
+    assert size <= store.bytes_sent("large/model.safetensors") < 1.05 * size
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        (refuse("403 Forbidden", "AccessDenied"), "does not allow it (AccessDenied)"),
+        (refuse("404 Not Found", "NoSuchKey"), "no such object or bucket (NoSuchKey)"),
+        (refuse("403 Forbidden", "ExpiredToken"), "does not accept the credentials (ExpiredToken)"),
+        (refuse("403 Forbidden", "AccessDenied", where="config.json"), "does not allow it (AccessDenied)"),
+        (refuse("403 Forbidden", "SignatureDoesNotMatch", where=""), "does not accept the credentials"),
+        (refuse("503 Slow Down", "SlowDown"), "(SlowDown)"),
+        (cut_short(10**9), "failed"),
+    ],
+)
+def test_what_a_store_refuses_is_told_in_one_line(
+    run, store: FakeStore, monkeypatch: pytest.MonkeyPatch, fault, what: str
+) -> None:
+    monkeypatch.setattr("mergekit_px.checkpoint.object_store._WAITS", (0.01, 0.01))
+    store.faults.append(fault)
+    outcome = run("run", "remote.yaml", "-o", "out")
+    assert outcome.code == 3, outcome.stderr
+    assert what in outcome.stderr and "s3://models/runs/base" in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
+    assert "SECRET" not in outcome.stderr and "AKIA" not in outcome.stderr
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        refuse("500 Internal Error", "InternalError", times=2),
+        refuse("503 Slow", "SlowDown", times=1),
+        cut_short(2),
+        slow(0.02),
+    ],
+)
+def test_what_passes_is_tried_again(run, store: FakeStore, monkeypatch: pytest.MonkeyPatch, fault) -> None:
+    monkeypatch.setattr("mergekit_px.checkpoint.object_store._WAITS", (0.01, 0.01, 0.01))
+    assert run("run", "local.yaml", "-o", "here").code == 0
+    store.faults.append(fault)
+    outcome = run("run", "remote.yaml", "-o", "there")
+    assert outcome.code == 0, outcome.stderr
+    assert weights("here") == weights("there")
+
+
+def test_an_object_that_changes_stops_the_run(run, store: FakeStore) -> None:
+    changed = save({"x": torch.ones(3)})
+
+    def change_before_weights(environ, start_response):
+        begins = int(environ.get("HTTP_RANGE", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if begins > 8 and "math" in environ["PATH_INFO"]:
+            store.faults.clear()
+            store.put("models", {"runs/math/model.safetensors": changed})
+
+    store.faults.append(change_before_weights)
+    outcome = run("run", "remote.yaml", "-o", "out")
+    assert outcome.code == 3, outcome.stderr
+    assert "s3://models/runs/math/model.safetensors: " in outcome.stderr
+    assert not Path("out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("reference", "code", "what"),
+    [
+        ("s4://models/base", 2, "s4:// is no scheme of a store"),
+        ("s3://key:secret@models/base", 2, "credentials and settings are not taken from an address"),
+        ("s3://models/nowhere", 3, "no such object"),
+        ("s3://no-such-bucket/base", 3, "no such object or bucket"),
+        ("gs://models/base", 2, "pip install gcsfs, or 'pxmerge[remote]'"),
+        ("s3://", 2, "names no bucket"),
+        ("s3://models/runs", 3, "s3://models/runs/base"),
+    ],
+)
+def test_addresses_that_cannot_be_used(run, store: FakeStore, reference: str, code: int, what: str) -> None:
+    Path("bad.yaml").write_text(f"models: {{a: '{reference}'}}\nmerge: {{method: linear, sources: [a]}}")
+    outcome = run("run", "bad.yaml", "-o", "out")
+    assert outcome.code == code, outcome.stderr
+    assert what in outcome.stderr and "secret" not in outcome.stderr
+    assert not Path("out").exists()
+
+
+def test_without_credentials_that_is_said(run, store: FakeStore, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    outcome = run("run", "remote.yaml", "-o", "out")
+    assert outcome.code == 3 and "no usable credentials were found" in outcome.stderr
+
+
+def test_adapters_and_single_files_in_a_store(run, store: FakeStore) -> None:
+    low = {
+        "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 8),
+        "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(12, 2),
+    }
+    Path("lora").mkdir()
+    Path("lora/adapter_model.safetensors").write_bytes(save(low))
+    Path("lora/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    store.put("models", {f"lora/{path.name}": path.read_bytes() for path in Path("lora").iterdir()})
+    text = "models: {{a: {{model: {0}base, adapter: {1}lora}}}}\nmerge: {{method: linear, sources: [a]}}"
+    Path("here.yaml").write_text(text.format("", ""))
+    Path("there.yaml").write_text(text.format("s3://models/runs/", "s3://models/"))
+    assert run("run", "here.yaml", "-o", "here").code == 0
+    outcome = run("run", "there.yaml", "-o", "there")
+    assert outcome.code == 0, outcome.stderr
+    assert weights("here") == weights("there")
