@@ -32,6 +32,8 @@ _WAITS = (0.3, 1.0, 2.0)
 _GONE = ("NoSuchKey", "NoSuchBucket", "404")
 _REFUSED = ("AccessDenied", "403", "Forbidden")
 _IDENTITY = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "TokenRefreshRequired")
+_BROKEN = ("HTTPClient", "Timeout", "Connection", "Payload", "Incomplete", "ReadError")
+"""In the names of what packages raise for connections that break."""
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
@@ -195,11 +197,8 @@ def _is_transient(error: Exception) -> bool:
         return statuses[-1] in (408, 429) or statuses[-1] >= 500
     if any(code in (*_GONE, *_REFUSED, *_IDENTITY) for code in codes):
         return False
-    return isinstance(error, OSError) or any(
-        word in type(link).__name__
-        for link in _chain(error)
-        for word in ("HTTPClient", "Timeout", "Connection", "Read")
-    )
+    broken = any(word in type(link).__name__ for link in _chain(error) for word in _BROKEN)
+    return broken or isinstance(error, OSError)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
