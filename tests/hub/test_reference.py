@@ -84,7 +84,6 @@ def test_an_address_of_another_hub_needs_the_endpoint(monkeypatch: pytest.Monkey
         "org/name@../../x",
         "org/name@a b",
         "org/name@/etc",
-        "gs://bucket/name",
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(text: str) -> None:
