@@ -18,6 +18,7 @@ from mergekit_px.cli import main
 from mergekit_px.errors import TensorMismatchError, UsageError
 from mergekit_px.learn.models import LearningModel, load_model
 from mergekit_px.learn.tune.components import Factors, read_components
+from mergekit_px.learn.tune.settings import TuneReport
 from mergekit_px.learn.tune.substitution import TunedValues, decomposed
 from mergekit_px.testing import write_checkpoint
 
@@ -273,6 +274,7 @@ def test_the_command_trains_and_writes_all_three(made, tmp_path: Path, capsys) -
     out = tmp_path / "out"
     assert command(made, out, "--json") == 0
     report = json.loads(capsys.readouterr().out)
+    assert TuneReport.model_validate({name: one for name, one in report.items() if name != "output"})
     assert report["scores"] == json.loads((out / "report.json").read_text())["scores"]
     assert report["examples"] == {"train": 72, "validation": 24, "test": 24}
     scores = report["scores"]
@@ -309,6 +311,9 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(made, tmp_path: Path, mon
     assert command(made, stopped, "-q") == 4 and "--resume" in capsys.readouterr().err
     assert command(made, stopped, "-q", "--resume", "--learning-rate", 0.2) == 4
     assert "another plan" in capsys.readouterr().err
+    made["code.py"].write_text(CODE + "\n")  # other code makes another model
+    assert command(made, stopped, "-q", "--resume") == 4 and "another plan" in capsys.readouterr().err
+    made["code.py"].write_text(CODE)
     assert command(made, stopped, "-q", "--resume") == 0
     for name in ("components.safetensors", "report.json", "model/model.safetensors"):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
@@ -379,6 +384,10 @@ def test_bad_input(made, tmp_path: Path, capsys) -> None:
         return error
 
     assert "share" in refused(2, "--test", "1.5")
+    before = (made["base"] / "model.safetensors").read_bytes()
+    assert command(made, made["base"], "--overwrite") == 4
+    assert "lies in the input" in capsys.readouterr().err
+    assert (made["base"] / "model.safetensors").read_bytes() == before
     assert "no such data file" in refused(3, "--validation", tmp_path / "none.npz")
     assert "--validation" in refused(3, "--validation", "0")
     data = dict(np.load(made["data.npz"]))
