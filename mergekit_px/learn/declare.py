@@ -20,6 +20,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -297,6 +298,8 @@ class Learner:
 
     Attributes:
         name: of its command; of several words for a command of a group.
+        classes: of its settings and its report; names of classes in ``settings.py`` beside the declaration, which is
+            then read when the learner is asked for and not for a list of commands.
         output: the default of ``output``; None where one must be given.
         form: of the output.
         continues: whether a finished output of the same settings may be gone on with.
@@ -305,13 +308,26 @@ class Learner:
 
     name: str
     fit: Callable[[Any], Report]
-    settings: type[RunSettings]
-    report: type[Report]
+    classes: tuple[type[RunSettings] | str, type[Report] | str]
     output: str | None
     form: Form
     continues: bool
     inputs: Callable[[Any], Any] | None
     origin: str
+
+    @property
+    def settings(self) -> type[RunSettings]:
+        found: type[RunSettings] = self._class(0)
+        return found
+
+    @property
+    def report(self) -> type[Report]:
+        found: type[Report] = self._class(1)
+        return found
+
+    def _class(self, place: int) -> Any:
+        found = self.classes[place]
+        return getattr(import_module(f"{self.origin}.settings"), found) if isinstance(found, str) else found
 
     @property
     def documentation(self) -> str:
@@ -327,8 +343,8 @@ REGISTRY: dict[str, Learner] = {}
 
 
 def learner(
-    settings: type[RunSettings],
-    report: type[Report],
+    settings: type[RunSettings] | str,
+    report: type[Report] | str,
     *,
     output: str | None = None,
     form: Form = "folder",
@@ -347,7 +363,7 @@ def learner(
         known = REGISTRY.get(called)
         if known is not None and known.origin != fit.__module__:
             raise ValueError(f"there is a learner '{called}' already, in {known.origin}")
-        REGISTRY[called] = Learner(called, fit, settings, report, output, form, continues, inputs, fit.__module__)
+        REGISTRY[called] = Learner(called, fit, (settings, report), output, form, continues, inputs, fit.__module__)
         return REGISTRY[called]
 
     return declare

@@ -18,14 +18,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_px.learn.acmap.settings import ClassifyReport, ClassifySettings, MapReport, MapSettings
 from mergekit_px.learn.declare import learner
 
 if TYPE_CHECKING:
+    from mergekit_px.learn.acmap.settings import ClassifyReport, ClassifySettings, MapReport, MapSettings
     from mergekit_px.learn.life import Run
 
 
-@learner(MapSettings, MapReport, name="acmap map", form="state")
+@learner("MapSettings", "MapReport", name="acmap map", form="state")
 def map_(run: Run[MapSettings]) -> MapReport:
     """Add a task's class prototypes to the state, and move those of earlier tasks to the newest merged adapter.
 
@@ -45,6 +45,7 @@ def map_(run: Run[MapSettings]) -> MapReport:
     """
     from mergekit_px.learn.acmap.export import require_new
     from mergekit_px.learn.acmap.mapping import MapOptions, map_task
+    from mergekit_px.learn.acmap.settings import MapReport
 
     settings = run.settings
     output = None if settings.output is None else Path(settings.output)
@@ -66,7 +67,7 @@ def map_(run: Run[MapSettings]) -> MapReport:
     return MapReport(**{name: value for name, value in found.items() if name != "versions"})
 
 
-@learner(ClassifySettings, ClassifyReport, name="acmap classify", form="state")
+@learner("ClassifySettings", "ClassifyReport", name="acmap classify", form="state")
 def classify_(run: Run[ClassifySettings]) -> ClassifyReport:
     """Classify examples by the nearest prototype: the largest cosine with f(x; A_t), over all classes so far.
 
@@ -81,6 +82,7 @@ def classify_(run: Run[ClassifySettings]) -> ClassifyReport:
     from mergekit_px.learn.acmap.classify import ClassifyOptions, write_predictions
     from mergekit_px.learn.acmap.classify import classify as classified
     from mergekit_px.learn.acmap.export import require_new
+    from mergekit_px.learn.acmap.settings import ClassifyReport
 
     settings = run.settings
     if settings.output is not None:

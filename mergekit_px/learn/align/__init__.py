@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergekit_px.learn.align.settings import AlignReport, AlignTask
 from mergekit_px.learn.declare import learner
 
 if TYPE_CHECKING:
+    from mergekit_px.learn.align.settings import AlignReport, AlignTask
     from mergekit_px.learn.life import Run
 
 
-@learner(AlignTask, AlignReport, output="aligned")
+@learner("AlignTask", "AlignReport", output="aligned")
 def align(run: Run[AlignTask]) -> AlignReport:
     """Transport a task vector to another model, by rotations learned from a few examples (arXiv 2505.12021).
 

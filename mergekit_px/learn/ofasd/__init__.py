@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_px.learn.declare import learner
-from mergekit_px.learn.ofasd.settings import OfasdReport, OfasdSettings
 
 if TYPE_CHECKING:
     from mergekit_px.learn.life import Run
+    from mergekit_px.learn.ofasd.settings import OfasdReport, OfasdSettings
 
 
-@learner(OfasdSettings, OfasdReport, output="coefficients")
+@learner("OfasdSettings", "OfasdReport", output="coefficients")
 def ofasd(run: Run[OfasdSettings]) -> OfasdReport:
     """Learn a coefficient for each source and block of parameters, by distilling the sources' ensemble (OFASD).
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_px.learn.declare import learner
-from mergekit_px.learn.search.settings import SearchReport, SearchSettings
 
 if TYPE_CHECKING:
     from mergekit_px.learn.life import Run
+    from mergekit_px.learn.search.settings import SearchReport, SearchSettings
 
 
-@learner(SearchSettings, SearchReport, output="searched", continues=True)
+@learner("SearchSettings", "SearchReport", output="searched", continues=True)
 def search(run: Run[SearchSettings]) -> SearchReport:
     """Find coefficients of a recipe by a score: a command of yours that prints a number, or accuracy on data.
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_px.learn.declare import learner
-from mergekit_px.learn.stats.settings import StatsReport, StatsSettings
 
 if TYPE_CHECKING:
     from mergekit_px.learn.life import Run
+    from mergekit_px.learn.stats.settings import StatsReport, StatsSettings
 
 
-@learner(StatsSettings, StatsReport, form="file")
+@learner("StatsSettings", "StatsReport", form="file")
 def stats(run: Run[StatsSettings]) -> StatsReport:
     """Measure Fisher information and Gram matrices of a model on data.
 

@@ -27,11 +27,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_px.learn.declare import learner
-from mergekit_px.learn.transfer.settings import TransferReport, TransferSettings
 
 if TYPE_CHECKING:
     from mergekit_px.learn.inputs import Inputs
     from mergekit_px.learn.life import Run
+    from mergekit_px.learn.transfer.settings import TransferReport, TransferSettings
 
 
 def _inputs(settings: TransferSettings) -> Inputs:
@@ -40,7 +40,7 @@ def _inputs(settings: TransferSettings) -> Inputs:
     return open_plan(settings)
 
 
-@learner(TransferSettings, TransferReport, inputs=_inputs, output="as the plan says")
+@learner("TransferSettings", "TransferReport", inputs=_inputs, output="as the plan says")
 def transfer(run: Run[TransferSettings]) -> TransferReport:
     """Train a model while another hands it knowledge (MergeNet, arXiv 2404.13322). Experimental.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_px.learn.declare import learner
-from mergekit_px.learn.tune.settings import TuneReport, TuneSettings
 
 if TYPE_CHECKING:
     from mergekit_px.learn.life import Run
+    from mergekit_px.learn.tune.settings import TuneReport, TuneSettings
 
 
-@learner(TuneSettings, TuneReport, output="tuned")
+@learner("TuneSettings", "TuneReport", output="tuned")
 def tune(run: Run[TuneSettings]) -> TuneReport:
     """Train the singular values of a merged update on labelled data (stage 2 of AXIS, arXiv 2508.19353).
 
