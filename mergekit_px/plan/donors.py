@@ -273,6 +273,13 @@ def _follow_vocabulary(
     config: dict[str, Any], stored: Mapping[str, StoredTensor], items: Sequence[WorkItem]
 ) -> list[str]:
     notes = []
+    rows = {item.name: item.shape[0] for item in items if is_vocabulary(item.name) and len(item.shape) == 2}
+    if len(set(rows.values())) > 1 and len({stored[name].shape[0] for name in rows if name in stored}) == 1:
+        listed = ", ".join(f"'{name}' {count}" for name, count in rows.items())
+        raise PlanError(
+            f"embedding and head would have different numbers of rows: {listed}",
+            hint="choose the tokenizer of the result (tokenizer: {from: MODEL}), or take both from one model by a rule",
+        )
     for item in sorted(items, key=lambda item: is_head(item.name)):
         if is_vocabulary(item.name) and len(item.shape) == 2:
             known = stored.get(item.name)

@@ -149,7 +149,8 @@ class Expressions:
 
     def _stacked(self, name: str, step: Step) -> list[Slot]:
         stacked = slice_slots(name, step, self)
-        self.layer_sources[name] = stacked.layer_sources
+        if not step.stack:  # other stacks keep their layers, so the config has nothing to follow
+            self.layer_sources[name] = stacked.layer_sources
         self.untied.extend(head for head in stacked.untied if head not in self.untied)
         return stacked.slots
 

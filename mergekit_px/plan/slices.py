@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mergekit_px.errors import PlanError, RecipeError
@@ -50,7 +51,7 @@ def slice_slots(step_name: str, step: Step, namespaces: Namespaces) -> Stacked:
     sources_of_layers: list[list[tuple[str, int]]] = []
     for part, piece in enumerate(step.slices):
         here = namespaces.loaded.where("steps", step_name, "slices", part)
-        stacked = [_stack(source.model, namespaces, here) for source in piece.sources]
+        stacked = [_stack(source.model, namespaces, here, step.stack) for source in piece.sources]
         numbers = []
         for source, (_, count) in zip(piece.sources, stacked, strict=True):
             chosen = parse_layers(source.layers).to_list(count)
@@ -72,9 +73,14 @@ def slice_slots(step_name: str, step: Step, namespaces: Namespaces) -> Stacked:
             layers.extend(_layer_slots(step, piece, part, own, len(sources_of_layers) - 1, place, namespaces))
     if not sources_of_layers:
         raise PlanError("the slices have no layers at all", where=where)
-    _refuse_shared_embedding(sources_of_layers, where, namespaces)
-    for model in dict.fromkeys(model for own in sources_of_layers for model, _ in own):
-        _refuse_moved_ends(model, sources_of_layers, where, namespaces)
+    models = dict.fromkeys(model for own in sources_of_layers for model, _ in own)
+    if step.stack:
+        for model in models:
+            _refuse_moved(sources_of_layers, _stack(model, namespaces, where, step.stack)[1], model, where)
+    else:
+        _refuse_shared_embedding(sources_of_layers, where, namespaces)
+        for model in models:
+            _refuse_moved_ends(model, sources_of_layers, where, namespaces)
     heads = _heads_apart(step, namespaces)
     before = _outside(step, 0, True, (), where, namespaces)
     after = _outside(step, len(step.slices) - 1, False, tuple(heads), where, namespaces)
@@ -87,13 +93,22 @@ def _origins(model: str, stack: str, layer: int, namespaces: Namespaces) -> list
     return [(model, layer)] if inner is None else inner[layer]
 
 
-def _stack(model: str, namespaces: Namespaces, where: str) -> tuple[str, int]:
+def _stack(model: str, namespaces: Namespaces, where: str, within: Sequence[str] = ()) -> tuple[str, int]:
     """The stack of layers that slices of a model speak of, and its number of layers.
 
     A model may have stacks beside it (a vision tower, layers that predict further tokens), and layers after those
     that its config counts: none of these are stacked.
+
+    Args:
+        within: globs that name another stack.
     """
     sizes = stack_sizes(namespaces.namespace(model))
+    if within:
+        named = [stack for stack in sizes if any(fnmatchcase(f"{stack}0", glob) for glob in within)]
+        if len(named) != 1:
+            found = ", ".join(f"{stack}*" for stack in named or sizes) or "none"
+            raise PlanError(f"'{' or '.join(within)}' names {len(named)} stacks of '{model}': {found}", where=where)
+        return named[0], sizes[named[0]]
     source = namespaces.inputs.get(model)
     config = source.config if source is not None and source.config is not None else {}
     count = layer_count(config)
@@ -106,6 +121,14 @@ def _stack(model: str, namespaces: Namespaces, where: str) -> tuple[str, int]:
         raise PlanError(f"slices need a model with one stack of layers; '{model}' has {found}", where=where)
     stack = fitting[0]
     return stack, count if count is not None and stack in counted else sizes[stack]
+
+
+def _refuse_moved(layers: list[list[tuple[str, int]]], count: int, model: str, where: str) -> None:
+    """Layers of a stack that the config does not follow stay where they are, and as many."""
+    moved = next((place for place, own in enumerate(layers) if any(layer != place for _, layer in own)), None)
+    if moved is not None or len(layers) != count:
+        what = f"layer {moved} comes from another place" if moved is not None else f"{len(layers)} layers of {count}"
+        raise PlanError(f"{what}, and layers of this stack of '{model}' keep their places", where=where)
 
 
 def _refuse_shared_embedding(layers: list[list[tuple[str, int]]], where: str, namespaces: Namespaces) -> None:
@@ -210,7 +233,7 @@ def _outside(
     names: dict[str, None] = {}
     for model in ([base_model] if base_model is not None else []) + members:
         namespace = namespaces.namespace(model)
-        stack, _ = _stack(model, namespaces, where)
+        stack, _ = _stack(model, namespaces, where, step.stack)
         alone = len(stack_sizes(namespace)) == 1
         for name in namespace:
             found = split_layer(name)

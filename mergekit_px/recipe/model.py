@@ -158,6 +158,9 @@ class Step(Part):
     """Changes for some tensors, by glob on their names, by layer, or both; later rules win."""
     slices: Annotated[list[Slice] | None, Wanted("a list of slices")] = None
     """Layers stacked anew: the output's layers are those of the slices in order. Replaces ``sources``."""
+    stack: Annotated[list[str], Wanted("a list of globs on tensor names")] = Field(default_factory=list)
+    """Globs on the names of the layers that ``slices`` speak of, where a model has several stacks of layers, as an
+    encoder and a decoder. Such layers keep their places; without it, the stack is that of the language model."""
     mixture: Annotated[Mixture | None, Wanted("a mapping with experts")] = None
     """Experts in the place of the MLPs; the method and its sources make everything else."""
     experts: Annotated[ExpertChoice | None, Wanted("a mapping such as {keep: [0, 1]}")] = None

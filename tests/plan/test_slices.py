@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import make_models, plan_of, recipe
+from safetensors.torch import load_file
 
 from mergekit_px.errors import PlanError, RecipeError
 from mergekit_px.plan.nodes import Apply
@@ -272,3 +273,35 @@ def test_depths_that_are_none(folder: Path, tmp_path: Path, depth: list[float]) 
     step = {"method": "linear", "sources": ["fine0"], "rules": [{"depth": depth, "weights": [2.0]}]}
     with pytest.raises(RecipeError, match="'depth' must be two numbers from 0 to 1"):
         plan_of(recipe(folder, step), tmp_path / "out")
+
+
+def test_slices_of_one_of_several_stacks(tmp_path: Path) -> None:
+    """An encoder's layers are merged by slices of their own, and keep their places."""
+    for number, name in enumerate(("a", "b")):
+        parts = [f"{part}.block.{layer}.w" for part in ("encoder", "decoder") for layer in range(3)]
+        tensors = {part: torch.full((2, 2), float(number)) for part in parts}
+        write_checkpoint(tmp_path / name, tensors, config={"num_layers": 3, "num_decoder_layers": 3})
+    sources = [{"model": "a", "layers": "0-2", "weight": [1, 0]}, {"model": "b", "layers": "0-2", "weight": 1}]
+    step = {"method": "linear", "stack": ["encoder.*"], "slices": [{"sources": sources}]}
+    data = {"models": {name: str(tmp_path / name) for name in "ab"}, "steps": {"merged": step}}
+    plan = plan_of(data, tmp_path / "out")
+    weights = {item.name: item.node.weights for item in plan.items if isinstance(item.node, Apply)}
+    assert [weights[f"encoder.block.{layer}.w"] for layer in range(3)] == [(1.0, 1.0), (0.5, 1.0), (0.0, 1.0)]
+    for other, message in (({"layers": 0}, "1 layers of 3"), ({"layers": [2, 1, 0]}, "comes from another place")):
+        step["slices"] = [{"sources": [{"model": "a", **other}]}]
+        with pytest.raises(PlanError, match=message):
+            plan_of(data, tmp_path / "out")
+    step["stack"] = ["*.block.*"]
+    with pytest.raises(PlanError, match="names 2 stacks"):
+        plan_of(data, tmp_path / "out")
+
+
+def test_an_embedding_and_a_head_of_different_sizes_are_refused(folder: Path, tmp_path: Path) -> None:
+    file = folder / "fine1" / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:2]])
+    config = json.loads((folder / "fine1/config.json").read_text()) | {"vocab_size": len(tensors["lm_head.weight"])}
+    write_checkpoint(folder / "fine1", tensors, config=config)
+    with pytest.raises(PlanError, match="embedding and head would have different numbers of rows"):
+        plan_of(recipe(folder, stack(("fine0", "0-1"), ("fine1", "2-3"))), tmp_path / "out")

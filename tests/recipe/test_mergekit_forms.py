@@ -210,3 +210,11 @@ def test_idle_keys_of_tokenizers() -> None:
         "'colour' in 'tokenizer'",
         "'why' in the entry of 'x'",
     }
+
+
+def test_slices_of_a_second_stack_name_it() -> None:
+    part = "slices: [{sources: [{model: a, layer_range: [0, 2]}]}]"
+    loaded = load(f"merge_method: passthrough\nmodules:\n  decoder: {{{part}}}\n  encoder: {{{part}}}\n")
+    steps = loaded.recipe.steps
+    assert steps["merge-encoder"].stack == ["encoder.*", "*.encoder.*"]
+    assert steps["merge-decoder"].stack == ["decoder.*", "*.decoder.*"]

@@ -38,6 +38,10 @@ class Module:
         """Globs on the names of its tensors."""
         return list(_PATTERNS.get(self.name or "", (f"{self.name}.*", f"*.{self.name}.*")))
 
+    def stack(self) -> list[str]:
+        """Globs on the names of its layers; none for the language model of a multimodal one, whose stack is known."""
+        return [] if self.name == "text_decoder" else self.patterns()
+
 
 def read_modules(root: Node, idle: IdleKeys) -> list[Module]:
     """The modules of a config, that to which everything else belongs first.

@@ -74,6 +74,9 @@ def translate(roots: Sequence[Node]) -> Translation:
         for part in parts:
             translator = _Translator(part.config, taken, part.parameters, names=names, models=models, idle=idle)
             step, written = translator.run()
+            if len(parts) > 1 and part.stack() and isinstance(step.value, dict) and "slices" in step.value:
+                globs = sequence(step.place, [Node(glob, step.place) for glob in part.stack()])
+                step = mapping(step.place, {**step.value, "stack": globs}, step.keys)
             graph[become[part.name or ""]] = step
             differences += translator.differences
             if part is parts[0]:
