@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _ROW = 4096
+_ROWS_IN_CACHE = 8
 _LARGEST_INTEGER = 2**12
 
 
@@ -81,13 +82,24 @@ def absolute_sum(values: torch.Tensor) -> torch.Tensor:
 def gram(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """float64 dot products of all pairs of flattened tensors, shape (k, k), symmetric.
 
-    Products of float32 values are exact in float64.
+    Products of float32 values are exact in float64. The sums are those of :func:`element_sum`; a few rows at a time,
+    so that doubles and products stay in the cache.
     """
     import torch
 
-    doubles = [tensor.to(torch.float64) for tensor in tensors]
-    result = torch.empty(len(doubles), len(doubles), dtype=torch.float64, device=tensors[0].device)
-    for row, left in enumerate(doubles):
-        for column, right in enumerate(doubles[: row + 1]):
-            result[row, column] = result[column, row] = element_sum(left * right)
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    rows, count = flat[0].numel() // _ROW, len(flat)
+    sums = torch.empty(count, count, rows, dtype=torch.float64, device=flat[0].device)
+    for begin in range(0, rows, _ROWS_IN_CACHE):
+        end = min(begin + _ROWS_IN_CACHE, rows)
+        doubles = [values[begin * _ROW : end * _ROW].to(torch.float64).view(-1, _ROW) for values in flat]
+        for row, left in enumerate(doubles):
+            for column, right in enumerate(doubles[: row + 1]):
+                torch.sum(left * right, dim=1, out=sums[row, column, begin:end])
+    rest = [values[rows * _ROW :].to(torch.float64) for values in flat]
+    result = torch.empty(count, count, dtype=torch.float64, device=flat[0].device)
+    for row in range(count):
+        for column in range(row + 1):
+            total = sums[row, column].sum() + (rest[row] * rest[column]).sum()
+            result[row, column] = result[column, row] = total
     return result

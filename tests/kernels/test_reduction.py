@@ -92,6 +92,13 @@ def test_sums_do_not_depend_on_threads() -> None:
     assert len(results) == 1
 
 
+@pytest.mark.parametrize("elements", [1, 4095, 4096, 70_001])
+def test_gram_sums_as_element_sum_does(elements: int) -> None:
+    left, right = draw(elements), draw(elements, seed=1)
+    product = left.to(torch.float64) * right.to(torch.float64)
+    assert gram([left, right])[1, 0].item() == element_sum(product).item()
+
+
 def test_gram_has_double_precision() -> None:
     tensors = [draw(70, 100, seed=i) * 1e-25 for i in range(3)]
     stacked = np.stack([t.numpy().astype(np.float64).reshape(-1) for t in tensors])
