@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,19 +154,12 @@ def _is_shared(name: str, sources: Sequence[UpdateSource]) -> bool:
 def _each(
     work: Callable[[str], tuple[LoraModule, MergeReport]], names: Sequence[str], options: MergeOptions
 ) -> list[tuple[LoraModule, MergeReport]]:
-    import torch
+    from mergekit_px.kernels.workers import workers
 
     if options.forms_updates:
         return [work(name) for name in names]
-    cores = torch.get_num_threads()
-    # Matrices this thin gain nothing from several threads, which on a busy machine mostly wait for one another.
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
-    try:
+    with workers() as pool:
         return list(pool.map(work, names))
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(cores)
 
 
 def _merge_module(

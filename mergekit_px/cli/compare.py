@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from mergekit_px.cli._options import AllowPickle, Json, Quiet
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli._progress import progress_on
+from mergekit_px.errors import TensorMismatchError, UsageError, WriteError
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, files, org/name or org/name@revision.")]
 Reference = Annotated[
@@ -22,6 +24,10 @@ Spectral = Annotated[
     bool,
     typer.Option("--spectral", help="Also decompose the differences: effective ranks, and how far subspaces agree."),
 ]
+Picture = Annotated[
+    Path | None,
+    typer.Option("--picture", metavar="FILE", help="Draw heat maps by layer and module: a .png or .svg file."),
+]
 
 
 def compare(
@@ -30,6 +36,7 @@ def compare(
     tensors: Pattern = "*",
     limit: Limit = 20,
     spectral: Spectral = False,
+    picture: Picture = None,
     allow_pickle: AllowPickle = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -47,18 +54,22 @@ def compare(
     Tensors stand in the order of their relative difference. They are read in pieces, so memory stays small;
     with --spectral one tensor is held whole.
 
+    With --picture, heat maps of relative differences, conflicts and cosines, layers across and modules down.
+
     \b
     Examples:
       pxmerge compare ./base ./finetuned
       pxmerge compare ./math ./code --base ./base --tensors "*.mlp.*" --limit 0
       pxmerge compare ./math ./code --base ./base --spectral
+      pxmerge compare ./math ./code --base ./base --picture differences.svg
     """
-    from mergekit_px.errors import TensorMismatchError, UsageError
     from mergekit_px.inspection.compare import compare as measure
     from mergekit_px.inspection.source import fetch_source, open_source
 
     if len(models) < 2 and base is None:
         raise UsageError("one model alone cannot be compared", hint="give another, or --base")
+    if picture is not None:
+        _check_picture(picture)
     output = output_for(json=json, quiet=quiet)
     references = models if base is None else [base, *models]
     opened = [open_source(reference, allow_pickle=allow_pickle) for reference in references]
@@ -85,7 +96,30 @@ def compare(
             where=", ".join(references),
             hint="compare models of one architecture; --tensors takes a glob of names",
         )
+    if picture is not None:
+        _draw(document, picture, output)
     return 0
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix not in (".png", ".svg"):
+        raise UsageError(f"a picture is a .png or .svg file, not '{path.name}'", hint="--picture differences.svg")
+    import matplotlib  # noqa: F401  # before the models are read
+
+
+def _draw(document: dict[str, Any], path: Path, output: Output) -> None:
+    from mergekit_px.inspection.heat_map_picture import comparison_maps, draw_heat_maps
+
+    grids = comparison_maps(document)
+    if not grids:
+        output.note("note: no tensor is in a numbered layer, so there is no picture")
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_heat_maps(f"Differences to {document['reference']}", grids, path)
+    except OSError as error:
+        raise WriteError(f"the picture cannot be written: {error.strerror or error}", where=str(path)) from error
+    output.note(f"picture: {path}")
 
 
 def _show_total(document: dict[str, Any], output: Output) -> None:

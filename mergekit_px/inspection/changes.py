@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from mergekit_px.execute.run import plan_checkpoints
 from mergekit_px.execute.views import Values, ViewValues, stored_values
 from mergekit_px.inspection.compare import Difference, difference_of
 from mergekit_px.inspection.places import Place, expert_of, place_of
+from mergekit_px.kernels.workers import workers
 from mergekit_px.plan.model import Plan, WorkItem
 from mergekit_px.plan.nodes import Adapted, Apply, Node, Read
 from mergekit_px.plan.views import stored_view
@@ -163,7 +165,7 @@ def measure_changes(
     Args:
         plan: its inputs on this machine.
         merged: what carrying it out gave.
-        progress: called with elements done and elements in all.
+        progress: called with bytes of the merge done and bytes in all.
 
     Raises:
         InputError: a tensor that cannot be read, or a merge that lacks one of the plan's.
@@ -178,11 +180,13 @@ def measure_changes(
     experts: dict[Place, _Sums] = {}
     largest: list[tuple[float, str]] = []
     unmeasured: dict[str, str] = {}
-    elements, done = sum(item.elements for item in plan.items), 0
+    sizes = {item.name: item.elements * item.dtype.bits // 8 for item in plan.items}
+    total_bytes, done = sum(sizes.values()), 0
     with ExitStack() as stack:
         reader = _open(plan, merged, stack)
+        pool = stack.enter_context(workers())
         for item in plan.items:
-            done += item.elements
+            done += sizes[item.name]
             reason = _unmeasured(item, merged)
             if reason is None:
                 found = _completed(operands[item.name], item, base, sources, reader)
@@ -190,7 +194,7 @@ def measure_changes(
             if reason is not None:
                 unmeasured[item.name] = reason
                 continue
-            sums = _measured(item, found, sources, reader)
+            sums = _measured(item, found, sources, reader, pool)
             total.add(sums, item.elements)
             place = place_of(item.name)
             cells.setdefault(place, _zero(sources)).add(sums, item.elements)
@@ -201,7 +205,7 @@ def measure_changes(
             relative = sums.of(len(sources))["relative"] if base is not None else None
             if relative is not None:
                 largest.append((relative, item.name))
-            progress(done, elements)
+            progress(done, total_bytes)
     nodes = [node for each in operands.values() for node in each.sources.values()]
     has_changes = base is not None or all(node.kind == "delta" for node in nodes)
     return Changes(
@@ -295,15 +299,20 @@ def _completed(
     return _Operands(reference, {**found.sources, **{name: node for name, node in others.items() if node is not None}})
 
 
-def _measured(item: WorkItem, found: _Operands, sources: Sequence[str], reader: _Reader) -> Difference:
+def _measured(item: WorkItem, found: _Operands, sources: Sequence[str], reader: _Reader, pool: Executor) -> Difference:
     merge = Read(_MERGE, reader.merged.tensors[item.name], item.shape, reader.plan.kind)
     nodes: list[Node | None] = [found.base, *(found.sources.get(name) for name in sources), merge]
     elements = [None if node is None else reader.values.values(node) for node in nodes]
-    sums = Difference.zero(len(sources) + 1)
-    for start, stop in _pieces(item, nodes):
+
+    def measured(piece: tuple[int, int]) -> Difference:
+        start, stop = piece
         base = torch.zeros(stop - start, dtype=torch.float64) if elements[0] is None else elements[0](start, stop)
-        pieces = [_from_base(node, values, base, start, stop) for node, values in zip(nodes, elements, strict=True)]
-        sums.add(difference_of([base, *pieces[1:]], voters=len(sources)))
+        parts = [_from_base(node, values, base, start, stop) for node, values in zip(nodes, elements, strict=True)]
+        return difference_of([base, *parts[1:]], voters=len(sources))
+
+    sums = Difference.zero(len(sources) + 1)
+    for part in pool.map(measured, _pieces(item, nodes)):
+        sums.add(part)
     return sums
 
 

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.inspection.compare_spectra import mean_spectra, spectra
+from mergekit_px.inspection.places import Place, place_of
 from mergekit_px.inspection.values import Values, offered_values
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import torch
 
 _ELEMENTS = 1 << 18
@@ -109,14 +112,18 @@ def compare(
         UsageError: nothing to compare with.
         InputError: a tensor that cannot be read.
     """
+    from mergekit_px.kernels.workers import workers
+
     if not others:
         raise UsageError("there is nothing to compare with", hint="give two models, or one and its --base")
     models = [reference, *others]
     bytes_done = 0
     total = Difference.zero(len(others))
+    layers: dict[Place, Difference] = {}
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         offered, notes = offered_values(models, stack)
+        pool = stack.enter_context(workers())
         names = list(dict.fromkeys(name for values in offered for name in values))
         names = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not names:
@@ -125,11 +132,12 @@ def compare(
         total_bytes = sum(values[name].nbytes for name in common for values in offered)
         for name in common:
             found = [values[name] for values in offered]
-            sums = compare_tensor(found)
+            sums = compare_tensor(found, pool)
             if sums is None:
                 rows.append(_opaque_row(found))
             else:
                 total.add(sums)
+                layers.setdefault(place_of(name), Difference.zero(len(others))).add(sums)
                 rows.append(_row(found, sums))
             if spectral:
                 rows[-1] |= spectra(found)
@@ -151,6 +159,17 @@ def compare(
             **(mean_spectra(rows, len(others)) if spectral else {}),
         },
         "tensors": rows,
+        "layers": [
+            {
+                "stack": place.stack,
+                "module": place.module,
+                "layer": place.layer,
+                "models": [sums.of(i) for i in range(len(others))],
+                "delta_cosines": sums.delta_cosines(),
+                "sign_conflicts": sums.sign_conflicts(),
+            }
+            for place, sums in layers.items()
+        ],
         "missing": missing,
         "mismatched": mismatched,
         "notes": notes,
@@ -204,15 +223,15 @@ def _rank(measures: Mapping[str, Any]) -> float:
     return math.inf if measures["relative"] is None else float(measures["relative"])
 
 
-def compare_tensor(found: Sequence[Values]) -> Difference | None:
+def compare_tensor(found: Sequence[Values], pool: Executor) -> Difference | None:
     """The sums over one tensor; None if torch cannot compute with it."""
     if not all(values.dtype.arithmetic for values in found):
         return None
     sums = Difference.zero(len(found) - 1)
     elements = math.prod(found[0].shape)
-    for start in range(0, elements, _ELEMENTS):
-        stop = min(start + _ELEMENTS, elements)
-        sums.add(difference_of([values.read(start, stop) for values in found]))
+    pieces = [(start, min(start + _ELEMENTS, elements)) for start in range(0, elements, _ELEMENTS)]
+    for piece in pool.map(lambda ends: difference_of([values.read(*ends) for values in found]), pieces):
+        sums.add(piece)
     return sums
 
 

@@ -107,6 +107,8 @@ def relations(plan: Plan, *, progress: Callable[[int, int], None] | None = None)
         InputError: a tensor that cannot be read.
         NonFiniteError: a NaN or an infinity in one.
     """
+    from mergekit_px.kernels.workers import workers
+
     (step,) = plan.loaded.recipe.steps.values()
     names = step.source_names()
     items = [item for item in plan.items if isinstance(item.node, Apply) and len(item.node.sources) == len(names)]
@@ -118,9 +120,10 @@ def relations(plan: Plan, *, progress: Callable[[int, int], None] | None = None)
     bytes_done, bytes_total = 0, sum(map(_bytes, items))
     with ExitStack() as stack:
         operands = _operands(plan, stack)
+        pool = stack.enter_context(workers())
         for item in items:
             values = operands(item)
-            sums = compare_tensor(values)
+            sums = compare_tensor(values, pool)
             if sums is not None:
                 _require_finite(sums, item, names)
                 total.add(sums)

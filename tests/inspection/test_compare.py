@@ -10,6 +10,7 @@ from pipelines import write_pipeline
 from safetensors.torch import save_file
 
 from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.cli import main
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.inspection import compare as module
 from mergekit_px.inspection.compare import compare
@@ -163,3 +164,16 @@ def test_pipelines_are_compared_component_by_component(tmp_path: Path) -> None:
     pipelines = [open_checkpoint(write_pipeline(tmp_path / str(seed), seed)) for seed in range(2)]
     found = compare(pipelines[0], pipelines[1:], pattern="vae/*")
     assert {row["name"] for row in found["tensors"]} == {"vae/layers.0.weight", "vae/out.weight"}
+
+
+def test_layers_are_summed_and_drawn(tmp_path: Path) -> None:
+    base = tiny_llama_tensors()
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "tuned", {name: tensor * 1.5 for name, tensor in base.items()})
+    picture = tmp_path / "pictures" / "differences.svg"
+    words = ["compare", str(tmp_path / "base"), str(tmp_path / "tuned"), "--quiet"]
+    assert main([*words, "--picture", str(picture)]) == 0
+    drawn = picture.read_text()
+    for text in ("Differences to", "relative change", "mlp.up_proj", "layer"):
+        assert f"<!-- {text}" in drawn
+    assert main([*words, "--picture", "differences.gif"]) == 2
