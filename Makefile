@@ -6,13 +6,13 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test quick pytest lint format types imports docs docs-check quality bench clean
+.PHONY: demo test quick pytest lint format types imports docs docs-check site quality bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo  ## train small models on real digits, merge them with every method, print the table
 	$(BIN)/pxmerge demo --output demo
 
-test: lint types imports docs-check pytest  ## everything that must hold before a change goes in
+test: lint types imports docs-check site pytest  ## everything that must hold before a change goes in
 
 quick: lint types imports  ## the checks of an inner loop, under a minute
 	$(BIN)/python -m pytest -n 2 -q tests/declare tests/located tests/kernels tests/methods/test_linear.py tests/plan/test_values.py
@@ -40,6 +40,9 @@ docs: .venv/.dev  ## rewrite the generated pages
 docs-check: .venv/.dev  ## fail where a generated page differs from the declarations
 	$(BIN)/python -m tools.docs --check
 
+site: .venv/.dev  ## the documentation as a site in build/site; a dead link or a page that is nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 quality: .venv/.dev  ## what merging and learning gain on real data, three seeds with all controls; some minutes
 	$(BIN)/python -m benchmarks.quality --jobs 2
 
@@ -47,7 +50,7 @@ bench: .venv/.dev  ## speed and memory next to mergekit; takes a while, 8 GB of 
 	$(BIN)/python benchmarks/peers.py
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build demo
 
 .venv/.made:
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; install one, or name one: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 1; }

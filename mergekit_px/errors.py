@@ -2,7 +2,7 @@
 
     PxmergeError                      1
     ├── UsageError                    2   a wrong flag, a bad value
-    │   └── RecipeError               2   a recipe that cannot be meant; carries file:line:column
+    │   └── RecipeError               2   an invalid recipe; carries file:line:column
     ├── InputError                    3   an input is missing, unreachable or malformed
     │   ├── InputNotFoundError        3
     │   ├── MalformedCheckpointError  3   a file breaks the safetensors format or its index
@@ -12,7 +12,7 @@
     │   ├── TensorMismatchError       4   names, shapes or dtypes of the inputs do not fit one another
     │   ├── MemoryBudgetError         4   a tensor needs more memory than the budget
     │   ├── DiskSpaceError            4
-    │   └── OutputError               4   the output place cannot be used
+    │   └── OutputError               4   the output path cannot be used
     └── RunError                      5   the run stopped; ``--resume`` continues it
         ├── NonFiniteError            5   a NaN or an infinity in a source or a result
         ├── DivergedError             5   a loss or a weight in training is not finite any more

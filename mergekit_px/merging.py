@@ -148,7 +148,7 @@ def as_recipe(recipe: Reference | Mapping[str, Any] | LoadedRecipe) -> LoadedRec
     """A recipe from a file's name, from a mapping of the same form, or as it was loaded.
 
     Raises:
-        RecipeError: it cannot be meant.
+        RecipeError: it is invalid.
         UsageError: it is something else.
     """
     from mergekit_px.plan.method_catalog import method_catalog

@@ -52,7 +52,7 @@ def merge_state_dicts(
         new CPU tensors by name, in the order of the base or first source. The inputs are not changed.
 
     Raises:
-        UsageError, RecipeError: a method, parameter or weight that cannot be meant.
+        UsageError, RecipeError: a method, parameter or weight that is invalid.
         PlanError: tensors that do not fit one another.
         NonFiniteError: a NaN or infinity in a source or the result.
     """

@@ -68,12 +68,12 @@ def dare_linear(given: MergeInput) -> torch.Tensor:
     """``sum_i w_i mask_i M_i / density``: entries dropped at random, the rest rescaled (arXiv 2311.03099)."""
     from mergekit_px.kernels.reduction import weighted_sum
 
-    return weighted_sum(_thinned(given), given.weights)
+    return weighted_sum(_sparsified(given), given.weights)
 
 
 def dare_ties(given: MergeInput) -> torch.Tensor:
     """Entries dropped at random, then elected and combined as by ``ties``, without trimming."""
-    return _consensus(_thinned(given), given, trimmed=False)
+    return _consensus(_sparsified(given), given, trimmed=False)
 
 
 MERGERS: dict[str, Merger] = {
@@ -152,7 +152,7 @@ def _consensus(matrices: Sequence[torch.Tensor], given: MergeInput, *, trimmed: 
     )
 
 
-def _thinned(given: MergeInput) -> list[torch.Tensor]:
+def _sparsified(given: MergeInput) -> list[torch.Tensor]:
     from mergekit_px.kernels.random import RandomStream, bernoulli
 
     if not 0 < given.density < 1:

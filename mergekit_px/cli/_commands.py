@@ -59,7 +59,7 @@ class Command:
 
 
 _TABLE = (
-    Command("run", RECIPES, "Carry out a recipe.", "run:run"),
+    Command("run", RECIPES, "Run a recipe.", "run:run"),
     Command("plan", RECIPES, "Say what a recipe would read, compute and write.", "plan:plan"),
     Command("lock", RECIPES, "Pin every input of a recipe.", "lock:lock"),
     Command("publish", RECIPES, "Put the parts of a job array together.", "publish:publish"),

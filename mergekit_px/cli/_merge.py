@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_px.cli._documents import PartDocument, PlansDocument, RunDocument, RunsDocument
 from mergekit_px.cli._errors import PROGRAM, Interrupted
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Output, output_for
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def merge_file(path: str, options: RunOptions, *, part: str | None = None, locked: bool = False) -> int:
-    """Carry out a recipe file of either dialect, or one part of it; ``locked``: with the inputs of its lock file."""
+    """Run a recipe file of either dialect, or one part of it; ``locked``: with the inputs of its lock file."""
     from mergekit_px.checkpoint.destination import LOCK_FILE
     from mergekit_px.plan.method_catalog import method_catalog
     from mergekit_px.recipe.load import load_recipe
@@ -66,7 +67,7 @@ def _merge_part(loaded: LoadedRecipe, options: RunOptions, part: str) -> int:
     if result is None:
         shards = len(plan.layout.shards)
         output.note(f"part {number} of {count} has nothing to do: the output has {shards} files (see --shard-size)")
-        output.document({"part": number, "of": count, "files": {}})
+        output.document({"part": number, "of": count, "files": {}}, PartDocument)
         return 0
     if result.up_to_date:
         output.note(f"part {number} of {count} is there already")
@@ -75,7 +76,7 @@ def _merge_part(loaded: LoadedRecipe, options: RunOptions, part: str) -> int:
 
 
 def merge_mapping(recipe: Mapping[str, Any], options: RunOptions) -> int:
-    """Carry out a recipe given as data, as a method's command makes it."""
+    """Run a recipe given as data, as a method's command makes it."""
     return merge(load_mapping(recipe, options), options)
 
 
@@ -148,7 +149,7 @@ def run_together(plans: Sequence[Plan], output: Output) -> list[RunResult]:
 
 
 def merge_together(recipes: Mapping[str, Mapping[str, Any]], options: RunOptions) -> int:
-    """Carry out recipes over the same models in one pass; each result is a folder of its own in the output folder.
+    """Run recipes over the same models in one pass; each result is a folder of its own in the output folder.
 
     Raises ``UsageError`` for ``--push`` and ``--report``, which take one model.
     """
@@ -163,7 +164,7 @@ def merge_together(recipes: Mapping[str, Mapping[str, Any]], options: RunOptions
     plans = dict(zip(recipes, plan_together(merges), strict=True))
     if options.dry_run:
         if options.json:
-            output.document({"outputs": {name: plan_report(plan) for name, plan in plans.items()}})
+            output.document({"outputs": {name: plan_report(plan) for name, plan in plans.items()}}, PlansDocument)
             return 0
         for name, plan in plans.items():
             output.heading(name)
@@ -183,7 +184,8 @@ def merge_together(recipes: Mapping[str, Mapping[str, Any]], options: RunOptions
             "bytes_read": read,
             "bytes_written": written,
             "peak_memory": max(each.peak_memory for each in results),
-        }
+        },
+        RunsDocument,
     )
     return 0
 
@@ -275,7 +277,7 @@ def _report(result: RunResult, plan: Plan, address: str | None, output: Output) 
     if address is not None:
         output.note(f"uploaded to {address}")
     output.text(str(result.output))
-    output.document(_document(result, plan) | {"pushed": address})
+    output.document(_document(result, plan) | {"pushed": address}, RunDocument)
 
 
 def _document(result: RunResult, plan: Plan) -> dict[str, Any]:

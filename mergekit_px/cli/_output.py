@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit_px.escaping import escaped, escaped_json, escaped_line
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.console import Console, RenderableType
     from rich.table import Table
 
@@ -64,9 +65,16 @@ class Output:
         """Data on stdout exactly as it is, in every mode: a recipe, a schema."""
         sys.stdout.write(escaped(text))
 
-    def document(self, document: Any) -> None:
-        """The result for programs: one JSON document on stdout, in json mode only."""
+    def document(self, document: Any, kind: type[BaseModel] | None = None) -> None:
+        """The result for programs: one JSON document on stdout, in json mode only.
+
+        ``kind``: the class whose published schema it holds to.
+        """
         if self.mode == "json":
+            if kind is not None:
+                document = kind.model_validate(document)
+            if hasattr(document, "model_dump"):
+                document = document.model_dump(mode="json", exclude_unset=True)
             text = escaped_json(json.dumps(document, indent=2, ensure_ascii=False, default=str)) + "\n"
             if not _can_write(text):
                 text = json.dumps(document, indent=2, default=str) + "\n"

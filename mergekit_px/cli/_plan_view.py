@@ -17,10 +17,10 @@ _SHOWN = 20
 
 def show_plan(plan: Plan, output: Output) -> None:
     """Print the plan: what is read, computed and written; memory, disk, time."""
-    from mergekit_px.plan.report import plan_report
+    from mergekit_px.plan.report import PlanDocument, plan_report
 
     report = plan_report(plan, seconds_bound=_seconds_bound(plan))
-    output.document(report)
+    output.document(report, PlanDocument)
     if output.mode == "quiet":
         return
     _inputs(report, output)

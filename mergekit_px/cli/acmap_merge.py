@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mergekit_px.cli._documents import RunningMergeDocument
 from mergekit_px.cli._errors import Interrupted
 from mergekit_px.cli._options import AllowPickle, Json, Quiet
 from mergekit_px.cli._output import Column, Output, output_for
@@ -118,7 +119,8 @@ def merge(
             "merged": current.count,
             "added": added,
             "tasks": [{"adapter": task.label, "merged": task.merged} for task in current.tasks],
-        }
+        },
+        RunningMergeDocument,
     )
     sink.text(str(output or state))
     return 0

@@ -27,7 +27,7 @@ def apply(base: BaseModel, adapters: AdapterPaths, binding: AdapterOptions, opti
 
 
 def apply_adapters(base: str, adapters: Sequence[str], binding: AdapterOptions, options: RunOptions) -> int:
-    """Carry out the recipe of ``pxmerge adapter apply``."""
+    """Run the recipe of ``pxmerge adapter apply``."""
     (name,) = model_names([base])
     recipe = {
         "pxmerge": 1,

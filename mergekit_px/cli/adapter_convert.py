@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mergekit_px.cli._documents import ConvertedAdapterDocument
 from mergekit_px.cli._options import AllowPickle, Json, Quiet
 from mergekit_px.cli._output import output_for
 from mergekit_px.cli.adapter_inputs import (
@@ -67,6 +68,9 @@ def convert(
     source = find_adapter(adapter, allow_pickle=allow_pickle)
     names = None if base is None else find_model(base, sink, allow_pickle=allow_pickle)
     write(source, output, to, base=names, component=component, overwrite=overwrite)
-    sink.document({"output": str(output), "format": to, "from": source.kind, "modules": len(source.keys.modules)})
+    sink.document(
+        {"output": str(output), "format": to, "from": source.kind, "modules": len(source.keys.modules)},
+        ConvertedAdapterDocument,
+    )
     sink.text(str(output))
     return 0

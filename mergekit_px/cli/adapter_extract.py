@@ -11,6 +11,7 @@ import typer
 
 from mergekit_px.adapters.reading import TensorSource
 from mergekit_px.cli._arguments import Several
+from mergekit_px.cli._documents import ExtractedAdapterDocument
 from mergekit_px.cli._options import AllowPickle, Json, Quiet
 from mergekit_px.cli._output import Column, output_for
 from mergekit_px.cli.adapter_inputs import BaseModel, Overwrite, factor_dtype, find_model, require_new_folder
@@ -120,7 +121,7 @@ def extract(
     more = f", the {len(ranked) - 10} others hold more" if len(ranked) > 10 else ""
     whole = f"; saved whole: {len(found.whole)}" if found.whole else ""
     sink.note(f"{document['captured_energy']:.2%} of the energy in {len(ranked)} modules{more}{whole}")
-    sink.document({"output": str(output), **document})
+    sink.document({"output": str(output), **document}, ExtractedAdapterDocument)
     sink.text(str(output))
     return 0
 

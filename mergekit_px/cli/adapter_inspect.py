@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergekit_px.cli._documents import AdapterDocument
 from mergekit_px.cli._options import AllowPickle, Json
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli._units import show_count
@@ -54,7 +55,7 @@ def inspect(
         model = find_model(base, output, allow_pickle=allow_pickle)
         changed = sorted(opened.bind(model, binding.bind_options()))
     document = _document(summary, modules, base, changed)
-    output.document(document)
+    output.document(document, AdapterDocument)
     _show(document, limit, output)
     return 0
 

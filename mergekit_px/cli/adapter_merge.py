@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mergekit_px.cli._arguments import Several
+from mergekit_px.cli._documents import MergedAdapterDocument
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli.adapter_apply import apply_adapters
@@ -191,7 +192,7 @@ def merge(
         return apply_adapters(into, [str(folder)], AdapterOptions(keep_tied=binding.keep_tied), options)
     document = _document(merged, adapters, given)
     _show(document, _summary(merged), sink)
-    sink.document({"output": str(folder), "format": written, "method": method, **document})
+    sink.document({"output": str(folder), "format": written, "method": method, **document}, MergedAdapterDocument)
     sink.text(str(folder))
     return 0
 

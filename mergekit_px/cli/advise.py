@@ -55,7 +55,7 @@ def advise(
     sink = output_for(json=json, quiet=quiet)
     with progress_on(sink) as advance:
         advice = ask(models, base=base, allow_pickle=allow_pickle, progress=advance)
-    sink.document(advice.model_dump(mode="json"))
+    sink.document(advice)
     for note in advice.notes:
         sink.note(f"note: {note}")
     _show(advice, sink)

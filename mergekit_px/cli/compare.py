@@ -64,6 +64,7 @@ def compare(
       pxmerge compare ./math ./code --base ./base --picture differences.svg
     """
     from mergekit_px.inspection.compare import compare as measure
+    from mergekit_px.inspection.comparison import ComparisonDocument
     from mergekit_px.inspection.source import fetch_source, open_source
 
     if len(models) < 2 and base is None:
@@ -83,7 +84,7 @@ def compare(
             spectral=spectral,
             progress=partial(advance, "comparing"),
         )
-    output.document(document)
+    output.document(document, ComparisonDocument)
     for note in document["notes"]:
         output.note(f"note: {note}")
     if document["tensors"]:

@@ -11,19 +11,29 @@ from mergekit_px.cli._output import Output
 
 Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where models and pictures go.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the training.")]
+Scored = Annotated[
+    Path | None,
+    typer.Option("--score", metavar="DIR", help="Score this merge of the models in -o, and train nothing."),
+]
 
 
-def demo(output: Folder = Path("demo"), seed: Seed = 0) -> int:
+def demo(output: Folder = Path("demo"), seed: Seed = 0, score: Scored = None) -> int:
     """Train small vision models on real handwritten digits, merge them with every method, and score the results.
 
     Needs the extra "demo" (transformers, scikit-learn, matplotlib) and no network.
 
+    With --score, a merge of your own is scored on the same tasks, beside base and fine-tunes.
+
     \b
-    Example:
+    Examples:
       pxmerge demo -o ./demo
+      pxmerge demo --score ./merged
     """
     from mergekit_px.cli.app import main
-    from mergekit_px.demo import run_demo
+    from mergekit_px.demo import run_demo, score_merge
 
+    if score is not None:
+        score_merge(score, output, Output().text)
+        return 0
     run_demo(output, seed, main, Output().text)
     return 0

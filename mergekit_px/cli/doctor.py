@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from mergekit_px._version import __version__
+from mergekit_px.cli._documents import DoctorDocument
 from mergekit_px.cli._extras import EXTRAS
 from mergekit_px.cli._options import Json
 from mergekit_px.cli._output import Output, output_for
@@ -59,7 +60,7 @@ def doctor(output: Folder = Path(), json: Json = False) -> int:
         "hub": _hub(),
         "extras": {name: all(map(_is_installed, modules)) for name, modules in EXTRAS.items()},
     }
-    sink.document(document)
+    sink.document(document, DoctorDocument)
     _show(document, sink)
     return 0
 

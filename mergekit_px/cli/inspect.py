@@ -25,7 +25,7 @@ def inspect(model: Model, tensors: Tensors = None, allow_pickle: AllowPickle = F
       pxmerge inspect org/name@main --tensors "*.mlp.*"
       pxmerge inspect ./merged --json
     """
-    from mergekit_px.inspection.describe import describe, tensor_rows
+    from mergekit_px.inspection.describe import ModelDocument, describe, tensor_rows
     from mergekit_px.inspection.source import open_source
 
     output = output_for(json=json)
@@ -33,7 +33,7 @@ def inspect(model: Model, tensors: Tensors = None, allow_pickle: AllowPickle = F
     document = describe(source)
     if tensors is not None:
         document["matching"] = tensor_rows(source.checkpoint, tensors)
-    output.document(document)
+    output.document(document, ModelDocument)
     _show(document, output)
     return 0
 

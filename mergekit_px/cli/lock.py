@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergekit_px.cli._arguments import Several
+from mergekit_px.cli._documents import LockDocument
 from mergekit_px.cli._options import AllowPickle, Json, Quiet, RecipeFile
 from mergekit_px.cli._output import output_for
 from mergekit_px.errors import OutputError, UsageError
@@ -70,7 +71,7 @@ def lock(
     if before is not None and not moved:
         sink.note("nothing moved since it was locked")
     sink.text(str(path))
-    sink.document({"lock": str(path), "inputs": list(made.inputs), "moved": moved})
+    sink.document({"lock": str(path), "inputs": list(made.inputs), "moved": moved}, LockDocument)
     return 0
 
 

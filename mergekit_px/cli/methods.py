@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from mergekit_px.cli._documents import MethodDocument, MethodsDocument
 from mergekit_px.cli._options import Json
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli._parameters import ParameterOption, parameter_options
@@ -49,7 +50,7 @@ def methods(name: Name = None, json: Json = False) -> int:
         _explain(find_method(name), output)
         return 0
     declared = list(load_methods().values())
-    output.document([_facts(method) for method in declared])
+    output.document([_facts(method) for method in declared], MethodsDocument)
     columns = [
         Column("method"),
         Column("what it does"),
@@ -71,7 +72,7 @@ def methods(name: Name = None, json: Json = False) -> int:
 
 def _explain(method: Method, output: Output) -> None:
     options = parameter_options(method)
-    output.document(_facts(method))
+    output.document(_facts(method), MethodDocument)
     output.text(f"{method.name}\n")
     for paragraph in paragraphs(method.documentation, terminal_width()):
         output.text(f"{paragraph}\n")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mergekit_px.cli._documents import PublishDocument
 from mergekit_px.cli._options import Json, Quiet
 from mergekit_px.cli._output import output_for
 
@@ -29,5 +30,5 @@ def publish(directory: ArrayOutput, overwrite: Overwrite = False, json: Json = F
     output = output_for(json=json, quiet=quiet)
     files = publish_parts(directory, overwrite=overwrite)
     output.text(str(directory))
-    output.document({"output": str(directory), "files": files})
+    output.document({"output": str(directory), "files": files}, PublishDocument)
     return 0

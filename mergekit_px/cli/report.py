@@ -50,6 +50,6 @@ def report(
     write_page(path, found)
     for warning in found.warnings:
         output.warning(warning)
-    output.document(found.model_dump(mode="json"))
+    output.document(found)
     output.text(str(path))
     return 0

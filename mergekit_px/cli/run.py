@@ -1,4 +1,4 @@
-"""``pxmerge run``: carry out a recipe."""
+"""``pxmerge run``: run a recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Part = Annotated[
 
 
 def run(recipe: RecipeFile, options: RunOptions, part: Part = None, locked: Locked = False) -> int:
-    """Carry out a recipe and write the merged model.
+    """Run a recipe and write the merged model.
 
     The output folder gets the weights, the edited config, the tokenizer and other side files, a model card, the
     recipe and a lock file with the hash of every file. Equal inputs give equal bytes on every run. The folder's name

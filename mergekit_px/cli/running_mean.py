@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.json_text import read_object
 from mergekit_px.checkpoint.training_run import RunCheckpoint, check_spacing, training_run
+from mergekit_px.cli._documents import MeanDocument
 from mergekit_px.cli._errors import Interrupted
 from mergekit_px.cli._merge import plan_together, run_together
 from mergekit_px.cli._options import RunOptions
@@ -151,7 +152,7 @@ def _keep(
         if known is None:
             raise InputError("no checkpoint is there to begin a mean with", where=run[0])
         if not results:
-            output.note(f"nothing is new: {len(known.steps)} checkpoints, up to step {known.last}, are in the mean")
+            output.note(f"nothing is new: {len(known.steps)} checkpoints, up to step {known.last}, are in it already")
             if options.output is not None:
                 results = _written(training_run(run).checkpoints, known, state, options, output)
     _report(known, results[-1].output if options.output is not None else None, state, output)
@@ -262,7 +263,8 @@ def _report(mean: RunningMean, written: Path | None, state: Path, output: Output
             "weights": mean.weights,
             "steps": list(mean.steps),
             "output": None if written is None else str(written),
-        }
+        },
+        MeanDocument,
     )
 
 

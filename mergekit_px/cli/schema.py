@@ -1,24 +1,56 @@
-"""``pxmerge schema``: the JSON Schema of recipes."""
+"""``pxmerge schema``: the JSON Schema of recipes, and of what commands print with ``--json``."""
 
 from __future__ import annotations
 
 import json
+from typing import Annotated, Any, Union
+
+import typer
 
 from mergekit_px.cli._output import Output
+from mergekit_px.errors import UsageError
+
+Of = Annotated[
+    str | None,
+    typer.Option("--of", metavar="COMMAND", help="The schema of what this command prints with --json."),
+]
 
 
-def schema() -> int:
-    """Print the JSON Schema of recipes, for editors and other programs.
+def schema(of: Of = None) -> int:
+    """Print the JSON Schema of recipes, or of what a command prints with --json, for editors and other programs.
 
     An editor with the YAML language server completes and checks a recipe whose first line is
     "# yaml-language-server: $schema=./pxmerge-recipe.schema.json".
 
     \b
-    Example:
+    Examples:
       pxmerge schema > pxmerge-recipe.schema.json
+      pxmerge schema --of compare
+      pxmerge schema --of "adapter merge"
     """
     from mergekit_px.plan.method_catalog import method_catalog
     from mergekit_px.recipe.schema import recipe_schema
 
-    Output().raw(json.dumps(recipe_schema(method_catalog()), indent=2, ensure_ascii=False) + "\n")
+    document = recipe_schema(method_catalog()) if of is None else json_schema(of)
+    Output().raw(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     return 0
+
+
+def json_schema(command: str) -> dict[str, Any]:
+    """The schema of a command's documents. Raises ``UsageError`` for a command that has none."""
+    from pydantic import TypeAdapter
+
+    from mergekit_px.cli._commands import METHODS, all_commands, find_command
+    from mergekit_px.cli._documents import DOCUMENTS, document_types
+    from mergekit_px.located.nearest import hint_for
+
+    found = find_command(command)
+    if found is None:
+        raise UsageError(f"there is no command '{command}'", hint=hint_for(command, all_commands()))
+    types = document_types(found.name, is_method=found.group == METHODS)
+    if not types:
+        known = ", ".join(DOCUMENTS)
+        raise UsageError(f"'{found.name}' prints no JSON with a published schema", hint=f"those that do: {known}")
+    members: Any = Union[tuple(types)]  # noqa: UP007  # known only now
+    adapter: TypeAdapter[Any] = TypeAdapter(members)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **adapter.json_schema(mode="serialization")}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mergekit_px.cli._documents import PoolDocument
 from mergekit_px.cli._merge import load_mapping, merge_mapping
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import Output, output_for
@@ -245,7 +246,7 @@ def _write(
             notes = write_components(plan, sources, into=into, advance=partial(advance, "decomposing"))
     for note in notes:
         output.note(f"note: {note}")
-    output.document({"output": str(plan.output), "as": form, "notes": notes})
+    output.document({"output": str(plan.output), "as": form, "notes": notes}, PoolDocument)
     output.text(str(plan.output))
     return 0
 

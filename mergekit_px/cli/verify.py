@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mergekit_px.cli._documents import VerifyDocument
 from mergekit_px.cli._options import AllowPickle, Json, Quiet
 from mergekit_px.cli._output import output_for
 from mergekit_px.cli._progress import progress_on
@@ -32,7 +33,7 @@ def verify(
 
     Files that are changed, missing or extra are listed, and the exit code is then 3.
 
-    With --rebuild the recipe in the folder is carried out again with the inputs of the lock file, in a temporary
+    With --rebuild the recipe in the folder is run again with the inputs of the lock file, in a temporary
     folder, and what comes out is compared byte by byte. The model card, which is prose, is left out. Local inputs are
     sought under the paths of the recipe, relative to the current directory.
 
@@ -69,7 +70,8 @@ def verify(
             "rebuilt": None
             if again is None
             else {"matching": list(again.matching), "different": list(different), "notes": list(again.notes)},
-        }
+        },
+        VerifyDocument,
     )
     states = {"changed": found.changed, "missing": found.missing, "extra": found.extra}
     for state, names in {**states, "different when merged again": different}.items():

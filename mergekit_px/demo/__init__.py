@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.demo.report import Score, markdown_table, write_data, write_picture
-from mergekit_px.errors import OutputError, RunError, UsageError
+from mergekit_px.errors import InputError, OutputError, RunError, UsageError
 
 BASE = "base"
 MERGED = "merged"
@@ -65,9 +66,10 @@ def run_demo(output: Path, seed: int, merge: Callable[[Sequence[str]], int], say
         trainer.save(trainer.fine_tune(base, tasks[name]), output / name)
         scores.append(Score(f"fine-tune {name}", "fine-tune", None, trainer.score(output / name, tasks)))
 
-    for command in merge_commands(output, FINE_TUNES):
+    commands = merge_commands(output, FINE_TUNES)
+    for number, command in enumerate(commands, 1):
         line = " ".join(["pxmerge", *command.arguments])
-        say(line)
+        say(f"[{number}/{len(commands)}] {line}")
         with contextlib.redirect_stdout(io.StringIO()):
             code = merge(command.arguments)
         if code != 0:
@@ -83,6 +85,35 @@ def run_demo(output: Path, seed: int, merge: Callable[[Sequence[str]], int], say
     say(table)
     say(f"table: {result.table}, {result.data}; picture: {result.picture}; checkpoints: {output}")
     return result
+
+
+def score_merge(model: Path, demo: Path, say: Callable[[str], None]) -> Score:
+    """Score a merge of a demo's models on the demo's tasks, beside its base and fine-tunes.
+
+    Args:
+        model: a folder that transformers can load.
+        demo: the folder of the demo.
+        say: receives the table.
+
+    Raises:
+        UsageError: the packages of the ``demo`` extra are missing.
+        InputError: there is no demo, or no model of its kind.
+    """
+    _require_packages()
+    from mergekit_px.demo.report import read_data
+    from mergekit_px.demo.tasks import load_tasks
+    from mergekit_px.demo.train import Trainer
+
+    seed, scores = read_data(demo / DATA)
+    open_checkpoint(model)
+    try:
+        accuracy = Trainer(seed).score(model, load_tasks(seed))
+    except (OSError, ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise InputError(f"transformers cannot load it as a model of the demo: {line}", where=str(model)) from error
+    score = Score(str(model), "merge", None, accuracy)
+    say(markdown_table([*(known for known in scores if known.kind != "merge"), score]))
+    return score
 
 
 LEFT_OUT = frozenset({"anisotropic", "anisotropic_groups", "combine", "svc"})

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mergekit_px.checkpoint.json_text import read_object
+from mergekit_px.errors import InputNotFoundError, MalformedCheckpointError
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -46,6 +49,18 @@ def write_data(scores: Sequence[Score], seed: int, path: Path) -> None:
         for score in scores
     ]
     path.write_text(json.dumps({"seed": seed, "unit": "percent", "scores": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_data(path: Path) -> tuple[int, list[Score]]:
+    """The seed and the scores of a demo. Raises ``InputError`` where there is none."""
+    if not path.is_file():
+        raise InputNotFoundError("there is no demo", where=str(path.parent), hint="make it with `pxmerge demo -o DIR`")
+    document = read_object(path)
+    try:
+        rows = [Score(row["label"], row["kind"], row["command"], row["accuracy"]) for row in document["scores"]]
+        return int(document["seed"]), rows
+    except (KeyError, TypeError) as error:
+        raise MalformedCheckpointError("these are no scores of a demo", where=str(path)) from error
 
 
 def write_picture(scores: Sequence[Score], path: Path) -> None:

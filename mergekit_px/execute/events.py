@@ -32,7 +32,7 @@ class RunResult:
         peak_memory: of the process, in bytes.
         notes: what the plan has to say.
         up_to_date: nothing was done, since the output was the result already.
-        warnings: what the methods warned about, one line for each kind however many tensors it befell.
+        warnings: what the methods warned about, one line for each kind however many tensors are affected.
     """
 
     output: Path

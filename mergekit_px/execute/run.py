@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def run_plan(plan: Plan, *, progress: Report | None = None) -> RunResult:
-    """Carry out a plan: fetch what is on the Hub, compute, write, publish.
+    """Run a plan: fetch what is on the Hub, compute, write, publish.
 
     Args:
         plan: as :func:`build_plan` gives it; its options say whether an unfinished run is resumed.
@@ -54,7 +54,7 @@ def run_plan(plan: Plan, *, progress: Report | None = None) -> RunResult:
 
 
 def run_plans(plans: Sequence[Plan], *, progress: Report | None = None) -> list[RunResult]:
-    """Carry out plans with outputs of their own in one pass over their inputs; see :func:`run_plan`.
+    """Run plans with outputs of their own in one pass over their inputs; see :func:`run_plan`.
 
     An input's name must mean the same checkpoint in all of them. All outputs are complete before the first is
     published. ``bytes_read`` of a result leaves out what an earlier one counts.

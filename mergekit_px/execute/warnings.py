@@ -1,4 +1,4 @@
-"""What methods warn about while a run goes on, told once for all tensors."""
+"""What methods warn about during a run, reported once for all tensors."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
+from mergekit_px.declare.document import Document
 from mergekit_px.errors import InputError, PlanError, UsageError
 from mergekit_px.inspection.evidence import CAVEAT, ERROR, METHODS, PAGE, SUITES, Suite, nearest_suite
 from mergekit_px.inspection.relations import Relations, relations
@@ -35,7 +36,7 @@ _STRANGERS = 0.5
 Progress = Callable[[str, int, int], None]
 
 
-class Statement(BaseModel):
+class Statement(Document):
     """Something that follows from a measurement."""
 
     text: str
@@ -43,7 +44,7 @@ class Statement(BaseModel):
     evidence: str | None = Field(default=None, description="Where the numbers that it is held against are from.")
 
 
-class Candidate(BaseModel):
+class Candidate(Document):
     """A method that can merge these models."""
 
     method: str
@@ -54,7 +55,7 @@ class Candidate(BaseModel):
     options: str = Field(description="How it is asked for on the command line.")
 
 
-class Advice(BaseModel):
+class Advice(Document):
     """What ``pxmerge advise --json`` prints."""
 
     relations: Relations

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.declare.document import Document
 from mergekit_px.errors import InputError
 from mergekit_px.execute.run import plan_checkpoints
 from mergekit_px.execute.views import Values, ViewValues, stored_values
@@ -38,11 +38,7 @@ _NAMED = 20
 """Tensors listed by the size of their change."""
 
 
-class _Measures(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SourceChange(_Measures):
+class SourceChange(Document):
     """One source beside the merge.
 
     Attributes:
@@ -58,7 +54,7 @@ class SourceChange(_Measures):
     share: float | None
 
 
-class Change(_Measures):
+class Change(Document):
     """What became of some tensors; None where a measure has no meaning.
 
     Attributes:
@@ -92,14 +88,14 @@ class CellChange(Change):
     layer: int | None
 
 
-class TensorChange(_Measures):
+class TensorChange(Document):
     """A tensor by the size of its change."""
 
     name: str
     relative: float
 
 
-class Changes(_Measures):
+class Changes(Document):
     """What a merge changed.
 
     Attributes:

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
+from pydantic import Field
+
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.selection import ADAPTER_FILE
 from mergekit_px.checkpoint.task_vector import COMPONENTS_KIND, KIND_KEY, base_fingerprint, is_task_vector
+from mergekit_px.declare.document import Document
 from mergekit_px.errors import InputError
 from mergekit_px.inspection.source import Source
 from mergekit_px.plan.components import class_name
@@ -19,6 +22,70 @@ from mergekit_px.plan.layers import stack_sizes
 from mergekit_px.storage.recognise import quantised_tensors
 
 _ADAPTER_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", "lora_embedding_A", ".hada_", ".lokr_", ".oft_")
+
+
+class DTypeCount(Document):
+    """What is stored in one dtype."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+class FileDescription(Document):
+    """A file of weights."""
+
+    name: str
+    bytes: int
+    tensors: int
+    header_sha256: str | None
+
+
+class ComponentDescription(Document):
+    """The model in one folder of several."""
+
+    kind: str | None = Field(alias="class")
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: list[str]
+
+
+class TensorDescription(Document):
+    """A stored tensor."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    bytes: int
+    file: str
+
+
+class ModelDocument(Document):
+    """What a checkpoint holds; ``matching``: the tensors whose names were asked for."""
+
+    reference: str
+    commit: str | None
+    license: str | None
+    kind: str
+    format: str
+    architectures: list[str]
+    model_type: str | None
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: dict[str, DTypeCount]
+    layers: dict[str, int]
+    tied_embeddings: bool | None
+    embedding_and_head: list[str]
+    base_fingerprint: str | None
+    files: list[FileDescription]
+    components: dict[str, ComponentDescription]
+    stored_as: dict[str, int]
+    side_files: list[str]
+    metadata: dict[str, str]
+    notes: list[str]
+    matching: list[TensorDescription] | None = None
 
 
 def describe(source: Source) -> dict[str, Any]:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from mergekit_px._version import __version__
 from mergekit_px.checkpoint.destination import destination
 from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.declare.document import Document
 from mergekit_px.errors import UsageError
 from mergekit_px.execute.provenance import card_inputs
 from mergekit_px.execute.run import fetch_inputs
@@ -29,11 +28,7 @@ if TYPE_CHECKING:
     from mergekit_px.recipe.model import Rule
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class InputSummary(_Part):
+class InputSummary(Document):
     """An input of the merge.
 
     Attributes:
@@ -54,7 +49,7 @@ class InputSummary(_Part):
     bytes: int
 
 
-class MethodSummary(_Part):
+class MethodSummary(Document):
     """A merge method that was used."""
 
     name: str
@@ -62,7 +57,7 @@ class MethodSummary(_Part):
     paper: str | None
 
 
-class Decision(_Part):
+class Decision(Document):
     """What was decided for a group of tensors.
 
     Attributes:
@@ -86,7 +81,7 @@ class Decision(_Part):
     modules: list[str]
 
 
-class Speed(_Part):
+class Speed(Document):
     """How the run went."""
 
     seconds: float
@@ -95,7 +90,7 @@ class Speed(_Part):
     peak_memory: int
 
 
-class MergeReport(_Part):
+class MergeReport(Document):
     """A merge from its inputs to its bytes.
 
     Attributes:

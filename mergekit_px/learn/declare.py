@@ -378,7 +378,7 @@ def make_settings(
         spelled: how a field is called where it was given.
 
     Raises:
-        UsageError: a setting that there is not, that is missing, or that cannot be meant.
+        UsageError: a setting that there is not, that is missing, or that is invalid.
     """
     fields = declared.settings.model_fields
     for name in given:

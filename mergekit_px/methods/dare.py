@@ -38,7 +38,7 @@ class DareTiesParams(ConsensusParams):
     each tensor has the L1 norm that it had. ``none``: leave it."""
 
 
-def _thinned(
+def _sparsified(
     deltas: Sequence[torch.Tensor], random: RandomStream, params: DareLinearParams | DareTiesParams
 ) -> Iterator[torch.Tensor]:
     """Each task vector with its dropped elements zero."""
@@ -53,12 +53,12 @@ def _thinned(
 
 
 def dare_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[float, ...] | None]:
-    def thinned(operands: Operands) -> Iterator[torch.Tensor]:
+    def sparsified(operands: Operands) -> Iterator[torch.Tensor]:
         assert operands.random is not None
-        return _thinned(operands.tensors, operands.random, operands.params)
+        return _sparsified(operands.tensors, operands.random, operands.params)
 
     if extent.params.rescale == "l1":
-        return (yield from l1_factors(thinned))
+        return (yield from l1_factors(sparsified))
     if extent.params.rescale == "density":
         return tuple(1 / density if density else 1.0 for density in per_source(extent.params.density, extent.sources))
     return None
@@ -97,7 +97,7 @@ def dare_linear(
     factor = params.scale / total_weight(weights) if params.normalize else params.scale
     factors = statistics or (1.0,) * len(deltas)
     coefficients = [factor * weight * rescale for weight, rescale in zip(finite_weights(weights), factors, strict=True)]
-    return weighted_sum(_thinned(deltas, random, params), coefficients)
+    return weighted_sum(_sparsified(deltas, random, params), coefficients)
 
 
 @merge_method(
@@ -121,9 +121,10 @@ def dare_ties(
 ) -> torch.Tensor:
     """TIES on randomly sparsified task vectors (DARE: drop and rescale).
 
-    Each task vector is thinned and rescaled as by ``dare_linear``; then ``scale * sum_{i in A} w_i d_i / sum_{i in A}
-    w_i``, where A are the sources whose ``w_i d_i`` has the sign of ``sum_i w_i d_i`` (arXiv:2311.03099, section 3.1,
-    with steps 2 and 3 of arXiv:2306.01708; nothing is trimmed by magnitude). Element by element, whatever the shape.
+    Each task vector is sparsified and rescaled as by ``dare_linear``; then
+    ``scale * sum_{i in A} w_i d_i / sum_{i in A} w_i``, where A are the sources whose ``w_i d_i`` has the sign of
+    ``sum_i w_i d_i`` (arXiv:2311.03099, section 3.1, with steps 2 and 3 of arXiv:2306.01708; nothing is trimmed by
+    magnitude). Element by element, whatever the shape.
 
     The variants of other implementations: ``mergekit`` keeps everything unless told, rescales each tensor to the L1
     norm that it had, does not divide, and gives ties to the positive sign; ``peft`` elects before it applies the
@@ -132,4 +133,4 @@ def dare_ties(
     Raises:
         UsageError: a weight is not finite, or densities are given for another number of sources.
     """
-    return merge_by_consensus(list(_thinned(deltas, random, params)), weights, params, factors=statistics)
+    return merge_by_consensus(list(_sparsified(deltas, random, params)), weights, params, factors=statistics)

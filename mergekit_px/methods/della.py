@@ -75,7 +75,7 @@ def _keep_probabilities(delta: torch.Tensor, density: float, epsilon: float) -> 
     return torch.empty_like(delta, dtype=torch.float32).scatter_(-1, order, ladder.expand(delta.shape))
 
 
-def _thinned(
+def _sparsified(
     deltas: Sequence[torch.Tensor], random: RandomStream, params: DellaLinearParams | DellaParams
 ) -> Iterator[torch.Tensor]:
     """Each task vector with its dropped elements zero, the others rescaled."""
@@ -98,11 +98,11 @@ def _thinned(
 def della_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[float, ...] | None]:
     """What is left of each source is multiplied with this; None for nothing."""
 
-    def thinned(operands: Operands) -> Iterator[torch.Tensor]:
+    def sparsified(operands: Operands) -> Iterator[torch.Tensor]:
         assert operands.random is not None
-        return _thinned(operands.tensors, operands.random, operands.params)
+        return _sparsified(operands.tensors, operands.random, operands.params)
 
-    return (yield from l1_factors(thinned)) if extent.params.rescale == "l1" else None
+    return (yield from l1_factors(sparsified)) if extent.params.rescale == "l1" else None
 
 
 @merge_method(
@@ -140,7 +140,7 @@ def della_linear(
     factor = params.scale / total_weight(weights) if params.normalize else params.scale
     factors = statistics or (1.0,) * len(deltas)
     coefficients = [factor * weight * rescale for weight, rescale in zip(finite_weights(weights), factors, strict=True)]
-    return weighted_sum(_thinned(deltas, random, params), coefficients)
+    return weighted_sum(_sparsified(deltas, random, params), coefficients)
 
 
 @merge_method(
@@ -161,7 +161,7 @@ def della(
 ) -> torch.Tensor:
     """TIES on task vectors sparsified at random, small elements first (DELLA).
 
-    Each task vector is thinned and rescaled as by ``della_linear``; then ``scale * sum_{i in A} w_i d_i / sum_{i in
+    Each task vector is sparsified and rescaled as by ``della_linear``; then ``scale * sum_{i in A} w_i d_i / sum_{i in
     A} w_i``, where A are the sources whose ``w_i d_i`` has the sign of ``sum_i w_i d_i`` (Deep et al., section 3,
     the steps drop, elect and fuse). Rows are the vectors along the last axis, so that a vector is one row.
 
@@ -171,4 +171,4 @@ def della(
     Raises:
         UsageError: a weight is not finite, or densities are given for another number of sources.
     """
-    return merge_by_consensus(list(_thinned(deltas, random, params)), weights, params, factors=statistics)
+    return merge_by_consensus(list(_sparsified(deltas, random, params)), weights, params, factors=statistics)

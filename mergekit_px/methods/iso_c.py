@@ -36,7 +36,7 @@ def iso_c(
 
     With ``sum_t w_t D_t = U diag(s) V'``, the merged delta is ``mean(s) U V'`` (Marczak et al.). Mean and
     product run over the numerical rank, and over what exceeds the rounding noise of 16-bit checkpoints: the others
-    are directions without meaning, which would get the same strength. All other tensors, and embeddings unless
+    are directions without meaning, which would get the same singular value. All other tensors, and embeddings unless
     wanted, get the mean of the deltas. ``scale`` (alpha) multiplies everything; the paper finds 1.3, 1.0 and 0.9
     best for 8, 14 and 20 vision tasks.
 

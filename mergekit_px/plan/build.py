@@ -53,7 +53,7 @@ def build_plan(
         inputs: opened inputs by name, where they are known already; others are resolved.
 
     Raises:
-        RecipeError: the recipe asks for something that cannot be meant.
+        RecipeError: the recipe is invalid.
         InputError: an input is missing, unreachable or malformed.
         PlanError: inputs that do not fit, an output that cannot be used, too little memory or disk.
     """

@@ -3,15 +3,114 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 from mergekit_px.checkpoint.destination import destination
 from mergekit_px.checkpoint.side_files import is_tokenizer_file
+from mergekit_px.declare.document import Document
 from mergekit_px.plan.fingerprints import local_fingerprint
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
 
 _NAMED = 50
+
+
+class InputPlan(Document):
+    """An input of a merge."""
+
+    reference: str
+    commit: str | None
+    local: bool
+    kind: Literal["model", "task vector"]
+    files: int
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    architecture: str | None
+    fingerprint: str | None
+
+
+class ArtefactPlan(Document):
+    """A small file that a parameter names."""
+
+    kind: str
+    bytes: int
+    sha256: str
+
+
+class DroppedPlan(Document):
+    """A tensor of an input that is not in the output."""
+
+    input: str
+    tensor: str
+    reason: str
+
+
+class TensorPlan(Document):
+    """How many tensors become what; ``in_some_inputs``: input -> tensors of the output that it lacks, the first 50."""
+
+    output: int
+    merged: int
+    copied: int
+    converted: int
+    in_all_inputs: int
+    in_some_inputs: dict[str, list[str]]
+    by_method: dict[str, int]
+    dropped: list[DroppedPlan]
+
+
+class ShardPlan(Document):
+    """A file of weights."""
+
+    file: str
+    bytes: int
+
+
+class OutputPlan(Document):
+    """What is written, and where."""
+
+    path: str | None
+    one_file: bool
+    shards: list[ShardPlan]
+    bytes: int
+
+
+class MemoryPlan(Document):
+    """Peak memory, and what it is made of."""
+
+    peak_bytes: int
+    baseline_bytes: int
+    workers: int
+    bytes_per_worker: int
+    largest_bytes: int
+    largest_tensor: str | None
+    chunk_elements: int
+
+
+class PlanDocument(Document):
+    """Everything that a plan decided. ``steps`` are those of the recipe; ``seconds_bound`` is the least time."""
+
+    plan_hash: str
+    kind: Literal["model", "task vector"]
+    inputs: dict[str, InputPlan]
+    artefacts: dict[str, ArtefactPlan]
+    steps: dict[str, dict[str, Any]]
+    tensors: TensorPlan
+    parameters: int
+    dtypes: dict[str, int]
+    tied_embeddings: bool | None
+    config_from: str | None
+    tokenizer_from: str | None
+    side_files: dict[str, str]
+    left_behind: dict[str, str]
+    output: OutputPlan
+    memory: MemoryPlan
+    bytes_read: int
+    bytes_written: int
+    seconds_bound: float | None
+    seed: int
+    notes: list[str]
 
 
 def plan_report(plan: Plan, *, seconds_bound: float | None = None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _SIZE = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?\s*([KMGT]I?)?B|[0-9]{1,18}", re
 
 
 def check_recipe(recipe: Recipe, places: Places, methods: MethodCatalog | None) -> None:
-    """Refuse a recipe that cannot be meant. Without ``methods`` their names and parameters are not looked at.
+    """Refuse an invalid recipe. Without ``methods`` their names and parameters are not looked at.
 
     Raises:
         RecipeError: the first problem, at its place.

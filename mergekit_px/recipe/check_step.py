@@ -16,7 +16,7 @@ from mergekit_px.recipe.model import Rule, Slice, SliceSource, Step, Value
 
 
 def check_step(step: Step, path: Path, places: Places) -> None:
-    """Raises RecipeError for the first thing that cannot be meant."""
+    """Raises RecipeError for the first invalid thing."""
     names = step.source_names()
     if step.slices is not None:
         if names:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hub_server import FakeHub
 
 
@@ -83,3 +85,24 @@ def test_what_the_hub_refuses_is_one_line(run, hub: FakeHub, words: str, message
     assert message in outcome.stderr
     assert outcome.stderr.count("\n") == 1
     assert hub.token not in outcome.stderr
+
+
+def test_the_workflow_of_the_guide_runs(run, hub: FakeHub) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hub.md").read_text()
+    (text,) = re.findall(r"```yaml\n(# \.github.*?)```", page, re.DOTALL)
+    workflow = yaml.safe_load(text)
+    Path("recipe.yaml").write_text(
+        "pxmerge: 1\nmodels: {a: org/math, b: org/code}\nmerge: {method: linear, sources: [a, b]}\n"
+    )
+    assert run("lock", "recipe.yaml").code == 0
+    for name in ("math", "code"):  # what is merged is what was locked, whatever the branches have become
+        hub.add(f"org/{name}", {"README.md": b"moved on"})
+    commands = [step["run"].split("#")[0] for step in workflow["jobs"]["merge"]["steps"] if "run" in step]
+    assert commands[0].startswith("pip install")
+    for line in commands[1:]:
+        program, *words = line.split(">")[0].split()
+        assert program == "pxmerge"
+        outcome = run(*words)
+        assert outcome.code == 0, (line, outcome.stderr)
+    assert {"README.md", "model.safetensors", "pxmerge.lock.json"} <= set(hub.files("org/merged"))
+    assert Path("report.html").is_file()

@@ -131,3 +131,14 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not a folder"):
         run_demo(tmp_path / "thesis.tex", 0, main, lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_merge_is_scored_beside_base_and_fine_tunes(result: DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = result.data.parent
+    (row,) = [score for score in result.scores if score.label == "ties"]
+    assert main(["demo", "-o", str(demo), "--score", str(demo / "merged" / "ties")]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert [float(cell) for cell in last.strip("|").split("|")[1:-1]] == list(row.accuracy.values())
+    assert main(["demo", "-o", str(demo / "none"), "--score", str(demo / "base")]) == 3
+    assert main(["demo", "-o", str(demo), "--score", str(demo / "none")]) == 3
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())

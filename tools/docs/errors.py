@@ -10,7 +10,7 @@ from tools.docs.markdown import table
 _CODES = {
     0: "done",
     1: "something unexpected; a defect",
-    2: "a wrong flag, or a recipe that cannot be meant",
+    2: "a wrong flag, or an invalid recipe",
     3: "an input is missing, unreachable or malformed",
     4: "the plan is refused: shapes, memory, disk or the output folder; nothing was computed",
     5: "the run stopped; `--resume` continues it",

@@ -58,7 +58,7 @@ def ensemble(
     """Run every source over the data once; the model holds the last of them afterwards.
 
     Args:
-        shares: of the sources in the mean; they add up to 1.
+        shares: of the sources in the average; they add up to 1.
     """
     shape, places = data.arrays[COUNTED].shape, data.arrays[COUNTED]
     best = torch.zeros(shape, dtype=torch.int32)

@@ -42,7 +42,7 @@ def open_plan(settings: TransferSettings) -> Inputs:
     """The plan, and what it names: weights by the names of the models, and the files beside them.
 
     Raises:
-        RecipeError, InputError: a plan that cannot be meant, or an input that cannot be had.
+        RecipeError, InputError: an invalid plan, or an input that cannot be had.
     """
     inputs = open_inputs(settings)
     plan = settings.load().plan
@@ -68,7 +68,7 @@ def _files(model: Model) -> list[InputRecord]:
 
 
 def fit(run: Run[TransferSettings]) -> TransferReport:
-    """Carry out a plan.
+    """Run a plan.
 
     Raises:
         UsageError, InputError, PlanError: what is asked cannot be done.

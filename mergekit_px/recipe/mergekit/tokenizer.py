@@ -37,7 +37,7 @@ def read_tokenizer(
         base_name: its name in the recipe, where it is merged.
 
     Raises:
-        RecipeError: both keys are given, or what cannot be meant.
+        RecipeError: both keys are given, or something invalid.
     """
     if source is not None and tokenizer is not None:
         raise RecipeError("either tokenizer_source or tokenizer, not both", where=str(tokenizer.place))

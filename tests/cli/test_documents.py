@@ -1,0 +1,77 @@
+"""Every document that ``--json`` prints holds to the schema that ``pxmerge schema --of`` publishes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from mergekit_px.cli._commands import METHODS, all_commands
+from mergekit_px.cli._documents import DOCUMENTS, document_types
+from mergekit_px.cli._options import has_option
+from mergekit_px.testing.checkpoints import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
+
+RECIPE = "pxmerge: 1\nmodels: {a: a, b: b}\nmerge: {method: linear, sources: [a, b]}\noutput: {path: out}\n"
+TASK = ("--base", "base", "--sources", "a", "b")
+LINES = [
+    ("run", "recipe.yaml"),
+    ("run", "recipe.yaml", "--dry-run"),
+    ("run", "recipe.yaml", "-o", "parts", "--part", "1/2"),
+    ("run", "recipe.yaml", "-o", "parts", "--part", "2/2", "-q"),
+    ("publish", "parts"),
+    ("plan", "recipe.yaml", "-o", "elsewhere"),
+    ("lock", "recipe.yaml"),
+    ("verify", "out", "--rebuild"),
+    ("report", "out"),
+    ("svd", *TASK, "--top-k", "4", "--as", "components", "-o", "pool"),
+    ("inspect", "base", "--tensors", "*norm*"),
+    ("compare", "base", "a", "b", "--spectral"),
+    ("advise", "a", "b", "--base", "base"),
+    ("subtract", "a", "base", "-o", "delta"),
+    ("adapter", "extract", "a", "base", "--rank", "2", "--include", "*mlp*", "-o", "lora-a"),
+    ("adapter", "extract", "b", "base", "--rank", "2", "--include", "*mlp*", "-o", "lora-b"),
+    ("adapter", "inspect", "lora-a", "--base", "base"),
+    ("adapter", "merge", "lora-a", "lora-b", "-o", "lora"),
+    ("adapter", "convert", "lora", "--to", "kohya", "-o", "lora.safetensors"),
+    ("acmap", "merge", "lora-a", "lora-b", "--state", "state.safetensors", "-o", "running"),
+    ("average", "run", "--into", "mean", "-o", "averaged"),
+    ("average", "run", "--window", "1", "-o", "windows"),
+    ("methods",),
+    ("methods", "ties"),
+    ("doctor",),
+]
+
+
+def test_every_command_with_json_has_a_schema() -> None:
+    untyped = {"acmap export", "pairs", "data"}  # of data and states, which are their own records
+    for name, command in all_commands().items():
+        if name not in untyped and has_option(command.load(), "json"):
+            assert document_types(name, is_method=command.group == METHODS), name
+
+
+def test_documents_hold_to_their_schemas(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tiny_llama_tensors(layers=1)
+    for seed, name in enumerate(("base", "a", "b", "run/checkpoint-1", "run/checkpoint-2")):
+        config = tiny_llama_config(layers=1)
+        write_checkpoint(name, fine_tune(base, seed) if seed else base, config=config, shards=2)
+    Path("recipe.yaml").write_text(RECIPE)
+    for line in LINES:
+        done = run(*line, "--json")
+        assert done.code == 0, (line, done.stderr)
+        words = line[:2] if " ".join(line[:2]) in DOCUMENTS else line[:1]
+        schema = json.loads(run("schema", "--of", " ".join(words)).stdout)
+        jsonschema.Draft202012Validator.check_schema(schema)
+        jsonschema.validate(done.document(), schema)
+        assert not jsonschema.Draft202012Validator(schema).is_valid({**_mapping(done.document()), "unknown": 1}), line
+
+
+def _mapping(document: object) -> dict[str, object]:
+    return document if isinstance(document, dict) else {}
+
+
+def test_what_has_no_schema_is_named(run) -> None:
+    assert "did you mean 'compare'" in run("schema", "--of", "compar").stderr
+    assert "prints no JSON with a published schema" in run("schema", "--of", "convert").stderr
