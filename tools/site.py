@@ -14,6 +14,15 @@ _OUTSIDE = re.compile(
 )
 
 
+def on_config(config: Any) -> Any:
+    """Pages that the navigation does not name stand at its end."""
+    pages = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    config.nav.append({"More": [page for page in pages if page not in str(config.nav)]})
+    if not config.nav[-1]["More"]:
+        del config.nav[-1]
+    return config
+
+
 def on_files(files: Files, *, config: Any) -> Files:
     """Add the README as ``index.md``, its links seen from the folder of the pages."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

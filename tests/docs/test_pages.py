@@ -94,8 +94,3 @@ def test_values_in_words() -> None:
         ({"type": "object", "additionalProperties": {"type": "number"}}, "mapping to number"),
     ]:
         assert value_text(schema, definitions) == words
-
-
-def test_every_page_is_on_the_site() -> None:
-    listed = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2])
-    assert sorted(listed) == sorted(["index.md", *(page.name for page in (ROOT / "docs").glob("*.md"))])
