@@ -21,7 +21,7 @@ class ActmatParams(SpectralParams):
     """Whose Gram matrices are estimated; of both sides the two solutions are averaged."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2604.01329", scratch=16.0)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2604.01329", scratch=20.0)
 def actmat(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: ActmatParams, name: str) -> torch.Tensor:
     """Regression mean with the Gram matrices of the task vectors in place of data (ACTMat).
 

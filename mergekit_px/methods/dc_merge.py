@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -38,7 +38,7 @@ class DcMergeParams(NoiseParams):
     access="tensor",
     centred=True,
     paper="arXiv:2603.06242",
-    scratch=8.0,
+    scratch=12.0,
     presets={"paper": {**PAPER, "smoothing": "none", "cores": "elect", "noise_floor": False}},
 )
 def dc_merge(
@@ -88,7 +88,7 @@ def _dc_merge(case: Case, params: DcMergeParams) -> MatrixMerge:
     left, _ = stack_factor(units, case.label, case.notes)
     right, _ = stack_factor(list(vs), case.label, case.notes)
     if params.cores == "elect":
-        core = _elected([(left.T @ u) @ (v.T @ right) for u, v in zip(us, vs, strict=True)], params.density)
+        core = _elected(lambda: ((left.T @ u) @ (v.T @ right) for u, v in zip(us, vs, strict=True)), params.density)
     else:
         core = (left.T @ torch.cat(us, dim=1)) @ (torch.cat(vs, dim=1).T @ right)
     merged, start = left.new_zeros(case.shape), 0
@@ -111,19 +111,25 @@ def smoothed(parts: SVD, how: Literal["none", "linear", "flat"]) -> torch.Tensor
     return shares * (values.sum() / shares.sum())
 
 
-def _elected(cores: Sequence[torch.Tensor], density: float) -> torch.Tensor:
-    """The mean over the cores whose sign in an element is that of the sum, of each core's largest elements."""
+def _elected(cores: Callable[[], Iterable[torch.Tensor]], density: float) -> torch.Tensor:
+    """The mean over the cores whose sign in an element is that of the sum, of each core's largest elements.
+
+    The cores are made twice, so that one is held at a time.
+    """
     import torch
 
     from mergekit_px.methods.pruning import kept_count
 
-    total, largest = torch.zeros_like(cores[0]), []
-    for core in cores:
-        kept = kept_count(density, core.numel())
-        cut = core.abs().flatten().kthvalue(core.numel() - kept + 1).values if kept else float("inf")
-        largest.append(torch.where(core.abs() >= cut, core, 0.0))
-        total += largest[-1]
-    sign = total.sign()
-    agreeing = [torch.where(core.sign() == sign, core, 0.0) for core in largest]
-    count = torch.stack([core != 0 for core in agreeing]).sum(dim=0).clamp(min=1)
-    return torch.stack(agreeing).sum(dim=0) / count
+    def largest() -> Iterable[torch.Tensor]:
+        for core in cores():
+            kept = kept_count(density, core.numel())
+            cut = core.abs().flatten().kthvalue(core.numel() - kept + 1).values if kept else float("inf")
+            yield torch.where(core.abs() >= cut, core, 0.0)
+
+    sign = sum(largest(), torch.zeros(())).sign()
+    total, count = torch.zeros_like(sign), torch.zeros_like(sign)
+    for core in largest():
+        agrees = (core.sign() == sign) & (core != 0)
+        total += core * agrees
+        count += agrees
+    return total.div_(count.clamp_(min=1))

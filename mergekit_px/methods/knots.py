@@ -19,7 +19,7 @@ class KnotsParams(SpectralParams):
     """Share of each source's elements that takes part, the largest in the shared basis."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2410.19735", scratch=12.0)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2410.19735", scratch=16.0)
 def knots(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: KnotsParams, name: str) -> torch.Tensor:
     """TIES in the left singular basis that the sources share (KnOTS, knowledge orientation through SVD).
 

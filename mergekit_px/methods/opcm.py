@@ -21,7 +21,7 @@ class OpcmParams(SpectralParams):
     (alpha)."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2501.09522", scratch=10.0)
+@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2501.09522", scratch=12.0)
 def opcm(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: OpcmParams, name: str) -> torch.Tensor:
     """Add source after source, each free of the leading directions so far (OPCM, continual merging by projection).
 

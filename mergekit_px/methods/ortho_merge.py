@@ -24,7 +24,7 @@ class OrthoMergeParams(SpectralParams):
     """How far rotations are drawn towards doing nothing; decides along inputs that the base does not use."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", paper="arXiv:2602.05943", scratch=24.0)
+@merge_method(family="spectral", space="deltas", access="tensor", paper="arXiv:2602.05943", scratch=32.0)
 def ortho_merge(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],

@@ -34,7 +34,7 @@ class WudiParams(SpectralParams):
     access="tensor",
     centred=True,
     paper="arXiv:2503.08099",
-    scratch=16.0,
+    scratch=20.0,
     presets={"paper": {"stack": "mean"}},
 )
 def wudi(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: WudiParams, name: str) -> torch.Tensor:
