@@ -33,6 +33,8 @@ _PIECE = 1 << 16
 """Elements that are read and computed at a time: what stands between the file and the output stays in the cache."""
 
 _COPY_BYTES = 8 << 20
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _ALIGNMENT = 64
 
 
@@ -48,9 +50,9 @@ class Buffers(threading.local):
     """Memory that each thread reuses, by what it is for."""
 
     def __init__(self) -> None:
-        self._held: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+        self._held: dict[str, Bytes] = {}
 
-    def bytes(self, role: str, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def bytes(self, role: str, count: int) -> Bytes:
         """``count`` bytes, aligned, and some more behind them; their old contents are lost."""
         held = self._held.get(role)
         if held is None or held.size < count + _SPARE:
@@ -156,19 +158,35 @@ class FusedItems:
     ) -> Callable[[int, int, int], tuple[int, int]]:
         """Reads and computes: from the first element, their number and where the output is, to the largest magnitudes
         of inputs and output as bits."""
-        reads = [item.leaves[place] for place in trace.leaves]
-        numbers = np.array(trace.program.numbers or [0.0])
+        inputs = [self._input(number, item.leaves[place]) for number, place in enumerate(trace.leaves)]
         streams = [stream_key(self.seed, f"{step}/{item.name}", source) for step, source in trace.streams]
+        numbers = np.array(trace.program.numbers or [0.0])
         keys = np.array([*streams, *prefixes] or [0], dtype=np.int64)
         maxima = np.zeros(2, dtype=np.uint32 if trace.program.type == "float" else np.uint64)
+        arrays = [numbers, keys, maxima, *(buffer for _, _, buffer in inputs)]
+        # Found once: for each piece they would take as long as the arithmetic.
+        numbers_at, keys_at, maxima_at, *inputs_at = [array.ctypes.data for array in arrays]
+        views = [buffer.data for _, _, buffer in inputs]
 
         def run(begin: int, count: int, output: int) -> tuple[int, int]:
-            inputs = [self._read(number, read, begin, count) for number, read in enumerate(reads)]
+            spare = -count % native.LANES
+            for (read, width, buffer), view in zip(inputs, views, strict=True):
+                stop = count * width
+                read(begin * width, view[:stop])
+                if spare:  # the last element fills its vector
+                    buffer[stop : stop + spare * width] = np.tile(buffer[stop - width : stop], spare)
             with timed("arithmetic"):
-                kernel.call(output, numbers.ctypes.data, keys.ctypes.data, begin, count, maxima.ctypes.data, *inputs)
-            return int(maxima[0]), int(maxima[1])
+                kernel.call(output, numbers_at, keys_at, begin, count, maxima_at, *inputs_at)
+            return int(arrays[2][0]), int(arrays[2][1])
 
         return run
+
+    def _input(self, number: int, leaf: Leaf) -> tuple[Callable[[int, memoryview], None], int, Bytes]:
+        """What reads a stored tensor, the bytes of an element, and the buffer for a piece."""
+        assert isinstance(leaf, Read)
+        width = leaf.dtype.bits // 8
+        buffer = self._buffers.bytes(f"read {number}", _PIECE * width)
+        return partial(self.readers[leaf.input].read_into, leaf.tensor), width, buffer
 
     def count(
         self, item: WorkItem, node: Apply, sweep: RankSweep, start: int, stop: int, statistics: Mapping[int, Any]
@@ -195,18 +213,6 @@ class FusedItems:
         rows = {target: row[:size] for target, row in zip(targets, counts, strict=True)}
         found = [rows[target.source, target.prefix >> shift] for target in sweep.search.targets]
         return np.concatenate([*found, [stop - start, 0]]).astype(np.int64)
-
-    def _read(self, number: int, read: Leaf, begin: int, count: int) -> int:
-        """Where some elements of a stored tensor have been read to; the last one is repeated to fill a vector."""
-        assert isinstance(read, Read)
-        width = read.dtype.bits // 8
-        buffer = self._buffers.bytes(f"read {number}", _PIECE * width)
-        self.readers[read.input].read_into(read.tensor, begin * width, buffer[: count * width].data)
-        spare = -count % native.LANES
-        if spare:
-            last = buffer[(count - 1) * width : count * width]
-            buffer[count * width : (count + spare) * width] = np.tile(last, spare)
-        return buffer.ctypes.data
 
     def _trace(self, item: WorkItem, statistics: Mapping[int, Any] | None) -> _Trace | None:
         """How the item's value is made; None where it cannot be told, or not so."""
