@@ -115,8 +115,10 @@ def run_recipe(
         UsageError, RecipeError, InputError, PlanError, RunError: see :mod:`mergekit_px.errors`.
     """
     from mergekit_px.execute.run import run_plan
+    from mergekit_px.execute.store_output import run_to_store
 
-    return run_plan(plan_recipe(recipe, **options), progress=progress)
+    plan = plan_recipe(recipe, **options)
+    return (run_plan if plan.store is None else run_to_store)(plan, progress=progress)
 
 
 def plan_recipe(recipe: Reference | Mapping[str, Any] | LoadedRecipe, **options: Any) -> Plan:

@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import pytest
+
+from mergekit_px.checkpoint.ranged import forget
+
 Answer = Iterable[bytes]
 Fault = Callable[[Mapping[str, Any], Callable[..., Any]], "Answer | None"]
 
@@ -81,6 +85,21 @@ class FakeStore:
         body = b"".join(self._app(environ, start_response))
         request.sent = len(body) if request.method == "GET" else 0
         return [body]
+
+
+def point_at(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the packages that read stores find this one, and nothing of an earlier test."""
+    store.faults.clear()
+    store.requests.clear()
+    forget()
+    for name, value in {
+        "AWS_ENDPOINT_URL": store.url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "SECRETWORD",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
 
 
 def refuse(status: str, code: str, *, times: int = 10**9, method: str = "GET", where: str = ".safetensors") -> Fault:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 from mergekit_px.checkpoint.index import LARGEST_INDEX, is_inside
 from mergekit_px.checkpoint.journal import JournalHead, read_head
 from mergekit_px.checkpoint.json_text import read_object, shown
+from mergekit_px.checkpoint.object_store import written_address
 from mergekit_px.errors import DiskSpaceError, InputError, OutputError
 
 STATE_FOLDER = ".pxmerge"
@@ -69,7 +70,11 @@ class Destination:
 
 
 def destination(output: Path) -> Destination:
-    """A path that ends in .safetensors, and is no folder already, is one file."""
+    """A path that ends in .safetensors, and is no folder already, is one file. Raises ``OutputError`` for a store."""
+    if (address := written_address(output)) is not None:
+        raise OutputError(
+            "only merges are written to a store", where=address, hint="give a folder with -o, and copy it there"
+        )
     if output.suffix != FILE_SUFFIX or output.is_dir():
         return Destination(output, output / STATE_FOLDER, LOCK_FILE)
     folder, stem = output.parent, output.stem

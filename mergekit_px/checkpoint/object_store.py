@@ -12,7 +12,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mergekit_px.errors import InputError, InputNotFoundError, PxmergeError, UsageError
@@ -46,6 +47,14 @@ class StoredObject(NamedTuple):
 
 class CutShortError(OSError):
     """A range came with fewer bytes than the object has there."""
+
+
+def written_address(output: Path) -> str | None:
+    """The address of a store that an output names, which a path spells with one slash; None for a path."""
+    first = output.parts[0] if output.parts else ""
+    if len(first) < 3 or not first.endswith(":"):  # C: is a drive
+        return None
+    return f"{first}//{'/'.join(output.parts[1:])}"
 
 
 def store_scheme(reference: str) -> str | None:
@@ -115,6 +124,33 @@ class ObjectStore:
 
         with self._told("reading it", name):
             return patiently(range_of_bytes)
+
+    def put(self, name: str, data: bytes) -> StoredObject:
+        """Write an object whole; what the store then says of it. Raises ``InputError``."""
+        with self._told("writing it", name):
+            patiently(lambda: self._files.pipe_file(self._at(name), data))
+        return self._written(name, len(data))
+
+    def put_file(self, path: Path, name: str) -> StoredObject:
+        """Upload a file, a large one in parts; what the store then says of it. Raises ``InputError``."""
+        with self._told("writing it", name):
+            patiently(lambda: self._files.put_file(str(path), self._at(name)))
+        return self._written(name, path.stat().st_size)
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there. Raises ``InputError``."""
+        with self._told("removing it", name), suppress(FileNotFoundError):
+            patiently(lambda: self._files.rm_file(self._at(name)))
+
+    def _written(self, name: str, size: int) -> StoredObject:
+        status = self.status(name)
+        if status.size != size:
+            raise InputError(
+                f"writing it failed: {size:,} bytes were sent and the store has {status.size:,}",
+                where=self.where(name),
+                hint="run it again",
+            )
+        return status
 
     def where(self, name: str) -> str:
         """An object's address, for messages."""

@@ -21,8 +21,7 @@ class Remembered:
     """
 
     def __init__(self, name: str, limit: int = 4096) -> None:
-        cache = os.environ.get("XDG_CACHE_HOME") or _cache_folder()
-        self._path = Path(cache) / "pxmerge" / f"{name}.json"
+        self._path = user_cache() / f"{name}.json"
         self._limit = limit
 
     def get(self, key: str) -> Any:
@@ -49,6 +48,11 @@ class Remembered:
             return read_object(self._path, strict=False)
         except InputError:
             return {}
+
+
+def user_cache() -> Path:
+    """The folder of this program in the user's cache; relative where the system knows no such folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or _cache_folder()) / "pxmerge"
 
 
 def _cache_folder() -> str | Path:

@@ -103,6 +103,10 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
         _note_lock(plan, output)
         _note_output(plan, output)
         return 0
+    if plan.store is not None and (options.report is not None or plan.loaded.recipe.output.push is not None):
+        raise UsageError(
+            "--report and --push are for an output on this machine", hint="leave them out, or give a folder"
+        )
     if options.report is not None and plan.output is not None:
         check_page(options.report, plan.output)
     push = plan.loaded.recipe.output.push
@@ -111,7 +115,7 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
     for note in plan.notes:
         output.note(f"note: {note}")
     _note_lock(plan, output)
-    result = _run([plan], output)[0]
+    result = _run([plan], output)[0] if plan.store is None else _run_to_store(plan, output)
     address = None if push is None else _publish(push, result, output)
     if options.report is not None:
         report_run(plan, result, options.report, output)
@@ -203,7 +207,7 @@ def _note_output(plan: Plan, output: Output) -> None:
     from mergekit_px.execute.finished import claims_result
     from mergekit_px.plan.build import check_room
 
-    if plan.output is None:
+    if plan.output is None or plan.store is not None:
         return
     try:
         check_mode(plan.output, plan.options.mode, plan.hash)
@@ -225,6 +229,16 @@ def _run(plans: Sequence[Plan], output: Output) -> list[RunResult]:
     with progress_on(output) as advance:
         try:
             return run_plans(plans, progress=lambda state: advance(state.phase, state.bytes_done, state.bytes_total))
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
+def _run_to_store(plan: Plan, output: Output) -> RunResult:
+    from mergekit_px.execute.store_output import run_to_store
+
+    with progress_on(output) as advance:
+        try:
+            return run_to_store(plan, progress=lambda state: advance(state.phase, state.bytes_done, state.bytes_total))
         except KeyboardInterrupt:
             raise Interrupted from None
 
@@ -276,13 +290,13 @@ def _report(result: RunResult, plan: Plan, address: str | None, output: Output) 
         output.note(f"peak memory {show_bytes(result.peak_memory)}")
     if address is not None:
         output.note(f"uploaded to {address}")
-    output.text(str(result.output))
+    output.text(plan.store or str(result.output))
     output.document(_document(result, plan) | {"pushed": address}, RunDocument)
 
 
 def _document(result: RunResult, plan: Plan) -> dict[str, Any]:
     return {
-        "output": str(result.output),
+        "output": plan.store or str(result.output),
         "files": dict(result.files),
         "tensors": len(plan.items),
         "seconds": result.seconds,

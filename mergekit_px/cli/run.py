@@ -28,6 +28,8 @@ def run(recipe: RecipeFile, options: RunOptions, part: Part = None, locked: Lock
     common file system; --shard-size says how many files there are. A part that is run again goes on where it was.
     `pxmerge publish` puts the parts together.
 
+    An output in an object store, -o s3://bucket/key, is written file by file, and goes on with --resume too.
+
     With --locked, Hub models are those of the commits in the recipe's lock file and local files must have its hashes;
     whatever moved is named, and nothing is merged. `pxmerge lock` makes that file.
 

@@ -85,6 +85,10 @@ def run_part(plan: Plan, number: int, count: int, *, progress: Report | None = N
     """
     if plan.output is None:
         raise UsageError("a merge in memory has no parts")
+    if plan.store is not None:
+        raise UsageError(
+            "the parts of an array are put together in a folder", where=plan.store, hint="give a folder with -o"
+        )
     require_folder(plan.output)
     overwrite = plan.options.mode == "overwrite"
     check_mode(plan.output, "overwrite" if overwrite else "new", plan.hash)
@@ -122,7 +126,7 @@ def run_part(plan: Plan, number: int, count: int, *, progress: Report | None = N
             share=(1 + busy.index(number), len(busy)),
         )
         stack.callback(hashes.stop)
-        beside: dict[str, SideFile] = _beside(plan) if number == 1 else {}
+        beside: dict[str, SideFile] = contents_beside(plan) if number == 1 else {}
 
         def lock(published: Mapping[str, PublishedFile]) -> bytes:
             document = json.loads(lock_file(plan, hashes.result(), published))
@@ -175,7 +179,7 @@ def publish_parts(output: Path, *, overwrite: bool = False) -> list[str]:
             where=where,
             hint=f"run them as the others were, with --part {missing[0]}/{count}",
         )
-    _check_alike(locks, where)
+    check_alike(locks, where)
     if not overwrite and output_state(output).occupied and not published_names(output):
         raise OutputError("the output folder is not empty", where=where, hint="allow it with --overwrite")
     if overwrite:
@@ -190,16 +194,22 @@ def publish_parts(output: Path, *, overwrite: bool = False) -> list[str]:
         raise WriteError(f"the disk refused: {error.strerror or error}", where=where) from error
 
 
-def _put_together(output: Path, home: Path, count: int, locks: Mapping[int, Mapping[str, Any]]) -> list[str]:
+def joint_lock(locks: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, tuple[int, Any]]]:
+    """The lock file of the whole from those of its parts; each file of the output, with its part and its entry."""
     first = locks[1]
     shards = {file for share in first["parts"] for file in share}
-    listed: dict[str, Any] = {}
+    listed: dict[str, tuple[int, Any]] = {}
     for number in locks:
         listed |= {name: (number, entry) for name, entry in locks[number]["files"].items() if name in shards}
     listed |= {name: (1, entry) for name, entry in first["files"].items() if name not in shards}
     document = {key: value for key, value in first.items() if key != "parts"}
     document["inputs"] = _with_hashes(document["inputs"], [lock["inputs"] for lock in locks.values()])
     document["files"] = {name: entry for name, (_, entry) in listed.items()}
+    return document, listed
+
+
+def _put_together(output: Path, home: Path, count: int, locks: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    document, listed = joint_lock(locks)
     staged: dict[str, Path] = {}
     for name, (number, entry) in listed.items():
         source = home / f"{number}-of-{count}" / name
@@ -220,7 +230,8 @@ def _put_together(output: Path, home: Path, count: int, locks: Mapping[int, Mapp
     return [*listed, LOCK_FILE]
 
 
-def _check_alike(locks: Mapping[int, Mapping[str, Any]], where: str) -> None:
+def check_alike(locks: Mapping[int, Mapping[str, Any]], where: str) -> None:
+    """Raise ``OutputError`` for parts of another plan, or made with other versions."""
     first, reference = next(iter(locks.items()))
     for number, lock in locks.items():
         for key, what in (("plan_hash", "another plan"), ("versions", "other versions")):
@@ -252,7 +263,8 @@ def _layout_of(layout: OutputLayout, files: Sequence[str]) -> OutputLayout:
     return OutputLayout(tuple(layout.shards[place] for place in places), {}, location)
 
 
-def _beside(plan: Plan) -> dict[str, SideFile]:
+def contents_beside(plan: Plan) -> dict[str, SideFile]:
+    """What lies beside the weights of an output, but for its lock file."""
     return {
         **settled_files(plan),
         CARD_FILE: card(plan),

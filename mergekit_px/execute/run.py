@@ -59,6 +59,8 @@ def run_plans(plans: Sequence[Plan], *, progress: Report | None = None) -> list[
     An input's name must mean the same checkpoint in all of them. All outputs are complete before the first is
     published. ``bytes_read`` of a result leaves out what an earlier one counts.
     """
+    if any(plan.store is not None for plan in plans):
+        raise UsageError("a merge to a store is carried out by run_to_store, one at a time")
     if any(plan.output is None for plan in plans):
         raise UsageError("a merge in memory has no output folder; use merge_state_dicts")
     results: dict[int, RunResult] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,8 @@ from mergekit_px.artefacts.row_mixtures import read_row_mixtures
 from mergekit_px.checkpoint.destination import FILE_SUFFIX, check_apart, destination
 from mergekit_px.checkpoint.dtypes import DType, parse_dtype
 from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
+from mergekit_px.checkpoint.object_store import ObjectStore, written_address
+from mergekit_px.checkpoint.remembered import user_cache
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, RecipeError, UsageError
 from mergekit_px.methods.declare import ArtefactFile
@@ -106,6 +109,10 @@ def build_plan(
         raise PlanError("the output would have no tensors", where=loaded.where("output"))
     vocabularies.check(items)
     output = None if _in_memory(resolved) else Path(options.output or recipe.output.path).expanduser()
+    store = None if output is None else written_address(output)
+    if store is not None:
+        output = staging_folder(store)
+        options = replace(options, require_room=False)
     file = None if output is None else destination(output).file
     described = header_donor(recipe, target, resolved, config_from) if kind == "weights" else None
     beside = Beside()
@@ -164,6 +171,7 @@ def build_plan(
         tokenizer_from=beside.tokenizer_from,
         texts=beside.texts,
         output=output,
+        store=store,
         kind=kind,
         seed=recipe.seed,
         steps=_step_summaries(recipe, needed),
@@ -181,6 +189,16 @@ def build_plan(
         _require_unicode(output)
         check_output(plan, output)
     return plan
+
+
+def staging_folder(address: str) -> Path:
+    """Where the files of an output in a store are made. Raises ``UsageError`` for an address that cannot be one."""
+    address = ObjectStore(address).address
+    key = hashlib.sha256(address.encode()).hexdigest()[:16]
+    folder = user_cache() / "outputs" / key / address.rpartition("/")[2]
+    if folder.suffix == FILE_SUFFIX:
+        raise OutputError("an output in a store is a folder, not one file", where=address, hint="give another with -o")
+    return folder
 
 
 def _require_unicode(output: Path) -> None:

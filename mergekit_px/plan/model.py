@@ -147,6 +147,9 @@ class Plan:
     texts: Mapping[str, bytes]
     """What is written beside the weights and is no input's own file: the files of a tokenizer that was built."""
     output: Path | None
+    """Where it is written; for an address of a store, the folder of this machine that its files go through."""
+    store: str | None
+    """The address of the output, where it is in a store."""
     kind: Kind
     seed: int
     steps: Mapping[str, Any]

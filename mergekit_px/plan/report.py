@@ -153,7 +153,7 @@ def plan_report(plan: Plan, *, seconds_bound: float | None = None) -> dict[str, 
         "side_files": dict(plan.side_files),
         "left_behind": dict(plan.left_behind),
         "output": {
-            "path": str(plan.output) if plan.output is not None else None,
+            "path": plan.store or (str(plan.output) if plan.output is not None else None),
             "one_file": plan.output is not None and destination(plan.output).file is not None,
             "shards": [{"file": shard.file, "bytes": shard.size} for shard in plan.layout.shards],
             "bytes": plan.bytes_written,
