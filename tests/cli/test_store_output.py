@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_px.checkpoint.destination import destination
+from mergekit_px.errors import OutputError
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from store_server import FakeStore, point_at, refuse
@@ -95,9 +98,10 @@ def test_what_a_store_output_cannot_be_is_said_before_the_work(run, store: FakeS
         ["run", "recipe.yaml", "-o", "s3://models/x.safetensors"],
         ["run", "recipe.yaml", "-o", "s3://models/x", "--part", "1/2"],
         ["run", "recipe.yaml", "-o", "s3://models/x", "--push", "org/name"],
-        ["svd", "extract", "math", "--base", "base", "-o", "s3://models/x"],
     ):
         outcome = run(*words)
         assert outcome.code in (2, 4) and outcome.stderr.splitlines()[-1].startswith("error: "), outcome.stderr
+    with pytest.raises(OutputError, match="only merges are written to a store"):
+        destination(Path("s3://models/x"))
     assert written(store).keys() == {"out/merged/notes.txt".removeprefix("out/merged/")}
     assert json.dumps(sorted(path.name for path in Path().iterdir())).count("s3:") == 0
