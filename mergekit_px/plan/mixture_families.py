@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 DENSE_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -48,7 +48,9 @@ class Family:
     correction: str | None = None
     biases: tuple[str, ...] = ()
     bias_entry: str | None = None
-    unloaded: bool = field(default=False)
+    shared_optional: bool = False
+    """Whether it may be without its shared expert."""
+    unloaded: bool = False
     """Whether its class is not part of transformers."""
 
 
@@ -181,6 +183,7 @@ FAMILIES = (
             "moe_layer_freq": _always(1),
             "scoring_func": _always("softmax"),
         },
+        shared_optional=True,
         unloaded=True,
     ),
 )

@@ -38,6 +38,7 @@ class BuiltMixture:
     count: int
     chosen: int
     biased: bool
+    shared: bool
 
     def followed(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The dense model's config as that of the mixture, with what to say of it."""
@@ -45,6 +46,8 @@ class BuiltMixture:
         found = {key: value for key, value in config_in_full(config, family.model_type).items() if key != "auto_map"}
         found |= {"model_type": family.model_type, "architectures": [family.architecture]}
         found |= {key: entry(config, self.count, self.chosen) for key, entry in family.entries.items()}
+        if not self.shared and family.shared_optional:
+            found["n_shared_experts"] = None
         if family.bias_entry is not None:
             found[family.bias_entry] = self.biased
         check_with_transformers(found)
@@ -97,7 +100,9 @@ class _Builder:
         members = self.mixture.experts
         biased = any(_ATTENTION_BIAS.fullmatch(name) for name in self.nodes)
         chosen = self.mixture.experts_per_token
-        self.namespaces.mixtures.setdefault(self.name, []).append(BuiltMixture(family, len(members), chosen, biased))
+        self.namespaces.mixtures.setdefault(self.name, []).append(
+            BuiltMixture(family, len(members), chosen, biased, self.mixture.shared is not None)
+        )
         if len({expert.model for expert in members}) == 1 and not any(expert.noise for expert in members):
             self.namespaces.notes.append(
                 "all experts are equal, so the mixture computes what the dense model does until it is trained"
@@ -131,7 +136,7 @@ class _Builder:
             if shared and family.shared is None:
                 what = f"{family.model_type} has no shared expert"
                 raise RecipeError(what, where=self._where("shared"), hint=self._others(kind, shared=True))
-            if not shared and family.shared is not None:
+            if not shared and family.shared is not None and not family.shared_optional:
                 what = f"{family.model_type} has a shared expert, and none is given"
                 raise RecipeError(what, where=self._where("family"), hint="write shared: MODEL")
             return family

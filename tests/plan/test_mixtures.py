@@ -185,3 +185,21 @@ def test_noise_scale_and_rows_of_a_file(tmp_path: Path) -> None:
     assert torch.equal(built[f"{where}.experts.1.w2.weight"], 0.25 * down)
     assert torch.equal(built[f"{where}.experts.1.w3.weight"], up)
     assert torch.equal(built[f"{where}.gate.weight"], rows["layers.0.router"])
+
+
+@pytest.mark.parametrize("shared", [{}, {"shared": "m0"}])
+def test_the_first_deepseek_layout(shared: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers has no class for it, so its names and config are compared with those of its authors' code."""
+    for number in range(3):
+        small(tmp_path / f"m{number}", number)
+    file = recipe(tmp_path, {"family": "deepseek", "experts": ["m1", "m2"], **shared}, models=3)
+    assert main(["moe", "build", str(file), "-o", str(tmp_path / "out")]) == 0
+    assert "transformers has no class for deepseek" in " ".join(capsys.readouterr().err.split())
+    names = load_file(tmp_path / "out/model.safetensors").keys()
+    own = {name.removeprefix("model.layers.0.mlp.") for name in names if name.startswith("model.layers.0.mlp.")}
+    parts = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    where = ["experts.0", "experts.1", *(["shared_experts"] if shared else [])]
+    assert own == {"gate.weight", *(f"{place}.{part}" for place in where for part in parts)}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["n_routed_experts"], config["n_shared_experts"]) == (2, 1 if shared else None)
+    assert (config["model_type"], config["first_k_dense_replace"]) == ("deepseek", 0)
