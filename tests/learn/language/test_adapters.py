@@ -58,7 +58,7 @@ def test_coefficients_of_adapters_are_those_of_their_models(adapters: str, more:
         learned("run", f"of-{name}/recipe.yaml", "-o", f"merged-{name}")
     first, second = (load_file(f"merged-{name}/model.safetensors") for name in ("lora", "model"))
     assert all(torch.allclose(one, second[key], atol=1e-4) for key, one in first.items())
-    assert any("adapter_model" in file for file in reports[0]["inputs"]["lora1"])
+    assert any("adapter_model" in file for file in reports[0]["inputs"]["sources"][0]["files"])
 
 
 @LLAMA
