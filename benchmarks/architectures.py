@@ -4,7 +4,9 @@
     python benchmarks/architectures.py deepseek_v3 bert # some model types
 
 For each class two tiny random models are made, saved by ``save_pretrained``, merged by the command line (linear) and
-reloaded. The output must have the names, shapes and dtypes of the inputs; every value must be the exact mean rounded
+reloaded. The second is then stored twice more, its names behind a prefix, and its vocabulary in another order with a
+tokenizer that says so: both must give the very same merge. The output must have the names,
+shapes and dtypes of the inputs; every value must be the exact mean rounded
 once; loading must report nothing missing, unexpected or of another shape; and what the reloaded model saves must be
 the merged files again, name by name and bit by bit, so that experts stored one by one stay so, and fused ones too.
 A class for which no tiny model can be made is listed with the reason, and is no success.
@@ -16,10 +18,11 @@ import argparse
 import contextlib
 import gc
 import io
+import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,11 +84,12 @@ def check(model_type: str, class_name: str, work: Path) -> Outcome:
     try:
         with quiet():
             for seed in (0, 1):
-                tiny_model(model_type, class_name, seed).save_pretrained(work / f"model{seed}", max_shard_size=SHARDS)
+                model = tiny_model(model_type, class_name, seed)
+                model.save_pretrained(work / f"model{seed}", max_shard_size=SHARDS)
     except Exception as error:
         reason = " ".join(str(error).split())
         return Outcome(model_type, class_name, "not made", f"{type(error).__name__}: {reason[:200]}")
-    problem = _merge(work) or compare_with_mean(work) or _reload(class_name, work)
+    problem = _merge(work) or compare_with_mean(work) or _reload(class_name, work) or _stored_otherwise(work)
     tensors = read_tensors(work / "model0")
     if problem:
         return Outcome(model_type, class_name, "FAILED", problem, len(tensors))
@@ -99,13 +103,81 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
 
 
-def _merge(work: Path) -> str:
+def _merge(work: Path, first: str = "model0", second: str = "model1", output: str = "merged") -> str:
     from mergekit_px.cli import main as pxmerge
 
-    sources = [str(work / "model0"), str(work / "model1")]
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = pxmerge(["linear", "--sources", *sources, "-o", str(work / "merged"), "--shard-size", SHARDS, "-q"])
-    return f"exit code {code}" if code else ""
+    sources, told = [str(work / first), str(work / second)], io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
+        code = pxmerge(["linear", "--sources", *sources, "-o", str(work / output), "--shard-size", SHARDS, "-q"])
+    return f"{output}: exit code {code}: {told.getvalue().strip()[-200:]}" if code else ""
+
+
+def _stored_otherwise(work: Path) -> str:
+    """What is wrong with the merge where the second model has a prefix, or its vocabulary in another order."""
+    import torch
+
+    merged = read_tensors(work / "merged")
+    second = read_tensors(work / "model1")
+    _write(work, "model1", "prefixed", {f"policy.{name}": value for name, value in second.items()})
+    if problem := _merge(work, second="prefixed", output="merged-prefixed") or _same(
+        merged, read_tensors(work / "merged-prefixed")
+    ):
+        return f"with a prefix: {problem}"
+    first = read_tensors(work / "model0")
+    rows = {len(value) for name, value in first.items() if is_vocabulary(name) and value.dim() == 2}
+    if len(rows) != 1:
+        return ""  # no embedding of tokens, or several vocabularies
+    count = rows.pop()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    moved = {name: value[order] if is_vocabulary(name) and len(value) == count else value
+             for name, value in second.items()}  # fmt: skip
+    _write(work, "model0", "listed", first, range(count))
+    _write(work, "model1", "permuted", moved, order.tolist())
+    if problem := _merge(work, "listed", "permuted", "merged-permuted") or _same(
+        merged, read_tensors(work / "merged-permuted")
+    ):
+        return f"with a permuted vocabulary: {problem}"
+    return ""
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has one row for each token: from the names of transformers' classes, without pxmerge."""
+    parts = name.split(".")
+    if any(part.isdecimal() for part in parts):
+        return False
+    module, leaf = parts[-2] if len(parts) > 1 else "", parts[-1]
+    if leaf == "bias":
+        return module in ("lm_head", "predictions") or parts[-3:-1] == ["predictions", "decoder"]
+    heads = ("lm_head", "embed_out", "decoder", "output_projection", "lm_loss")
+    return leaf == "weight" and (module in _EMBEDDINGS or module in heads)
+
+
+_EMBEDDINGS = (
+    *("embed_tokens", "embed_tokens_per_layer", "wte", "word_embeddings", "word_embedding", "embed_in"),
+    *("tok_embeddings", "tokens_embed", "embeddings", "embedding", "shared"),
+)
+
+
+def _write(
+    work: Path, model: str, name: str, tensors: Mapping[str, torch.Tensor], tokens: Iterable[int] | None = None
+) -> None:
+    """A model in one file beside the config of another, with a tokenizer whose tokens have these numbers."""
+    from safetensors.torch import save_file
+
+    folder = work / name
+    folder.mkdir()
+    shutil.copy(work / model / "config.json", folder)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "model.safetensors")
+    if tokens is not None:
+        vocabulary = {f"token{token}": place for place, token in enumerate(tokens)}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary}}))
+
+
+def _same(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
+    import torch
+
+    different = [name for name in expected.keys() & found.keys() if not torch.equal(expected[name], found[name])]
+    return _different_headers(expected, found) or (f"{sorted(different)[:3]} differ" if different else "")
 
 
 def compare_with_mean(work: Path) -> str:

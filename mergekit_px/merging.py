@@ -33,6 +33,7 @@ def merge(
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     shard_size: str | None = None,
     device: str = "auto",
     memory: str | int | None = None,
@@ -61,6 +62,7 @@ def merge(
         seed: of methods that draw random numbers.
         progress: called from worker threads, a few times a second at most.
         dtype: storage type of the result, as ``bfloat16``.
+        quantize: ``keep`` stores quantised what the base or first source stores so.
         shard_size: largest file of the result, as ``5GB``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         memory: peak memory of the process, as ``4GB`` or in bytes.
@@ -81,7 +83,7 @@ def merge(
     if like is not None:
         step["like"] = like
     return run_recipe(
-        {**recipe, "seed": seed},
+        {**recipe, "seed": seed, "output": {"quantize": quantize}},
         output=output,
         progress=progress,
         dtype=dtype,

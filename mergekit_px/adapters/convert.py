@@ -9,6 +9,7 @@ from mergekit_px.adapters.lora import PLAIN_BY_PEFT, residual_start
 from mergekit_px.adapters.lora_modules import read_lora_modules
 from mergekit_px.adapters.save import Format, save_diffusers, save_kohya, save_peft
 from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.description import description
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import AdapterError
 
@@ -40,11 +41,10 @@ def convert(
             hint=PLAIN_BY_PEFT,
         )
     modules = read_lora_modules(adapter, base)
-    if to == "kohya":
-        save_kohya(path, modules, component=component or "unet", overwrite=overwrite)
-        return
-    if to == "diffusers":
-        save_diffusers(path, modules, component=component or "unet", overwrite=overwrite)
+    if to != "peft":
+        save = save_kohya if to == "kohya" else save_diffusers
+        described = description(adapter.checkpoint.metadata)
+        save(path, modules, component=component or "unet", described=described, overwrite=overwrite)
         return
     components = {module.component for module in modules}
     if len(components) > 1 and component is not None:

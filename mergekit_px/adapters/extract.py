@@ -7,18 +7,20 @@ whole, so that at full rank the adapter gives the fine-tune back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mergekit_px.adapters.components import kohya_prefix
 from mergekit_px.adapters.lora_modules import LoraModule
 from mergekit_px.adapters.reading import TensorSource
-from mergekit_px.adapters.save import save_peft
+from mergekit_px.adapters.save import Format, save_diffusers, save_kohya, save_peft
 from mergekit_px.adapters.ties import is_vocabulary
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
+from mergekit_px.checkpoint.description import MODEL_SPEC, description
 from mergekit_px.checkpoint.json_text import shown
-from mergekit_px.errors import TensorMismatchError, UsageError
+from mergekit_px.errors import AdapterError, TensorMismatchError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from mergekit_px.kernels.svd import SVD
 
 Rest = Literal["save", "drop", "error"]
+
+_ARCHITECTURE = f"{MODEL_SPEC}architecture"
+_OF_THE_FAMILY = (_ARCHITECTURE, *(f"{MODEL_SPEC}{key}" for key in ("sai_model_spec", "resolution", "prediction_type")))
+"""What the header of a base says that is true of what is trained on it, and not its own title or author."""
 
 _EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "wpe", "embed_in", "embed_positions", "tok_embeddings"}
@@ -80,6 +86,8 @@ class ExtractedAdapter:
     Attributes:
         whole: changed tensors saved whole, by tensor name.
         dropped: changed tensors that were left out.
+        described: what the header of the base says of it.
+        parts: of a model in several folders, the folder of each tensor that is saved whole.
     """
 
     modules: list[LoraModule]
@@ -87,13 +95,35 @@ class ExtractedAdapter:
     whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
+    described: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str | None] = field(default_factory=dict)
+
+    def save_file(self, path: Path, to: Format, *, overwrite: bool = False) -> None:
+        """Write one file. Raises as save_kohya and save_diffusers, and AdapterError for what is saved whole."""
+        if self.whole:
+            raise AdapterError(
+                f"{shown(next(iter(self.whole)))} changed and has no low-rank form ({len(self.whole)} such in all), and"
+                f" the format of {to} has no place for it",
+                hint="leave such tensors out with --rest drop, or write peft",
+            )
+        described = dict(self.described)
+        if (architecture := described.get(_ARCHITECTURE)) is not None:
+            described[_ARCHITECTURE] = f"{architecture}/lora"
+        (save_kohya if to == "kohya" else save_diffusers)(path, self.modules, described=described, overwrite=overwrite)
 
     def save(self, folder: Path, *, base_model_name: str | None = None, overwrite: bool = False, **fields: Any) -> None:
         """Write a PEFT folder; ``fields`` go into the configuration. Raises as save_peft."""
         adapted = {module.name for module in self.modules}
-        biases = {name for name in self.whole if name.endswith(".bias")}
+        folders = {module.component for module in self.modules} | {self.parts.get(name) for name in self.whole}
+        if len(folders) > 1:
+            raise AdapterError(
+                f"what changed is of {', '.join(sorted(str(folder) for folder in folders))}",
+                hint="a PEFT adapter is of one part: choose it by --include 'FOLDER/*', or write kohya or diffusers",
+            )
+        biases = {name.rpartition("/")[2] for name in self.whole if name.endswith(".bias")}
         whole, saved = {}, set()
-        for name, tensor in self.whole.items():
+        for stored, tensor in self.whole.items():
+            name = stored.rpartition("/")[2]
             owner, _, leaf = name.rpartition(".")
             infix = "base_layer." if owner in adapted else ""
             whole[f"base_model.model.{owner}.{infix}{leaf}"] = tensor
@@ -151,19 +181,25 @@ def _extract(
         wanted = _wanted_rank(name, options)
         if wanted != 0 and new.shape == old.shape and _has_factors(name, tensor):
             module, report = _module(name, new, old, wanted, options, transposed=name in transposed)
-            modules.append(module)
+            modules.append(_placed(module, base))
             reports.append(report)
         elif options.rest == "save" and wanted != 0:
             whole[name] = new
         elif options.rest == "error" and wanted != 0:
-            raise TensorMismatchError("the tensor changed and has no low-rank form", where=name)
+            raise TensorMismatchError(
+                "the tensor changed and has no low-rank form",
+                where=name,
+                hint="leave such tensors out with --rest drop, or save them whole in a PEFT folder",
+            )
         else:
             dropped.append(name)
     # a module is saved whole with all its tensors, changed or not
     for owner in {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}:
         for name in _siblings(owner, tuned):
             whole.setdefault(name, sources[1].load(tuned.tensors[name]))
-    return ExtractedAdapter(modules, reports, whole, tuple(dropped), fan_in_fan_out=bool(transposed))
+    described = {key: text for key, text in description(base.metadata).items() if key in _OF_THE_FAMILY}
+    parts = {name: base.part_of(name) or None for name in whole}
+    return ExtractedAdapter(modules, reports, whole, tuple(dropped), bool(transposed), described, parts)
 
 
 def _module(
@@ -189,6 +225,16 @@ def _module(
     owner = name.rpartition(".")[0]
     module = LoraModule(owner, a, b, alpha=float(found.rank), embedding=embedding)
     return module, ModuleReport(owner, found.rank, found.captured_energy, float(torch.linalg.vector_norm(delta)))
+
+
+def _placed(module: LoraModule, base: Checkpoint) -> LoraModule:
+    """A module of a pipeline with its component, and its name within."""
+    folder = base.part_of(module.name)
+    if not folder:
+        return module
+    several = folder == "text_encoder" and "text_encoder_2" in base.parts
+    prefix = kohya_prefix(folder, has_more_encoders=several) if several else None
+    return replace(module, name=module.name.removeprefix(f"{folder}/"), component=folder, prefix=prefix)
 
 
 def _rank_of_energy(found: SVD, share: float) -> int:

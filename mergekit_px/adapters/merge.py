@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from mergekit_px.adapters.mergers import TRIMMING, Cutter, MergeInput, find_merg
 from mergekit_px.adapters.save import Format, save_diffusers, save_kohya, save_peft
 from mergekit_px.adapters.updates import Update, UpdateSource, open_updates
 from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.description import common_description
 from mergekit_px.errors import AdapterError, TensorMismatchError, UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
     from mergekit_px.kernels.low_rank import LowRank
     from mergekit_px.kernels.svd import SVD
+
+
+_BASE_VERSION = "ss_base_model_version"
+"""In the header of files of kohya's trainers."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,13 @@ class MergedAdapter:
     modules: list[LoraModule]
     reports: list[MergeReport]
     base_models: tuple[str, ...]
-    """What the adapters call their bases, each once."""
+    """What the adapters call their bases, each once; with kohya's trainers a version of a family of models."""
+    base_model_name: str | None
+    """The base, where the adapters agree."""
     task_type: str | None
     fan_in_fan_out: bool = False
-
-    @property
-    def base_model_name(self) -> str | None:
-        """The base, where the adapters agree."""
-        return self.base_models[0] if len(self.base_models) == 1 else None
+    described: Mapping[str, str] = field(default_factory=dict)
+    """What the headers of the adapters say alike of the model that they are for."""
 
     @property
     def captured_energy(self) -> float:
@@ -77,7 +81,8 @@ class MergedAdapter:
     def save(self, path: Path, *, to: Format = "peft", overwrite: bool = False) -> None:
         """Write a PEFT folder, or one file. Raises as save_peft, save_kohya and save_diffusers."""
         if to != "peft":
-            (save_kohya if to == "kohya" else save_diffusers)(path, self.modules, overwrite=overwrite)
+            save = save_kohya if to == "kohya" else save_diffusers
+            save(path, self.modules, described=self.described, overwrite=overwrite)
             return
         fields: dict[str, Any] = {"task_type": self.task_type} if self.task_type else {}
         save_peft(
@@ -127,14 +132,18 @@ def merge_adapters(
     finally:
         for source in sources:
             source.close()
-    bases = list(dict.fromkeys(adapter.base_model_name for adapter in adapters if adapter.base_model_name))
+    named = [adapter.base_model_name for adapter in adapters]
+    versions = [adapter.checkpoint.metadata.get(_BASE_VERSION) for adapter in adapters]
+    bases = dict.fromkeys(name or version for name, version in zip(named, versions, strict=True) if name or version)
     task = adapters[0].config.values.get("task_type")
     return MergedAdapter(
         [module for module, _ in merged],
         [report for _, report in merged],
-        tuple(bases),
+        tuple(map(str, bases)),
+        next(filter(None, named), None) if len(bases) == 1 else None,
         task if isinstance(task, str) else None,
         any(adapter.config.flag("fan_in_fan_out") for adapter in adapters),
+        common_description([adapter.checkpoint.metadata for adapter in adapters]),
     )
 
 

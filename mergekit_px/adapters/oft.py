@@ -88,7 +88,7 @@ def cayley_neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
 
 def check(config: AdapterConfig, options: BindOptions) -> None:
     """Raises AdapterError for the format before PEFT 0.14, and for Neumann forms before 0.18."""
-    if not config.number("oft_block_size", 0):
+    if "oft_block_size" not in config.values:
         raise config.error("cannot be merged: this is the OFT format before PEFT 0.14, which stored other parameters")
     version = config.peft_version
     if config.flag("use_cayley_neumann") and version is not None and version < (0, 18):

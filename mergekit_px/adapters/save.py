@@ -95,11 +95,19 @@ def peft_config(
     }
 
 
-def save_kohya(path: Path, modules: Sequence[LoraModule], *, component: str = "unet", overwrite: bool = False) -> None:
+def save_kohya(
+    path: Path,
+    modules: Sequence[LoraModule],
+    *,
+    component: str = "unet",
+    described: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write one file with the names of kohya's programs, dots replaced by underscores.
 
     Args:
         component: of the modules that do not name theirs.
+        described: what the header says of the model that it is for, beside ranks and alphas.
 
     Raises AdapterError for an embedding, or for modules whose names become one; OutputError, WriteError.
     """
@@ -120,14 +128,19 @@ def save_kohya(path: Path, modules: Sequence[LoraModule], *, component: str = "u
             tensors[f"{prefix}.dora_scale"] = module.magnitude.reshape(-1, *[1] * (module.a.dim() - 1))
     rank, alpha = _commonest((m.rank for m in modules), 0), _commonest((_number(m.alpha) for m in modules), 0)
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    _write(path, tensors, metadata, overwrite=overwrite)
+    _write(path, tensors, {**(described or {}), **metadata}, overwrite=overwrite)
 
 
 def save_diffusers(
-    path: Path, modules: Sequence[LoraModule], *, component: str = "unet", overwrite: bool = False
+    path: Path,
+    modules: Sequence[LoraModule],
+    *,
+    component: str = "unet",
+    described: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write one file with the names of diffusers, ``<component>.<module>.lora_A.weight``, and ranks and alphas in its
-    metadata.
+    metadata. Arguments as of save_kohya.
 
     Raises AdapterError for an embedding or a name without dots; OutputError, WriteError.
     """
@@ -153,8 +166,10 @@ def save_diffusers(
     noted: dict[str, Any] = {}
     for own, group in groups.items():
         noted |= {f"{own}.{field}": value for field, value in peft_config(group).items() if field != "peft_type"}
+    # Trainers' notes on the network are about the file as they wrote it.
+    kept = {key: text for key, text in (described or {}).items() if not key.startswith("ss_network_")}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(noted, sort_keys=True)}
-    _write(path, tensors, metadata, overwrite=overwrite)
+    _write(path, tensors, {**kept, **metadata}, overwrite=overwrite)
 
 
 def _require_dots(module: LoraModule) -> None:

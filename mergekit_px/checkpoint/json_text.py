@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mergekit_px.checkpoint.file_kind import kind_of_bytes
 from mergekit_px.errors import MalformedCheckpointError
 from mergekit_px.small_files import LARGEST_SMALL_FILE, read_small_file
 
@@ -15,6 +16,10 @@ MAX_DEPTH = 100
 differs between its parts."""
 
 _SHOWN_LENGTH = 200
+
+
+_START = 200
+"""Characters by which a file that is no JSON is known."""
 
 
 def shown(text: str) -> str:
@@ -80,6 +85,9 @@ def parse_json(raw: bytes | str, where: str, *, strict: bool = True) -> Any:
     except UnicodeEncodeError:
         raise MalformedCheckpointError("the JSON holds an unpaired surrogate", where=where) from None
     except ValueError as error:
+        kind = kind_of_bytes(text[:_START].encode()) if text and text.lstrip()[:1] not in "{[" else None
+        if kind is not None and not kind.name.startswith("a text file"):
+            raise MalformedCheckpointError(f"this is {kind.name}", where=where, hint=kind.hint) from None
         raise MalformedCheckpointError(f"not valid JSON: {shown(str(error))}", where=where) from None
 
 

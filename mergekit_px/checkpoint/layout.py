@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
 
 from mergekit_px.checkpoint.dtypes import DType, byte_count
 from mergekit_px.checkpoint.header import Header, build_header
@@ -39,13 +40,14 @@ class OutputTensor:
     """One tensor to be written; ``shape`` in elements as a header counts them.
 
     ``folder``: of a model in several folders, the one that it goes to; its name begins with it, the name in the file
-    does not.
+    does not. ``together``: neighbours of which this is the same go into one file.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     folder: str = ""
+    together: str = ""
 
     @property
     def stored_name(self) -> str:
@@ -139,16 +141,17 @@ def _split(tensors: Sequence[OutputTensor], shard_size: int) -> list[list[Output
     groups: list[list[OutputTensor]] = []
     current: list[OutputTensor] = []
     filled = 0
-    for tensor in tensors:
-        nbytes = byte_count(tensor.dtype, tensor.shape)
+    for _, neighbours in groupby(tensors, key=lambda tensor: tensor.together or tensor):
+        group = list(neighbours)
+        nbytes = sum(byte_count(tensor.dtype, tensor.shape) for tensor in group)
         if nbytes > shard_size:
-            # Its own shard, in front of the one being filled, which stays open: so does the Hub's splitter.
-            groups.append([tensor])
+            # A shard of their own, in front of the one being filled, which stays open: so does the Hub's splitter.
+            groups.append(group)
             continue
         if filled + nbytes > shard_size:
             groups.append(current)
             current, filled = [], 0
-        current.append(tensor)
+        current += group
         filled += nbytes
     if current or not groups:
         groups.append(current)

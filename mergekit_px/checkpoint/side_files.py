@@ -28,7 +28,7 @@ WEIGHT_SUFFIXES = (
 
 _TOKENIZERS = (
     *("*token*", "*vocab*", "merges*", "bpe.codes", "*.bpe", "*.spm", "*.tiktoken", "*.model", "tekken.json"),
-    *("normalizer.json", "chat_template*", "special_tokens*", "*sentencepiece*"),
+    *("encoder.json", "dict.txt", "normalizer.json", "chat_template*", "special_tokens*", "*sentencepiece*"),
 )
 _TOKENIZER_FOLDERS = ("additional_chat_templates", "tokenizer*")
 # A codec's, which turns no text into tokens; code of models.

@@ -201,6 +201,7 @@ class ExtractedAdapterDocument(Document):
     """An adapter that was taken out of a fine-tune; ``left_out``: what changed and is not in it."""
 
     output: str
+    format: str
     captured_energy: float
     modules: list[ExtractedModule]
     saved_whole: list[str]

@@ -116,6 +116,15 @@ class RunOptions:
             "--dtype", metavar="TYPE", help="Storage type of the result, as bfloat16.", rich_help_panel=OUTPUT
         ),
     ] = None
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            metavar="keep",
+            help="keep: store quantised what the base or first source stores so.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
     shard_size: Annotated[
         str | None,
         typer.Option(
@@ -195,6 +204,8 @@ class RunOptions:
         found = list(self.assignments or ())
         if self.dtype is not None:
             found.append(FlagOverride(f"output.dtype={self.dtype}", f"--dtype {self.dtype}"))
+        if self.quantize is not None:
+            found.append(FlagOverride(f"output.quantize={self.quantize}", f"--quantize {self.quantize}"))
         if self.shard_size is not None:
             found.append(FlagOverride(f"output.shard_size={self.shard_size}", f"--shard-size {self.shard_size}"))
         if self.push is not None:

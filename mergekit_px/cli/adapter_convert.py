@@ -13,12 +13,12 @@ from mergekit_px.cli._output import output_for
 from mergekit_px.cli.adapter_inputs import (
     AdapterPath,
     Overwrite,
+    check_format,
     find_adapter,
     find_model,
     require_new_file,
     require_new_folder,
 )
-from mergekit_px.errors import UsageError
 
 Target = Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="A folder for peft, else a file.")]
 Format = Annotated[Literal["peft", "kohya", "diffusers"], typer.Option("--to", help="The format to write.")]
@@ -55,10 +55,7 @@ def convert(
       pxmerge adapter convert ./style-lora --to kohya -o style.safetensors
       pxmerge adapter convert style.safetensors --to peft --base ./unet -o ./style-lora
     """
-    if to == "peft" and output.suffix == ".safetensors":
-        raise UsageError("a PEFT adapter is a folder", where=str(output), hint="give a name without .safetensors")
-    if to != "peft" and output.suffix != ".safetensors":
-        raise UsageError(f"{to} is a single file", where=str(output), hint="give a name that ends with .safetensors")
+    check_format(to, output)
     from mergekit_px.adapters.convert import convert as write
 
     sink = output_for(json=json, quiet=quiet)

@@ -14,7 +14,15 @@ from mergekit_px.cli._arguments import Several
 from mergekit_px.cli._documents import ExtractedAdapterDocument
 from mergekit_px.cli._options import AllowPickle, Json, Quiet
 from mergekit_px.cli._output import Column, output_for
-from mergekit_px.cli.adapter_inputs import BaseModel, Overwrite, factor_dtype, find_model, require_new_folder
+from mergekit_px.cli.adapter_inputs import (
+    BaseModel,
+    Overwrite,
+    check_format,
+    factor_dtype,
+    find_model,
+    require_new_file,
+    require_new_folder,
+)
 from mergekit_px.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +32,13 @@ if TYPE_CHECKING:
     from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tune: folder, file or org/name@revision.")]
-Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the adapter is written.")]
+Target = Annotated[
+    Path, typer.Option("-o", "--output", metavar="PATH", help="Where it is written: a folder for peft, else a file.")
+]
+To = Annotated[
+    Literal["peft", "kohya", "diffusers"] | None,
+    typer.Option("--to", help="The format to write.  [default: peft, or kohya for one file]"),
+]
 Rank = Annotated[int | None, typer.Option("--rank", metavar="N", min=1, help="Rank of every module.  [default: 16]")]
 Energy = Annotated[
     float | None,
@@ -47,8 +61,12 @@ Exclude = Annotated[
     Several("--exclude"),
 ]
 Rest = Annotated[
-    Literal["save", "drop", "error"],
-    typer.Option("--rest", help="Changed tensors that have no low-rank form: saved whole, left out, refused."),
+    Literal["save", "drop", "error"] | None,
+    typer.Option(
+        "--rest",
+        help="Changed tensors that have no low-rank form: saved whole, left out, refused."
+        "  [default: save; error for one file]",
+    ),
 ]
 FactorType = Annotated[str, typer.Option("--dtype", metavar="TYPE", help="Storage type of the factors.")]
 BaseName = Annotated[
@@ -60,14 +78,15 @@ BaseName = Annotated[
 def extract(
     base: BaseModel,
     tuned: Tuned,
-    output: Folder = Path("adapter"),
+    output: Target = Path("adapter"),
+    to: To = None,
     rank: Rank = None,
     energy: Energy = None,
     max_rank: MaxRank = None,
     module_rank: ModuleRanks = None,
     include: Include = None,
     exclude: Exclude = None,
-    rest: Rest = "save",
+    rest: Rest = None,
     dtype: FactorType = "float32",
     base_name: BaseName = None,
     overwrite: Overwrite = False,
@@ -78,13 +97,15 @@ def extract(
     """Extract a LoRA from a base and a fine-tune: the nearest one to TUNED - BASE, module by module.
 
     Changed tensors without a low-rank form (norms, biases, a resized vocabulary) are saved whole. The result is a
-    folder that PEFT loads. How much of each difference it holds is reported.
+    folder that PEFT loads, or one file for programs that read kohya's or diffusers' names. How much of each
+    difference it holds is reported.
 
     \b
     Examples:
       pxmerge adapter extract ./base ./math -o ./math-lora --rank 32
       pxmerge adapter extract ./base ./math -o ./math-lora --energy 0.95 --max-rank 128
       pxmerge adapter extract ./base ./math --rank 8 --module-rank "*mlp*=32" --exclude "*embed*" "lm_head*"
+      pxmerge adapter extract model.safetensors style.safetensors --to kohya -o style-lora.safetensors --rest drop
     """
     from mergekit_px.adapters.extract import ExtractOptions, extract_adapter
     from mergekit_px.checkpoint.identity import check_unchanged
@@ -98,9 +119,15 @@ def extract(
     ranks: int | dict[str, int] | None = None if energy is not None else rank or 16
     if module_rank:
         ranks = {"*": rank or 16} | dict(map(_module_rank, module_rank))
+    to = check_format(to or ("kohya" if output.suffix == ".safetensors" else "peft"), output)
+    if to != "peft" and rest == "save":
+        raise UsageError(f"--rest save: a file of {to} holds factors alone", hint="give --rest drop, or write peft")
+    rest = rest or ("save" if to == "peft" else "error")
     options = ExtractOptions(rank=ranks, energy=energy, max_rank=max_rank, rest=rest, dtype=factor_dtype(dtype))
     sink = output_for(json=json, quiet=quiet)
-    require_new_folder(output, overwrite=overwrite, inputs=[base, tuned])
+    (require_new_folder if to == "peft" else require_new_file)(output, overwrite=overwrite, inputs=[base, tuned])
+    if to != "peft" and base_name is not None:
+        raise UsageError(f"--base-name has no place in a file of {to}", hint="leave it out")
     models = [find_model(model, sink, allow_pickle=allow_pickle) for model in (base, tuned)]
     chosen = _chooser(include, exclude)
     _require_match(models[1], include, exclude)
@@ -109,7 +136,10 @@ def extract(
     if not found.modules and not found.whole:
         raise UsageError("nothing to extract: no chosen tensor differs", where=tuned, hint="compare the two models")
     check_unchanged(models)
-    found.save(output, base_model_name=base if base_name is None else base_name, overwrite=overwrite)
+    if to == "peft":
+        found.save(output, base_model_name=base if base_name is None else base_name, overwrite=overwrite)
+    else:
+        found.save_file(output, to, overwrite=overwrite)
     document = _document(found)
     if found.dropped:
         sink.warning(f"changed but left out: {len(found.dropped)}, first {found.dropped[0]}")
@@ -121,7 +151,7 @@ def extract(
     more = f", the {len(ranked) - 10} others hold more" if len(ranked) > 10 else ""
     whole = f"; saved whole: {len(found.whole)}" if found.whole else ""
     sink.note(f"{document['captured_energy']:.2%} of the energy in {len(ranked)} modules{more}{whole}")
-    sink.document({"output": str(output), **document}, ExtractedAdapterDocument)
+    sink.document({"output": str(output), "format": to, **document}, ExtractedAdapterDocument)
     sink.text(str(output))
     return 0
 

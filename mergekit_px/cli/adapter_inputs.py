@@ -17,6 +17,7 @@ from mergekit_px.errors import UsageError
 if TYPE_CHECKING:
     from mergekit_px.adapters.adapter import Adapter
     from mergekit_px.adapters.binder import BindOptions
+    from mergekit_px.adapters.save import Format
     from mergekit_px.checkpoint.contents import Checkpoint
 
 WHAT = "a PEFT folder, a kohya, LyCORIS or diffusers file, or org/name"
@@ -92,6 +93,15 @@ def find_model(reference: str, output: Output, *, allow_pickle: bool = False) ->
     with progress_on(output) as advance:
         fetched = fetch_source(source, lambda done, total: advance(f"fetching {reference}", done, total))
     return fetched.checkpoint
+
+
+def check_format(to: Format, output: Path) -> Format:
+    """The format, which must fit the name of what is written. Raises ``UsageError``."""
+    if to == "peft" and output.suffix == ".safetensors":
+        raise UsageError("a PEFT adapter is a folder", where=str(output), hint="give a name without .safetensors")
+    if to != "peft" and output.suffix != ".safetensors":
+        raise UsageError(f"{to} is a single file", where=str(output), hint="give a name that ends with .safetensors")
+    return to
 
 
 def require_new_folder(folder: Path, *, overwrite: bool, inputs: Sequence[str] = ()) -> None:

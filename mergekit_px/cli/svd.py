@@ -147,7 +147,12 @@ def _check(form: Form | None, into: Path | None, report: Path | None, run: RunOp
     if report is not None and report.suffix == ".png":
         raise UsageError("--report names the JSON file; the picture goes beside it", hint="--report report.json")
     if form in ("components", "lora") or into is not None:
-        for flag, given in {"--push": run.push, "--dtype": run.dtype, "--dry-run": run.dry_run}.items():
+        for flag, given in {
+            "--push": run.push,
+            "--dtype": run.dtype,
+            "--quantize": run.quantize,
+            "--dry-run": run.dry_run,
+        }.items():
             if given:
                 raise UsageError(f"{flag} goes with --as checkpoint only", hint="leave it out")
     elif report is not None and run.dry_run:
@@ -164,8 +169,15 @@ def _check_tuning(own: Mapping[str, Any], text: TextColumns, run: RunOptions, re
                 "--columns, --max-length and --tokenizer go with --tune", hint="give the data: --tune FILE"
             )
         return
-    for flag, given in {"--as": own["form"], "--into": own["into"], "--report": report, "--push": run.push,
-                        "--dtype": run.dtype, "--dry-run": run.dry_run}.items():  # fmt: skip
+    for flag, given in {
+        "--as": own["form"],
+        "--into": own["into"],
+        "--report": report,
+        "--push": run.push,
+        "--dtype": run.dtype,
+        "--quantize": run.quantize,
+        "--dry-run": run.dry_run,
+    }.items():
         if given:
             raise UsageError(f"--tune writes a tuned model, {flag} something else", hint="leave one out")
 

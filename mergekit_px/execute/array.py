@@ -109,7 +109,7 @@ def run_part(plan: Plan, number: int, count: int, *, progress: Report | None = N
     plan = fetch_inputs(plan, progress)
     layout = _layout_of(plan.layout, shares[number - 1])
     busy = [place for place, share in enumerate(shares, 1) if share]
-    own = replace(plan, items=tuple(item for item in plan.items if item.name in layout.location))
+    own = replace(plan, items=tuple(item for item in plan.items if item.tensors[0].name in layout.location))
     reporter = Reporter([own], progress)
     with ExitStack() as stack:
         readers = {

@@ -228,7 +228,8 @@ class FusedItems:
 
     def _takes(self, item: WorkItem) -> bool:
         """Whether all that is read is stored plainly, and may be cut anywhere once statistics are known."""
-        if self.allow_nonfinite or item.adapted or item.views or not item.leaves or not native.is_available():
+        plain = not (item.adapted or item.views or item.encoding)
+        if self.allow_nonfinite or not plain or not item.leaves or not native.is_available():
             return False
         if any(dtype.name not in native.LOADED for dtype in (item.dtype, *(read.dtype for read in item.reads))):
             return False

@@ -13,6 +13,7 @@ import torch
 
 from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.errors import NonFiniteError
+from mergekit_px.execute.encoded import Ranges, Span, encoded, spans
 from mergekit_px.execute.fused import FusedItems, Sink
 from mergekit_px.execute.lane import Lane
 from mergekit_px.execute.scheduler import Job, Routine
@@ -20,7 +21,7 @@ from mergekit_px.execute.values import Block, WholeTensor, check_finite
 from mergekit_px.execute.views import RowMeans, ViewValues
 from mergekit_px.methods.declare import Extent, Sweep
 from mergekit_px.methods.pruning import RankSweep
-from mergekit_px.plan.budget import BLOCK, needs_whole, row_length, unit, whole_bytes
+from mergekit_px.plan.budget import BLOCK, needs_whole, ranged, row_length, unit, whole_bytes
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Adapted, Apply, Leaf, Node, Read, View
 from mergekit_px.stages import timed
@@ -44,6 +45,8 @@ class Execution:
     """Makes what needs no torch."""
     statistics: dict[int, Any] = field(default_factory=dict)
     """Node -> what its method's statistics generator returned."""
+    largest: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Encoded item -> its largest magnitudes for each scale, where they were found before it is written."""
     means: RowMeans = field(default_factory=RowMeans)
 
     def routine(self, item: WorkItem) -> Routine[Lane]:
@@ -53,6 +56,8 @@ class Execution:
         elif needs_whole(item):
             if not self.skip(item, 0, item.elements):
                 yield [self._job(self._write_whole, item, memory=whole_bytes(item))]
+        elif item.encoding is not None and ranged(item):
+            yield from self._ranged(item)
         elif item.elements <= self._length(item):
             if item.elements and not self.skip(item, 0, item.elements):
                 yield [self._job(self._write_small, item)]
@@ -126,14 +131,47 @@ class Execution:
 
     def skip(self, item: WorkItem, start: int, stop: int) -> bool:
         """Whether the elements [start, stop) are written already, which is told as progress then."""
-        width = item.dtype.bits // 8
-        if not self.sink.done(item.name, start * width, stop * width):
+        spans = self._spans(item, start, stop)
+        if not all(self.sink.done(span.name, span.start, span.stop) for span in spans):
             return False
-        self.advance(item.name, (stop - start) * width)
+        self.advance(item.name, sum(span.nbytes for span in spans))
         return True
 
     def _fused(self, item: WorkItem, start: int, stop: int, lane: Lane) -> bool:
-        return lane.device.type == "cpu" and self.fused.write(item, start, stop, self.statistics)
+        return (
+            item.encoding is None and lane.device.type == "cpu" and self.fused.write(item, start, stop, self.statistics)
+        )
+
+    def _spans(self, item: WorkItem, start: int, stop: int) -> list[Span]:
+        """Where the elements [start, stop) of an item are written; of one whose scales are known, its codes alone."""
+        found = spans(item, start, stop)
+        return found[:1] if item.name in self.largest else found
+
+    def _ranged(self, item: WorkItem) -> Routine[Lane]:
+        """An encoded item whose scales are over many rows: its largest magnitudes first, then as others."""
+        everything = spans(item, 0, item.elements)
+        if all(self.sink.done(span.name, span.start, span.stop) for span in everything):
+            self.advance(item.name, item.nbytes)
+            return
+        for node in self._unknown(item):
+            self.statistics[id(node)] = yield from self._swept(node, [(item, node)])
+        ranges = Ranges(item)
+        yield [self._job(self._range_chunk, item, start, stop, ranges) for start, stop in self.chunks(item)]
+        self.largest[item.name] = ranges.largest
+        name, scales = everything[1].name, ranges.scales()
+        self.sink.write(name, 0, as_bytes(scales))
+        self.advance(item.name, scales.numel())
+        chunks = [(start, stop) for start, stop in self.chunks(item) if not self.skip(item, start, stop)]
+        yield [self._job(self._write_chunk, item, start, stop) for start, stop in chunks]
+        del self.largest[item.name]
+
+    def _range_chunk(self, item: WorkItem, start: int, stop: int, ranges: Ranges, lane: Lane) -> None:
+        with lane.computing():
+            raw = self.read(item, item.leaves, start, stop, lane)
+            piece = unit(item)
+            for begin in range(start, stop, piece):
+                ranges.add(begin, self.block(item, raw, start, begin, min(begin + piece, stop)).value(item.node))
+        lane.finish()
 
     def _write_chunk(self, item: WorkItem, start: int, stop: int, lane: Lane) -> None:
         if not self._fused(item, start, stop, lane):
@@ -163,21 +201,32 @@ class Execution:
                 self._write(item, raw, 0, item.elements, lane)
 
     def _write(self, item: WorkItem, raw: Mapping[int, Any], start: int, stop: int, lane: Lane) -> None:
-        width = item.dtype.bits // 8
-        host = lane.host_bytes("output", (stop - start) * width)
-        out = host if lane.device.type == "cpu" else torch.empty_like(host, device=lane.device)
-        stored = out.view(item.dtype.torch)
+        found = self._spans(item, start, stop)
+        hosts = [lane.host_bytes(f"output {number}", span.nbytes) for number, span in enumerate(found)]
+        outs = hosts if lane.device.type == "cpu" else [torch.empty_like(host, device=lane.device) for host in hosts]
         piece = unit(item) if lane.device.type == "cpu" else stop - start
         for begin in range(start, stop, piece):
             end = min(begin + piece, stop)
             with timed("arithmetic"):
                 value = self.block(item, raw, start, begin, end).value(item.node)
-            self.store(item, value, stored[begin - start : end - start])
-        if out is not host:
-            host.copy_(out, non_blocking=True)
+            if item.encoding is None:
+                out = outs[0].view(item.dtype.torch)
+                self.store(item, value, out[begin - start : end - start])
+                continue
+            parts = encoded(item, value, begin, self.largest.get(item.name))
+            for out, span, part, into in zip(outs, found, parts, self._spans(item, begin, end), strict=False):
+                out[into.start - span.start : into.stop - span.start] = part
+        if outs is not hosts:
+            for host, out in zip(hosts, outs, strict=True):
+                host.copy_(out, non_blocking=True)
         lane.finish()
-        self.sink.write(item.name, start * width, as_bytes(host))
-        self.advance(item.name, (stop - start) * width)
+        self.put(item, found, hosts)
+
+    def put(self, item: WorkItem, found: Sequence[Span], hosts: Sequence[torch.Tensor]) -> None:
+        """Write what is stored of a range of an item."""
+        for span, host in zip(found, hosts, strict=True):
+            self.sink.write(span.name, span.start, as_bytes(host))
+            self.advance(item.name, span.nbytes)
 
     def _write_whole(self, item: WorkItem, lane: Lane) -> None:
         lane.release()
@@ -196,12 +245,14 @@ class Execution:
                 self.statistics[id(node)] = _whole_statistics(item, node, block)
             with timed("arithmetic"):
                 value = block.value(item.node)
-            stored = torch.empty(item.elements, dtype=item.dtype.torch, device=value.device)
-            self.store(item, value, stored)
-            host = stored.view(torch.uint8).cpu()
+            if item.encoding is None:
+                stored = torch.empty(item.elements, dtype=item.dtype.torch, device=value.device)
+                self.store(item, value, stored)
+                hosts = [stored.view(torch.uint8).cpu()]
+            else:
+                hosts = [part.cpu() for part in encoded(item, value, 0, None)]
         lane.release()
-        self.sink.write(item.name, 0, as_bytes(host))
-        self.advance(item.name, host.numel())
+        self.put(item, spans(item, 0, item.elements), hosts)
 
     def _sweep_chunk(
         self,

@@ -383,11 +383,7 @@ class Reporter:
         self._report = report
         self._started = time.perf_counter()
         self._lock = threading.Lock()
-        self._total = {
-            (number, item.name): item.elements * item.dtype.bits // 8
-            for number, plan in enumerate(plans)
-            for item in plan.items
-        }
+        self._total = {(number, item.name): item.nbytes for number, plan in enumerate(plans) for item in plan.items}
         self._left = dict(self._total)
         self._bytes_total = sum(self._total.values())
         self._bytes = 0

@@ -74,7 +74,8 @@ def _routine(group: Sequence[Member]) -> Routine[Lane]:
 
 def _is_shared(item: WorkItem) -> bool:
     statistics = any(node.method.statistics is not None for node in item.applied)
-    return bool(item.elements) and item.action != "copy" and not (needs_whole(item) or statistics or item.adapted)
+    apart = needs_whole(item) or statistics or item.adapted or item.encoding is not None
+    return bool(item.elements) and item.action != "copy" and not apart
 
 
 def _write_chunk(members: Sequence[Member], start: int, stop: int, lane: Lane) -> None:

@@ -19,10 +19,15 @@ Statistics are summed over blocks of this size in order, so results do not depen
 DEFAULT_CHUNK = 1 << 20
 """Elements that are read and written at a time."""
 
+_JOINT = 16 * BLOCK
+"""Elements of rows that share scales and are encoded at once; of more the largest magnitudes are found first."""
+
 BASELINE = 340_000_000
 """What the interpreter with torch occupies before the first tensor is read."""
 
 _ACCUMULATION = 4
+_ENCODING = 6
+"""Copies of a block that encoding it needs: magnitudes, scaled values, two choices of codes."""
 
 
 def row_length(item: WorkItem) -> int:
@@ -35,8 +40,15 @@ def unit(item: WorkItem) -> int:
     and views, vectors along the last axis for methods on rows, else a block."""
     if item.access != "rows":
         return BLOCK
-    row = max(1, math.prod(item.shape[1:])) if item.adapted or item.views else row_length(item)
-    return row * max(1, BLOCK // row)
+    row = max(1, math.prod(item.shape[1:])) if item.adapted or item.views or item.encoding else row_length(item)
+    joint = 1 if item.encoding is None or ranged(item) else item.encoding.joint_rows
+    return row * joint * max(1, BLOCK // (row * joint))
+
+
+def ranged(item: WorkItem) -> bool:
+    """Whether the scales of an encoded item are over so many rows that its largest magnitudes are swept first."""
+    joint = 1 if item.encoding is None else item.encoding.joint_rows
+    return joint > 1 and joint * math.prod(item.shape[1:]) > _JOINT
 
 
 def _stored_bytes(item: WorkItem, outputs: int) -> float:
@@ -51,7 +63,8 @@ def _leaf_bits(leaf: Leaf) -> int:
 
 def _scratch(item: WorkItem) -> float:
     """Accumulation-width copies of a block that are alive at once."""
-    return len(item.leaves) + sum(len(node.sources) + node.method.scratch for node in item.applied) + 1
+    encoding = 0 if item.encoding is None else _ENCODING
+    return len(item.leaves) + sum(len(node.sources) + node.method.scratch for node in item.applied) + 1 + encoding
 
 
 def _width(item: WorkItem) -> int:
@@ -80,7 +93,7 @@ def whole_bytes(item: WorkItem) -> int:
     """Memory of an item whose method needs the tensor whole: base, one source at a time, scratch, result."""
     scratch = [node.method.scratch for node in item.applied]
     scratch += [node.patch.scratch for node in item.adapted if node.patch is not None]
-    copies = 3 + max(scratch, default=0)
+    copies = 3 + max(scratch, default=0) + (0 if item.encoding is None else _ENCODING)
     stored = max((_leaf_bits(leaf) for leaf in item.leaves), default=32) / 8
     elements = max([item.elements, *(math.prod(leaf.shape) for leaf in item.leaves)])  # statistics may be larger
     return int(elements * (copies * _width(item) + stored) + 3 * item.factor_bytes)

@@ -13,7 +13,7 @@ from typing import Any
 from mergekit_px.artefacts.row_mixtures import read_row_mixtures
 from mergekit_px.checkpoint.destination import FILE_SUFFIX, check_apart, destination
 from mergekit_px.checkpoint.dtypes import DType, parse_dtype
-from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
+from mergekit_px.checkpoint.layout import parse_size, plan_layout
 from mergekit_px.checkpoint.object_store import ObjectStore, written_address
 from mergekit_px.checkpoint.remembered import user_cache
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
@@ -24,6 +24,7 @@ from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
 from mergekit_px.plan.components import check_components
 from mergekit_px.plan.donors import Beside, beside_weights, config_donor, file_stems, header_donor
+from mergekit_px.plan.encoded import encoded_items
 from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.fingerprints import base_fingerprint, check_base_fingerprints
 from mergekit_px.plan.headers import describing_metadata
@@ -117,7 +118,7 @@ def build_plan(
     described = header_donor(recipe, target, resolved, config_from) if kind == "weights" else None
     beside = Beside()
     if kind == "weights" and file is None:
-        beside = beside_weights(recipe, target, config_from, resolved, items, dtype, expressions)
+        beside = beside_weights(recipe, target, config_from, resolved, items, dtype, expressions, strict=options.strict)
     notes.extend(expressions.notes + vocabularies.notes + list(beside.notes))
     notes.extend(note for source in resolved.values() for note in source.notes)
     refuse_quantised_by_config(items, resolved)
@@ -141,17 +142,24 @@ def build_plan(
         stems, shard_size = {"": file.removesuffix(FILE_SUFFIX)}, sys.maxsize
         if config_from is not None and kind == "weights":
             notes.append(f"one file holds the weights alone: config and side files of '{config_from}' are not written")
+    if recipe.output.quantize is not None:
+        where = loaded.where("output", "quantize")
+        if kind == "delta" or output is None:
+            raise PlanError("only a model that is written to the disk can be kept quantised", where=where)
+        items, said_of_storage = encoded_items(items, beside.config_from or described, expressions, where)
+        notes.append(said_of_storage)
     layout = plan_layout(
         [
-            OutputTensor(item.name, item.dtype, item.shape, "" if donor is None else donor.part_of(item.name))
+            tensor if donor is None else replace(tensor, folder=donor.part_of(tensor.name))
             for item in items
+            for tensor in item.tensors
         ],
         shard_size=parse_size(shard_size),
         stems=stems,
         metadata=metadata,
         more_metadata=headers,
     )
-    items.sort(key=lambda item: layout.location[item.name][:2])
+    items.sort(key=lambda item: layout.location[item.tensors[0].name][:2])
     taken = {name: resolved[name] for name in resolved if name in {*used, beside.config_from, beside.tokenizer_from}}
     if lock is not None:
         lock.check(taken, expressions.artefacts.all(), sha256_but_of_weights)

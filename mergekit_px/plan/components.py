@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.json_text import parse_json, shown
 from mergekit_px.errors import InputError, PlanError
-from mergekit_px.plan.tokenizers import side_file
+from mergekit_px.plan.tokenizers import Tokenizers, refuse_pointers, side_file, tokenizer_folders
 
 if TYPE_CHECKING:
     from mergekit_px.plan.inputs import ResolvedInput
     from mergekit_px.recipe.model import Step
 
-_VOCABULARIES = ("vocab.json", "vocab.txt")
 _TRAINED_TO = ("prediction_type", "beta_schedule", "num_train_timesteps", "rescale_betas_zero_snr", "shift")
 """Entries of a scheduler's config that the weights of a denoiser were fitted to."""
 
@@ -27,12 +26,13 @@ def check_components(steps: Iterable[Step], inputs: Mapping[str, ResolvedInput],
         PlanError: a component is missing in one, or of another class; a pipeline and a model that is none.
     """
     notes: list[str] = []
+    tokenizers = Tokenizers()
     for step in steps:
         members = [name for name in (step.base, *step.source_names()) if name is not None and name in inputs]
         models = [inputs[name] for name in members if not inputs[name].is_task_vector]
         for other in models[1:]:
             _check_classes(models[0], other)
-            _check_tokens(models[0], other)
+            _check_tokens(models[0], other, tokenizers)
             said = list(_schedules(models[0], other))
             if said and strict:
                 raise PlanError(said[0], hint="merge models of one kind, or leave out --strict")
@@ -84,18 +84,17 @@ def _check_classes(one: ResolvedInput, other: ResolvedInput) -> None:
             )
 
 
-def _check_tokens(one: ResolvedInput, other: ResolvedInput) -> None:
+def _check_tokens(one: ResolvedInput, other: ResolvedInput, tokenizers: Tokenizers) -> None:
     """The rows of a text encoder's embedding are merged by their place, so its tokens must be the same."""
-    for name in _shared(one, other, _VOCABULARIES):
-        first, second = (_read(source, name) for source in (one, other))
-        if name.endswith(".txt"):
-            listed = [text.split() for text in (first, second)]
-        else:
-            listed = [_object(text) for text in (first, second)]
-        if listed[0] != listed[1]:
+    if not (one.checkpoint.parts and other.checkpoint.parts):
+        return
+    for source in (one, other):
+        refuse_pointers(source)
+    for folder in sorted({*tokenizer_folders(one)} & {*tokenizer_folders(other)}):
+        if told := tokenizers.difference(one, other, folder):
             raise PlanError(
-                f"{name} lists other tokens in '{one.name}' than in '{other.name}', and rows of different tokens are"
-                " not mixed",
+                f"{folder.removesuffix('/')} lists other tokens in '{one.name}' than in '{other.name}' ({told}), and"
+                " rows of different tokens are not mixed",
                 where=other.reference,
                 hint="merge the other components by themselves ({model: ..., component: ...}), or pipelines of one"
                 " vocabulary",

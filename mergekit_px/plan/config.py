@@ -14,10 +14,11 @@ from typing import Any
 
 from mergekit_px.errors import PlanError
 
-_LAYER_COUNTS = (
+LAYER_COUNTS = (
     *("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     *("num_decoder_layers", "decoder_layers", "num_blocks"),
 )
+"""What configs call the number of layers."""
 _SUB_CONFIGS = ("text_config", "vision_config", "audio_config", "language_config", "llm_config")
 
 _FIRST_LAYERS = {
@@ -130,7 +131,7 @@ def restack(config: dict[str, Any], origin: Sequence[int], old_count: int) -> li
         raise PlanError(f"config.json: the layers share weights ({_SHARED_LAYERS}) and cannot be stacked anew")
     before = _derived(config, part, old_count)
     expected = {key: [value[layer] for layer in origin] for key, value in (before or {}).items()}
-    changes: dict[str, Any] = {key: len(origin) for key in _LAYER_COUNTS if part.get(key) == old_count}
+    changes: dict[str, Any] = {key: len(origin) for key in LAYER_COUNTS if part.get(key) == old_count}
     for key, value in part.items():
         if key in changes:
             continue
@@ -156,13 +157,13 @@ def restack(config: dict[str, Any], origin: Sequence[int], old_count: int) -> li
 
 def _part_of_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
     for part in _parts(config):
-        if any(part.get(key) == count for key in _LAYER_COUNTS):
+        if any(part.get(key) == count for key in LAYER_COUNTS):
             return part
     for part in _parts(config):
         if any(isinstance(part.get(key), list) and len(part[key]) == count for key in _LAYER_PROPERTIES):
             return part
     raise PlanError(
-        f"config.json has no entry for its {count} layers (looked for {', '.join(_LAYER_COUNTS)})",
+        f"config.json has no entry for its {count} layers (looked for {', '.join(LAYER_COUNTS)})",
         hint="give another model as output.config_from",
     )
 
@@ -328,7 +329,7 @@ def _silent(name: str) -> Iterator[None]:
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """The number of layers that a config declares; None if it does not."""
     for part in _parts(dict(config)):
-        for key in _LAYER_COUNTS:
+        for key in LAYER_COUNTS:
             if type(part.get(key)) is int:
                 return int(part[key])
     return None

@@ -13,6 +13,7 @@ from mergekit_px.checkpoint.file_kind import LFS_POINTER
 from mergekit_px.checkpoint.side_files import SideFiles, is_tokenizer_file
 from mergekit_px.errors import InputError, PlanError
 from mergekit_px.plan import config as config_edits
+from mergekit_px.plan.consistency import contradictions
 from mergekit_px.plan.expert_choice import ChosenExperts
 from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.inputs import ResolvedInput
@@ -20,7 +21,7 @@ from mergekit_px.plan.layers import is_embedding, stack_sizes
 from mergekit_px.plan.mixtures import BuiltMixture
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
-from mergekit_px.plan.tokenizers import adapter_tokenizer
+from mergekit_px.plan.tokenizers import Vocabularies, adapter_tokenizer
 from mergekit_px.plan.views import QUANTISATION_FILES, has_decoded, plain_config
 from mergekit_px.plan.vocabulary import ChosenVocabulary
 from mergekit_px.plan.vocabulary_texts import followed_ids, tokenizer_texts
@@ -55,11 +56,14 @@ def beside_weights(
     items: Sequence[WorkItem],
     dtype: DType | None,
     expressions: Expressions,
+    *,
+    strict: bool = False,
 ) -> Beside:
     """Decide what goes with the weights.
 
     Args:
         donor: the input whose config goes along, as far as it is known.
+        strict: refuse a config that contradicts the weights, which is only said otherwise.
 
     Raises:
         PlanError: a config that does not fit the weights.
@@ -72,9 +76,10 @@ def beside_weights(
     if fitting != donor:
         notes.append(f"'{donor}' has ids for rows that are cut, so the tokenizer is that of '{fitting}' too")
     config, config_notes = _output_config(recipe, target, fitting, inputs, items, dtype, expressions)
-    if config is not None and has_decoded(items):
+    made_plain = has_decoded(items) and recipe.output.quantize is None
+    if config is not None and made_plain:
         config = plain_config(config)
-    part_configs, said = _part_configs(fitting, inputs, items, dtype)
+    part_configs, said = _part_configs(fitting, inputs, items, dtype, keep=recipe.output.quantize is not None)
     config_notes += said
     tokenizer_from = recipe.output.tokenizer_from or fitting
     texts: dict[str, bytes] = {}
@@ -84,6 +89,14 @@ def beside_weights(
     if fitting is not None and config is not None and vocabulary is not None:
         config, more = followed_ids(config, inputs, fitting, tokenizer_from, vocabulary)
         texts |= more
+    if config is not None:
+        tokenizer = None
+        if isinstance(vocabulary, Vocabularies) and tokenizer_from is not None:
+            tokenizer = vocabulary.tokenizers.known(inputs[tokenizer_from])
+        found = list(contradictions(config, items, None if tokenizer is None else tokenizer.tokens))
+        if found and strict:
+            raise PlanError(found[0], hint="mend the config, or give another as output.config_from")
+        notes += found
     side_files = _donated_files(inputs, fitting, tokenizer_from)
     if tokenizer_from is not None:
         brought, said = adapter_tokenizer(inputs[tokenizer_from], items)
@@ -91,9 +104,10 @@ def beside_weights(
             side_files = {name: giver for name, giver in side_files.items() if not is_tokenizer_file(name)} | brought
         notes.extend(said)
     left = {} if fitting is None else dict(inputs[fitting].checkpoint.left_behind)
-    if has_decoded(items):
-        left |= {name: "it says how weights were quantised" for name in side_files if name in QUANTISATION_FILES}
-        side_files = {name: giver for name, giver in side_files.items() if name not in QUANTISATION_FILES}
+    if made_plain:
+        gone = [name for name in side_files if name.rpartition("/")[2] in QUANTISATION_FILES]
+        left |= dict.fromkeys(gone, "it says how weights were quantised")
+        side_files = {name: giver for name, giver in side_files.items() if name not in gone}
     return Beside(
         config_from=fitting,
         tokenizer_from=tokenizer_from,
@@ -242,7 +256,12 @@ def _mixtures(recipe: Recipe, target: str, expressions: Expressions) -> list[Bui
 
 
 def _part_configs(
-    donor: str | None, inputs: Mapping[str, ResolvedInput], items: Sequence[WorkItem], dtype: DType | None
+    donor: str | None,
+    inputs: Mapping[str, ResolvedInput],
+    items: Sequence[WorkItem],
+    dtype: DType | None,
+    *,
+    keep: bool,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The configs of a model's folders that change with what is merged, by their paths; the others are copied."""
     checkpoint = inputs[donor].checkpoint if donor is not None else None
@@ -257,7 +276,7 @@ def _part_configs(
         config = copy.deepcopy(dict(stored))
         if dtype is not None and dtype.torch_name is not None:
             config_edits.set_dtype(config, dtype.torch_name, add=False)
-        if has_decoded(own):
+        if has_decoded(own) and not keep:
             config = plain_config(config)
         notes += _follow_vocabulary(config, checkpoint.tensors, own)
         if config != stored:

@@ -6,12 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 
 from mergekit_px.checkpoint.contents import Checkpoint
-
-_DESCRIBING = ("modelspec.", "ss_")
-"""Of the specification of single-file models, and of kohya's trainers."""
-
-_OF_THE_BYTES = ("modelspec.hash_sha256", "modelspec.date")
-"""What the donor says of its own file alone."""
+from mergekit_px.checkpoint.description import MODEL_SPEC, description
 
 _MERGED_FROM = "modelspec.merged_from"
 _FRAMEWORKS = ("pt", "tf", "flax", "mlx")
@@ -30,8 +25,8 @@ def describing_metadata(donor: Checkpoint | None, sources: Iterable[str]) -> dic
 
 
 def _kept(metadata: Mapping[str, str], sources: Iterable[str]) -> dict[str, str]:
-    kept = {key: text for key, text in metadata.items() if key.startswith(_DESCRIBING) and key not in _OF_THE_BYTES}
-    if any(key.startswith("modelspec.") for key in kept):
+    kept = description(metadata)
+    if any(key.startswith(MODEL_SPEC) for key in kept):
         # Names, not paths: whoever gets the file is not on this machine.
         names = (PurePath(source).name.removesuffix(".safetensors") for source in sources)
         kept[_MERGED_FROM] = ",".join(dict.fromkeys(names))

@@ -15,12 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergekit_px.checkpoint.dtypes import DType
-from mergekit_px.checkpoint.layout import OutputLayout
+from mergekit_px.checkpoint.dtypes import DType, byte_count
+from mergekit_px.checkpoint.layout import OutputLayout, OutputTensor
 from mergekit_px.escaping import html_table
 from mergekit_px.methods.declare import Access
 from mergekit_px.plan.nodes import Adapted, Apply, Kind, Leaf, Node, Read, View, finest, walk
 from mergekit_px.plan.peak import Budget
+from mergekit_px.storage.encoding import Encodable
 
 if TYPE_CHECKING:
     from mergekit_px.plan.artefacts import Artefact
@@ -38,6 +39,21 @@ class WorkItem:
     dtype: DType
     shape: tuple[int, ...]
     node: Node
+    encoding: Encodable | None = None
+    """How it is stored, where that is in encoded form; ``dtype`` is then that of its codes."""
+
+    @property
+    def tensors(self) -> tuple[OutputTensor, ...]:
+        """What is stored of it, the codes first where it is encoded."""
+        if self.encoding is None:
+            return (OutputTensor(self.name, self.dtype, self.shape),)
+        parts = self.encoding.parts
+        return tuple(OutputTensor(part.name, part.dtype, part.shape, together=self.name) for part in parts.values())
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored of it."""
+        return sum(byte_count(tensor.dtype, tensor.shape) for tensor in self.tensors)
 
     @cached_property
     def elements(self) -> int:
@@ -45,7 +61,7 @@ class WorkItem:
 
     @property
     def action(self) -> Literal["merge", "copy", "convert"]:
-        if not isinstance(self.node, Read):
+        if not isinstance(self.node, Read) or self.encoding is not None:
             return "merge"
         return "copy" if self.node.dtype == self.dtype else "convert"
 
@@ -93,7 +109,8 @@ class WorkItem:
     @cached_property
     def access(self) -> Access:
         """The finest cut that every part of the expression allows."""
-        return finest((*self.applied, *self.adapted, *self.views))
+        found = finest((*self.applied, *self.adapted, *self.views))
+        return found if self.encoding is None or found == "tensor" else "rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +204,8 @@ class Plan:
         hashes = {id(artefact.content): artefact.sha256 for artefact in self.artefacts}
         described: dict[int, str] = {}
         for item in self.items:
-            put([item.name, item.dtype.name, item.shape, _digest(item.node, described, hashes)])
+            encoded = () if item.encoding is None else (item.encoding.title,)
+            put([item.name, item.dtype.name, item.shape, _digest(item.node, described, hashes), *encoded])
         for shard in self.layout.shards:
             put([shard.file, hashlib.sha256(shard.header_bytes).hexdigest()])
         return digest.hexdigest()

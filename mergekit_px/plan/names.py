@@ -15,12 +15,14 @@ _RESPELLINGS = (
     (re.compile(r"\.gamma$"), ".weight"),
     (re.compile(r"\.beta$"), ".bias"),
     (re.compile(r"\.default\."), "."),
+    (re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.)+"), r"\1"),
 )
-"""Of old layer norms (TensorFlow's names in early transformers), and of the adapter that PEFT names by itself."""
+"""Of old layer norms (TensorFlow's names in early transformers), of the adapter that PEFT names by itself, and of
+wrappers that torch and PEFT put around modules wherever they are."""
 
 _WRAPPERS = frozenset(
     {
-        *("_orig_mod", "module", "model", "base_model", "language_model", "text_model", "transformer", "backbone"),
+        *("module", "model", "base_model", "language_model", "text_model", "transformer", "backbone"),
         *("bert", "roberta", "distilbert", "electra", "albert", "deberta", "camembert", "xlm_roberta", "gpt_neox"),
     }
 )
@@ -53,19 +55,23 @@ def bridge(reference: Mapping[str, Node], model: Mapping[str, Node]) -> Bridge:
 
     Only names that the other lacks are looked at; two names go together where their shapes agree but for the rows.
     """
-    missing = {name for name in reference if name not in model}
+    lacking = [name for name in reference if name not in model]
+    missing = {_plain(name): name for name in lacking}
     surplus = [name for name in model if name not in reference]
+    if len(missing) < len(lacking):
+        return Bridge()
     names: dict[str, str] = {}
     rules: list[tuple[str, str]] = []
+    whole = len(surplus) == len(model) and len(lacking) == len(reference) == len(model)
     while missing and surplus and len(rules) < _RULES:
-        found = _likeliest(missing, surplus)
+        found = _likeliest(missing, surplus) or (_prefix_of_all(missing, surplus) if whole and not rules else None)
         if found is None:
             break
         old, new = found
         pairs = {}
         for name in surplus:
-            target = new + _plain(name)[len(old) :]
-            if _plain(name).startswith(old) and target in missing and _fits(reference[target], model[name]):
+            target = missing.get(new + _plain(name)[len(old) :]) if _plain(name).startswith(old) else None
+            if target is not None and _fits(reference[target], model[name]):
                 if target in pairs:
                     return Bridge()
                 pairs[target] = name
@@ -73,7 +79,7 @@ def bridge(reference: Mapping[str, Node], model: Mapping[str, Node]) -> Bridge:
             break
         names |= pairs
         rules.append(found)
-        missing -= pairs.keys()
+        missing = {plain: name for plain, name in missing.items() if name not in pairs}
         taken = set(pairs.values())
         surplus = [name for name in surplus if name not in taken]
     return Bridge(names, tuple(rules))
@@ -157,7 +163,7 @@ def _plain(name: str) -> str:
     return name
 
 
-def _likeliest(missing: set[str], surplus: Iterable[str]) -> tuple[str, str] | None:
+def _likeliest(missing: Iterable[str], surplus: Iterable[str]) -> tuple[str, str] | None:
     """The change of prefix that explains most names; None where two explain as many of the same names."""
     rules, sources = _candidates(missing, surplus, known=True)
     if not rules:
@@ -172,13 +178,23 @@ def _likeliest(missing: set[str], surplus: Iterable[str]) -> tuple[str, str] | N
     return best
 
 
+def _prefix_of_all(missing: Iterable[str], surplus: Iterable[str]) -> tuple[str, str] | None:
+    """The one prefix, of whatever name, that all names of one model have more than those of the other."""
+    short, long = sorted(missing), sorted(map(_plain, surplus))
+    for one, other, turned in ((short, long, False), (long, short, True)):
+        prefix = other[0].removesuffix(one[0])
+        if prefix.endswith(".") and other == [prefix + name for name in one]:
+            return ("", prefix) if turned else (prefix, "")
+    return None
+
+
 def _candidates(
-    missing: set[str], surplus: Iterable[str], *, known: bool
+    missing: Iterable[str], surplus: Iterable[str], *, known: bool
 ) -> tuple[Counter[tuple[str, str]], dict[tuple[str, str], set[str]]]:
     """Changes of prefix, as short as they can be, with how many names each explains and which.
 
     Args:
-        known: only such that add or take away wrapping modules, or any one prefix of all names.
+        known: only such that add or take away wrapping modules.
     """
     by_rest: dict[str, list[str]] = {}
     for name in missing:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_px.checkpoint.file_kind import LFS_POINTER
 from mergekit_px.checkpoint.json_text import parse_object
 from mergekit_px.checkpoint.side_files import LARGEST_SIDE_FILE, is_tokenizer_file, side_files
-from mergekit_px.errors import MalformedCheckpointError, PlanError
+from mergekit_px.errors import InputError, MalformedCheckpointError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Node, Rows
@@ -41,46 +42,73 @@ class Tokenizers:
     """The tokenizers of inputs, each read once, and equal files once for all that have them."""
 
     def __init__(self) -> None:
-        self._of: dict[str, Tokenizer | None] = {}
+        self._of: dict[tuple[str, str], Tokenizer | None] = {}
         self._listings: dict[Any, Tokenizer] = {}
-        self._digests: dict[str, dict[str, bytes]] = {}
+        self._digests: dict[tuple[str, str], dict[str, bytes]] = {}
 
-    def of(self, source: ResolvedInput) -> Tokenizer | None:
-        """The tokenizer of a model; None where no file that is known lists its tokens.
+    def of(self, source: ResolvedInput, folder: str = "") -> Tokenizer | None:
+        """The tokenizer of a model, or in a folder of it; None where no file that is known lists its tokens.
 
         Raises:
             MalformedCheckpointError: a file of a tokenizer that is none.
         """
-        if source.name not in self._of:
-            self._of[source.name] = self._read(source)
-        return self._of[source.name]
+        key = (source.name, folder)
+        if key not in self._of:
+            self._of[key] = self._read(source, folder)
+        return self._of[key]
 
-    def same_files(self, one: ResolvedInput, other: ResolvedInput) -> bool:
+    def known(self, source: ResolvedInput) -> Tokenizer | None:
+        """The tokenizer of a model, if it was read for some reason; large ones take a second."""
+        return self._of.get((source.name, ""))
+
+    def same_files(self, one: ResolvedInput, other: ResolvedInput, folder: str = "") -> bool:
         """Whether all files that list tokens are the same, byte for byte."""
-        digests = self._of_files(one)
-        return bool(digests) and digests == self._of_files(other)
+        digests = self._of_files(one, folder)
+        return bool(digests) and digests == self._of_files(other, folder)
 
-    def _of_files(self, source: ResolvedInput) -> dict[str, bytes]:
+    def difference(self, one: ResolvedInput, other: ResolvedInput, folder: str) -> str | None:
+        """Which ids stand for other tokens in a folder of two models, as a sentence; None where none does.
+
+        Raises:
+            MalformedCheckpointError: a file of a tokenizer that is none.
+        """
+        if self.same_files(one, other, folder):
+            return None
+        found = [self.of(source, folder) for source in (one, other)]
+        first, second = ({} if tokenizer is None else tokenizer.tokens for tokenizer in found)
+        differing = _differing(first, second)
+        return _told(differing, first, second) if differing or (first and second and _moved(first, second)) else None
+
+    def _of_files(self, source: ResolvedInput, folder: str) -> dict[str, bytes]:
         """sha256 of each file that lists tokens."""
-        if source.name not in self._digests:
-            files = {name: side_file(source, name) for name in (*LISTINGS, SETTINGS, ADDED)}
-            self._digests[source.name] = {
-                name: hashlib.sha256(raw).digest() for name, raw in files.items() if raw is not None
-            }
-        return self._digests[source.name]
+        key = (source.name, folder)
+        if key not in self._digests:
+            files = {name: side_file(source, folder + name) for name in (*LISTINGS, SETTINGS, ADDED)}
+            self._digests[key] = {name: hashlib.sha256(raw).digest() for name, raw in files.items() if raw is not None}
+        return self._digests[key]
 
-    def _read(self, source: ResolvedInput) -> Tokenizer | None:
-        names = file_names(source)
-        file = _listing(source)
-        raw = side_file(source, file) if file is not None else None
+    def _read(self, source: ResolvedInput, folder: str) -> Tokenizer | None:
+        file = _listing(source, folder)
+        raw = side_file(source, folder + file) if file is not None else None
         if file is None or raw is None:
             return None
-        settings, listed = (_object_beside(source, name) for name in (SETTINGS, ADDED))
-        merged = "merges.txt" in names
+        settings, listed = (_object_beside(source, folder + name) for name in (SETTINGS, ADDED))
+        merged = f"{folder}merges.txt" in file_names(source)
         key = (file, hashlib.sha256(raw).digest(), merged, settings.get("do_lower_case"))
         if key not in self._listings:
-            self._listings[key] = read_listing(file, raw, settings, source.reference, merged=merged)
+            where = f"{source.reference}/{folder}".removesuffix("/") if folder else source.reference
+            self._listings[key] = read_listing(file, raw, settings, where, merged=merged)
         return with_added(self._listings[key], settings, listed)
+
+
+def tokenizer_folders(source: ResolvedInput) -> list[str]:
+    """The folders in a model's, each with a slash, that list tokens."""
+    found = (name.rpartition("/") for name in file_names(source))
+    return sorted({f"{folder}/" for folder, _, name in found if folder and _lists_tokens(name)})
+
+
+def _lists_tokens(name: str) -> bool:
+    return name in LISTINGS or name.endswith(".tiktoken")
 
 
 def file_names(source: ResolvedInput) -> Collection[str]:
@@ -103,11 +131,20 @@ def side_file(source: ResolvedInput, name: str) -> bytes | None:
     return read_small(source.repo, name)
 
 
-def _listing(source: ResolvedInput) -> str | None:
-    """The file that lists a model's tokens."""
-    names = file_names(source)
-    file = next((name for name in LISTINGS if name in names), None)
-    return file or next((name for name in sorted(names) if name.endswith(".tiktoken")), None)
+def _listing(source: ResolvedInput, folder: str = "") -> str | None:
+    """The file that lists a model's tokens, by its name in the folder."""
+    own = [name.removeprefix(folder) for name in file_names(source) if name.startswith(folder)]
+    file = next((name for name in LISTINGS if name in own), None)
+    return file or next((name for name in sorted(own) if _lists_tokens(name) and "/" not in name), None)
+
+
+def refuse_pointers(source: ResolvedInput) -> None:
+    """Raises ``InputError`` where what lists tokens, of the model or a part of it, is only a git-lfs pointer."""
+    checkpoint = source.checkpoint
+    for file, reason in checkpoint.left_behind.items():
+        folder, slash, name = file.rpartition("/")
+        if reason == LFS_POINTER.name and _lists_tokens(name) and _listing(source, folder + slash) is None:
+            raise InputError(f"this is {reason}", where=f"{checkpoint.label}/{file}", hint=LFS_POINTER.hint)
 
 
 def _object_beside(source: ResolvedInput, name: str) -> dict[str, Any]:
@@ -142,8 +179,8 @@ class Vocabularies:
         if own is None or wanted is None or own.tokens == wanted.tokens:
             return nodes
         tokens, target = own.tokens, wanted.tokens
-        differing = [place for place in sorted(tokens.keys() & target.keys()) if tokens[place] != target[place]]
-        if not differing and not self._moved(tokens, target):
+        differing = _differing(tokens, target)
+        if not differing and not _moved(tokens, target):
             return nodes
         if sorted(tokens.values()) != sorted(target.values()):
             if own.file != wanted.file and not differing:
@@ -154,9 +191,7 @@ class Vocabularies:
                     "between which ids may be shifted; they are taken to be equal"
                 )
                 return nodes
-            places = differing or sorted(tokens.keys() ^ target.keys())
-            shown = [f"{place} is {tokens.get(place)!r} and {target.get(place)!r}" for place in places[:_SHOWN]]
-            self.differences[source.name] = f"{len(places)} ids differ: {'; '.join(shown)}"
+            self.differences[source.name] = _told(differing, tokens, target)
             return nodes
         rows = {name: node for name, node in nodes.items() if _holds(name, node, max(*tokens, *target) + 1)}
         if not rows:
@@ -206,16 +241,13 @@ class Vocabularies:
                         "from another model and its tokenizer with them (output.tokenizer_from)",
                     )
 
-    def _moved(self, tokens: Vocabulary, target: Vocabulary) -> bool:
-        """Whether a token stands at an id that the other vocabulary does not use."""
-        places = {token: place for place, token in target.items()}
-        return any(places.get(token, place) != place for place, token in tokens.items())
-
     def _compared(self, source: ResolvedInput) -> tuple[Tokenizer | None, Tokenizer | None]:
         """The tokenizer of a model and of the donor; None where they need not be compared."""
         if self.donor is None or source.name == self.donor or source.is_task_vector:
             return None, None
         donor = self.inputs[self.donor]
+        if _listing(donor) is not None:
+            refuse_pointers(source)
         if _listing(source) is None or _listing(donor) is None or self.tokenizers.same_files(source, donor):
             return None, None  # whatever they list
         return self.tokenizers.of(source), self.tokenizers.of(donor)
@@ -256,6 +288,23 @@ def adapter_tokenizer(source: ResolvedInput, items: Iterable[WorkItem]) -> tuple
             note = f"{rows}; the tokenizer that lies beside {adapter.label} goes along"
             return dict.fromkeys(files, f"{source.name}#{number}"), [note]
     return {}, [f"{rows}; no tokenizer lies beside the adapter, so the model's own goes along, without the new tokens"]
+
+
+def _differing(tokens: Vocabulary, target: Vocabulary) -> list[int]:
+    """The ids that both vocabularies use, and for other tokens."""
+    return [place for place in sorted(tokens.keys() & target.keys()) if tokens[place] != target[place]]
+
+
+def _moved(tokens: Vocabulary, target: Vocabulary) -> bool:
+    """Whether a token stands at an id that the other vocabulary does not use."""
+    places = {token: place for place, token in target.items()}
+    return any(places.get(token, place) != place for place, token in tokens.items())
+
+
+def _told(differing: list[int], tokens: Vocabulary, target: Vocabulary) -> str:
+    places = differing or sorted(tokens.keys() ^ target.keys())
+    shown = [f"{place} is {tokens.get(place)!r} and {target.get(place)!r}" for place in places[:_SHOWN]]
+    return f"{len(places)} ids differ: {'; '.join(shown)}"
 
 
 def _holds(name: str, node: Node, rows: int) -> bool:

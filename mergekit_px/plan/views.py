@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from mergekit_px.errors import InputError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Decoded, Kind, Node, Read, Rows
+from mergekit_px.plan.tokenizers import side_file
+from mergekit_px.small_files import LARGEST_SMALL_FILE
 from mergekit_px.storage.integer_settings import SETTINGS_FILES
 from mergekit_px.storage.recognise import QuantisedTensors, quantised_tensors
 
@@ -32,11 +35,15 @@ class StoredView:
     Attributes:
         nodes: by name, in file order.
         checkpoint: described as if its tensors were stored plainly, for what fits adapters to names and shapes.
+        encoded: whether some tensors are stored in encoded form.
+        markers: stored tensors that say of the whole that it is encoded.
         notes: what was decoded.
     """
 
     nodes: dict[str, Node]
     checkpoint: Checkpoint
+    encoded: bool = False
+    markers: tuple[StoredTensor, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -50,7 +57,7 @@ def stored_view(source: ResolvedInput) -> StoredView:
     kind: Kind = "delta" if source.is_task_vector else "weights"
     checkpoint = source.checkpoint
     reads = {name: Read(source.name, tensor, tensor.shape, kind) for name, tensor in checkpoint.tensors.items()}
-    quantised = quantised_tensors(checkpoint, _byte_reader(source))
+    quantised = quantised_tensors(checkpoint, _byte_reader(source), partial(side_file, source))
     _refuse_undecoded(source, quantised)
     if not quantised.encodings:
         return StoredView(dict(reads), checkpoint)
@@ -68,7 +75,13 @@ def stored_view(source: ResolvedInput) -> StoredView:
         elif name not in quantised.parts:
             nodes[name] = read
             described[name] = read.tensor
-    return StoredView(nodes, replace(checkpoint, tensors=described), (_note(source, quantised),))
+    return StoredView(
+        nodes,
+        replace(checkpoint, tensors=described),
+        encoded=True,
+        markers=tuple(checkpoint.tensors[name] for name in quantised.markers),
+        notes=(_note(source, quantised),),
+    )
 
 
 def first_rows(node: Node, count: int) -> Node:
@@ -85,6 +98,13 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in _QUANTISATION_KEYS
     }
+
+
+def quantisation_sections(config: Mapping[str, Any]) -> list[Any]:
+    """What a config says of quantised storage, at the top and in the sections of a model's parts."""
+    inner = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    own = [config[key] for key in _QUANTISATION_KEYS if key in config]
+    return [*own, *(found for part in inner if part not in own for found in quantisation_sections(part))]
 
 
 def has_decoded(items: Iterable[WorkItem]) -> bool:
@@ -125,6 +145,10 @@ def _byte_reader(source: ResolvedInput) -> Any:
         buffer = bytearray(tensor.nbytes)
         if source.state is not None:
             MemoryReader(source.state).read_into(tensor, 0, memoryview(buffer))
+        elif source.repo is not None and source.checkpoint.directory is None and tensor.nbytes <= LARGEST_SMALL_FILE:
+            from mergekit_px.hub.ranges import read_range
+
+            return read_range(source.repo, tensor.file, tensor.offset, tensor.nbytes)
         elif source.checkpoint.directory is None:
             raise InputError(
                 f"{shown(tensor.name)} says how the model is quantised, and is not on this machine",

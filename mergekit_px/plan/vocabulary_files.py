@@ -21,8 +21,11 @@ Vocabulary = dict[int, str]
 """Id -> token."""
 
 TOKENIZER, TEKKEN, ADDED, SETTINGS = "tokenizer.json", "tekken.json", "added_tokens.json", "tokenizer_config.json"
-SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model", "tokenizer.model.v3")
-LISTINGS = (TOKENIZER, "vocab.json", "vocab.txt", TEKKEN, *SENTENCEPIECE)
+SENTENCEPIECE = (
+    *("tokenizer.model", "spiece.model", "spm.model", "tokenizer.model.v3"),
+    *("sentencepiece.bpe.model", "sentencepiece.model", "spm_char.model", "vocab.spm"),
+)
+LISTINGS = (TOKENIZER, "vocab.json", "vocab.txt", TEKKEN, "encoder.json", "dict.txt", *SENTENCEPIECE)
 """Files that list a whole vocabulary; the first that is there counts, then any ``*.tiktoken``."""
 
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -124,10 +127,15 @@ def _read(file: str, raw: bytes, place: str, settings: Mapping[str, Any], merged
     if file == TEKKEN:
         return _tekken(parse_object(raw, place, strict=False))
     if file == "vocab.txt":
-        tokens = dict(enumerate(raw.decode("utf-8", "replace").rstrip("\n").split("\n")))
+        lines = raw.decode("utf-8", "replace").rstrip("\r\n").split("\n")
+        tokens = dict(enumerate(line.removesuffix("\r") for line in lines))
         lowered = settings.get("do_lower_case", True) is not False
         return Tokenizer(file, "WordPiece", tokens, normalizer=_normalizer({"type": "Bert", "lowercase": lowered}))
-    if file == "vocab.json":
+    if file == "dict.txt":
+        # Of fairseq: a token and its count on each line; four tokens of its own come first.
+        words = (line.rpartition(" ")[0] for line in raw.decode("utf-8", "replace").splitlines() if line.strip())
+        return Tokenizer(file, "", dict(enumerate(words, 4)))
+    if file in ("vocab.json", "encoder.json"):
         listed = parse_object(raw, place, strict=False)
         tokens = {int(number): str(token) for token, number in listed.items()}
         return Tokenizer(file, BYTE_LEVEL if merged else "", tokens, normalizer="" if merged else None)

@@ -235,6 +235,8 @@ class Output(Part):
     """The folder of the result; or one file, if it ends in ``.safetensors``: the weights alone, whatever their size."""
     dtype: Annotated[str | None, Wanted("a dtype such as bfloat16")] = None
     """Storage dtype of merged floating-point tensors; that of the base or first source if left out."""
+    quantize: Annotated[Literal["keep"] | None, Wanted("keep")] = None
+    """``keep`` writes what the base or first source keeps quantised in the same way; plain if left out."""
     shard_size: Annotated[str | int, Wanted("a size such as 5GB")] = "5GB"
     """Largest size of one file of weights, as 5GB, 512MiB or a number of bytes."""
     config_from: Annotated[str | None, _MODEL] = None

@@ -6,16 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mergekit_px.storage.encoding import Encoding, ReadPart
+from mergekit_px.storage.encoding import MX_BIAS, Encodable, Encoding, ReadPart
 
 if TYPE_CHECKING:
     import torch
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of float4 e2m1 by code: OCP Microscaling Formats 1.0, table 5."""
-
-MX_BIAS = 127
-"""Of the e8m0 scales of MX formats: OCP Microscaling Formats 1.0, section 5.4.1."""
 
 
 def looked_up(packed: torch.Tensor, table: torch.Tensor, *, high_first: bool) -> torch.Tensor:
@@ -28,26 +25,76 @@ def looked_up(packed: torch.Tensor, table: torch.Tensor, *, high_first: bool) ->
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Mxfp4(Encoding):
-    """Blocks of 32 e2m1 codes along an axis, with a power of two for each: ``_blocks`` (..., out, in/32, 16) and
-    ``_scales`` (..., out, in/32). The decoded matrix of each expert is (in, out)."""
+class Mxfp4(Encodable):
+    """Blocks of 32 e2m1 codes along the inputs, with a power of two for each.
+
+    Attributes:
+        swapped: as gpt-oss keeps its experts: ``_blocks`` (..., out, in/32, 16), of matrices that are (in, out).
+            Otherwise two codes a byte, (..., out, in/2), of matrices that are (out, in).
+    """
 
     title: ClassVar[str] = "MXFP4"
+    swapped: bool
 
     def rows(self, read: ReadPart, begin: int, end: int) -> torch.Tensor:
         import torch
 
-        blocks, exponents = self.parts["codes"], self.parts["scales"]
-        grid = exponents.shape[1:]
-        count, size = math.prod(grid), math.prod(grid) * 16
-        raw = read(exponents, begin * count, end * count)
+        spans = self.spans(begin, end)
+        raw = read(self.parts["scales"], *spans["scales"]).view(torch.uint8)
         if bool((raw == 255).any()):
             raise self.error("a scale is NaN (code 255)", "the file is damaged")
-        scales = raw.to(torch.int32) - MX_BIAS
-        codes = read(blocks, begin * size, end * size).reshape(end - begin, *grid, 16)
+        codes = read(self.parts["codes"], *spans["codes"]).reshape(-1, 16)
         values = looked_up(codes, torch.tensor(E2M1), high_first=False)
-        values = torch.ldexp(values, scales.reshape(end - begin, *grid, 1))
-        return values.flatten(-2).transpose(-1, -2).contiguous()
+        values = torch.ldexp(values, (raw.to(torch.int32) - MX_BIAS).unsqueeze(-1))
+        values = values.reshape(end - begin, *self._stored_shape[1:])
+        return values.transpose(-1, -2).contiguous() if self.swapped else values
+
+    def spans(self, begin: int, end: int) -> dict[str, tuple[int, int]]:
+        blocks = math.prod(self.shape[1:]) // 32
+        return {"codes": (begin * blocks * 16, end * blocks * 16), "scales": (begin * blocks, end * blocks)}
+
+    def largest(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        import torch
+
+        return self._blocks(rows).abs().amax(-1).to(torch.float32)
+
+    def encoded(self, rows: torch.Tensor, begin: int, largest: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        values = self._blocks(rows).to(torch.float32)
+        # A block's largest value is in [4, 8) of its scale, and 6 the largest code; or twice the scale is nearer.
+        power = (torch.frexp(largest).exponent - 3).clamp(-MX_BIAS, MX_BIAS - 1)
+        low, low_error = _nearest(values, power)
+        high, high_error = _nearest(values, power + 1)
+        higher = 4 * high_error < low_error
+        codes = torch.where(higher.unsqueeze(-1), high, low)
+        power = torch.where(largest > 0, power + higher.to(power.dtype), torch.zeros_like(power))
+        scales = (power + MX_BIAS).to(torch.uint8)
+        return {"codes": (codes[..., 0::2] | codes[..., 1::2] << 4).reshape(-1), "scales": scales.reshape(-1)}
+
+    def _blocks(self, rows: torch.Tensor) -> torch.Tensor:
+        return (rows.transpose(-1, -2).contiguous() if self.swapped else rows).reshape(-1, 32)
+
+    @property
+    def _stored_shape(self) -> tuple[int, ...]:
+        """As the codes lie."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.swapped else self.shape
+
+
+def _nearest(values: torch.Tensor, power: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest e2m1 codes of blocks under scales of two to some power, and each block's squared error in scales."""
+    import torch
+
+    scaled = torch.ldexp(values, -power.unsqueeze(-1))
+    grid = torch.tensor(E2M1[:8], device=values.device)
+    # A magnitude halfway goes to the even code: bounds between an even code and the next belong to the lower one.
+    bounds = (grid[1:] + grid[:-1]) / 2
+    magnitude = scaled.abs()
+    codes = torch.bucketize(magnitude, bounds)
+    codes += ((codes % 2 == 1) & (magnitude == bounds[codes.clamp(max=6)])).to(codes.dtype)
+    error = (magnitude - grid[codes]).square().sum(-1)
+    signed = codes.to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
+    return signed, error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

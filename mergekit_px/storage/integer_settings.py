@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.json_text import read_object
+from mergekit_px.checkpoint.json_text import parse_object
 
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
 """Beside the weights, where the config says nothing: AutoGPTQ's and AutoAWQ's."""
@@ -61,13 +60,18 @@ class IntegerSettings:
     unknown: str | None = None
 
 
-def integer_settings(checkpoint: Checkpoint, sections: Iterable[Mapping[str, Any]]) -> IntegerSettings:
+def integer_settings(
+    sections: Iterable[Mapping[str, Any]], read_file: Callable[[str], bytes | None], where: str
+) -> IntegerSettings:
     """What the config's sections, or else a file of its own beside the weights, say.
+
+    Args:
+        read_file: gives such a file by its name; None where there is none.
 
     Raises:
         InputError: a settings file that cannot be read.
     """
-    for settings in _declared(checkpoint, sections):
+    for settings in _declared(sections, read_file, where):
         groups = settings.get("config_groups")
         if isinstance(groups, Mapping):
             schemes = [_compressed(group.get("weights")) for group in groups.values() if isinstance(group, Mapping)]
@@ -76,16 +80,17 @@ def integer_settings(checkpoint: Checkpoint, sections: Iterable[Mapping[str, Any
     return IntegerSettings()
 
 
-def _declared(checkpoint: Checkpoint, sections: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def _declared(
+    sections: Iterable[Mapping[str, Any]], read_file: Callable[[str], bytes | None], where: str
+) -> Iterator[Mapping[str, Any]]:
     for section in sections:
         for key in _KEYS:
             if isinstance(section.get(key), Mapping):
                 yield section[key]
-    if checkpoint.directory is not None:
-        for name in SETTINGS_FILES:
-            if name in checkpoint.side_files:
-                where = f"{checkpoint.label}/{name}"
-                yield read_object(checkpoint.directory / name, where, strict=False, folder=checkpoint.directory)
+    for name in SETTINGS_FILES:
+        raw = read_file(name)
+        if raw is not None:
+            yield parse_object(raw, f"{where}/{name}", strict=False)
 
 
 def _gptq_or_awq(settings: Mapping[str, Any]) -> IntegerSettings:

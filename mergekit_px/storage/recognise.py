@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 from mergekit_px.checkpoint.dtypes import DTYPES, DType
 from mergekit_px.checkpoint.json_text import parse_object, shown
 from mergekit_px.checkpoint.open import Checkpoint, StoredTensor
 from mergekit_px.errors import InputError, MalformedCheckpointError
-from mergekit_px.small_files import LARGEST_SMALL_FILE
+from mergekit_px.small_files import LARGEST_SMALL_FILE, read_small_file
 from mergekit_px.storage.encoding import Encoding
 from mergekit_px.storage.four_bit import BitsAndBytes4, Mxfp4, Nvfp4
 from mergekit_px.storage.integer_settings import IntegerSettings, integer_settings
@@ -27,35 +27,34 @@ from mergekit_px.storage.packed_integers import (
     group_sizes,
     unpacked,
 )
-from mergekit_px.storage.scaled import Scaled, block_sides
+from mergekit_px.storage.scaled import Mxfp8, Scaled, ScaledFromZeros, block_sides
+from mergekit_px.storage.unknown import unknown_codes
 
 ReadBytes = Callable[[StoredTensor], bytes]
 """Gives the bytes of a small stored tensor."""
 
+ReadFile = Callable[[str], bytes | None]
+"""Gives a file beside the weights, by its place in the model's folder; None where there is none."""
+
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_POWERS_OF_TWO = ("U8", "F8_E8M0")
+"""How e8m0 scales are kept; not every writer knows the second."""
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 """Behind the name of the tensor of codes: DeepSeek's and transformers' fp8; compressed-tensors and ModelOpt."""
 _COMFY_SCALE = "scale_weight"
 _COMFY_MARKER = "scaled_fp8"
 _STATE = ".quant_state."
-_OF_ACTIVATIONS = ("input_scale", "scale_input", "output_scale", "weight_format", "input_global_scale")
+_OF_ACTIVATIONS = (
+    *("input_scale", "scale_input", "input_scale_ub", "output_scale", "weight_format", "input_global_scale"),
+    *("input_zero_point", "output_zero_point", "comfy_quant"),
+)
 """Beside a weight, and of no meaning for its values: scales of activations, a tag of its layout."""
-_UNDECODED = {
-    "qweight": "packed integers of GPTQ or AWQ without their scales or zero points",
-    "qzeros": "zero points of GPTQ or AWQ without their codes",
-    "SCB": "bitsandbytes 8-bit scales",
-    "weight_packed": "packed codes of compressed-tensors without their scales or shape",
-    "weight_shape": "packed codes of compressed-tensors without their scales or shape",
-    "weight_zero_point": "integers with a zero point",
-    "absmax": "bitsandbytes 4-bit scales",
-    "quant_map": "bitsandbytes 4-bit tables",
-    "scale_weight": "scales of quantised weights",
-    "weight_scale": "scales of quantised weights",
-    "weight_scale_inv": "scales of quantised weights",
-    "weight_scale_2": "scales of quantised weights",
-    "weight_global_scale": "scales of quantised weights",
-}
-"""Last part of a name -> what only quantised storage has under it."""
+_COMFY_TAG = "comfy_quant"
+"""Which of ComfyUI's formats a layer is in; of codes of four bits it keeps the scales in the order of tiles."""
+_COMFY_METADATA = "_quantization_metadata"
+"""In a header: the same of all layers."""
+_OF_CACHES = ("k_scale", "v_scale", "q_scale", "kv_scale")
+"""Scales of the keys and values that a server keeps, which go with a quantised model."""
 
 
 @dataclass
@@ -64,40 +63,62 @@ class QuantisedTensors:
 
     Attributes:
         encodings: by the name of the decoded tensor.
-        parts: name of every stored tensor that belongs to one.
+        parts: name of every stored tensor that belongs to one, or to all.
+        markers: those that belong to all.
         refused: name of a stored tensor -> what it is, where it is known to be encoded and cannot be decoded.
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
     parts: set[str] = field(default_factory=set)
+    markers: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def quantised_tensors(checkpoint: Checkpoint, read_bytes: ReadBytes) -> QuantisedTensors:
-    """Recognise the encoded tensors of a checkpoint.
+def quantised_tensors(
+    checkpoint: Checkpoint, read_bytes: ReadBytes, read_file: ReadFile | None = None
+) -> QuantisedTensors:
+    """Recognise the encoded tensors of a checkpoint, each part of it by its own config and settings.
 
     Args:
         read_bytes: for the few bytes in which some formats keep shapes and settings.
+        read_file: for files of settings beside the weights; None stands for those on this machine.
 
     Raises:
         InputError: scales or settings that do not fit their codes.
     """
-    return _Recognition(checkpoint, read_bytes).result()
+    found = QuantisedTensors()
+    for folder in checkpoint.parts or ("",):
+        _Recognition(checkpoint, folder, read_bytes, read_file or partial(_file_here, checkpoint), found).add()
+    return found
+
+
+def _file_here(checkpoint: Checkpoint, name: str) -> bytes | None:
+    if checkpoint.directory is None or name not in checkpoint.side_files:
+        return None
+    return read_small_file(checkpoint.directory / name, f"{checkpoint.label}/{name}", folder=checkpoint.directory)
 
 
 class _Recognition:
-    def __init__(self, checkpoint: Checkpoint, read_bytes: ReadBytes) -> None:
-        self.checkpoint = checkpoint
-        self.tensors = checkpoint.tensors
+    """Looks at one folder of a checkpoint."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, folder: str, read_bytes: ReadBytes, read_file: ReadFile, found: QuantisedTensors
+    ) -> None:
+        own = {name: each for name, each in checkpoint.tensors.items() if checkpoint.part_of(name) == folder}
+        self.tensors: Mapping[str, StoredTensor] = own if checkpoint.parts else checkpoint.tensors
+        self.start = f"{folder}/" if folder else ""
         self.where = checkpoint.label
-        self.read_bytes = read_bytes
-        self.compute = _compute_dtype(checkpoint.config)
-        self.block = _declared_block(checkpoint.config)
-        self.found = QuantisedTensors()
+        self.read_bytes, self.read_file = read_bytes, read_file
+        self.metadata = (checkpoint.parts.get(folder) or checkpoint).metadata
+        self.config = checkpoint.configs.get(folder)
+        self.compute = _compute_dtype(self.config)
+        self.block = _declared_block(self.config)
+        self.found = found
         self.states = {name.partition(_STATE)[0]: name for name in self.tensors if _STATE in name}
         """Name of bitsandbytes' 4-bit codes -> name of the tensor with their settings."""
 
-    def result(self) -> QuantisedTensors:
+    def add(self) -> None:
+        """Add what is found."""
         for name, tensor in self.tensors.items():
             if name in self.found.parts:
                 continue
@@ -109,22 +130,19 @@ class _Recognition:
                 self._four_bit(name, tensor)
             elif name.rpartition(".")[2] == "weight_packed":
                 self._compressed_integers(name, tensor)
-        if self.found.encodings and _COMFY_MARKER in self.tensors:
-            self.found.parts.add(_COMFY_MARKER)
+        ends = (_COMFY_MARKER, *_OF_CACHES)
+        markers = [name for name in self.tensors if name.removeprefix(self.start).rpartition(".")[2] in ends]
+        if self.found.encodings:
+            self.found.parts.update(markers)
+            self.found.markers += tuple(markers)
         rest = [name for name in self.tensors if name not in self.found.parts and name not in self.found.refused]
-        for leaf, what in _UNDECODED.items():
-            self.found.refused.update({name: what for name in rest if name.rpartition(".")[2] == leaf})
-        packed = [name for name in rest if _looks_packed(name, self.tensors[name])]
-        for name in packed:
-            what = f"packed codes ({self.tensors[name].dtype}) of no known format"
-            self.found.refused.setdefault(name, what)
-        return self.found
+        self.found.refused.update(unknown_codes(self.tensors, rest))
 
     @cached_property
     def settings(self) -> IntegerSettings:
-        return integer_settings(self.checkpoint, _sections(self.checkpoint.config))
+        return integer_settings(_sections(self.config), lambda name: self.read_file(self.start + name), self.where)
 
-    def _add(self, encoding: Encoding) -> None:
+    def _add(self, encoding: Encoding, *settings: StoredTensor) -> None:
         codes = encoding.parts["codes"].name
         if encoding.name != codes and encoding.name in self.tensors:
             raise InputError(
@@ -132,11 +150,10 @@ class _Recognition:
                 where=self.where,
                 hint="keep one of the two",
             )
+        activations = (self._beside(encoding.name, leaf) for leaf in _OF_ACTIVATIONS)
+        encoding = replace(encoding, beside=(*settings, *(part for part in activations if part is not None)))
         self.found.encodings[encoding.name] = encoding
-        self.found.parts.update(part.name for part in encoding.parts.values())
-        module = encoding.name.rpartition(".")[0]
-        beside = [f"{module}.{leaf}" if module else leaf for leaf in _OF_ACTIVATIONS]
-        self.found.parts.update(name for name in beside if name in self.tensors)
+        self.found.parts.update(part.name for part in encoding.stored)
 
     def _beside(self, name: str, leaf: str) -> StoredTensor | None:
         module = name.rpartition(".")[0]
@@ -154,8 +171,16 @@ class _Recognition:
                 divisor = 127.0
         if scales is None:
             return
-        if f"{name}_zero_point" in self.tensors:
-            self.found.refused[name] = "integers with a zero point"
+        parts: dict[str, StoredTensor] = {"codes": codes, "scales": scales}
+        kind: type[Scaled | ScaledFromZeros | Mxfp8] = Scaled
+        if (zeros := self.tensors.get(f"{name}_zero_point")) is not None:
+            if codes.dtype.name != "I8" or zeros.dtype.kind != "integer" or zeros.shape != scales.shape:
+                raise self._misfit(name, codes, zeros)
+            parts["zeros"], kind = zeros, ScaledFromZeros
+        elif scales.dtype.name == "U8" and codes.dtype.name in _FLOAT8:
+            scales = parts["scales"] = replace(scales, dtype=DTYPES["F8_E8M0"])
+            kind = Mxfp8
+        if scales.dtype.name == "F8_E8M0" and self._tiled(name, codes):
             return
         sides = block_sides(codes.shape, scales.shape, self.block)
         if divisor != 1.0 and scales.shape != codes.shape[:1]:
@@ -165,11 +190,11 @@ class _Recognition:
         if sides is None or 0 in codes.shape or not codes.shape:
             raise self._misfit(name, codes, scales)
         self._add(
-            Scaled(
+            kind(
                 name=name,
                 shape=codes.shape,
                 dtype=self._dtype(scales),
-                parts={"codes": codes, "scales": scales},
+                parts=parts,
                 where=self.where,
                 sides=sides,
                 divisor=divisor,
@@ -197,6 +222,12 @@ class _Recognition:
                 if block_scales is not None and whole is not None and block_scales.dtype.name == "F8_E4M3":
                     self._nvfp4(plain, codes, block_scales, whole, divides)
                     return
+            shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if codes.shape else ()
+            if block_scales is not None and block_scales.dtype.name in _POWERS_OF_TWO and name != plain:
+                if shape[-1:] and block_scales.shape == (*shape[:-1], shape[-1] // 32) and shape[-1] % 32 == 0:
+                    self._add_mxfp4(plain, shape, codes, block_scales, swapped=False)
+                else:
+                    raise self._misfit(name, codes, block_scales)
 
     def _gptq_or_awq(self, name: str, codes: StoredTensor) -> None:
         parts = self._parts(name, codes, {"zeros": "qzeros", "scales": "scales", "groups": "g_idx"})
@@ -269,8 +300,7 @@ class _Recognition:
         if zeros is None and schemes and all(scheme.symmetric is False for scheme in schemes):
             self.found.refused[name] = "packed integers that are not symmetric without their zero points"
             return
-        self._add_integers(CompressedIntegers, name.removesuffix("_packed"), shape, parts, bits, count)
-        self.found.parts.add(sizes.name)
+        self._add_integers(CompressedIntegers, name.removesuffix("_packed"), shape, parts, bits, count, sizes)
 
     def _sizes(self, part: StoredTensor) -> tuple[int, ...]:
         if part.dtype.name not in ("I64", "I32") or part.elements != 2:
@@ -291,6 +321,7 @@ class _Recognition:
         parts: Mapping[str, StoredTensor],
         bits: int,
         count: int,
+        *settings: StoredTensor,
     ) -> None:
         """Add packed integers of known bits, if what is left of their parts and the settings agrees with them."""
         inputs, groups = shape[1], parts.get("groups")
@@ -325,7 +356,8 @@ class _Recognition:
                 where=self.where,
                 bits=bits,
                 group=min(sizes),
-            )
+            ),
+            *settings,
         )
 
     def _unfit(self, parts: Mapping[str, StoredTensor], more: str = "") -> InputError:
@@ -337,14 +369,28 @@ class _Recognition:
         )
 
     def _mxfp4(self, name: str, codes: StoredTensor, scales: StoredTensor) -> None:
-        if codes.shape != (*scales.shape, 16) or len(scales.shape) != 3 or scales.dtype.name not in ("U8", "F8_E8M0"):
+        if codes.shape != (*scales.shape, 16) or len(scales.shape) != 3 or scales.dtype.name not in _POWERS_OF_TWO:
             raise self._misfit(name, codes, scales)
         experts, out, blocks = scales.shape
+        self._add_mxfp4(name, (experts, blocks * 32, out), codes, scales, swapped=True)
+
+    def _add_mxfp4(
+        self, name: str, shape: tuple[int, ...], codes: StoredTensor, scales: StoredTensor, *, swapped: bool
+    ) -> None:
         parts = {"codes": codes, "scales": scales}
         dtype = self.compute or DTYPES["BF16"]
-        self._add(Mxfp4(name=name, shape=(experts, blocks * 32, out), dtype=dtype, parts=parts, where=self.where))
+        self._add(Mxfp4(name=name, shape=shape, dtype=dtype, parts=parts, where=self.where, swapped=swapped))
+
+    def _tiled(self, name: str, codes: StoredTensor) -> bool:
+        """Whether the scales are in the order of ComfyUI's kernels, which is refused then."""
+        tagged = self._beside(name, _COMFY_TAG) is not None or _COMFY_METADATA in self.metadata
+        if tagged:
+            self.found.refused[codes.name] = "blocks of ComfyUI, whose scales are in the order of tiles"
+        return tagged
 
     def _nvfp4(self, name: str, codes: StoredTensor, scales: StoredTensor, whole: StoredTensor, divides: bool) -> None:
+        if self._tiled(name, codes):
+            return
         width = 2 * codes.shape[-1]
         shape = (*codes.shape[:-1], width)
         if width % 16 or scales.shape != (*shape[:-1], width // 16) or whole.elements != 1:
@@ -406,15 +452,9 @@ class _Recognition:
                 block=block,
                 nested_block=nested,
                 nested_offset=offset,
-            )
+            ),
+            self.tensors[state],
         )
-        self.found.parts.add(state)
-
-
-def _looks_packed(name: str, tensor: StoredTensor) -> bool:
-    """Integers of more than one axis under the name of a weight; tables of positions and masks have other names."""
-    packed = tensor.dtype.kind == "integer" or tensor.dtype.bits < 8
-    return packed and len(tensor.shape) >= 2 and name.rpartition(".")[2] == "weight"
 
 
 def _sections(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

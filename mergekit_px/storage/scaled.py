@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mergekit_px.storage.encoding import Encoding, ReadPart
+from mergekit_px.storage.encoding import MX_BIAS, Encodable, Encoding, ReadPart
 
 if TYPE_CHECKING:
     import torch
+
+    Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_INT8 = 127.0
+"""The largest code of symmetric integers: -128 has no counterpart."""
 
 _BLOCKS = (128, 64, 32, 16, 256)
 """Sides of blocks that writers use, likeliest first; the last block of an axis may be cut short."""
@@ -40,7 +45,9 @@ def block_sides(
         elif count == size:
             sides.append(1)
         else:
-            options = (*([side] if side else []), *_BLOCKS, *([size // count] if count and size % count == 0 else []))
+            # A side of its own is only believed where scales lie as the codes do, not of a shorter list.
+            other = [size // count] if count and size % count == 0 and len(scales) == len(shape) else []
+            options = (*([side] if side else []), *_BLOCKS, *other)
             fitting = next((option for option in options if -(-size // option) == count), None)
             if fitting is None:
                 return None
@@ -49,38 +56,124 @@ def block_sides(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Scaled(Encoding):
-    """Float or integer codes of one byte, times their scale.
+class _Scaled(Encoding):
+    """Codes with a grid of scales over them.
 
     Attributes:
         sides: elements of each axis that share a scale.
         divisor: what the scales are to be divided by; 127 where they are the largest magnitudes of int8 rows.
     """
 
-    title: ClassVar[str] = "codes of 8 bits with scales"
     sides: tuple[int, ...]
     divisor: float = 1.0
 
     def rows(self, read: ReadPart, begin: int, end: int) -> torch.Tensor:
         import torch
 
-        inner = self.shape[1:]
-        row = math.prod(inner)
-        codes = read(self.parts["codes"], begin * row, end * row).to(torch.float32).reshape(end - begin, *inner)
-        grid = tuple(-(-size // side) for size, side in zip(self.shape, self.sides, strict=True))
-        per_row = math.prod(grid[1:])
+        spans, inner = self.spans(begin, end), self.shape[1:]
+        codes = read(self.parts["codes"], *spans["codes"]).to(torch.float32).reshape(end - begin, *inner)
+        if "zeros" in self.parts:
+            zeros = read(self.parts["zeros"], *spans["scales"]).to(torch.float32).reshape(-1, *self._grid[1:])
+            codes = self._by_groups(torch.Tensor.sub_, codes, zeros, begin)
+        scales = self.scales(read, "scales", *spans["scales"]).reshape(-1, *self._grid[1:])
+        return self._by_groups(torch.Tensor.mul_, codes, scales / self.divisor if self.divisor != 1 else scales, begin)
+
+    def spans(self, begin: int, end: int) -> dict[str, tuple[int, int]]:
+        """Role -> the elements of the stored tensor that rows [begin, end) are in."""
+        row, per_group = math.prod(self.shape[1:]), math.prod(self._grid[1:])
         first, last = begin // self.sides[0], -(-end // self.sides[0])
-        scales = self.scales(read, "scales", first * per_row, last * per_row).reshape(last - first, *grid[1:])
-        scales = scales / self.divisor if self.divisor != 1 else scales
+        return {"codes": (begin * row, end * row), "scales": (first * per_group, last * per_group)}
+
+    @property
+    def _grid(self) -> tuple[int, ...]:
+        return tuple(-(-size // side) for size, side in zip(self.shape, self.sides, strict=True))
+
+    def _by_groups(self, change: Change, values: torch.Tensor, groups: torch.Tensor, begin: int) -> torch.Tensor:
+        """Rows from ``begin`` on, each changed by what its group has."""
         for axis in range(1, len(self.shape)):
-            if grid[axis] not in (1, self.shape[axis]):
-                scales = scales.repeat_interleave(self.sides[axis], axis).narrow(axis, 0, self.shape[axis])
-        if self.sides[0] == 1:
-            return codes.mul_(scales)
-        if last - first == 1:
-            return codes.mul_(scales)
-        for place in range(first, last):
-            low = max(place * self.sides[0], begin) - begin
-            high = min((place + 1) * self.sides[0], end) - begin
-            codes[low:high].mul_(scales[place - first])
-        return codes
+            if self._grid[axis] not in (1, self.shape[axis]):
+                groups = groups.repeat_interleave(self.sides[axis], axis).narrow(axis, 0, self.shape[axis])
+        side, end = self.sides[0], begin + len(values)
+        if side == 1 or len(groups) == 1:
+            return change(values, groups)
+        for place in range(len(groups)):
+            group = begin // side + place
+            low, high = max(group * side, begin) - begin, min((group + 1) * side, end) - begin
+            change(values[low:high], groups[place])
+        return values
+
+
+class ScaledFromZeros(_Scaled):
+    """Integer codes of one byte from a zero point on, times their scale."""
+
+    title: ClassVar[str] = "codes of 8 bits with scales and zero points"
+
+
+class Mxfp8(_Scaled):
+    """Float codes of one byte in blocks with powers of two for scales, that are kept as plain bytes."""
+
+    title: ClassVar[str] = "MXFP8"
+
+
+class Scaled(_Scaled, Encodable):
+    """Float or integer codes of one byte, times their scale."""
+
+    title: ClassVar[str] = "codes of 8 bits with scales"
+
+    @property
+    def joint_rows(self) -> int:
+        return self.sides[0]
+
+    def largest(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        import torch
+
+        found = rows.abs()
+        for axis in range(1, len(self.shape)):
+            found = _grouped_largest(found, axis, self.sides[axis], 0)
+        return _grouped_largest(found, 0, self.sides[0], begin % self.sides[0]).to(torch.float32)
+
+    def encoded(self, rows: torch.Tensor, begin: int, largest: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        codes = self.parts["codes"].dtype
+        limit = codes.max_finite or _INT8
+        scales = self._stored_scales(largest / limit * self.divisor)
+        values = rows.to(torch.float32, copy=True)
+        values = self._by_groups(torch.Tensor.div_, values, scales.to(torch.float32) / self.divisor, begin)
+        values = values if codes.kind == "float" else values.round_()
+        return {"codes": values.clamp_(-limit, limit).to(codes.torch).reshape(-1), "scales": scales.reshape(-1)}
+
+    def _stored_scales(self, scales: torch.Tensor) -> torch.Tensor:
+        """Scales in their dtype: of zeros one, and none so small that it would be zero itself."""
+        import torch
+
+        stored = self.parts["scales"].dtype
+        if stored.name == "F8_E8M0":
+            # The next power of two, so that no code is beyond the largest.
+            fraction, exponent = torch.frexp(scales)
+            powers = (exponent - (fraction == 0.5).int()).clamp(-MX_BIAS, MX_BIAS)
+            powers = torch.where(scales > 0, powers, torch.zeros_like(powers))
+            return (powers + MX_BIAS).to(torch.uint8).view(stored.torch)
+        bounds = torch.finfo(stored.torch)
+        scales = torch.where(scales > 0, scales.clamp(min=bounds.tiny), torch.ones_like(scales))
+        if bool((scales > bounds.max).any()):
+            raise self.error(f"a scale of {float(scales.max()):g} does not fit {stored.name}, the dtype of its scales")
+        return scales.to(stored.torch)
+
+
+def _grouped_largest(values: torch.Tensor, axis: int, side: int, ahead: int) -> torch.Tensor:
+    """The largest of each ``side`` values along an axis; the first of them has ``ahead`` fewer."""
+    import torch
+
+    if side == 1:
+        return values
+    size = values.shape[axis]
+    if ahead + size <= side:
+        return values.amax(axis, keepdim=True)
+    missing = -(ahead + size) % side
+    if ahead or missing:
+        shape = list(values.shape)
+        zeros = [values.new_zeros([*shape[:axis], count, *shape[axis + 1 :]]) for count in (ahead, missing)]
+        values = torch.cat([zeros[0], values, zeros[1]], axis)
+    groups = (*values.shape[:axis], -1, side, *values.shape[axis + 1 :])
+    return values.reshape(groups).amax(axis + 1)

@@ -8,6 +8,7 @@ import torch
 from mergekit_px.checkpoint.file_kind import kind_of_bytes
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError
+from mergekit_px.testing import write_checkpoint
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4976698672\n"
 
@@ -16,6 +17,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
     ("first", "named"),
     [
         (POINTER, "git-lfs"),
+        (b"\xef\xbb\xbf" + POINTER.replace(b"git-lfs.github", b"hawser.github"), "git-lfs"),
+        (b"/annex/objects/SHA256E-s3--abc.safetensors\n", "git-annex"),
+        (b"tjgg" + bytes(60), "GGML"),
+        (b"\x28\xb5\x2f\xfd" + bytes(60), "Zstandard"),
+        (b"config.json".ljust(257, b"\0") + b"ustar\0" + bytes(250), "tar archive"),
         (b"GGUF\x03\0\0\0" + b"\0" * 40, "GGUF"),
         (b"<!DOCTYPE html><html><body>Log in", "web page"),
         (b"\n  <html>", "web page"),
@@ -56,3 +62,11 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path) -> None:
     (tmp_path / "model.safetensors.incomplete").touch()
     with pytest.raises(InputNotFoundError, match="unfinished"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_a_pointer_is_named(tmp_path, name: str) -> None:
+    write_checkpoint(tmp_path / "m", {"a": torch.ones(2), "b": torch.ones(2)}, config={}, shards=2)
+    (tmp_path / "m" / name).write_bytes(POINTER)
+    with pytest.raises(MalformedCheckpointError, match=r"this is a git-lfs pointer.*git lfs pull"):
+        open_checkpoint(tmp_path / "m")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hub_server import FakeHub
+from merging import W, check, of_module
+from pipelines import all_tensors, write_pipeline, write_sentence_model
+from quantise import bnb4, gptq
+from safetensors.torch import save
 
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import InputNotFoundError, MalformedCheckpointError
@@ -19,10 +24,6 @@ from mergekit_px.hub.resolve import remote_checkpoint, resolve
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.recipe.load import recipe_from_mapping
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "plan"))
-
-from pipelines import all_tensors, write_pipeline, write_sentence_model
 
 
 def upload(hub: FakeHub, repo: str, folder: Path, **more: bytes) -> None:
@@ -94,3 +95,21 @@ def test_a_pulled_pipeline_is_whole(hub: FakeHub, tmp_path: Path, pipelines: dic
     copy = pull("org/a", local_dir=tmp_path / "copy")
     assert all_tensors(copy).keys() == all_tensors(pipelines["a"]).keys()
     assert (copy / "tokenizer" / "vocab.json").is_file()
+
+
+def test_quantised_models_are_planned_by_their_settings_on_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    """GPTQ's settings in a file of their own, and bitsandbytes' in a tensor."""
+    rng = np.random.default_rng(1)
+    stored, values = gptq(rng, 32, 64, version=2)
+    more, others = bnb4(rng, (64, 64))
+    tensors = of_module(stored) | of_module(more, "model.layers.0.mlp.down_proj.weight")
+    settings = json.dumps({"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}).encode()
+    hub.add("org/q", {"model.safetensors": save(tensors), "quantize_config.json": settings})
+    recipe = {"models": {"q": "org/q"}, "merge": {"method": "linear", "sources": ["q"]},
+              "output": {"path": str(tmp_path / "out"), "dtype": "float32"}}  # fmt: skip
+    plan = build_plan(recipe_from_mapping(recipe), PlanOptions())
+    assert hub.sent("model.safetensors") < len(save(tensors)) // 2
+    run_plan(plan)
+    out = all_tensors(tmp_path / "out")
+    check(out[f"./{W}"], values)
+    np.testing.assert_allclose(out["./model.layers.0.mlp.down_proj.weight"].numpy(), others, rtol=1e-6, atol=1e-7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +182,32 @@ def test_lists_of_parts_by_strangers_lead_nowhere_else(tmp_path: Path, text: str
         plan_of(tmp_path, {"a": str(tmp_path / "a"), "b": str(tmp_path / "a")})
 
 
-def test_pipelines_of_other_tokens_are_refused(tmp_path: Path, pipelines: dict[str, Any]) -> None:
-    (tmp_path / "b" / "tokenizer" / "vocab.json").write_text('{"b": 0}')
-    with pytest.raises(PlanError, match=r"tokenizer/vocab\.json lists other tokens in 'a' than in 'b'"):
+LISTINGS = {
+    "vocab.json": lambda tokens: json.dumps({token: place for place, token in enumerate(tokens)}),
+    "vocab.txt": "\n".join,
+    "tokenizer.json": lambda tokens: json.dumps(
+        {"model": {"type": "Unigram", "vocab": [[token, -1.0] for token in tokens]}, "added_tokens": []}
+    ),
+    "t5.tiktoken": lambda tokens: "\n".join(f"{b64encode(t.encode()).decode()} {n}" for n, t in enumerate(tokens)),
+}
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+def test_pipelines_of_other_tokens_are_refused(tmp_path: Path, pipelines: dict[str, Any], name: str) -> None:
+    for model, tokens in (("a", ["x", "y"]), ("b", ["y", "x"])):
+        (tmp_path / model / "tokenizer" / "vocab.json").unlink()
+        (tmp_path / model / "tokenizer" / name).write_text(LISTINGS[name](tokens))
+    with pytest.raises(PlanError, match=r"tokenizer lists other tokens in 'a' than in 'b' \(2 ids differ: 0 is 'x'"):
         plan_of(tmp_path, pipelines)
     models = {name: {"model": path, "component": "unet"} for name, path in pipelines.items()}
     assert len(plan_of(tmp_path, models).items) == 2
+
+
+def test_tokens_in_another_format_or_other_spaces_are_the_same(tmp_path: Path, pipelines: dict[str, Any]) -> None:
+    for model, listing in zip("ab", ("vocab.json", "tokenizer.json"), strict=True):
+        (tmp_path / model / "tokenizer" / "vocab.json").unlink()
+        (tmp_path / model / "tokenizer" / listing).write_text(LISTINGS[listing](["x", "y"]))
+    assert len(plan_of(tmp_path, pipelines).items) == 6
 
 
 def test_denoisers_that_were_trained_to_predict_other_things_are_told(

@@ -47,6 +47,8 @@ def written(tmp_path: Path, plan: Plan) -> dict[str, torch.Tensor]:
         lambda name: name.replace("model.", "model.language_model.", 1),
         lambda name: f"language_model.{name}",
         lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
+        lambda name: f"policy.actor.{name}",
     ],
 )
 @pytest.mark.parametrize("turned", [False, True])
@@ -75,7 +77,7 @@ def test_two_towers_of_one_shape_are_not_guessed(tmp_path: Path) -> None:
 
 
 def test_what_separates_the_names_and_what_would_join_them_is_said(tmp_path: Path) -> None:
-    other = {f"decoder.core.{name}": tensor for name, tensor in OTHER.items()}
+    other = {f"decoder.core.{name}": tensor for name, tensor in OTHER.items()} | {"scale": torch.ones(1)}
     with pytest.raises(TensorMismatchError) as caught:
         plan_of_two(tmp_path, LLAMA, other)
     assert "0 of 21 names are in both" in str(caught.value)
@@ -84,7 +86,7 @@ def test_what_separates_the_names_and_what_would_join_them_is_said(tmp_path: Pat
 
 @pytest.mark.parametrize("missing", ["present", "base"])
 def test_nothing_in_common_is_no_merge(tmp_path: Path, missing: str) -> None:
-    other = {f"decoder.core.{name}": tensor for name, tensor in OTHER.items()}
+    other = {f"decoder.core.{name}": tensor for name, tensor in OTHER.items()} | {"scale": torch.ones(1)}
     with pytest.raises(TensorMismatchError, match="would merge nothing"):
         plan_of_two(tmp_path, LLAMA, other, missing=missing)
 

@@ -10,7 +10,7 @@ import torch
 from models import Tensors, merge, plan_of, recipe
 from safetensors.torch import save_file
 
-from mergekit_px.errors import MalformedCheckpointError, PlanError
+from mergekit_px.errors import InputError, MalformedCheckpointError, PlanError
 from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 TOKENS = [f"t{number}" for number in range(60)]
@@ -52,6 +52,13 @@ def test_rows_follow_their_tokens_into_the_donors_order(tmp_path: Path, kind: st
         assert torch.allclose(result[name], (one[name] + other[name][rows]) / 2)
     norm = "model.norm.weight"
     assert torch.allclose(result[norm], (one[norm] + other[norm]) / 2)
+
+
+def test_a_tokenizer_that_is_only_a_pointer_is_not_taken_for_none(tmp_path: Path) -> None:
+    pointer = {"tokenizer.json": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"}
+    models(tmp_path / "m", tokenizer(TOKENS), pointer)
+    with pytest.raises(InputError, match=r"other/tokenizer\.json: this is a git-lfs pointer"):
+        plan_of(recipe(tmp_path / "m", LINEAR), tmp_path / "out")
 
 
 def test_added_tokens_count(tmp_path: Path) -> None:

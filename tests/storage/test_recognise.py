@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from merging import W, check, merged
-from quantise import bnb4, floats8, mxfp4, nvfp4
+from merging import W, check, merged, of_module
+from pipelines import write_pipeline
+from quantise import bnb4, floats8, gptq, mxfp4, nvfp4
+from safetensors.torch import load_file, save_file
 
+from mergekit_px.cli import main
 from mergekit_px.errors import InputError, PlanError
 
 
@@ -130,11 +133,46 @@ def test_scales_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, .
         ({"a.weight": torch.ones(4, 8).byte(), "a.weight.absmax": torch.ones(1)}, "quant_state"),
         ({"a.weight_packed": torch.ones(4, 8).int(), "a.weight_scale": torch.ones(4, 1)}, "compressed-tensors"),
         ({"a.weight": torch.ones(4, 8), "a.weight_scale": torch.ones(4, 1)}, "scales of quantised weights"),
+        ({"a.W_q": torch.ones(4, 8).byte(), "a.scale": torch.ones(8, 1), "a.nbits": torch.tensor(4)}, "of HQQ"),
+        ({"a.weight._data": torch.ones(4, 8).char(), "a.weight._scale": torch.ones(4, 1)}, "of quanto"),
+        ({"a._weight_qdata": torch.ones(4, 8).to(torch.float8_e4m3fn), "a._weight_scale": torch.ones(4)}, "of torchao"),
+        ({"a.codes": torch.ones(4, 8, 1).short(), "a.codebooks": torch.ones(1, 4, 1, 8)}, "of AQLM"),
+        ({"a.bitmask": torch.ones(4, 1).byte(), "a.compressed": torch.ones(8)}, "sparse storage"),
+        ({"a.stuff": torch.ones(4, 8).int(), "a.amounts": torch.ones(4)}, "go with a.amounts"),
+        (
+            {
+                "a.weight": torch.ones(4, 64).to(torch.float8_e4m3fn),
+                "a.weight_scale": torch.ones(4, 2).byte(),
+                "a.comfy_quant": torch.ones(20).byte(),
+            },
+            "order of tiles",
+        ),
     ],
 )
 def test_what_is_not_decoded_is_refused_by_name(tmp_path: Path, stored: dict[str, torch.Tensor], what: str) -> None:
     with pytest.raises(PlanError, match=what):
         merged(tmp_path, stored)
+
+
+def test_tables_beside_numbers_are_no_codes(tmp_path: Path) -> None:
+    stored = {
+        "a.relative_position_index": torch.arange(4).int().reshape(2, 2),
+        "a.relative_position_bias_table": torch.ones(3, 2),
+        "b.weight": torch.ones(3, 2),
+        "b.places": torch.ones(3, 2).int(),
+        "q.weight": torch.ones(4, 4).to(torch.float8_e4m3fn),
+        "q.weight_scale": torch.full((4, 1), 2.0),
+        "q.comfy_quant": torch.ones(20).byte(),
+        "q.k_scale": torch.ones(()),
+    }
+    out = merged(tmp_path, stored)
+    assert out.keys() == {*stored} - {"q.weight_scale", "q.comfy_quant", "q.k_scale"}
+
+
+def test_powers_of_two_in_plain_bytes(tmp_path: Path) -> None:
+    codes = floats8(np.random.default_rng(15), (8, 64))
+    out = merged(tmp_path, {W: codes, f"{W}_scale": torch.full((8, 2), 126, dtype=torch.uint8)})
+    check(out[W], codes.float().numpy() / 2)
 
 
 @pytest.mark.parametrize(
@@ -154,3 +192,36 @@ def test_two_quantisations_in_one_model(tmp_path: Path) -> None:
     out = merged(tmp_path, {W: codes, W + "_scale": torch.tensor(2.0), **{"b.weight" + k: v for k, v in four.items()}})
     check(out[W], codes.float().numpy() * 2)
     np.testing.assert_allclose(out["b.weight"].numpy(), values, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("grid", [(), (8, 1), (8, 2)])
+def test_int8_from_zero_points_on(tmp_path: Path, grid: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(13)
+    codes, zeros = (rng.integers(-128, 128, shape).astype(np.int8) for shape in ((8, 256), grid))
+    scales = rng.uniform(0.01, 0.1, grid).astype(np.float32)
+    stored = {W: codes, f"{W}_scale": scales, f"{W}_zero_point": zeros}
+    out = merged(tmp_path, {name: torch.from_numpy(np.array(each)) for name, each in stored.items()})
+    by_row = (np.repeat(each, 128, 1) if grid == (8, 2) else each for each in (zeros.astype(np.float32), scales))
+    zero, scale = by_row
+    check(out[W], (codes.astype(np.float32) - zero) * scale)
+
+
+def test_zero_points_that_do_not_fit(tmp_path: Path) -> None:
+    codes = torch.ones(8, 8, dtype=torch.int8)
+    with pytest.raises(InputError, match="do not fit the codes"):
+        merged(tmp_path, {W: codes, f"{W}_scale": torch.ones(8, 1), f"{W}_zero_point": torch.ones(4, 1).char()})
+
+
+def test_a_component_has_settings_and_a_config_of_its_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(14)
+    folder = write_pipeline(tmp_path / "pipeline", 1)
+    stored, values = gptq(rng, 32, 64, version=2)
+    save_file(of_module(stored), folder / "text_encoder" / "model.safetensors")
+    settings = {"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}
+    (folder / "text_encoder" / "quantize_config.json").write_text(json.dumps(settings))
+    words = ["linear", "--sources", str(folder), "--quiet", "-o", str(tmp_path / "out")]
+    assert main(words) == 0
+    found = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")[W]
+    assert found.dtype == torch.float32  # as the component's config says, and not the pipeline's
+    check(found, values)
+    assert not (tmp_path / "out" / "text_encoder" / "quantize_config.json").exists()
