@@ -10,6 +10,7 @@ EXTRAS = {
     "images": ("PIL",),
     "plot": ("matplotlib",),
     "fast": ("llvmlite",),
+    "s3": ("s3fs",),
     "remote": ("s3fs", "gcsfs", "adlfs"),
     "demo": ("transformers", "sklearn", "scipy", "matplotlib"),
 }
