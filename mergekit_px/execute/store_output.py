@@ -205,7 +205,7 @@ class StoreOutput:
 
 
 def run_to_store(plan: Plan, *, progress: Report | None = None) -> RunResult:
-    """Carry out a plan whose output is in a store; raises what ``run_plan`` raises."""
+    """Run a plan whose output is in a store; raises what ``run_plan`` raises."""
     if plan.output is None or plan.store is None:
         raise UsageError("a merge in memory has no output folder; use merge_state_dicts")
     started = time.perf_counter()
