@@ -22,8 +22,8 @@ def draw(shape: Sequence[int], count: int, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(tuple(shape), generator=random, dtype=torch.float64) for _ in range(count)]
 
 
-def merge(method: str, deltas: Sequence[torch.Tensor], params: dict[str, Any] | None = None, **options: Any) -> Array:
-    return apply_method(method, deltas, options.pop("weights", None), params, **options).numpy()
+def merge(method: str, deltas: Sequence[torch.Tensor], params: dict[str, Any] | None = None, **given: Any) -> Array:
+    return apply_method(method, deltas, given.pop("weights", None), params, **given).numpy()
 
 
 def thin(matrix: Array) -> tuple[Array, Array, Array]:

@@ -172,9 +172,9 @@ def test_learners_take_the_file_and_its_arrays_alike(models_here: Path) -> None:
     arrays("llama", "texts.jsonl")
     reports = []
     for data in ("texts.jsonl", "arrays.safetensors"):
-        assert main(["ofasd", "--base", "llama", "--sources", "tuned0", "tuned1", "--data", data, "-o", f"of-{data}.coefficients",
+        assert main(["ofasd", "--base", "llama", "--sources", "tuned0", "tuned1", "--data", data, "-o", f"of-{data}.d",
                      "--steps", "3", "--controls", "cheap", "-q"]) == 0  # fmt: skip
-        reports.append(json.loads(Path(f"of-{data}.coefficients/report.json").read_text()))
+        reports.append(json.loads(Path(f"of-{data}.d/report.json").read_text()))
         assert (
             main(["stats", "llama", "--data", data, "-o", f"{data}.stats.safetensors", "--labels", "given", "-q"]) == 0
         )
