@@ -168,7 +168,7 @@ class Learned:
 
 
 def run_learner(
-    learner: str, *, note: Callable[[str], None] = lambda line: None, tell: Tell = silent, **settings: Any
+    learner: str, *, note: Callable[[str], None] | None = None, tell: Tell | None = None, **settings: Any
 ) -> Learned:
     """Learn something, as ``pxmerge LEARNER`` does.
 
@@ -185,7 +185,7 @@ def run_learner(
         KeyboardInterrupt: passed on; ``resume=True`` goes on.
     """
     declared = find_learner(learner)
-    return live(declared, make_settings(declared, settings), note, tell)
+    return live(declared, make_settings(declared, settings), note or (lambda line: None), tell or silent)
 
 
 def live(learner: Learner, settings: RunSettings, note: Callable[[str], None], tell: Tell) -> Learned:
