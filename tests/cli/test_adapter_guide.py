@@ -31,6 +31,13 @@ def test_the_guide_runs(run, models) -> None:
         write_adapter(name, seed)
     for number in range(1, 4):
         save_file({"down.weight": torch.full((2, 3), float(number))}, f"task{number}.safetensors")
+    for seed, file in enumerate(("model", "style")):
+        generator = torch.Generator().manual_seed(seed)
+        block = {part: torch.randn(12, 8, generator=generator) for part in ("to_q.weight", "to_v.weight")}
+        block["norm.weight"] = torch.randn(8, generator=generator)
+        save_file(
+            {f"model.diffusion_model.blocks.0.{part}": value for part, value in block.items()}, f"{file}.safetensors"
+        )
     text = GUIDE.read_text()
     lines = re.findall(r"^    pxmerge (.*)$", text, re.MULTILINE)
     assert len(lines) > 15

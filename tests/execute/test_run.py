@@ -193,10 +193,10 @@ def test_fp8_and_packed_tensors_pass_through_and_fp8_is_computed_with(tmp_path: 
     packed = torch.randint(0, 255, (4, 8), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     fp8 = torch.randn(8, 8).to(torch.float8_e4m3fn)
     for name in ("fine0", "fine1"):
-        write_checkpoint(tmp_path / "models" / name, {"packed": packed, "fp8": fp8, "w": torch.ones(2)})
+        write_checkpoint(tmp_path / "models" / name, {"a.packed": packed, "b.fp8": fp8, "c.w": torch.ones(2)})
     merged = merge(recipe(tmp_path / "models", {"method": "linear", "sources": ["fine0", "fine1"]}), tmp_path / "out")
-    assert torch.equal(merged["packed"].view(torch.uint8), packed.view(torch.uint8))
-    assert torch.equal(merged["fp8"].view(torch.uint8), fp8.view(torch.uint8))
+    assert torch.equal(merged["a.packed"].view(torch.uint8), packed.view(torch.uint8))
+    assert torch.equal(merged["b.fp8"].view(torch.uint8), fp8.view(torch.uint8))
 
 
 def test_sizes_from_nothing_to_a_scalar_are_merged(tmp_path: Path) -> None:
