@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from project_pages import marked_blocks
 
+from mergekit_px import plug_ins
 from mergekit_px.adapters import registry
 from mergekit_px.cli import main
 from mergekit_px.errors import UsageError
@@ -97,7 +98,7 @@ def test_learners_of_other_packages_are_known_by_entry_point(monkeypatch: pytest
     Path("pick.py").write_text(text.replace("def pick(", "def chosen("))
     good, bad = Entry(None), Entry(ImportError("no such package"))
     monkeypatch.setattr(good, "load", lambda: importlib.import_module("pick"))
-    monkeypatch.setattr(learn, "entry_points", lambda group: [good, bad])
+    monkeypatch.setattr(plug_ins, "entry_points", lambda group: [good, bad])
     learn._import_all.cache_clear()
     with pytest.warns(UserWarning, match="'GAIN' .* is left out: no such package"):
         assert find_learner("chosen").summary.startswith("Find the scale")
@@ -122,11 +123,11 @@ class Entry:
 
 def test_adapter_kinds_of_other_packages_are_known_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     family = registry.FAMILIES["HRA"]
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry(family)])
+    monkeypatch.setattr(plug_ins, "entry_points", lambda group: [Entry(family)])
     registry.families.cache_clear()
     assert registry.families()["GAIN"] is family
     for found, reason in ((ImportError("no such package"), "no such package"), ("a word", "it is no Family")):
-        monkeypatch.setattr(registry, "entry_points", lambda group, found=found: [Entry(found)])
+        monkeypatch.setattr(plug_ins, "entry_points", lambda group, found=found: [Entry(found)])
         registry.families.cache_clear()
         with pytest.warns(UserWarning, match=reason):
             assert "GAIN" not in registry.families()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 
 from mergekit_px.adapters import (
     adalora,
@@ -27,6 +25,7 @@ from mergekit_px.adapters.config import AdapterConfig
 from mergekit_px.adapters.patch import Patch
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.plug_ins import load_plug_ins
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,15 @@ def families() -> Mapping[str, Family]:
     Other packages name a :class:`Family` under the entry-point group ``pxmerge.adapters``, by its ``peft_type``.
     """
     known = dict(FAMILIES)
-    for entry in entry_points(group="pxmerge.adapters"):
-        try:
-            found = entry.load()
-        except Exception as error:  # a plug-in may fail in any way, and must not take the rest with it
-            reason = " ".join(str(error).split())
-        else:
-            if isinstance(found, Family) and entry.name not in known:
-                known[entry.name] = found
-                continue
-            reason = "it is no Family" if not isinstance(found, Family) else "there is such a kind already"
-        warnings.warn(f"plug-in '{entry.name}' ({entry.value}) is left out: {reason}", stacklevel=2)
+
+    def take(name: str, loaded: object) -> None:
+        if not isinstance(loaded, Family):
+            raise TypeError("it is no Family")
+        if name in known:
+            raise ValueError("there is such a kind already")
+        known[name] = loaded
+
+    load_plug_ins("pxmerge.adapters", take)
     return known
 
 

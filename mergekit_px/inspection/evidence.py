@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 PAGE = "docs/quality.md"
@@ -59,59 +60,52 @@ class Suite:
     scores: Mapping[str, float]
 
 
+_near = partial(
+    Suite,
+    relative=0.042,
+    weights_cosine=0.999,
+    cosine=0.067,
+    rank_share=0.438,
+    alignment=0.796,
+)
+_far = partial(
+    Suite,
+    relative=0.084,
+    weights_cosine=0.996,
+    cosine=0.056,
+    rank_share=0.467,
+    alignment=0.798,
+)
+"""The two sets of fine-tunes that all suites draw from, and how they lie to one another."""
+
 SUITES: tuple[Suite, ...] = (
-    Suite(
+    _near(
         "few",
         sources=2,
-        relative=0.042,
-        weights_cosine=0.999,
-        cosine=0.067,
-        rank_share=0.438,
-        alignment=0.796,
         pretrained=75.0,
         scores={"average": 90.3, "task arithmetic": 91.1, "TIES": 89.2, "TSV-M": 93.1, "Iso-C": 83.9, "svd 100%": 93.0},
     ),
-    Suite(
+    _near(
         "few",
         sources=3,
-        relative=0.042,
-        weights_cosine=0.999,
-        cosine=0.067,
-        rank_share=0.438,
-        alignment=0.796,
         pretrained=74.6,
         scores={"average": 87.5, "task arithmetic": 68.9, "TIES": 88.7, "TSV-M": 91.6, "Iso-C": 85.0, "svd 100%": 91.7},
     ),
-    Suite(
+    _far(
         "few-far",
         sources=2,
-        relative=0.084,
-        weights_cosine=0.996,
-        cosine=0.056,
-        rank_share=0.467,
-        alignment=0.798,
         pretrained=72.8,
         scores={"average": 90.2, "task arithmetic": 81.9, "TIES": 88.7, "TSV-M": 92.5, "Iso-C": 85.1, "svd 100%": 92.4},
     ),
-    Suite(
+    _far(
         "few-far",
         sources=3,
-        relative=0.084,
-        weights_cosine=0.996,
-        cosine=0.056,
-        rank_share=0.467,
-        alignment=0.798,
         pretrained=73.0,
         scores={"average": 87.2, "task arithmetic": 45.3, "TIES": 87.2, "TSV-M": 90.9, "Iso-C": 87.0, "svd 100%": 91.0},
     ),
-    Suite(
+    _near(
         "spectral",
         sources=8,
-        relative=0.042,
-        weights_cosine=0.999,
-        cosine=0.067,
-        rank_share=0.438,
-        alignment=0.796,
         pretrained=75.2,
         scores={
             "average": 80.4,
@@ -123,14 +117,9 @@ SUITES: tuple[Suite, ...] = (
             "svd 100%": 86.6,
         },
     ),
-    Suite(
+    _far(
         "spectral-far",
         sources=8,
-        relative=0.084,
-        weights_cosine=0.996,
-        cosine=0.056,
-        rank_share=0.467,
-        alignment=0.798,
         pretrained=69.7,
         scores={
             "average": 76.8,

@@ -6,15 +6,14 @@ module whose import declares learners with ``mergekit_px.learn.declare.learner``
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import warnings
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
 
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.declare import REGISTRY, Learner
+from mergekit_px.located.nearest import hint_for
+from mergekit_px.plug_ins import load_plug_ins
 
 BUILT_IN = ("align", "ofasd", "tune", "search", "stats", "transfer", "acmap")
 """Where the learners of this package are declared, in the order in which they are listed."""
@@ -24,12 +23,7 @@ BUILT_IN = ("align", "ofasd", "tune", "search", "stats", "transfer", "acmap")
 def _import_all() -> None:
     for module in BUILT_IN:
         importlib.import_module(f"{__name__}.{module}")
-    for entry in entry_points(group="pxmerge.learners"):
-        try:
-            entry.load()
-        except Exception as error:  # a plug-in may fail in any way, and must not take the rest with it
-            reason = " ".join(str(error).split())
-            warnings.warn(f"plug-in '{entry.name}' ({entry.value}) is left out: {reason}", stacklevel=2)
+    load_plug_ins("pxmerge.learners")
 
 
 def load_learners() -> Mapping[str, Learner]:
@@ -43,7 +37,5 @@ def find_learner(name: str) -> Learner:
     known = load_learners()
     called = name.replace("_", "-")
     if called not in known:
-        near = difflib.get_close_matches(called, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-        raise UsageError(f"unknown learner '{name}'", hint=hint)
+        raise UsageError(f"unknown learner '{name}'", hint=hint_for(called, known))
     return known[called]

@@ -9,13 +9,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-import warnings
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
 
 from mergekit_px.errors import UsageError
 from mergekit_px.methods.declare import REGISTRY, Method, Params, merge_method
+from mergekit_px.plug_ins import load_plug_ins
 
 __all__ = ["Method", "Params", "find_method", "load_methods", "merge_method"]
 
@@ -24,12 +23,7 @@ __all__ = ["Method", "Params", "find_method", "load_methods", "merge_method"]
 def _import_all() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    for entry in entry_points(group="pxmerge.methods"):
-        try:
-            entry.load()
-        except Exception as error:  # a plug-in may fail in any way, and must not take the rest with it
-            reason = " ".join(str(error).split())
-            warnings.warn(f"plug-in '{entry.name}' ({entry.value}) is left out: {reason}", stacklevel=2)
+    load_plug_ins("pxmerge.methods")
 
 
 def load_methods() -> Mapping[str, Method]:

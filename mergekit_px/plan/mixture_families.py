@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 DENSE_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -30,8 +31,8 @@ class Family:
         shared_gate: what weighs the shared expert, one row.
         correction: a bias of the router for each expert.
         entries: of its config.
-        attention_bias: entry of its config -> the biases that it switches.
         biases: of attention, that its layers may have.
+        bias_entry: of its config, which switches them.
     """
 
     model_type: str
@@ -91,6 +92,9 @@ _QWEN: dict[str, Entry] = {
 }
 _GRANITE: dict[str, Entry] = {"num_local_experts": _count, "num_experts_per_tok": _chosen}
 
+_deepseek = partial(Family, module="mlp.experts", router="mlp.gate.weight", shared="mlp.shared_experts")
+"""Kinds whose layers are DeepSeek's."""
+
 FAMILIES = (
     Family(
         model_type="mixtral",
@@ -121,32 +125,23 @@ FAMILIES = (
         router="mlp.gate.weight",
         entries=_QWEN,
     ),
-    Family(
+    _deepseek(
         model_type="dots1",
         architecture="Dots1ForCausalLM",
         dense=("qwen3",),
-        module="mlp.experts",
-        router="mlp.gate.weight",
-        shared="mlp.shared_experts",
         correction="mlp.gate.e_score_correction_bias",
         entries=_DEEPSEEK,
     ),
-    Family(
+    _deepseek(
         model_type="deepseek_v2",
         architecture="DeepseekV2ForCausalLM",
         dense=("deepseek_v2",),
-        module="mlp.experts",
-        router="mlp.gate.weight",
-        shared="mlp.shared_experts",
         entries={**_DEEPSEEK, "topk_method": _always("greedy"), "moe_layer_freq": _always(1)},
     ),
-    Family(
+    _deepseek(
         model_type="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
         dense=("deepseek_v3",),
-        module="mlp.experts",
-        router="mlp.gate.weight",
-        shared="mlp.shared_experts",
         correction="mlp.gate.e_score_correction_bias",
         entries=_DEEPSEEK,
     ),
@@ -170,13 +165,10 @@ FAMILIES = (
         shared_fused=("input_linear.weight", "output_linear.weight"),
         entries={**_GRANITE, "shared_intermediate_size": _width},
     ),
-    Family(
+    _deepseek(
         model_type="deepseek",
         architecture="DeepseekForCausalLM",
         dense=("llama",),
-        module="mlp.experts",
-        router="mlp.gate.weight",
-        shared="mlp.shared_experts",
         entries={
             **{key: _DEEPSEEK[key] for key in ("n_routed_experts", "num_experts_per_tok", "n_shared_experts")},
             **{key: _DEEPSEEK[key] for key in ("moe_intermediate_size", "first_k_dense_replace", "norm_topk_prob")},
