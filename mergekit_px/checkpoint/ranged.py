@@ -134,13 +134,13 @@ def exists(path: Path) -> bool:
 
 def names_in(folder: Path) -> list[str]:
     """The names of files and folders in a folder, weights in a store included. Raises ``OSError``."""
-    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     found = _find(folder)
-    if found is not None:
-        remote, inside = found
-        start = f"{inside}/" if inside else ""
-        names |= {name.removeprefix(start).split("/")[0] for name in remote.objects if name.startswith(start)}
-    return sorted(names) if found is not None else [entry.name for entry in folder.iterdir()]
+    if found is None:
+        return [entry.name for entry in folder.iterdir()]
+    remote, inside = found
+    start = f"{inside}/" if inside else ""
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    return sorted(names | {name.removeprefix(start).split("/")[0] for name in remote.objects if name.startswith(start)})
 
 
 def files_beside(folder: Path, weights: Collection[str] = (), parts: Collection[str] = ()) -> SideFiles:

@@ -34,7 +34,7 @@ def report_page(report: MergeReport) -> str:
         report=report,
         shades=SHADES,
         grids=[(stack, _maps(report, [cell for cell in changes.cells if cell.stack == stack])) for stack in stacks],
-        experts=_expert_maps(report),
+        experts=_maps(report, changes.experts),
         outside=[cell for cell in changes.cells if cell.layer is None],
         undrawn=changes.sources[SOURCES_DRAWN:],
         totals=list(zip(changes.sources, changes.total.sources, strict=True)),
@@ -66,11 +66,6 @@ def _source_maps(report: MergeReport, cells: list[CellChange]) -> Iterator[HeatM
         for place, source in enumerate(report.changes.sources[:SOURCES_DRAWN]):
             values = ((cell.module, cell.layer, getattr(cell.sources[place], name)) for cell in cells)
             yield heat_map(measure, values, of=source, limits=limits)
-
-
-def _expert_maps(report: MergeReport) -> list[HeatMap]:
-    cells = report.changes.experts
-    return [grid for grid in (*_merge_maps(cells), *_source_maps(report, cells)) if grid is not None]
 
 
 def _printable(value: Any) -> Any:

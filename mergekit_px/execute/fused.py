@@ -105,8 +105,9 @@ class FusedItems:
             return
         width = item.dtype.bits // 8
         length = max(self.chunk // BLOCK, 1) * BLOCK * width
+        statistics = _simple_statistics(item) or {}
         yield [
-            Job(partial(self._write_or_fall_back, item, start // width, stop // width))
+            Job(partial(self._write_or_fall_back, item, statistics, start // width, stop // width))
             for start, stop in self._left(item, length)
         ]
 
@@ -129,8 +130,10 @@ class FusedItems:
         self.sink.write(item.name, start, buffer)
         self.advance(item.name, stop - start)
 
-    def _write_or_fall_back(self, item: WorkItem, start: int, stop: int, lane: Any) -> None:
-        if not self.write(item, start, stop, _simple_statistics(item) or {}):
+    def _write_or_fall_back(
+        self, item: WorkItem, statistics: Mapping[int, Any], start: int, stop: int, lane: Any
+    ) -> None:
+        if not self.write(item, start, stop, statistics):
             self.fall_back(item, start, stop)
 
     def write(self, item: WorkItem, start: int, stop: int, statistics: Mapping[int, Any]) -> bool:

@@ -16,7 +16,7 @@ from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.execute.values import Block, LoadFactors
 from mergekit_px.kernels.random import RandomStream
 from mergekit_px.plan.budget import BLOCK
-from mergekit_px.plan.nodes import Decoded, Drawn, Joined, Leaf, Node, Read, RowMean, RowMixture, Rows, Section
+from mergekit_px.plan.nodes import Adapted, Decoded, Drawn, Joined, Leaf, Node, Read, RowMean, RowMixture, Rows, Section
 from mergekit_px.plan.rows import Indices
 
 Values = Callable[[int, int], torch.Tensor]
@@ -188,6 +188,17 @@ class ViewValues:
             return block.value(node).reshape(-1).cpu()
 
         return values
+
+
+def stored_factors(readers: Mapping[str, TensorReader]) -> LoadFactors:
+    """What reads an adapter's tensors for one target, as stored, from the readers of a plan."""
+
+    def load(node: Adapted) -> dict[str, torch.Tensor]:
+        reader = readers[f"{node.input}#{node.number}"]
+        stored = node.patch.factors if node.patch is not None else {}
+        return {role: stored_values(reader, one, 0, one.elements).reshape(one.shape) for role, one in stored.items()}
+
+    return load
 
 
 def stored_values(reader: TensorReader, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:

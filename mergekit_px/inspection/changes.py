@@ -22,7 +22,7 @@ from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.declare.document import Document
 from mergekit_px.errors import InputError
 from mergekit_px.execute.run import plan_checkpoints
-from mergekit_px.execute.views import Values, ViewValues, stored_values
+from mergekit_px.execute.views import Values, ViewValues, stored_factors
 from mergekit_px.inspection.compare import Difference, difference_of
 from mergekit_px.inspection.places import Place, expert_of, place_of
 from mergekit_px.kernels.workers import workers
@@ -259,16 +259,7 @@ def _label(node: Node) -> str:
 def _open(plan: Plan, merged: Checkpoint, stack: ExitStack) -> _Reader:
     checkpoints = {**plan_checkpoints(plan), _MERGE: merged}
     readers = {name: stack.enter_context(closing(open_reader(one))) for name, one in checkpoints.items()}
-
-    def factors(node: Adapted) -> dict[str, torch.Tensor]:
-        reader = readers[f"{node.input}#{node.number}"]
-        stored = node.patch.factors if node.patch is not None else {}
-        return {
-            role: stored_values(reader, tensor, 0, tensor.elements).reshape(tensor.shape)
-            for role, tensor in stored.items()
-        }
-
-    return _Reader(ViewValues(readers, factors, plan.seed, torch.float64), merged, plan)
+    return _Reader(ViewValues(readers, stored_factors(readers), plan.seed, torch.float64), merged, plan)
 
 
 def _unmeasured(item: WorkItem, merged: Checkpoint) -> str | None:

@@ -199,19 +199,14 @@ def _operands(plan: Plan, stack: ExitStack) -> Callable[[WorkItem], list[Values]
     import torch
 
     from mergekit_px.execute.run import plan_checkpoints
-    from mergekit_px.execute.views import ViewValues, stored_values
+    from mergekit_px.execute.views import ViewValues, stored_factors, stored_values
 
     readers: dict[str, TensorReader] = {
         label: stack.enter_context(closing(open_reader(checkpoint)))
         for label, checkpoint in plan_checkpoints(plan).items()
     }
 
-    def factors(node: Adapted) -> dict[str, torch.Tensor]:
-        stored = node.patch.factors.items() if node.patch is not None else ()
-        reader = readers[f"{node.input}#{node.number}"]
-        return {role: stored_values(reader, one, 0, one.elements).reshape(one.shape) for role, one in stored}
-
-    views = ViewValues(readers, factors, 0, torch.float64)
+    views = ViewValues(readers, stored_factors(readers), 0, torch.float64)
 
     def values(item: WorkItem, node: Node | None, base: Node | None = None) -> Values:
         if node is None:

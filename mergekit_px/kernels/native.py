@@ -21,7 +21,9 @@ from mergekit_px.kernels.tracing import Program, Type
 LANES = 16
 """Elements of a vector. Buffers hold whole vectors; what is behind their elements must be finite."""
 
-LOADED = frozenset({"BF16", "F16", "F32", "F64"})
+_STORED = {"BF16": "i16", "F16": "half", "F32": "float", "F64": "double"}
+"""Storage type -> what LLVM takes its elements for."""
+LOADED = frozenset(_STORED)
 """Storage types that are decoded and encoded here."""
 
 # Names of integers of the same width, and of intrinsics, in LLVM's language.
@@ -234,7 +236,7 @@ def _spread(entry: _Code, element: str, scalar: str, lanes: int = LANES) -> str:
 
 
 def _decoded(loop: _Code, dtype: str, base: str, kind: Type) -> str:
-    element = {"BF16": "i16", "F16": "half", "F32": "float", "F64": "double"}[dtype]
+    element = _STORED[dtype]
     address = loop.put(f"getelementptr {element}, ptr {base}, i64 %place")
     value = loop.put(f"load {_vector(element)}, ptr {address}, align 2")
     if dtype == "BF16":
@@ -249,7 +251,7 @@ def _decoded(loop: _Code, dtype: str, base: str, kind: Type) -> str:
 def _encode(loop: _Code, dtype: str, value: str, kind: Type) -> None:
     if kind == "double" and dtype != "F64":  # torch rounds to float32 on the way to a narrower type
         value, kind = loop.put(f"fptrunc {_vector('double')} {value} to {_vector('float')}"), "float"
-    element = {"BF16": "i16", "F16": "half", "F32": "float", "F64": "double"}[dtype]
+    element = _STORED[dtype]
     if dtype == "BF16":
         whole = _vector("i32")
         bits = loop.put(f"bitcast {_vector('float')} {value} to {whole}")

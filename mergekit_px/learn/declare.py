@@ -16,7 +16,6 @@ the mathematics (opening, hashes, the folder, resuming, progress, the report) is
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mergekit_px.declare.fields import problems
 from mergekit_px.errors import UsageError
+from mergekit_px.located.nearest import nearest
 
 if TYPE_CHECKING:
     from mergekit_px.checkpoint.destination import Mode
@@ -383,8 +383,8 @@ def make_settings(
     fields = declared.settings.model_fields
     for name in given:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {spelled(near[0])}?" if near else f"known are {', '.join(map(spelled, fields))}"
+            near = nearest(name, fields)
+            hint = f"did you mean {spelled(near)}?" if near else f"known are {', '.join(map(spelled, fields))}"
             raise UsageError(f"{declared.name} has no setting '{name}'", hint=hint)
     try:
         settings = declared.settings.model_validate(dict(given))
