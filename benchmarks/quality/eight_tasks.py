@@ -79,9 +79,13 @@ class EightTasks:
 
     def normalised(self, state: State, part: str = "test", among: Sequence[str] = tuple(TASKS)) -> float:
         """Mean over tasks of an encoder's accuracy in percent of the fine-tune's."""
+        return float(np.mean(self.each(state, part, among)))
+
+    def each(self, state: State, part: str = "test", among: Sequence[str] = tuple(TASKS)) -> list[float]:
+        """An encoder's accuracy on each task in percent of the fine-tune's."""
         found = self._scores(dict.fromkeys(among, state), part)
         own = dict(zip(TASKS, self._own[part], strict=True))
-        return 100 * float(np.mean([one / own[name] for name, one in zip(among, found, strict=True)]))
+        return [100 * one / own[name] for name, one in zip(among, found, strict=True)]
 
     @torch.no_grad()
     def _scores(self, states: Mapping[str, State], part: str) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import benchmarks.quality
@@ -21,6 +21,10 @@ class Experiment:
     name: str
     measure: Callable[[Lab], Scores]
     claims: tuple[Claim, ...] = ()
+    table: Callable[[Sequence[Scores]], str] | None = None
+    """Makes the table of the scores of all seeds; a line for each score if left out."""
+    by_default: bool = True
+    """Whether it runs without being named."""
 
 
 def find_experiments() -> dict[str, Experiment]:

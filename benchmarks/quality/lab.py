@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,6 +21,7 @@ from benchmarks.quality.vit import TinyViT
 from mergekit_px.cli import main as pxmerge
 
 State = dict[str, Tensor]
+Found = TypeVar("Found")
 
 MODEL = f"{Path(vit.__file__).resolve()}:TinyViT"
 
@@ -25,14 +30,20 @@ class Lab:
     """The digits in an order drawn by a seed, and a folder for what is made of them."""
 
     def __init__(self, seed: int, folder: Path) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        order = np.random.default_rng(seed).permutation(len(digits.target))
-        self.images = torch.from_numpy(digits.images[order]).float().div(16).unsqueeze(1)
-        self.labels = torch.from_numpy(digits.target[order])
         self.seed = seed
         self.folder = folder
+
+    @cached_property
+    def images(self) -> Tensor:
+        return torch.from_numpy(_digits().images[self._order]).float().div(16).unsqueeze(1)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        return torch.from_numpy(_digits().target[self._order])
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        return np.random.default_rng(self.seed).permutation(len(_digits().target))
 
     def train(
         self, start: State | None, images: Tensor, labels: Tensor, *, epochs: int = 30, rate: float = 3e-3
@@ -67,6 +78,18 @@ class Lab:
         np.savez(path, x=images.numpy(), labels=labels.numpy())
         return str(path)
 
+    def remembered(self, name: str, measure: Callable[[], Found]) -> Found:
+        """What was measured under this name in this folder before, or is now."""
+        path = self.folder / "measured.json"
+        known: dict[str, Found] = json.loads(path.read_text()) if path.exists() else {}
+        if name not in known:
+            value = measure()
+            known = {**(json.loads(path.read_text()) if path.exists() else {}), name: value}
+            fresh = path.with_suffix(".new")
+            fresh.write_text(json.dumps(known))
+            fresh.replace(path)
+        return known[name]
+
     def merge(self, *line: str) -> State:
         """What a line of `pxmerge`, without ``-o``, makes."""
         merged: State = load_file(Path(self.write("merged", *line)) / "model.safetensors")
@@ -80,6 +103,13 @@ class Lab:
         if code != 0:
             raise RuntimeError(f"pxmerge {' '.join(line)} ended with {code}")
         return output
+
+
+@cache
+def _digits() -> Any:
+    from sklearn.datasets import load_digits
+
+    return load_digits()
 
 
 @torch.no_grad()

@@ -14,14 +14,20 @@ from benchmarks.quality.experiment import Experiment, Scores, find_experiments
 from benchmarks.quality.lab import Lab
 
 
-def measure(name: str, seed: int) -> tuple[Scores, float]:
-    """The scores of an experiment at one seed, and the processor seconds they took."""
+def measure(name: str, seed: int, work: Path | None) -> tuple[Scores, float]:
+    """The scores of an experiment at one seed, and the processor seconds they took now.
+
+    Args:
+        work: a folder in which what was made stays, for the next run to go on with.
+    """
     import torch
 
     torch.set_num_threads(1)
     started = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        scores = find_experiments()[name].measure(Lab(seed, Path(folder)))
+    with tempfile.TemporaryDirectory() as passing:
+        folder = Path(passing) if work is None else work / name / f"seed-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = find_experiments()[name].measure(Lab(seed, folder))
     return scores, time.process_time() - started
 
 
@@ -29,8 +35,11 @@ def report(experiment: Experiment, rows: Sequence[Scores], seconds: float) -> bo
     """Print the scores of an experiment and whether its claims hold in the mean."""
     means = {title: sum(row[title] for row in rows) / len(rows) for title in rows[0]}
     print(f"\n{experiment.name}, {len(rows)} seeds, {seconds:.0f} s of processor time")
-    for title, mean in means.items():
-        print(f"  {title:36} {mean:7.2f}   " + " ".join(f"{row[title]:7.2f}" for row in rows))
+    if experiment.table is not None:
+        print(experiment.table(rows))
+    else:
+        for title, mean in means.items():
+            print(f"  {title:36} {mean:7.2f}   " + " ".join(f"{row[title]:7.2f}" for row in rows))
     holds = {text: bool(claim(means)) for text, claim in experiment.claims}
     for text, claim in experiment.claims:
         each = sum(bool(claim(row)) for row in rows)
@@ -39,16 +48,16 @@ def report(experiment: Experiment, rows: Sequence[Scores], seconds: float) -> bo
     return all(holds.values())
 
 
-def run(experiments: Mapping[str, Experiment], seeds: int, jobs: int) -> bool:
+def run(experiments: Mapping[str, Experiment], seeds: int, jobs: int, work: Path | None = None) -> bool:
     """Measure and report; with one job in this process, where an error shows itself best."""
     if jobs == 1:
         held = []
         for name, experiment in experiments.items():
-            found = [measure(name, seed) for seed in range(seeds)]
+            found = [measure(name, seed, work) for seed in range(seeds)]
             held.append(report(experiment, [row for row, _ in found], sum(seconds for _, seconds in found)))
         return all(held)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {name: [pool.submit(measure, name, seed) for seed in range(seeds)] for name in experiments}
+        futures = {name: [pool.submit(measure, name, seed, work) for seed in range(seeds)] for name in experiments}
         held = []
         for name, experiment in experiments.items():
             found = [one.result() for one in futures[name]]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import FiniteFloat
 
-from mergekit_px.methods.declare import Params
+from mergekit_px.methods.declare import Params, adds_up
 from mergekit_px.methods.weighting import finite_weights
 
 if TYPE_CHECKING:
@@ -31,6 +31,13 @@ class ConsensusParams(Params):
 
 MERGEKIT = {"tie": "positive"}
 PEFT = {"tie": "positive", "weighted_vote": False, "divide_by": "count"}
+
+
+def divided_twice(params: Any) -> str | None:
+    """What a method does that rescales what it keeps at random, and then takes the mean of what was kept."""
+    shares = params.density if isinstance(params.density, tuple) else (params.density,)
+    twice = params.rescale in ("density", "probability") and min(shares) < 1 and params.divide_by != "nothing"
+    return "divides what it keeps by its share and again by its number" if twice else adds_up(params)
 
 
 def merge_by_consensus(

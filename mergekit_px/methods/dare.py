@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import FiniteFloat
 
-from mergekit_px.methods.consensus import MERGEKIT, PEFT, ConsensusParams, merge_by_consensus
+from mergekit_px.methods.consensus import MERGEKIT, PEFT, ConsensusParams, divided_twice, merge_by_consensus
 from mergekit_px.methods.declare import Extent, Operands, Params, RandomStream, Sweep, merge_method
 from mergekit_px.methods.pruning import SharePerSource, l1_factors, per_source
 from mergekit_px.methods.weighting import finite_weights, total_weight
@@ -111,6 +111,7 @@ def dare_linear(
         "mergekit": {"density": 1.0, "rescale": "l1", "divide_by": "nothing", **MERGEKIT},
         "peft": PEFT,
     },
+    overshoots=divided_twice,
 )
 def dare_ties(
     deltas: Sequence[torch.Tensor],

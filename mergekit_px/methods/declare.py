@@ -181,6 +181,8 @@ class Method:
     """Whether the mean of its sources is a base that makes sense by itself."""
     signed: bool = False
     """Whether its weights are coefficients of any sign and sum, which decide what comes out."""
+    overshoots: Callable[[Any], str | None] = lambda _: None
+    """What it does with many task vectors at full weight, for given parameters, that can go too far."""
     family: Family = "task vectors"
 
     @property
@@ -260,6 +262,7 @@ def merge_method(
     companions: Companions | None = None,
     centred: bool = False,
     signed: bool = False,
+    overshoots: Callable[[Any], str | None] | None = None,
     family: Family | None = None,
     params: type[Params] | None = None,
     name: str | None = None,
@@ -283,6 +286,8 @@ def merge_method(
             refuse.
         signed: whether its weights are coefficients of any sign and sum: full models whose weights add up to 1 give a
             model, to 0 a task vector. Adapters then stand for their change alone.
+        overshoots: what it does, with given parameters, that can go too far where there are many task vectors at full
+            weight; by its ``normalize`` and ``divide_by`` if left out. Plans warn of it.
         family: what lists of methods show it with; by its space if left out.
         params: the parameter class, where only the statistics take it; else it is read off the annotation of
             the function's ``params``.
@@ -330,11 +335,18 @@ def merge_method(
             companions=companions,
             centred=centred,
             signed=signed,
+            overshoots=overshoots or adds_up,
             family=family or ("task vectors" if space == "deltas" else "average"),
         )
         return function
 
     return declare
+
+
+def adds_up(params: Any) -> str | None:
+    """What a method does that divides task vectors by nothing."""
+    divided = getattr(params, "normalize", True) and getattr(params, "divide_by", None) != "nothing"
+    return None if divided else "adds them up"
 
 
 def _params_class(function: Callable[..., Any]) -> type[Params]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from mergekit_px.methods.consensus import MERGEKIT, ConsensusParams, merge_by_consensus
+from mergekit_px.methods.consensus import MERGEKIT, ConsensusParams, divided_twice, merge_by_consensus
 from mergekit_px.methods.declare import Extent, Operands, Params, PerSource, RandomStream, Sweep, merge_method
 from mergekit_px.methods.pruning import SharePerSource, l1_factors, per_source
 from mergekit_px.methods.weighting import finite_weights, total_weight
@@ -151,6 +151,7 @@ def della_linear(
     random=True,
     scratch=16.0,
     presets={"mergekit": {"density": 1.0, "rescale": "l1", **MERGEKIT}},
+    overshoots=divided_twice,
 )
 def della(
     deltas: Sequence[torch.Tensor],

@@ -19,7 +19,15 @@ class SubspaceBoostingParams(NoiseParams):
     """Share of the sum of the singular values at which lifting begins; 0 lifts everything to the largest."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2506.16506", scratch=8.0)
+@merge_method(
+    family="spectral",
+    space="deltas",
+    access="tensor",
+    centred=True,
+    paper="arXiv:2506.16506",
+    scratch=8.0,
+    overshoots=lambda _: "adds them up and strengthens what is weak in the sum",
+)
 def subspace_boosting(
     deltas: Sequence[torch.Tensor],
     weights: Sequence[float],

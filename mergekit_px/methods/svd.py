@@ -24,7 +24,15 @@ class SvdParams(SpectralParams):
     """Calibrate the singular values of the result by the sources (the method svc), which are then read twice."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2508.19353", scratch=6.0)
+@merge_method(
+    family="spectral",
+    space="deltas",
+    access="tensor",
+    centred=True,
+    paper="arXiv:2508.19353",
+    scratch=6.0,
+    overshoots=lambda params: None if params.orthogonalise or params.calibrate == "svc" else "adds them up",
+)
 def svd(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: SvdParams, name: str) -> torch.Tensor:
     """Pool the rank-one components of all sources and keep the K largest of each matrix (AXIS).
 

@@ -77,21 +77,21 @@ def _key(recipe: Recipe, source: ResolvedInput, content: ContentHash) -> str | N
 
 
 def overshoot(items: Iterable[WorkItem]) -> list[str]:
-    """A line for each step that adds up task vectors of full weight as they are."""
+    """A line for each step that goes too far with many task vectors of full weight."""
     found: dict[str, str] = {}
     for item in items:
         for node in item.applied:
             method, params = node.method, node.params
             if method.space != "deltas" or node.step in found:
                 continue
-            summed = getattr(params, "normalize", None) is False or getattr(params, "orthogonalise", None) is False
+            does = method.overshoots(params)
             scale = getattr(params, "scale", 1.0)
             full = sum(weight for weight in node.weights if weight > 0) * (scale if isinstance(scale, float) else 1.0)
-            if summed and len(node.weights) >= _FULL_WEIGHT and full >= _FULL_WEIGHT:
+            if does and len(node.weights) >= _FULL_WEIGHT and full >= _FULL_WEIGHT:
                 found[node.step] = (
-                    f"{method.name} adds up {len(node.weights)} task vectors with a total weight of {full:g}, which"
-                    " can overshoot: in docs/quality.md the sum of eight kept 20 % of the accuracy of their fine-tunes,"
-                    " and 82 % at a scale of 0.2; try a smaller scale, or a method that divides"
+                    f"{method.name} takes {len(node.weights)} task vectors with a total weight of {full:g} and {does},"
+                    " which can overshoot: in docs/quality.md the sum of eight kept 20 % of the accuracy of their"
+                    " fine-tunes, and 82 % at a scale of 0.2; try a smaller scale, or a method that divides"
                 )
     return list(found.values())
 

@@ -80,9 +80,14 @@ def test_other_names_make_another_source(folder: Path) -> None:
         ({**TASK, "sources": ["a", "b", "c"], "method": "ties"}, False),
         ({**TASK, "sources": ["a", "b", "c"], "method": "svd"}, False),
         ({**TASK, "sources": ["a", "b", "c"], "method": "svd", "params": {"orthogonalise": False}}, True),
+        ({**TASK, "sources": ["a", "b", "c"], "method": "subspace_boosting"}, True),
+        ({**TASK, "sources": ["a", "b", "c"], "method": "dare_ties"}, True),
+        ({**TASK, "sources": ["a", "b", "c"], "method": "dare_ties", "params": {"rescale": "none"}}, False),
+        ({**TASK, "sources": ["a", "b", "c"], "method": "della", "params": {"scale": 0.3}}, False),
+        ({**TASK, "sources": ["a", "b", "c"], "method": "breadcrumbs_ties", "params": {"divide_by": "nothing"}}, True),
     ],
 )
-def test_sums_of_many_task_vectors_at_full_weight_are_warned_of(folder: Path, step: dict[str, Any], told: bool) -> None:
+def test_what_goes_too_far_with_many_task_vectors_is_warned_of(folder: Path, step: dict[str, Any], told: bool) -> None:
     assert bool(said(plan_of(folder, step), "which can overshoot")) is told
 
 
