@@ -6,6 +6,7 @@ EXTRAS = {
     "models": ("transformers",),
     "align": ("scipy",),
     "search": ("cma",),
+    "evaluate": ("transformers", "accelerate", "lm_eval"),
     "parquet": ("pyarrow",),
     "images": ("PIL",),
     "plot": ("matplotlib",),

@@ -90,10 +90,10 @@ class Input:
     Attributes:
         kind: ``model``: a checkpoint; ``source``: that, or differences or an adapter of the model in the field ``of``;
             ``data``: examples (words that are numbers are shares); ``code``: ``file.py:function``; ``file``: any file,
-            or a folder of safetensors files.
+            or a folder of safetensors files; ``tasks``: a folder, all files in it.
     """
 
-    kind: Literal["model", "source", "data", "code", "file"]
+    kind: Literal["model", "source", "data", "code", "file", "tasks"]
     of: str = "base"
 
 

@@ -96,5 +96,6 @@ def file_record(reference: str, kind: str) -> InputRecord:
         return InputRecord(reference=reference, sha256=data_sha256(reference))
     if place.is_file():
         return InputRecord(reference=reference, sha256=file_sha256(place))
-    files = {one.name: file_sha256(one) for one in sorted(place.glob("*.safetensors"))}
+    inside = (one for one in place.rglob("*") if one.is_file()) if kind == "tasks" else place.glob("*.safetensors")
+    files = {one.relative_to(place).as_posix(): file_sha256(one) for one in sorted(inside)}
     return InputRecord(reference=reference, sha256=" ".join(files.values()), files=files)

@@ -273,15 +273,16 @@ def test_interrupted_says_how_to_go_on(learner: str, world: World, launch: Launc
 
 
 def test_what_a_killed_search_kept_is_not_taken_for_another(world: World, launch: Launch, whole) -> None:
-    words = world.commands["search"]
+    words = [*world.commands["search"], "--scratch", "."]
     passes = whole("search")[1]["forward"]
     folder = world.root / "other"
     assert launch(folder, words, f"forward:{passes // 2}") == -signal.SIGKILL
-    assert (folder / "out" / ".pxmerge" / "learned" / "kept").exists()
+    assert list(folder.glob("pxmerge-search-*/kept"))
     changed = [word.replace("recipe.yaml", "changed.yaml") for word in words]
     recipe = (world.root / "recipe.yaml").read_text()
     (world.root / "changed.yaml").write_text(recipe.replace("{a: 0.3, b: 0.3}", "{a: -2, b: -2}"))
     assert launch(folder, [*changed, "--overwrite"]) == 0
+    assert not list(folder.glob("pxmerge-search-*"))
     assert launch(world.root / "fresh", changed) == 0
     reports = [json.loads((place / "out" / "report.json").read_text()) for place in (folder, world.root / "fresh")]
     assert reports[0]["scores"] == reports[1]["scores"]

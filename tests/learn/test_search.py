@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from mergekit_px.cli import main
 from mergekit_px.errors import InputError, OutputError, UsageError
-from mergekit_px.learn.search import run as search_run
+from mergekit_px.learn.search import merges
+from mergekit_px.learn.search.objectives import Objective
 from mergekit_px.learn.search.space import Variable, overrides, parse_variable
 from mergekit_px.learn.search.strategies import Strategy, StrategyOptions, begin_search
-from mergekit_px.learn.search.trials import TrialLog
+from mergekit_px.learn.search.trials import Trial, TrialLog, trial_head
 from mergekit_px.testing import write_checkpoint
 
 X, Y = Variable(("x",), 0.0, 2.0), Variable(("y",), -1.0, 1.0)
@@ -33,15 +34,16 @@ def walked(
 ) -> list[tuple[float, list[float]]]:
     """All (score, values) of a strategy."""
     search = begin_search(strategy, variables, StrategyOptions(**options))
-    found = []
-    values = next(search)
+    found: list[tuple[float, list[float]]] = []
+    batch = next(search)
     while len(found) < most:
-        found.append((score(*values), values))
+        gains = [score(*values) for values in batch]
+        found += zip(gains, batch, strict=True)
         try:
-            values = search.send(found[-1][0])
+            batch = search.send(gains)
         except StopIteration:
             break
-    return found
+    return found[:most]
 
 
 def test_forms_of_a_variable() -> None:
@@ -114,22 +116,24 @@ def test_strategies_that_do_not_suit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_log_keeps_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
-    log = TrialLog(path, "a")
-    log.add((), 0.5, 1.0)
-    log.add((0.1, 1 / 3), None, 2.0)
+    head = {name: trial_head(name, ["x"], [Objective("score")]) for name in "abc"}
+    log = TrialLog(path, head["a"])
+    log.add(Trial(1, (0.1, 1 / 3), None, 2.0))
+    log.add(Trial(0, (), {"score": 0.5}, 1.0))
     with path.open("a") as file:
         file.write('{"number": 2, "val')
-    again = TrialLog(path, "a")
-    assert again.trials == log.trials and again.find([0.1, 1 / 3]).score is None and again.find([0.1]) is None
-    again.add((7.0,), 1.0, 0.0)
-    assert len(TrialLog(path, "a").trials) == 3
+    again = TrialLog(path, head["a"])
+    assert again.trials == log.trials and [trial.number for trial in again.trials] == [0, 1]
+    assert again.find([0.1, 1 / 3]).scores is None and again.find([0.1]) is None
+    again.add(Trial(2, (7.0,), {"score": 1.0}, 0.0))
+    assert len(TrialLog(path, head["a"]).trials) == 3
     with pytest.raises(OutputError, match="another"):
-        TrialLog(path, "b")
+        TrialLog(path, head["b"])
     path.write_text('{"sear')  # killed before the first line was whole
-    assert TrialLog(path, "c").trials == [] and TrialLog(path, "c").trials == []
+    assert TrialLog(path, head["c"]).trials == [] and TrialLog(path, head["c"]).trials == []
     path.write_text("something\n")
     with pytest.raises(InputError, match="not the log"):
-        TrialLog(path, "a")
+        TrialLog(path, head["a"])
 
 
 SCORE = """
@@ -196,7 +200,7 @@ def test_a_resumed_search_tries_nothing_twice_and_ends_the_same(made: Path, caps
 
     def tried(out: Path) -> list[list[object]]:
         lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()[1:]]
-        return [[line["values"], line["score"]] for line in lines]
+        return [[line["values"], line["scores"]] for line in lines]
 
     assert tried(whole) == tried(stopped)
     files = [out / "model" / "model.safetensors" for out in (whole, stopped)]
@@ -262,8 +266,8 @@ def test_what_does_not_change_is_merged_once_and_the_trials_are_the_same(made: P
         merged.append(load_file(result.output / "model.safetensors"))
         return result
 
-    whole = search_run.run_plan
-    monkeypatch.setattr(search_run, "run_plan", recorded)
+    whole = merges.run_plan
+    monkeypatch.setattr(merges, "run_plan", recorded)
     key = "merge.rules.0.weights.one"
     assert command(made, made / "out", "-q", over=[f"{key}=0.25,0.75"]) == 0
     kept = {"linear": "copy", "ties": "merge"}[method]  # what ties needs to know spans the whole model
@@ -352,8 +356,8 @@ def test_trials_keep_to_the_memory_of_a_streamed_merge(made: Path, monkeypatch, 
         budgets.append((plan.options.memory, plan.budget.total))
         return whole(plan, **options)
 
-    whole = search_run.run_plan
-    monkeypatch.setattr(search_run, "run_plan", recorded)
+    whole = merges.run_plan
+    monkeypatch.setattr(merges, "run_plan", recorded)
     assert command(made, made / "out", "--memory", "2GB", "-q", over=[f"{ONE}=0.3,0.9"]) == 0
     assert len(budgets) == 4 and all(asked == 2_000_000_000 >= total for asked, total in budgets)
     assert command(made, made / "small", "--memory", "1MB", "-q") == 4

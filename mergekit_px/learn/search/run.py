@@ -10,31 +10,27 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from mergekit_px.checkpoint.layout import parse_size
-from mergekit_px.errors import NonFiniteError, RecipeError, RunError
-from mergekit_px.execute.run import run_plan
+from mergekit_px.errors import NonFiniteError, RunError
 from mergekit_px.learn.life import Run
-from mergekit_px.learn.search.reuse import unchanged, with_kept
-from mergekit_px.learn.search.score import DataScore, Score, command_score
-from mergekit_px.learn.search.settings import SearchReport, SearchSettings
-from mergekit_px.learn.search.space import Variable, overrides
+from mergekit_px.learn.search.merges import Merges
+from mergekit_px.learn.search.objectives import BALANCED, Metrics, most_balanced, non_dominated, require_objectives
+from mergekit_px.learn.search.scorers import Scorers, result_of
+from mergekit_px.learn.search.scratch import scratch_folder
+from mergekit_px.learn.search.settings import SearchReport, SearchSettings, parse_time
+from mergekit_px.learn.search.space import overrides
+from mergekit_px.learn.search.start import start_points
 from mergekit_px.learn.search.strategies import StrategyOptions, begin_search
-from mergekit_px.learn.search.trials import Trial, TrialLog
-from mergekit_px.plan.build import build_plan
-from mergekit_px.plan.inputs import ResolvedInput
-from mergekit_px.plan.method_catalog import method_catalog
-from mergekit_px.plan.model import Plan
-from mergekit_px.plan.options import PlanOptions
-from mergekit_px.recipe.load import load_recipe
+from mergekit_px.learn.search.trials import Trial, TrialLog, Values, trial_head
 
 LOG = "trials.jsonl"
 MODEL = "model"
-_TRIAL = "trial"
-_KEPT = "kept"
 
 
 def fit(run: Run[SearchSettings]) -> SearchReport:
@@ -48,179 +44,236 @@ def fit(run: Run[SearchSettings]) -> SearchReport:
     settings, variables = run.settings, run.settings.variables
     strategy = StrategyOptions(points=settings.points, tolerance=settings.tolerance, seed=settings.seed)
     begin_search(settings.how, variables, strategy).close()
-    validation, test = _scores(run)
-    work = _Merges(run)
-    first = work.plan(())
-    work.keep(first, [plan for variable in variables for plan in work.ends(variable)])
-    log = _log(run, hashlib.sha256(f"{run.identity} {first.hash}".encode()).hexdigest())
-    sign = -1.0 if settings.minimize else 1.0
-
-    def scored(values: Sequence[float]) -> Trial:
-        known = log.find(values)
-        plan = first if known is not None else work.plan(values)
-        if known is None and plan.hash == first.hash:
-            known = log.find(())  # the recipe as written, with its values spelt out
-        trial = known
-        if trial is None:
-            begin = time.monotonic()
-            score = work.score(plan, validation)
-            trial = log.add(values, score if math.isfinite(score) else None, time.monotonic() - begin)
-        said = " ".join(
-            f"{variable.name}={value:.6g}" for variable, value in zip(variables, trial.values, strict=False)
-        )
-        found = "not finite" if trial.score is None else f"{trial.score:.6g}"
-        run.note(f"{said or 'as written'}: {found}{'' if known is None else ' (from the log)'}")
-        return trial
-
-    try:
-        as_written = scored(())
-        tried = [as_written, *_searched(run, strategy, scored, sign)]
-        best = max(tried, key=lambda trial: -math.inf if trial.score is None else sign * trial.score)
-        if best.score is None:
-            raise RunError("no trial has a score that is a finite number", where=str(run.work / LOG))
-        tests = _tested(work, test, as_written, best)
-        work.merge(best.values, MODEL)
-    finally:
-        for name in (_TRIAL, _KEPT):
-            shutil.rmtree(run.work / name, ignore_errors=True)
-        if not log.trials:  # nothing to go on with
-            log.remove()
-    shutil.copyfile(run.work / LOG, run.stage / LOG)
+    start = [] if settings.start_from is None else start_points(settings.start_from, variables, run.note)
+    with closing(Scorers(settings, run.device)) as scorers:
+        merges = Merges(run)
+        log = _log(run, hashlib.sha256(f"{run.identity} {merges.first.hash}".encode()).hexdigest())
+        try:
+            nbytes = merges.first.bytes_written * (settings.jobs + merges.folders)
+            with scratch_folder(settings.scratch, run.work, nbytes, run.note) as scratch:
+                trials = _Trials(run, merges, scorers, log, scratch)
+                (as_written,) = trials.of([()])
+                stopped = _search(run, strategy, trials, start)
+                best, front = _chosen(settings, list(trials.tried.values()), run.work / LOG)
+                tests = [trials.test(trial) for trial in (as_written, best)] if scorers.tests else []
+            merges.publish(best.values, MODEL)
+        finally:
+            if not log.trials:  # nothing to go on with
+                log.remove()
+    log.write_ordered(run.stage / LOG)
+    names = [objective.name for objective in settings.objectives]
     return SearchReport(
         variables=[asdict(variable) for variable in variables],
-        score=settings.score or "accuracy",
+        score=settings.score or settings.evaluate or "accuracy",
+        objectives=[f"{one.name}:{'min' if one.minimize else 'max'}" for one in settings.objectives],
         trials=len(log.trials),
-        failed=sum(trial.score is None for trial in log.trials),
-        best={
-            "trial": best.number,
-            "set": overrides(variables, best.values) if best.values else [],
-            "values": {variable.name: value for variable, value in zip(variables, best.values, strict=False)},
-        },
+        failed=sum(trial.scores is None for trial in log.trials),
+        stopped=stopped,
+        best=_described(best, settings),
+        pick=settings.picked,
+        front=[_described(trial, settings) | {"scores": _of(trial.scores, names)} for trial in front],
         scores={
-            "as written": {"validation": as_written.score, **({"test": tests[0]} if tests else {})},
-            "best": {"validation": best.score, **({"test": tests[1]} if tests else {})},
+            what: _shown_scores(names, trial.scores, tests[place] if tests else None)
+            for place, (what, trial) in enumerate({"as written": as_written, "best": best}.items())
         },
     )
 
 
+def _described(trial: Trial, settings: SearchSettings) -> dict[str, Any]:
+    variables = settings.variables
+    return {
+        "trial": trial.number,
+        "set": overrides(variables, trial.values) if trial.values else [],
+        "values": {variable.name: value for variable, value in zip(variables, trial.values, strict=False)},
+    }
+
+
+def _of(metrics: Metrics | None, names: Sequence[str]) -> dict[str, float | None]:
+    return {name: metrics[name] if metrics is not None else None for name in names}
+
+
+def _shown_scores(names: Sequence[str], found: Metrics | None, test: Metrics | None) -> dict[str, float | None]:
+    """What chose and what was tested, by column: one objective needs no name."""
+    titles = [("validation", "test")] if len(names) == 1 else [(name, f"test {name}") for name in names]
+    columns = {title: value for (title, _), value in zip(titles, _of(found, names).values(), strict=True)}
+    if test is not None:
+        tested = {name: value if math.isfinite(value) else None for name, value in test.items()}
+        columns |= {title: tested.get(name) for (_, title), name in zip(titles, names, strict=True)}
+    return columns
+
+
 def _log(run: Run[SearchSettings], identity: str) -> TrialLog:
     """The log of an unfinished search, or of a finished one that is gone on with, or a new one."""
+    settings = run.settings
+    head = trial_head(identity, [variable.name for variable in settings.variables], settings.objectives)
     place, finished = run.work / LOG, run.output / LOG
-    if not run.settings.resume or place.exists() or not finished.exists():
-        return TrialLog(place, identity)
+    if not settings.resume or place.exists() or not finished.exists():
+        return TrialLog(place, head)
     shutil.copyfile(finished, place)
     try:
-        return TrialLog(place, identity)
+        return TrialLog(place, head)
     except BaseException:
         place.unlink()
         raise
 
 
-def _searched(
-    run: Run[SearchSettings], strategy: StrategyOptions, scored: Callable[[Sequence[float]], Trial], sign: float
-) -> list[Trial]:
-    """The trials that the strategy asks for, until it ends or there are as many as allowed."""
+def _search(run: Run[SearchSettings], options: StrategyOptions, trials: _Trials, start: Sequence[Values]) -> str:
+    """Try what there is to begin with, then what the strategy asks for. Returns why it ended."""
     settings = run.settings
-    search = begin_search(settings.how, settings.variables, strategy)
-    tried: dict[int, Trial] = {}
-    values = next(search, None)
-    while values is not None and len(tried) < settings.trials:
-        trial = scored(values)
-        tried[trial.number] = trial
+    lead, *others = settings.objectives
+    if others and settings.how != "grid":
+        run.note(f"{settings.how} follows {lead.name}; the other objectives are noted on its way")
+    if start:
+        begun = trials.of(start[: settings.trials])
+        if len(begun) < len(start):
+            return trials.ended()
+        best = max(begun, key=lambda trial: lead.gain(trial.scores))
+        options = replace(options, start=best.values) if best.scores is not None else options
+    search = begin_search(settings.how, settings.variables, options)
+    batch = next(search, None)
+    while batch is not None:
+        found = trials.of(batch)
+        if len(found) < len(batch):
+            return trials.ended()
         try:
-            values = search.send(-math.inf if trial.score is None else sign * trial.score)
+            batch = search.send([lead.gain(trial.scores) for trial in found])
         except StopIteration:
             break
-    return list(tried.values())
+    return "all was tried"
 
 
-def _tested(work: _Merges, test: Score | None, as_written: Trial, best: Trial) -> tuple[float | None, ...]:
-    """Test scores of the recipe as written and of the best one; the only use of the test."""
-    if test is None:
-        return ()
-    found = [work.score(work.plan(trial.values), test) for trial in (as_written, best)]
-    return tuple(score if math.isfinite(score) else None for score in found)
+def _chosen(settings: SearchSettings, tried: Sequence[Trial], log: Path) -> tuple[Trial, list[Trial]]:
+    """The trial whose merge is the result, and those that no other beats in every objective."""
+    gains = [[objective.gain(trial.scores) for objective in settings.objectives] for trial in tried]
+    front = non_dominated(gains)
+    if not front:
+        raise RunError("no trial has a score that is a finite number", where=str(log))
+    if settings.picked == BALANCED:
+        place = front[most_balanced([gains[place] for place in front])]
+    else:
+        column = [objective.name for objective in settings.objectives].index(settings.picked)
+        place = max(front, key=lambda place: gains[place][column])
+    return tried[place], [tried[place] for place in front]
 
 
-class _Merges:
-    """Merges of one recipe under other values.
+class _Trials:
+    """Merges what is asked for, one at a time, and has it scored, several at once. Results come in the order of the
+    asking, whichever ends first, so they do not depend on it.
 
-    Inputs are resolved once. Tensors that no searched value touches are merged once and copied from then on.
+    Attributes:
+        tried: those that were asked for, by their number, as written first.
     """
 
-    def __init__(self, run: Run[SearchSettings]) -> None:
-        self._run = run
-        self._variables = run.settings.variables
-        self._folder = run.work / _TRIAL
-        self._inputs: dict[str, ResolvedInput] = {}
-        changed = [key for variable in self._variables for key in variable.keys]
-        self._same_inputs = not any(key.startswith("models") for key in changed)
-        self._kept: Plan | None = None
-        self._is_kept = False
+    def __init__(
+        self, run: Run[SearchSettings], merges: Merges, scorers: Scorers, log: TrialLog, scratch: Path
+    ) -> None:
+        self._run, self._merges, self._scorers, self._log = run, merges, scorers, log
+        self._ends = time.monotonic() + (math.inf if run.settings.time is None else parse_time(run.settings.time))
+        self._running: dict[Future[Metrics], tuple[Values, int, Path, float]] = {}
+        self._free = [scratch / (f"trial-{number}" if number else "trial") for number in range(run.settings.jobs)]
+        self.tried: dict[int, Trial] = {}
+        self._numbers: dict[Values, int] = {}
 
-    def plan(self, values: Sequence[float], output: Path | None = None) -> Plan:
-        """The plan under these values; of the recipe as written for none."""
-        return self.plan_with(overrides(self._variables, values) if values else [], output)
+    def ended(self) -> str:
+        """Why no more is tried."""
+        settings, count = self._run.settings, len(self._numbers) - 1
+        if count >= settings.trials:
+            return f"--trials {settings.trials}"
+        self._run.note(f"--time {settings.time} is over after {count} trials; what is best until now is taken")
+        return f"--time {settings.time}"
 
-    def plan_with(self, changes: Sequence[str], output: Path | None = None) -> Plan:
-        settings = self._run.settings
-        changed = [*settings.assignments, *changes]
-        loaded = load_recipe(settings.recipe, overrides=changed, methods=method_catalog())
-        plan = build_plan(
-            loaded,
-            PlanOptions(
-                output=output or self._folder,
-                device=settings.device,
-                memory=None if settings.memory is None else parse_size(settings.memory, "--memory"),
-                threads=settings.threads,
-                mode="overwrite",
-                allow_pickle=settings.allow_pickle,
-                hash_inputs=output is not None,
-            ),
-            self._inputs,
-        )
-        if self._same_inputs:
-            self._inputs.update(plan.inputs)
-        return plan
+    def of(self, points: Sequence[Sequence[float]]) -> list[Trial]:
+        """The trials of these points, in their order; fewer, the first of them, where trials or time end."""
+        admitted: list[Values] = []
+        found: dict[Values, Trial] = {}
+        for values in map(tuple, points):
+            if not self._admit(values, found):
+                break
+            admitted.append(values)
+        while self._running:
+            found |= self._collect()
+        self.tried |= {found[values].number: found[values] for values in admitted}
+        self.tried = dict(sorted(self.tried.items()))
+        return [found[values] for values in admitted]
 
-    def ends(self, variable: Variable) -> list[Plan]:
-        """The plans at both ends of a range. Raises ``RecipeError`` for a key that is none, or takes no such value."""
+    def test(self, trial: Trial) -> Metrics:
+        """The test scores of a trial; nothing where its merge is not finite."""
+        folder = self._free[0]
         try:
-            return [self.plan_with(overrides([variable], [end])) for end in (variable.low, variable.high)]
-        except RecipeError as error:
-            raise RecipeError(error.what, where=f"--over {variable.name}", hint=error.hint) from error
-
-    def merge(self, values: Sequence[float], name: str) -> None:
-        """Merge under these values for a folder of that name in the output."""
-        run_plan(replace(self.plan(values, self._run.output / name), output=self._run.stage / name))
-
-    def score(self, plan: Plan, score: Score) -> float:
-        """The score of what a plan makes; NaN where the merge is not finite."""
-        try:
-            run_plan(self._with_kept(plan))
-            return score(self._folder)
+            self._merges.make(self._merges.plan(trial.values), folder)
         except NonFiniteError:
-            return math.nan
+            return {}
+        metrics = result_of(self._scorers.submit(folder, "test"))
+        require_objectives(metrics, self._run.settings.objectives, "the test")
+        return metrics
 
-    def keep(self, first: Plan, others: Sequence[Plan]) -> None:
-        """Have a first merge kept for the others, if anything is alike in all of them."""
-        if self._same_inputs and set.intersection(*(unchanged(first, plan) for plan in others)):
-            self._kept = replace(first, output=self._folder.with_name(_KEPT))
+    def _admit(self, values: Values, found: dict[Values, Trial]) -> bool:
+        """Take a trial from the log or begin it; no if none may begin any more."""
+        if values in found or any(values == running[0] for running in self._running.values()):
+            return True
+        known, plan = self._log.find(values), self._merges.first
+        if known is None and values:
+            plan = self._merges.plan(values)
+            if plan.hash == self._merges.first.hash:
+                known = self._log.find(())  # the recipe as written, with its values spelt out
+        number = self._numbers.get(values if known is None else known.values, len(self._numbers))
+        if number > self._run.settings.trials or (known is None and values and time.monotonic() > self._ends):
+            return False
+        self._numbers.setdefault(values if known is None else known.values, number)
+        if known is not None:
+            found[values] = known
+            self._say(known, " (from the log)")
+            return True
+        while not self._free:
+            found |= self._collect()
+        folder, began = self._free.pop(0), time.monotonic()
+        try:
+            self._merges.make(plan, folder)
+        except NonFiniteError:
+            self._free.insert(0, folder)
+            found[values] = self._keep(values, number, None, began)
+            return True
+        self._running[self._scorers.submit(folder)] = (values, number, folder, began)
+        if not self._free:
+            found |= self._collect()
+        return True
 
-    def _with_kept(self, plan: Plan) -> Plan:
-        if self._kept is None or self._kept.output is None:
-            return plan
-        if not self._is_kept:  # what a killed search left there may be of another one
-            run_plan(self._kept)
-            self._is_kept = True
-        return with_kept(plan, unchanged(self._kept, plan), self._kept.output)
+    def _collect(self) -> dict[Values, Trial]:
+        """The trials that end next. Raises what a score did, when the others that ended are in the log."""
+        found: dict[Values, Trial] = {}
+        failed: Future[Metrics] | None = None
+        for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+            values, number, folder, began = self._running.pop(future)
+            self._free.append(folder)
+            if future.exception() is not None:
+                failed = future
+            else:
+                found[values] = self._keep(values, number, future.result(), began)
+        if failed is not None:
+            result_of(failed)
+        return found
 
+    def _keep(self, values: Values, number: int, metrics: Metrics | None, began: float) -> Trial:
+        """The trial, in the log. What is no finite number is left out of it."""
+        settings = self._run.settings
+        if metrics is not None:
+            where = settings.score or settings.evaluate or str(settings.data)
+            require_objectives(metrics, settings.objectives, where)
+            if not all(math.isfinite(metrics[objective.name]) for objective in settings.objectives):
+                metrics = None
+            else:
+                metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        trial = Trial(number, values, metrics, round(time.monotonic() - began, 3))
+        self._log.add(trial)
+        self._say(trial)
+        return trial
 
-def _scores(run: Run[SearchSettings]) -> tuple[Score, Score | None]:
-    """What the choice is by, and what the result is tested by."""
-    settings = run.settings
-    if settings.score is not None:
-        test = command_score(settings.test_score) if settings.test_score is not None else None
-        return command_score(settings.score), test
-    scores = DataScore(settings, run.device)
-    return scores.score("validation"), scores.score("test") if settings.test != 0 else None
+    def _say(self, trial: Trial, origin: str = "") -> None:
+        settings = self._run.settings
+        pairs = zip(settings.variables, trial.values, strict=False)
+        said = " ".join(f"{variable.name}={value:.6g}" for variable, value in pairs)
+        numbers = _of(trial.scores, [objective.name for objective in settings.objectives]) if trial.scores else {}
+        found = ", ".join(
+            f"{value:.6g}" if len(numbers) == 1 else f"{name} {value:.6g}" for name, value in numbers.items()
+        )
+        self._run.note(f"{said or 'as written'}: {found or 'not finite'}{origin}")

@@ -1,10 +1,12 @@
-"""How good a merged model is: a number that a command prints, or accuracy on data."""
+"""How good a merged model is: numbers that a command prints, accuracy on data, or what lm-eval says."""
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -17,17 +19,18 @@ from mergekit_px.learn.data import Examples, split_rows
 from mergekit_px.learn.data_files import load_data, needs_model
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import find_checkpoint, load_model
+from mergekit_px.learn.search.objectives import SCORE, Metrics
 from mergekit_px.learn.search.settings import SearchSettings
 from mergekit_px.learn.tune.training import evaluate
 
-Score = Callable[[Path], float]
-"""From the folder of a model to a number; NaN where the model is good for nothing."""
+Score = Callable[[Path], Metrics]
+"""From the folder of a model to numbers; NaN where the model is good for nothing."""
 
 PLACE = "{}"
 
 
-def command_score(command: str) -> Score:
-    """The number that a program prints: the last word of its last line.
+class CommandScore:
+    """What a program prints: numbers by name as a JSON object in its last line, or one number as its last word.
 
     Args:
         command: its words; ``{}`` stands for the folder, which else comes last. No shell reads it.
@@ -35,36 +38,71 @@ def command_score(command: str) -> Score:
     Raises:
         UsageError: no words, or quotes that do not close.
     """
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise UsageError(f"it cannot be read: {error}", where=f"--score {command}") from None
-    if not words:
-        raise UsageError("it names no program", where="--score")
-    if not any(PLACE in word for word in words):
-        words.append(PLACE)
 
-    def score(folder: Path) -> float:
-        line = [word.replace(PLACE, str(folder)) for word in words]
+    def __init__(self, command: str) -> None:
         try:
-            done = subprocess.run(line, capture_output=True, text=True, errors="replace", check=False)
+            self._words = shlex.split(command)
+        except ValueError as error:
+            raise UsageError(f"it cannot be read: {error}", where=f"--score {command}") from None
+        if not self._words:
+            raise UsageError("it names no program", where="--score")
+        if not any(PLACE in word for word in self._words):
+            self._words.append(PLACE)
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, folder: Path) -> Metrics:
+        line = [word.replace(PLACE, str(folder)) for word in self._words]
+        try:
+            process = subprocess.Popen(
+                line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+            )
         except FileNotFoundError:
-            raise InputNotFoundError("no such program", where=words[0]) from None
+            raise InputNotFoundError("no such program", where=self._words[0]) from None
         except OSError as error:
-            raise UsageError(f"it cannot be run: {error.strerror or error}", where=words[0]) from error
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-            raise RunError(f"it ended with code {done.returncode}: {last}", where=shlex.join(line))
-        printed = done.stdout.split()
-        try:
-            return float(printed[-1].rstrip("%"))
-        except (IndexError, ValueError):
-            said = f"'{printed[-1]}'" if printed else "nothing"
-            what = f"the last word that it prints is {said}, not a number"
-            hint = "let it print the score last; {} stands for the folder"
-            raise RunError(what, where=shlex.join(line), hint=hint) from None
+            raise UsageError(f"it cannot be run: {error.strerror or error}", where=self._words[0]) from error
+        with process:
+            with self._lock:
+                self._running.add(process)
+            try:
+                stdout, stderr = process.communicate()
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+        if process.returncode != 0:
+            last = (stderr.strip().splitlines() or ["it says nothing"])[-1]
+            raise RunError(f"it ended with code {process.returncode}: {last}", where=shlex.join(line))
+        return printed_numbers(stdout, shlex.join(line))
 
-    return score
+    def stop(self) -> None:
+        """End what is running."""
+        with self._lock:
+            for process in self._running:
+                process.kill()
+
+
+def printed_numbers(text: str, where: str) -> Metrics:
+    """The numbers in what a program printed. Raises ``RunError`` where there is none."""
+    last = (text.strip().splitlines() or [""])[-1]
+    if last.lstrip().startswith("{"):
+        try:
+            document = json.loads(last)
+        except (ValueError, RecursionError):
+            document = {}
+        found = {str(name): float(value) for name, value in document.items() if type(value) in (int, float)}
+        if found:
+            return found if len(found) > 1 else {SCORE: next(iter(found.values())), **found}
+    printed = last.split()
+    try:
+        return {SCORE: float(printed[-1].rstrip("%"))}
+    except (IndexError, ValueError):
+        said = f"'{printed[-1][:80]}'" if printed else "nothing"
+        what = f"the last word that it prints is {said}, not a number"
+        hint = 'let it print the score last, or a line {"accuracy": 0.5, ...}; {} stands for the folder'
+        raise RunError(what, where=where, hint=hint) from None
 
 
 class DataScore:
@@ -81,9 +119,10 @@ class DataScore:
             self._read(None)
 
     def score(self, part: Literal["validation", "test"]) -> Score:
-        """Percent of right labels where an example has one; else the negative loss: of tokens, or of values."""
+        """Loss, and the percent of right labels where labels are classes. The main number is that percent where an
+        example has one label; else the negative loss: of tokens, or of values."""
 
-        def score(folder: Path) -> float:
+        def score(folder: Path) -> Metrics:
             checkpoint = find_checkpoint(str(folder))
             if not self._parts:
                 self._read(checkpoint)
@@ -92,9 +131,8 @@ class DataScore:
             model.module.to(self._device).eval().requires_grad_(False)
             read, reading = read_labels(model.module, self._parts[part], self._device)
             found = evaluate(model.module, read, settings.batch, self._device, own_loss=reading.own_loss)
-            if not math.isfinite(found["loss"]):
-                return math.nan
-            return found["accuracy"] if reading.kind == "examples" else -found["loss"]
+            main = found["accuracy"] if reading.kind == "examples" else -found["loss"]
+            return {SCORE: main if math.isfinite(found["loss"]) else math.nan, **found}
 
         return score
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -22,7 +24,11 @@ from mergekit_px.learn.declare import (
     Table,
     TextSettings,
 )
+from mergekit_px.learn.search.objectives import BALANCED, Objective, parse_objectives
 from mergekit_px.learn.search.space import Variable, parse_variable
+
+HARNESS = "lm_eval"
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class SearchSettings(LearnerSettings, TextSettings):
@@ -34,8 +40,10 @@ class SearchSettings(LearnerSettings, TextSettings):
     """What is searched: KEY=LOW:HIGH, KEY=LOW:HIGH:STEP or KEY=A,B,C; KEY,KEY=... moves several as one."""
     how: Literal["grid", "golden", "coordinate", "cma"] = "grid"
     """All combinations, golden section on one value, on one after another, or CMA-ES on all."""
+    start_from: Annotated[str | None, Input("file"), Option(metavar="FILE")] = None
+    """Tried first: trials.jsonl of an earlier search, of which its best, or a JSON line for each point."""
     score: Annotated[str | None, Option(metavar="COMMAND")] = None
-    """A program whose last printed word scores the folder {}."""
+    """A program that scores the folder {}: its last word, or a JSON object of numbers as its last line."""
     test_score: Annotated[str | None, Option(metavar="COMMAND")] = None
     """Scores the result and the recipe as written, nothing else."""
     data: Annotated[str | None, Input("data"), Option(metavar="FILE")] = Field(
@@ -43,10 +51,28 @@ class SearchSettings(LearnerSettings, TextSettings):
     )
     test: Part = 0.5
     """With data: what is kept for the result, a share or a file; 0 for nothing."""
+    evaluate: Annotated[str | None, Option(metavar="lm_eval:TASK,TASK")] = None
+    """Tasks of lm-eval whose metrics are the score."""
+    test_evaluate: Annotated[str | None, Option(metavar="lm_eval:TASK,TASK")] = None
+    """Tasks for the result and the recipe as written, nothing else."""
+    tasks_folder: Annotated[str | None, Input("tasks"), Option(metavar="DIR")] = None
+    """Where lm-eval finds YAML files of other tasks."""
+    examples: Annotated[int | None, Field(ge=1), Option(unset="all")] = None
+    """Examples of each task of lm-eval."""
+    objective: Annotated[tuple[str, ...], Option(metavar="NAME...")] = ()
+    """Numbers of the score that count: NAME, NAME:min or NAME:max."""
+    pick: Annotated[str | None, Aside(), Option(metavar="NAME|balanced", unset="the first objective")] = None
+    """Which of the best trials is the result: by one objective, or by all."""
     minimize: bool = False
-    """Less is better."""
+    """Less is better, of a score that is one number."""
     trials: Annotated[int, Field(ge=1), Aside()] = 100
     """Score at most so many merges, the recipe as written aside."""
+    time: Annotated[str | None, Aside(), Option(metavar="30m", unset="no limit")] = None
+    """Begin no trial after so long."""
+    jobs: Annotated[int, Field(ge=1), Aside()] = 1
+    """Score so many models at once."""
+    scratch: Annotated[str | None, Aside(), Option(metavar="DIR", unset="memory if it has room")] = None
+    """Where the models of trials are."""
     points: Annotated[int, Field(ge=2)] = 5
     """Values of a range in a grid."""
     tolerance: Annotated[float, Field(ge=1e-6, le=0.5)] = 0.02
@@ -69,34 +95,91 @@ class SearchSettings(LearnerSettings, TextSettings):
         """What is searched. Raises ``UsageError``."""
         return tuple(map(parse_variable, self.over))
 
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What counts. Raises ``UsageError``."""
+        return parse_objectives(self.objective, minimize=self.minimize)
+
+    @property
+    def picked(self) -> str:
+        """What the result is chosen by: the name of an objective, or ``balanced``."""
+        return self.pick or self.objectives[0].name
+
     def check(self) -> None:
         """Raise ``UsageError`` for settings that contradict one another."""
-        if (self.score is None) == (self.data is None):
-            raise UsageError("a search needs one score", hint="give --score 'COMMAND' or --data FILE")
-        if self.data is not None and self.test_score is not None:
-            raise UsageError("--test-score goes with --score", hint="with --data, give --test a share or a file")
+        given = [flag for flag, value in zip(_SCORES, (self.score, self.data, self.evaluate), strict=True) if value]
+        if len(given) != 1:
+            what = "a search needs one score"
+            raise UsageError(what, hint="give --score 'COMMAND', --data FILE or --evaluate lm_eval:TASK")
+        if self.test_score is not None and self.score is None:
+            raise UsageError("--test-score goes with --score", hint=_TESTS)
+        if self.test_evaluate is not None and self.evaluate is None:
+            raise UsageError("--test-evaluate goes with --evaluate", hint=_TESTS)
         if self.data is not None and self.minimize:
             raise UsageError("accuracy is not to be minimised", hint="leave --minimize out")
+        for flag, asked in (("--evaluate", self.evaluate), ("--test-evaluate", self.test_evaluate)):
+            harness, _, tasks = (asked or f"{HARNESS}:task").partition(":")
+            if harness != HARNESS or not all(tasks.split(",")):
+                raise UsageError(f"it is {HARNESS}:TASK, or {HARNESS}:TASK,TASK", where=f"{flag} {asked}")
+        if self.time is not None:
+            parse_time(self.time)
         _ = self.variables
+        names = [one.name for one in self.objectives]
+        if self.pick is not None and self.pick not in (*names, BALANCED):
+            raise UsageError(
+                f"there is no objective '{self.pick}'", where="--pick", hint=f"known are {', '.join(names)}"
+            )
+
+
+_SCORES = ("--score", "--data", "--evaluate")
+_TESTS = "with --data, give --test a share or a file"
+
+
+def parse_time(text: str) -> float:
+    """Seconds of ``90s``, ``30m``, ``1h30m`` or ``2d``. Raises ``UsageError``."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not parts or "".join(map("".join, parts)) != text:
+        raise UsageError("it is no time", where=f"--time {text}", hint="write 90s, 30m, 1h30m or 2d")
+    return math.fsum(float(number) * _SECONDS[unit] for number, unit in parts)
 
 
 class SearchReport(Report):
-    """The best values, their score, and what the test says of them and of the recipe as written."""
+    """The best values, their scores, the trials that no other beats, and what the test says of the best and of the
+    recipe as written."""
 
     variables: list[dict[str, Any]]
     score: str
+    objectives: list[str]
     trials: int
     failed: int
+    stopped: str
+    """Why no more was tried."""
     best: dict[str, Any]
+    pick: str
+    """What the best was chosen by: an objective, or balanced."""
+    front: list[dict[str, Any]]
+    """The trials that no other equals in all objectives and beats in one."""
     scores: dict[str, dict[str, float | None]]
 
     def shown(self) -> Iterable[Table | Note]:
+        if len(self.objectives) > 1:
+            names = list(self.front[0]["scores"])
+            rows = [
+                (trial["trial"], _said(trial), *(f"{trial['scores'][name]:.6g}" for name in names))
+                for trial in self.front
+            ]
+            yield Table(("trial", "no other is better in all of", *names), rows, texts=2)
         parts = list(self.scores["best"])
-        rows = [
-            (what, *(None if (score := found[part]) is None else f"{score:.6g}" for part in parts))
-            for what, found in self.scores.items()
-        ]
-        yield Table(("recipe", *parts), rows)
-        best = self.best["set"]
-        what = f"--set {' '.join(best)}" if best else "the recipe as written"
-        yield Note(f"best of {self.trials} trials: {what}")
+        yield Table(
+            ("recipe", *parts),
+            [
+                (what, *(None if (score := found[part]) is None else f"{score:.6g}" for part in parts))
+                for what, found in self.scores.items()
+            ],
+        )
+        by = f", by {self.pick}" if len(self.objectives) > 1 else ""
+        yield Note(f"best of {self.trials} trials{by}: {_said(self.best)}")
+
+
+def _said(trial: dict[str, Any]) -> str:
+    return f"--set {' '.join(trial['set'])}" if trial["set"] else "the recipe as written"

@@ -41,6 +41,14 @@ class Variable:
         """The value at a share of the range, 0 for ``low`` and 1 for ``high``."""
         return as_written(self.low + (self.high - self.low) * min(max(share, 0.0), 1.0))
 
+    def share(self, value: float) -> float:
+        """Where in the range a value is."""
+        return (value - self.low) / (self.high - self.low)
+
+    def takes(self, value: float) -> bool:
+        """Whether it may have the value."""
+        return value in self.values if self.values else self.low <= value <= self.high
+
 
 def as_written(value: float) -> float:
     """The number that ten digits say: what the recipe gets, and what the log keeps."""

@@ -1,7 +1,8 @@
 """Which values are tried next.
 
-A strategy is a generator: it yields a list of values, one for each variable, and is sent their score, of which more
-is better. It draws nothing but from its seed, so equal scores make it take the same way again.
+A strategy is a generator: it yields a batch of points, each a list of values, one for each variable, and is sent their
+gains, of which more is better. Points of one batch do not depend on one another and may be tried side by side. It
+draws nothing but from its seed, so equal gains make it take the same way again.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.search.space import Variable
 
 Strategy = Literal["grid", "golden", "coordinate", "cma"]
-Search = Generator[list[float], float, None]
+Point = list[float]
+Search = Generator[list[Point], list[float], None]
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
+_GRID_BATCH = 1024
+"""Points of a grid that are asked for at once: it may have more than fit in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +36,20 @@ class StrategyOptions:
     tolerance: where golden section stops, in shares of the range.
     rounds: how often ``coordinate`` goes through all variables, at most.
     seed: of CMA-ES.
+    start: where ``coordinate`` and CMA-ES begin; the middle of all ranges if left out.
     """
 
     points: int = 5
     tolerance: float = 0.02
     rounds: int = 3
     seed: int = 0
+    start: Sequence[float] | None = None
+
+    def shares(self, variables: Sequence[Variable]) -> list[float]:
+        """Where to begin, in shares of the ranges."""
+        if self.start is None:
+            return [0.5] * len(variables)
+        return [variable.share(value) for variable, value in zip(variables, self.start, strict=True)]
 
 
 def begin_search(strategy: Strategy, variables: Sequence[Variable], options: StrategyOptions) -> Search:
@@ -59,18 +73,19 @@ def begin_search(strategy: Strategy, variables: Sequence[Variable], options: Str
             raise UsageError("golden section searches one value", hint="use --how coordinate")
         return golden(variables[0], options.tolerance)
     if strategy == "coordinate":
-        return coordinate(variables, options.tolerance, options.rounds)
+        return coordinate(variables, options)
     if len(variables) == 1:
         raise UsageError("CMA-ES searches two values or more", hint="use --how golden")
     if importlib.util.find_spec("cma") is None:
         raise UsageError("CMA-ES needs the library cma", hint='run: pip install "pxmerge[search]"')
-    return evolution(variables, options.seed)
+    return evolution(variables, options)
 
 
 def grid(variables: Sequence[Variable], points: int) -> Search:
     """All combinations; the last variable changes fastest."""
-    for values in itertools.product(*(variable.grid(points) for variable in variables)):
-        yield list(values)
+    combinations = itertools.product(*(variable.grid(points) for variable in variables))
+    while batch := [list(values) for values in itertools.islice(combinations, _GRID_BATCH)]:
+        yield batch
 
 
 def golden(variable: Variable, tolerance: float) -> Search:
@@ -78,59 +93,60 @@ def golden(variable: Variable, tolerance: float) -> Search:
     yield from _golden(lambda share: [variable.at(share)], tolerance)
 
 
-def coordinate(variables: Sequence[Variable], tolerance: float, rounds: int) -> Search:
-    """Golden section along one variable after another, the others at their best, from the middle of all ranges.
+def coordinate(variables: Sequence[Variable], options: StrategyOptions) -> Search:
+    """Golden section along one variable after another, the others at their best.
 
     Ends when no variable moves further than the tolerance in a whole round.
     """
-    best = [0.5] * len(variables)
-    for _ in range(rounds):
+    best = options.shares(variables)
+    for _ in range(options.rounds):
         before = list(best)
         for index in range(len(variables)):
-            best[index] = yield from _golden(_along(variables, best, index), tolerance)
-        if all(abs(new - old) <= tolerance for new, old in zip(best, before, strict=True)):
+            best[index] = yield from _golden(_along(variables, best, index), options.tolerance)
+        if all(abs(new - old) <= options.tolerance for new, old in zip(best, before, strict=True)):
             return
 
 
-def _along(variables: Sequence[Variable], best: Sequence[float], index: int) -> Callable[[float], list[float]]:
+def _along(variables: Sequence[Variable], best: Sequence[float], index: int) -> Callable[[float], Point]:
     fixed = list(best)
 
-    def point(share: float) -> list[float]:
+    def point(share: float) -> Point:
         shares = [*fixed[:index], share, *fixed[index + 1 :]]
         return [variable.at(one) for variable, one in zip(variables, shares, strict=True)]
 
     return point
 
 
-def _golden(point: Callable[[float], list[float]], tolerance: float) -> Generator[list[float], float, float]:
+def _golden(point: Callable[[float], Point], tolerance: float) -> Generator[list[Point], list[float], float]:
     """Returns the share that scored best."""
     low, high = 0.0, 1.0
     left, right = high - _GOLDEN, low + _GOLDEN
-    at_left = yield point(left)
-    at_right = yield point(right)
+    at_left, at_right = yield [point(left), point(right)]
     while high - low > tolerance:
         if at_left >= at_right:
             high, right, at_right = right, left, at_left
             left = high - _GOLDEN * (high - low)
-            at_left = yield point(left)
+            (at_left,) = yield [point(left)]
         else:
             low, left, at_left = left, right, at_right
             right = low + _GOLDEN * (high - low)
-            at_right = yield point(right)
+            (at_right,) = yield [point(right)]
     return left if at_left >= at_right else right
 
 
-def evolution(variables: Sequence[Variable], seed: int) -> Search:
-    """CMA-ES (Hansen, arXiv:1604.00772) on ranges scaled to [0, 1], from the middle with a spread of a quarter."""
+def evolution(variables: Sequence[Variable], options: StrategyOptions) -> Search:
+    """CMA-ES (Hansen, arXiv:1604.00772) on ranges scaled to [0, 1], with a spread of a quarter; a batch is a
+    generation."""
     cma = importlib.import_module("cma")
-    settings = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9, "verb_log": 0, "verb_disp": 0}
-    evolved = cma.CMAEvolutionStrategy([0.5] * len(variables), 0.25, settings)
+    drawn = np.random.RandomState(options.seed + 1).randn  # its own: what scores a model may seed numpy's
+    settings = {"bounds": [0, 1], "seed": math.nan, "randn": drawn, "verbose": -9, "verb_log": 0, "verb_disp": 0}
+    evolved = cma.CMAEvolutionStrategy(options.shares(variables), 0.25, settings)
     while not evolved.stop():
         generation = evolved.ask()
-        losses = []
-        for shares in generation:
-            score = yield [variable.at(float(share)) for variable, share in zip(variables, shares, strict=True)]
-            losses.append(-score)
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        worst = max(finite, default=0.0)
+        gains = yield [
+            [variable.at(float(share)) for variable, share in zip(variables, shares, strict=True)]
+            for shares in generation
+        ]
+        losses = [-gain for gain in gains]
+        worst = max((loss for loss in losses if math.isfinite(loss)), default=0.0)
         evolved.tell(generation, [loss if math.isfinite(loss) else worst + 1.0 for loss in losses])
