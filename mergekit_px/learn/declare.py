@@ -57,6 +57,7 @@ __all__ = [
     "Sources",
     "Table",
     "TextSettings",
+    "TrainingSettings",
     "learner",
 ]
 """What a declaration is made of."""
@@ -240,6 +241,15 @@ class ModelSettings(Settings):
     """Makes the model, if config.json names no class; needs --allow-code."""
     precision: Precision = "float32"
     """Of forward and backward passes; nothing else is rounded."""
+
+
+class TrainingSettings(ModelSettings):
+    """How much goes through the model at a time where something is trained by gradients."""
+
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients make one step: that of a batch so many times as large, in the memory of one."""
+    checkpoint_activations: bool = False
+    """Keep only what each layer takes and compute the rest again in the backward pass."""
 
 
 @dataclass(frozen=True, slots=True)

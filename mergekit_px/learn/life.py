@@ -106,11 +106,14 @@ class Run(Generic[S]):
 
     def model(self, name: str = "base", code: str = "model", *, learns: bool = False) -> LearningModel:
         """A model with its forward pass, on the device, in evaluation mode; and its gradients if it learns."""
+        from mergekit_px.learn.activations import checkpoint_activations
         from mergekit_px.learn.models import load_model
 
         factory = getattr(self.settings, code)
         model = load_model(self.checkpoint(name), factory, allow_code=self.settings.allow_code)
         model.module.to(self.device).eval()
+        if getattr(self.settings, "checkpoint_activations", False):
+            checkpoint_activations(model.module)
         if not learns:
             model.module.requires_grad_(False)
         return model

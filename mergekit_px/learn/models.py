@@ -85,21 +85,29 @@ def find_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint
     return open_checkpoint(folder, label=reference, allow_pickle=allow_pickle)
 
 
-def read_tensor(reader: TensorReader, stored: StoredTensor, memory: Tensor | None = None) -> Tensor:
+def read_tensor(reader: TensorReader, stored: StoredTensor) -> Tensor:
     """One tensor of a checkpoint, whole, in its own dtype and shape.
-
-    Args:
-        memory: uint8, at least as many bytes, that are overwritten; fresh memory if left out.
 
     Raises:
         InputError: it cannot be read, or torch has no such dtype.
     """
-    flat = torch.empty(stored.nbytes, dtype=torch.uint8) if memory is None else memory[: stored.nbytes]
-    if stored.nbytes:
-        reader.read_into(stored, 0, _bytes_of(flat))
+    memory = torch.empty(stored.nbytes, dtype=torch.uint8)
+    return read_elements(reader, stored, slice(0, stored.elements), memory).reshape(stored.shape)
+
+
+def read_elements(reader: TensorReader, stored: StoredTensor, piece: slice, memory: Tensor) -> Tensor:
+    """Some elements of a tensor, in row order, in its own dtype; errors as `read_tensor`.
+
+    Args:
+        memory: uint8, at least as many bytes, that are overwritten.
+    """
     if stored.dtype.bits < 8:
         raise InputError(f"{shown(stored.name)} is packed {stored.dtype}, which is no tensor to learn with")
-    return flat.view(stored.dtype.torch).reshape(stored.shape)
+    width = stored.dtype.bits // 8
+    flat = memory[: (piece.stop - piece.start) * width]
+    if flat.numel():
+        reader.read_into(stored, piece.start * width, _bytes_of(flat))
+    return flat.view(stored.dtype.torch)
 
 
 def _bytes_of(flat: Tensor) -> memoryview:
@@ -227,6 +235,8 @@ def _transformers_model(checkpoint: Checkpoint) -> LearningModel:
         checkpoint=checkpoint,
         where=str(name),
     )
+    for settings in {id(one): one for one in (module.config, module.config.get_text_config())}.values():
+        settings.use_cache = False  # what generation keeps
     export = functools.partial(_original_names, module)
     return LearningModel(module, checkpoint, _same_arrays(module, checkpoint, export), export)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mergekit_px.errors import InputError, UsageError
-from mergekit_px.learn.data import BESIDE, IGNORED, LABELS, TARGETS, Batch
+from mergekit_px.learn.data import BESIDE, IGNORED, LABELS, TARGETS, Batch, Examples, to_device
 from mergekit_px.learn.labels import target_count
 from mergekit_px.learn.outputs import forward, logits_of, loss_of
+from mergekit_px.learn.precision import Precision, passes
 from mergekit_px.user_code import user_function
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -116,3 +118,24 @@ def _mean_loss(loss: Loss, module: nn.Module, batches: Iterable[Batch]) -> float
             total += float(loss(module, batch)) * count
             counted += count
     return total / counted if counted else float("nan")
+
+
+def evaluate(
+    module: nn.Module,
+    data: Examples,
+    batch: int,
+    device: torch.device,
+    precision: Precision = "float32",
+    *,
+    own_loss: bool = False,
+) -> dict[str, float]:
+    """Mean loss, and percent of right labels where labels are classes."""
+    loss = loss_function("auto", allow_code=False, own_loss=own_loss)
+    names = ["loss"] if data.arrays[TARGETS].is_floating_point() else ["loss", "accuracy"]
+    with torch.no_grad(), passes(device, precision):
+        return {
+            name: metric_function(name, loss, allow_code=False)(
+                module, (to_device(one, device, torch.float32) for one in data.batches(batch))
+            )
+            for name in names
+        }

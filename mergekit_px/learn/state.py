@@ -6,6 +6,7 @@ Random numbers need nothing here: each use draws from (seed, purpose, step).
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,43 @@ def load_state(path: Path, plan_hash: str) -> tuple[Tensors, dict[str, Any]]:
     if found != plan_hash:
         raise other_plan(path)
     return read_tensors(checkpoint), info
+
+
+_SHARE = 20.0
+"""A state is replaced when so many times as long went by as writing it took: one of a gigabyte not after every look."""
+
+
+class StateFile:
+    """The state of a run, replaced as often as its size allows.
+
+    Args:
+        identity: of the run; a state of another is refused.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self._path, self._identity = path, identity
+        self._next = 0.0
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is one to go on from."""
+        return self._path.exists()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write it again."""
+        return time.monotonic() >= self._next
+
+    def save(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Replace it; errors as `save_state`."""
+        start = time.monotonic()
+        save_state(self._path, tensors, {**info, "plan_hash": self._identity})
+        end = time.monotonic()
+        self._next = end + _SHARE * (end - start)
+
+    def load(self) -> tuple[Tensors, dict[str, Any]]:
+        """What was saved; errors as `load_state`."""
+        return load_state(self._path, self._identity)
 
 
 def other_plan(path: Path) -> OutputError:

@@ -26,10 +26,11 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 import mergekit_px.learn.align.run, mergekit_px.learn.ofasd.run, mergekit_px.learn.search.run
-import mergekit_px.learn.stats.run as stats
+import mergekit_px.learn.stats.run
 import mergekit_px.learn.transfer.report as transfer
 import mergekit_px.learn.tune.run
 from mergekit_px.cli import main
+from mergekit_px.learn.state import StateFile
 from mergekit_px.methods import load_methods
 
 load_methods()
@@ -54,7 +55,7 @@ def child(order):
     register_optimizer_step_pre_hook(lambda *given: count("step"))
     register_module_forward_pre_hook(lambda *given: count("forward"))
     sys.addaudithook(audit)
-    stats.SAVE_SECONDS = 0.0  # after every batch
+    StateFile.due = True
     transfer.write_picture = lambda document, path: None
     try:
         code = main(order["words"])

@@ -17,7 +17,8 @@ from mergekit_px.errors import DivergedError, InputError, OutputError, UsageErro
 from mergekit_px.learn.data import split_rows
 from mergekit_px.learn.life import run_learner
 from mergekit_px.learn.models import find_checkpoint, load_model
-from mergekit_px.learn.ofasd.learner import Course, Learner
+from mergekit_px.learn.ofasd.learner import Learner
+from mergekit_px.learn.training import Progress
 from mergekit_px.testing.checkpoints import write_checkpoint
 
 MODEL = """
@@ -298,7 +299,7 @@ def test_a_control_that_diverges_leaves_the_coefficients(world: Path, tmp_path: 
     learned(options(world, tmp_path / "whole", steps=20))
     run = Learner.run
 
-    def broken(self: Learner, state: Path, *given: Any) -> Course:
+    def broken(self: Learner, state: Path, *given: Any) -> Progress:
         if state.stem == "isotropic":
             raise DivergedError("the loss is nan at step 3")
         return run(self, state, *given)

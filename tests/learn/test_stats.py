@@ -19,6 +19,7 @@ from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.data import examples
 from mergekit_px.learn.life import run_learner
 from mergekit_px.learn.models import LearningModel, load_model
+from mergekit_px.learn.state import StateFile
 from mergekit_px.learn.stats import run, sums
 from mergekit_px.learn.stats.fisher import Labels, fisher_information
 from mergekit_px.learn.stats.gram import gram_matrices
@@ -239,7 +240,7 @@ def test_resumed_is_uninterrupted(made: Made, tmp_path: Path, monkeypatch, capsy
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "add_up", interrupted)
-        patch.setattr(run, "SAVE_SECONDS", 0.0)
+        patch.setattr(StateFile, "due", True)
         assert command(made, halved, *words) == 130
     assert "--resume" in capsys.readouterr().err and not halved.exists()
     assert command(made, halved, *words) == 4 and "an unfinished run is there" in capsys.readouterr().err

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import mergekit_px.learn.tune.training as training
+import mergekit_px.learn.training as training
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.cli import main
 from mergekit_px.errors import TensorMismatchError, UsageError
 from mergekit_px.learn.models import LearningModel, load_model
+from mergekit_px.learn.state import StateFile
 from mergekit_px.learn.tune.components import Factors, read_components
 from mergekit_px.learn.tune.settings import TuneReport
 from mergekit_px.learn.tune.substitution import TunedValues, decomposed
@@ -299,7 +300,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(made, tmp_path: Path, mon
     look = training.Training._look
     calls = []
 
-    def interrupted(self: training.Training, loss: float) -> None:
+    def interrupted(self: training.Training, loss: float | None) -> None:
         calls.append(loss)
         if len(calls) == 4:
             raise KeyboardInterrupt
@@ -307,6 +308,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(made, tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Training, "_look", interrupted)
+        patch.setattr(StateFile, "due", True)
         assert command(made, stopped, "-q") == 130
     assert command(made, stopped, "-q") == 4 and "--resume" in capsys.readouterr().err
     assert command(made, stopped, "-q", "--resume", "--learning-rate", 0.2) == 4
@@ -328,7 +330,7 @@ def test_bfloat16_is_for_passes_alone_and_resumes(made, tmp_path: Path, monkeypa
     half, full = (load_file(place / "components.safetensors")["last.weight.S"] for place in (whole, single))
     assert half.dtype == torch.float32 and bool(half.isfinite().all())
     assert not torch.equal(half, full) and torch.allclose(half, full, atol=0.2)
-    step, calls = training.Training._step, []
+    step, calls = training.Training.learn, []
 
     def interrupted(self: training.Training) -> float:
         calls.append(1)
@@ -337,7 +339,8 @@ def test_bfloat16_is_for_passes_alone_and_resumes(made, tmp_path: Path, monkeypa
         return step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "_step", interrupted)
+        patch.setattr(training.Training, "learn", interrupted)
+        patch.setattr(StateFile, "due", True)
         assert command(made, stopped, *words) == 130
     assert command(made, stopped, "-q", "--resume") == 4
     assert command(made, stopped, *words, "--resume") == 0
@@ -347,15 +350,15 @@ def test_bfloat16_is_for_passes_alone_and_resumes(made, tmp_path: Path, monkeypa
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_artefact(made, tmp_path: Path, monkeypatch, capsys) -> None:
     out = tmp_path / "out"
-    step = training.Training._step
+    step = training.Training.learn
 
     def broken(self: training.Training) -> float:
         if self.progress.step == 10:
             with torch.no_grad():
-                self._values.values.fill_(float("nan"))
+                self.free["values"].fill_(float("nan"))
         return step(self)
 
-    monkeypatch.setattr(training.Training, "_step", broken)
+    monkeypatch.setattr(training.Training, "learn", broken)
     assert command(made, out, "-q") == 5
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "the loss is nan at step 11" in error and "--learning-rate" in error

@@ -30,10 +30,13 @@ class ChangedModel:
         self.sites = {site.name: site for site in sites}
         self._inner = {site.name: model.names[site.name] for site in sites}
         self._precision = precision
+        self.dtype = sites[0].target.dtype
 
     def logits(self, changes: Mapping[str, Tensor], batch: Batch, scale: float = 1.0) -> Tensor:
         """Logits with ``scale * changes`` added to the tensors that they name; differentiable in the changes."""
-        changed = {self._inner[name]: self.sites[name].base + scale * change for name, change in changes.items()}
+        changed = {
+            self._inner[name]: self.sites[name].target.detach() + scale * change for name, change in changes.items()
+        }
         return predict(Substituted(self.module, changed), batch, self._precision)
 
     def loss(self, changes: Mapping[str, Tensor], batch: Batch, scale: float = 1.0) -> Tensor:
@@ -48,9 +51,3 @@ class ChangedModel:
             right += right_predictions(self.logits(changes, batch, scale), batch[TARGETS])
             count += target_count(batch)
         return 100.0 * right / count if count else float("nan")
-
-    @torch.no_grad()
-    def write(self, changes: Mapping[str, Tensor], scale: float = 1.0) -> None:
-        """Put the changes into the model for good."""
-        for name, change in changes.items():
-            self.sites[name].target.copy_(self.sites[name].base + scale * change)

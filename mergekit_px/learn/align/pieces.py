@@ -48,7 +48,7 @@ def find_pieces(
     for site in sites:
         if not is_linear(model, site.name) or (which == "attention" and not _ATTENTION.search(site.name)):
             continue
-        rows, columns = site.base.shape
+        rows, columns = site.target.shape
         wide = not square or bool(_ATTENTION.search(site.name))
         found += [piece for piece in pieces_of(site.name, rows, columns) if piece.rows == columns or wide]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mergekit_px.errors import DivergedError
-from mergekit_px.learn.align.fit import Fit
 from mergekit_px.learn.align.fixed import Artefact, FixedMap, Transport
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import Piece
@@ -18,7 +18,9 @@ from mergekit_px.learn.align.rotations import ROTATIONS_FILE, Rotations
 from mergekit_px.learn.align.settings import AlignTask
 from mergekit_px.learn.align.sham import sham_of
 from mergekit_px.learn.data import Batch, Examples, to_device
+from mergekit_px.learn.labels import target_count
 from mergekit_px.learn.life import Run
+from mergekit_px.learn.training import Progress, Schedule, Training, label_share, step_batches
 
 Deltas = Mapping[str, Tensor]
 Keep = Callable[[Deltas, Artefact | None], None]
@@ -50,13 +52,13 @@ class Trial:
             fitting: the part of it that has the shapes of the target: what the naive transfer adds.
             keep: writes a transported task vector, and what it was transported with if that can be used again.
         """
-        moved, rotations, fit = self._transported("aligned", deltas, fitting, keep)
+        moved, rotations, progress = self._transported("aligned", deltas, fitting, keep)
         keep(moved, self._artefact(rotations))
         found: dict[str, Any] = {
             "transported": moved,
-            "steps": fit.step if fit is not None else 0,
-            "best_step": fit.best_step if fit is not None else 0,
-            "trace": [list(entry) for entry in fit.trace] if fit is not None else [],
+            "steps": progress.step,
+            "best_step": progress.best_step,
+            "trace": progress.ranks,
             "norm": {"before": norm(deltas), "after": norm(moved)},
             **(self.fixed.report if self.fixed is not None else {}),
         }
@@ -94,15 +96,17 @@ class Trial:
 
     def batches(self, part: str) -> Iterator[Batch]:
         """The batches of a part, in order, on the device."""
-        dtype = next(iter(self.model.sites.values())).base.dtype
-        return (to_device(batch, self.life.device, dtype) for batch in self.parts[part].batches(self.settings.batch))
+        return (
+            to_device(batch, self.life.device, self.model.dtype)
+            for batch in self.parts[part].batches(self.settings.batch)
+        )
 
     def _transported(
         self, name: str, deltas: Deltas, fitting: Deltas, keep: Keep | None
-    ) -> tuple[Deltas, Rotations | None, Fit | None]:
+    ) -> tuple[Deltas, Rotations | None, Progress]:
         if self.fixed is not None:
-            shapes = {site: tuple(one.base.shape) for site, one in self.model.sites.items()}
-            return self.fixed.moved(deltas, fitting, shapes), None, None
+            shapes = {site: tuple(one.target.shape) for site, one in self.model.sites.items()}
+            return self.fixed.moved(deltas, fitting, shapes), None, Progress()
         return self._rotated(name, fitting, keep)
 
     def _controls(self) -> list[tuple[str, Transport]]:
@@ -113,7 +117,7 @@ class Trial:
             return Artefact(ROTATIONS_FILE, rotations.matrices(), self.metadata)
         return self.fixed.artefact if self.fixed is not None else None
 
-    def _rotated(self, name: str, deltas: Deltas, keep: Keep | None) -> tuple[Deltas, Rotations, Fit]:
+    def _rotated(self, name: str, deltas: Deltas, keep: Keep | None) -> tuple[Deltas, Rotations, Progress]:
         settings, model = self.settings, self.model
         pieces = [piece for piece in self.pieces if piece.tensor in deltas]
         dtype = next(iter(deltas.values())).dtype
@@ -126,34 +130,33 @@ class Trial:
             with torch.no_grad():
                 return rotations.transport(deltas)
 
-        fit = Fit(
+        training = self._training(
             rotations.free,
-            lambda batch: fidelity(batch) + rotations.penalty(),
             fidelity,
-            settings,
-            rate=settings.learning_rate,
+            settings.learning_rate,
+            penalty=rotations.penalty,
             after_step=rotations.retract if settings.parametrisation == "polar" else lambda: None,
         )
         self.life.note(f"learning {len(rotations.free)} matrices ({name})")
         try:
-            self._run(fit, name)
+            self._run(training, name)
         except DivergedError as error:
             if keep is None:
                 raise self._stopped(error, f"the control '{name}'", "learning rate") from error
             keep(moved(), self._artefact(rotations))
             raise DivergedError(
-                f"{error.what}; the result of step {fit.best_step}, the best before, is kept",
+                f"{error.what}; the result of step {training.progress.best_step}, the best before, is kept",
                 where=str(self.life.output),
                 hint="lower the learning rate and start over with --overwrite",
             ) from error
         if settings.project:
             rotations.retract()
-        return moved(), rotations, fit
+        return moved(), rotations, training.progress
 
     def _tuned(self, name: str, start: Deltas) -> Deltas:
         """The changes of a few-shot fine-tune that begins with some changes of the target base."""
         free = {
-            site.name: start.get(site.name, torch.zeros_like(site.base)).clone().requires_grad_()
+            site.name: start.get(site.name, torch.zeros_like(site.target)).clone().requires_grad_()
             for site in self.model.sites.values()
             if site.is_parameter
         }
@@ -164,14 +167,40 @@ class Trial:
 
         self.life.note(f"few-shot fine-tune ({name})")
         try:
-            self._run(Fit(free, loss, loss, self.settings, rate=self.settings.tune_rate), name)
+            self._run(self._training(free, loss, self.settings.tune_rate), name)
         except DivergedError as error:
             raise self._stopped(error, "a few-shot fine-tune", "rate of the fine-tunes") from error
         return {**fixed, **{other: one.detach() for other, one in free.items()}}
 
-    def _run(self, fit: Fit, name: str) -> None:
+    def _training(
+        self, free: dict[str, Tensor], loss: Callable[[Batch], Tensor], rate: float, **options: Any
+    ) -> Training:
+        settings = self.settings
+
+        def score() -> dict[str, float]:
+            scores = [(float(loss(batch)), target_count(batch)) for batch in self.batches("validation")]
+            count = sum(targets for _, targets in scores)
+            return {"loss": sum(one * targets for one, targets in scores) / count if count else math.nan}
+
+        return Training(
+            free,
+            [
+                (
+                    step_batches(self.parts["train"], settings, "train"),
+                    lambda part, whole: loss(part) * label_share(part, whole),
+                )
+            ],
+            score,
+            Schedule(settings.steps, settings.evaluate_every, rate, settings.weight_decay),
+            batch=settings.batch,
+            device=self.life.device,
+            dtype=self.model.dtype,
+            **options,
+        )
+
+    def _run(self, training: Training, name: str) -> None:
         life = self.life
-        fit.run(self.parts, life.device, life.work / f"{name}.safetensors", life.identity, life.tell)
+        training.run(life.work / f"{name}.safetensors", life.identity, life.tell)
 
     def _stopped(self, error: DivergedError, control: str, rate: str) -> DivergedError:
         """The error for a control that diverged when the result itself was written."""

@@ -74,12 +74,12 @@ def _with_data(run: Run[AlignTask], parts: dict[str, Examples], metadata: Mappin
     settings, base, device = run.settings, run.checkpoint("base"), run.device
     model = run.model()
     sites = find_sites(model)
-    dtype = sites[0].base.dtype
+    dtype = sites[0].target.dtype
     parts, reading = run.labelled(model, parts, dtype)
     if reading.kind == "values":
         raise InputError("the labels are values, not classes", where=settings.data, hint="number the classes from 0")
     deltas = read_deltas(run, device, dtype)
-    shapes = {site.name: tuple(site.base.shape) for site in sites}
+    shapes = {site.name: tuple(site.target.shape) for site in sites}
     fitting = {name: one for name, one in deltas.items() if shapes.get(name) == tuple(one.shape)}
     pieces: list[Piece] = []
     fixed: FixedMap | None = None
@@ -175,7 +175,7 @@ def _require_fitting(fitting: Deltas) -> None:
 def _crossed(run: Run[AlignTask], target: LearningModel, train: Examples) -> Crossed:
     settings, device = run.settings, run.device
     source = run.model("source_base", "model" if settings.source_code is None else "source_code")
-    dtype = find_sites(source)[0].base.dtype
+    dtype = find_sites(source)[0].target.dtype
 
     def batches() -> list[Batch]:
         return [to_device(batch, device, dtype) for batch in train.batches(settings.batch)]

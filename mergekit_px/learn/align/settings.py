@@ -16,7 +16,6 @@ from mergekit_px.learn.declare import (
     Controls,
     Input,
     LearnerSettings,
-    ModelSettings,
     Note,
     Option,
     Part,
@@ -25,6 +24,7 @@ from mergekit_px.learn.declare import (
     Seed,
     Table,
     TextSettings,
+    TrainingSettings,
 )
 
 Unit = Literal["heads", "mlp", "residual"]
@@ -33,7 +33,7 @@ _FIRST = 3
 """Names that a line tells of a list."""
 
 
-class AlignSettings(ModelSettings):
+class AlignSettings(TrainingSettings):
     """How a task vector is aligned."""
 
     route: Literal["orthogonal", "theseus", "gradfix", "permutation"] = "orthogonal"

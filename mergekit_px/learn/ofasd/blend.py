@@ -7,10 +7,10 @@ each task vector is needed once more and only tensor by tensor, so that they nev
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,19 +23,21 @@ from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import PlanError, TensorMismatchError
 from mergekit_px.kernels.reduction import weighted_sum
-from mergekit_px.learn.models import LearningModel, read_tensor
+from mergekit_px.learn.models import LearningModel, read_elements, read_tensor
 from mergekit_px.learn.ofasd.blocks import Blocks, Parameter
 from mergekit_px.learn.sources import open_source
+
+_PIECE = 1 << 21
+"""Elements of a tensor that are read and computed at a time."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A floating-point array of the model, by its first name in the checkpoint, and what it is in the base."""
+    """A floating-point array of the model, by its first name in the checkpoint."""
 
     name: str
     names: tuple[str, ...]
     target: Tensor
-    base: Tensor
 
     @property
     def is_parameter(self) -> bool:
@@ -43,7 +45,7 @@ class Site:
 
 
 def find_sites(model: LearningModel) -> list[Site]:
-    """The arrays of a model that are scaled, tied names together. Copies the model once.
+    """The arrays of a model that are scaled, tied names together.
 
     Raises:
         PlanError: the class keeps a tensor in another form than the checkpoint.
@@ -61,7 +63,9 @@ def find_sites(model: LearningModel) -> list[Site]:
         target = state[model.names[name]]
         if target.is_floating_point() and stored.dtype.arithmetic:
             found.setdefault(id(target), (target, []))[1].append(name)
-    return [Site(names[0], tuple(names), target, target.detach().clone()) for target, names in found.values()]
+            if not target.is_contiguous():
+                target.data = target.data.contiguous()
+    return [Site(names[0], tuple(names), target) for target, names in found.values()]
 
 
 def parameters_of(sites: Sequence[Site]) -> tuple[list[Parameter], list[str]]:
@@ -99,22 +103,21 @@ def check_sources(base: Checkpoint, sources: Sequence[Checkpoint]) -> None:
 class Blend:
     """A model whose parameters are the base plus scaled task vectors.
 
+    Nothing that is computed is larger than a piece of a tensor.
+
     Args:
         sites: of the model, on the device.
         blocks: their blocks.
         sources: fine-tunes or task vectors, as `check_sources` accepts them.
-        stream: read task vectors from their files whenever they are needed, instead of keeping them.
+        stream: read base and sources from their files whenever they are needed, instead of keeping them.
     """
 
-    def __init__(self, sites: Sequence[Site], blocks: Blocks, sources: Sequence[Checkpoint], *, stream: bool) -> None:
+    def __init__(
+        self, sites: Sequence[Site], blocks: Blocks, base: Checkpoint, sources: Sequence[Checkpoint], *, stream: bool
+    ) -> None:
         self.sites = sites
         self.blocks = blocks
-        self._sources = sources
-        self._readers = [open_source(source) for source in sources]
-        self._kept: dict[str, list[Tensor]] = {}
-        self._memory = _Memory(sites, sources)
-        if not stream:
-            self._kept = {site.name: [self._read(site, number) for number in range(len(sources))] for site in sites}
+        self._base, *self._sources = (_Values(one, sites, keep=not stream) for one in (base, *sources))
 
     def with_blocks(self, blocks: Blocks) -> Blend:
         """The same model, task vectors and files with other blocks."""
@@ -129,8 +132,8 @@ class Blend:
 
     def close(self) -> None:
         """Release the files."""
-        for reader in self._readers:
-            reader.close()
+        for values in (self._base, *self._sources):
+            values.close()
 
     @torch.no_grad()
     def assemble(self, coefficients: Tensor) -> None:
@@ -142,79 +145,104 @@ class Blend:
             first, count = self.blocks.tensors[site.name]
             rows = coefficients[:, first : first + count]
             used = rows.any(dim=1).nonzero().flatten().tolist()
-            if not used:
-                site.target.copy_(site.base)
-                continue
             rows = rows[used]
-            if count == 1:
-                total = weighted_sum(self._deltas(site, used), rows[:, 0].tolist())
-            else:
-                groups = self._groups(site, count)
-                total = torch.zeros_like(site.base)
-                for delta, row in zip(self._deltas(site, used), rows, strict=True):
-                    total.addcmul_(delta, row.to(total)[groups].view_as(total))
-            site.target.copy_(total.add_(site.base))
+            groups = None if count == 1 else self._groups(site, count)
+            target = site.target.detach().view(-1)
+            for piece in _pieces(site):
+                base = self._base.read(site, piece)
+                if not used:
+                    target[piece].copy_(base)
+                    continue
+                deltas = self._deltas(site, piece, base, used)
+                if groups is None:
+                    total = weighted_sum(deltas, rows[:, 0].tolist())
+                else:
+                    total = torch.zeros_like(target[piece])
+                    for delta, row in zip(deltas, rows, strict=True):
+                        total.addcmul_(delta, row.to(total)[groups[piece]])
+                target[piece].copy_(total.add_(base))
+
+    @contextmanager
+    def gradients(self, values: Tensor) -> Iterator[None]:
+        """Inside, backward passes add the gradient of the coefficients to ``values.grad``, tensor by tensor as the
+        gradients of the parameters come, which keep none."""
+
+        def hook(site: Site, parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                return
+            first, count = self.blocks.tensors[site.name]
+            values.grad = torch.zeros_like(values) if values.grad is None else values.grad
+            values.grad[:, first : first + count] += self._slopes(site, gradient, count).to(values)
+
+        hooks = [
+            site.target.register_post_accumulate_grad_hook(partial(hook, site))
+            for site in self.sites
+            if site.is_parameter
+        ]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
 
     @torch.no_grad()
-    def gradient(self) -> Tensor:
-        """The gradient of the coefficients after a backward pass; float64, (sources, blocks), on the CPU."""
-        result = torch.zeros(len(self._sources), len(self.blocks.names), dtype=torch.float64)
-        everyone = range(len(self._sources))
-        for site in self.sites:
-            gradient = site.target.grad
-            if gradient is None:
-                continue
-            first, count = self.blocks.tensors[site.name]
-            groups = None if count == 1 else self._groups(site, count)
-            slope = gradient.flatten()
-            slope = slope.float() if slope.element_size() < 4 else slope
-            rows = []
-            for delta in self._deltas(site, everyone):
+    def _slopes(self, site: Site, gradient: Tensor, count: int) -> Tensor:
+        """The gradient of the coefficients of a tensor, (sources, its blocks), float64."""
+        groups = None if count == 1 else self._groups(site, count)
+        slope = gradient.flatten()
+        found = torch.zeros(len(self._sources), count, dtype=torch.float64, device=slope.device)
+        for piece in _pieces(site):
+            base = self._base.read(site, piece)
+            for row, delta in enumerate(self._deltas(site, piece, base, range(len(self._sources)))):
                 if groups is None:
-                    rows.append(torch.dot(slope, delta.flatten().to(slope))[None])
+                    found[row] += torch.dot(slope[piece], delta)
                 else:
-                    rows.append(torch.bincount(groups, (slope * delta.flatten()).double(), count))
-            result[:, first : first + count] += torch.stack(rows).cpu()
-        return result
+                    found[row] += torch.bincount(groups[piece], (slope[piece] * delta).double(), count)
+        return found
 
     def _groups(self, site: Site, count: int) -> Tensor:
-        return group_numbers(self.blocks.seed, site.name, math.prod(site.base.shape), count, site.base.device)
+        return group_numbers(self.blocks.seed, site.name, site.target.numel(), count, site.target.device)
 
-    def _deltas(self, site: Site, sources: Iterable[int]) -> Iterator[Tensor]:
-        """The task vectors of some sources at one place, one after another; each only until the next is taken."""
-        kept = self._kept.get(site.name)
-        return (self._read(site, number, self._memory) if kept is None else kept[number] for number in sources)
+    def _deltas(self, site: Site, piece: slice, base: Tensor, sources: Iterable[int]) -> Iterator[Tensor]:
+        """Pieces of the task vectors of some sources, one after another; each only until the next is taken."""
+        delta = torch.empty(piece.stop - piece.start, dtype=site.target.dtype, device=site.target.device)
+        for number in sources:
+            source = self._sources[number]
+            delta.copy_(source.read(site, piece))
+            yield delta if source.are_differences else delta.sub_(base)
 
-    def _read(self, site: Site, number: int, memory: _Memory | None = None) -> Tensor:
-        source = self._sources[number]
-        stored = source.tensors[site.name]
-        if memory is None:
-            value = read_tensor(self._readers[number], stored).to(site.base)
+
+class _Values:
+    """What a checkpoint holds at the sites of a model, as it is stored: in memory, or in its files."""
+
+    def __init__(self, checkpoint: Checkpoint, sites: Sequence[Site], *, keep: bool) -> None:
+        self.are_differences = is_task_vector(checkpoint)
+        self._tensors = checkpoint.tensors
+        self._reader = open_source(checkpoint)
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._kept: dict[str, Tensor] = {}
+        for site in sites if keep else ():
+            stored = self._tensors[site.name]
+            self._kept[site.name] = read_tensor(self._reader, stored).to(site.target.device).flatten()
+
+    def read(self, site: Site, piece: slice) -> Tensor:
+        """Some elements, in row order; until the next are read."""
+        if site.name in self._kept:
+            found = self._kept[site.name][piece]
         else:
-            value = memory.like(site.base, read_tensor(self._readers[number], stored, memory.raw))
-        return value if is_task_vector(source) else value.sub_(site.base)
+            stored = self._tensors[site.name]
+            room = (piece.stop - piece.start) * stored.dtype.bits // 8
+            if len(self._memory) < room:  # fresh pages cost more than the bytes that fill them
+                self._memory = torch.empty(room, dtype=torch.uint8)
+            found = read_elements(self._reader, stored, piece, self._memory).to(site.target.device)
+        return found if found.element_size() > 1 else found.to(site.target.dtype)
+
+    def close(self) -> None:
+        self._kept.clear()
+        self._reader.close()
 
 
-class _Memory:
-    """Memory that task vectors are read into again and again: fresh pages cost more than the bytes that fill them."""
-
-    def __init__(self, sites: Sequence[Site], sources: Sequence[Checkpoint]) -> None:
-        self._largest = max((site.base.numel() for site in sites), default=0)
-        self._bytes = max((source.tensors[site.name].nbytes for site in sites for source in sources), default=0)
-        self._raw: Tensor | None = None
-        self._value: Tensor | None = None
-
-    @property
-    def raw(self) -> Tensor:
-        """uint8, enough for any tensor as it is stored."""
-        if self._raw is None:
-            self._raw = torch.empty(self._bytes, dtype=torch.uint8)
-        return self._raw
-
-    def like(self, base: Tensor, read: Tensor) -> Tensor:
-        """What was read, in the dtype and on the device of ``base``."""
-        if read.dtype == base.dtype and base.device.type == "cpu":
-            return read
-        if self._value is None:
-            self._value = torch.empty(self._largest, dtype=base.dtype, device=base.device)
-        return self._value[: base.numel()].view(base.shape).copy_(read)
+def _pieces(site: Site) -> Iterator[slice]:
+    count = site.target.numel()
+    return (slice(start, min(start + _PIECE, count)) for start in range(0, count, _PIECE))

@@ -106,7 +106,7 @@ def _turns(
 ) -> Iterator[range]:
     """Rows of the data, as many at a time as may wait: whole batches."""
     blend.assemble(torch.zeros(blend.source_count, len(blend.blocks.names), dtype=torch.float64))
-    sample = to_device(data.take(torch.arange(1)).arrays, device, blend.sites[0].base.dtype)
+    sample = to_device(data.take(torch.arange(1)).arrays, device, blend.sites[0].target.dtype)
     bytes_for_example = 4 * predict(module, sample, settings.precision).numel()
     batches = max(1, MOST_BYTES // max(1, bytes_for_example * settings.batch))
     step = batches * settings.batch
@@ -118,7 +118,7 @@ def _logits(
     blend: Blend, module: nn.Module, data: Examples, settings: CoefficientSettings, device: torch.device
 ) -> Tensor:
     """(n, classes), float32, on the CPU: of the predictions that count."""
-    batches = (to_device(batch, device, blend.sites[0].base.dtype) for batch in data.batches(settings.batch))
+    batches = (to_device(batch, device, blend.sites[0].target.dtype) for batch in data.batches(settings.batch))
     return torch.cat([counted(predict(module, batch, settings.precision), batch).float().cpu() for batch in batches])
 
 

@@ -60,10 +60,9 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
 
 
-def penalty(values: Tensor, initial: Tensor, learned: Tensor, factor: float, norm: int) -> tuple[float, Tensor]:
-    """``factor * mean |c - c_initial|^p`` over the coefficients that learn, and its gradient."""
+def penalty(values: Tensor, initial: Tensor, learned: Tensor, factor: float, norm: int) -> Tensor | float:
+    """``factor * mean |c - c_initial|^p`` over the coefficients that learn."""
+    if not factor:
+        return 0.0
     offset = (values - initial) * learned
-    count = max(int(learned.sum()) * len(values), 1)
-    value = factor * float(offset.abs().pow(norm).sum()) / count
-    slope = offset.sign() if norm == 1 else norm * offset
-    return value, factor * slope / count
+    return factor * offset.abs().pow(norm).sum() / max(int(learned.sum()) * len(values), 1)

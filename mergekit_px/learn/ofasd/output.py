@@ -10,21 +10,21 @@ from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.batch_norm import batch_norms
-from mergekit_px.learn.ofasd.learner import Course, Learner
+from mergekit_px.learn.ofasd.learner import Learner
 from mergekit_px.learn.ofasd.settings import OfasdSettings
 
 RECIPE_FILE = "recipe.yaml"
 BUFFERS = "buffers"
 
 
-def write_result(run: Run[OfasdSettings], model: LearningModel, learner: Learner, course: Course) -> None:
-    """Write the best coefficients of a course, and the recipe that applies them; the model is settled at them.
+def write_result(run: Run[OfasdSettings], model: LearningModel, learner: Learner) -> None:
+    """Write the best coefficients of a learner, and the recipe that applies them; the model is settled at them.
 
     Raises:
         WriteError: the disk refuses.
     """
     blocks = learner.blend.blocks
-    values = tuple(tuple(row) for row in course.best.tolist())
+    values = tuple(tuple(row) for row in learner.best.tolist())
     table = CoefficientTable(tuple(run.settings.sources), blocks.names, blocks.tensors, blocks.seed, values)
     write_table(table, run.stage / COEFFICIENTS_FILE)
     estimated = _running_statistics(model) if learner.settings.batch_norm == "reestimate" else []

@@ -22,11 +22,12 @@ from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, parameters_of
 from mergekit_px.learn.ofasd.blocks import make_blocks
 from mergekit_px.learn.ofasd.ensemble import Ensemble, ensemble
-from mergekit_px.learn.ofasd.learner import Course, Learner
+from mergekit_px.learn.ofasd.learner import Learner
 from mergekit_px.learn.ofasd.output import RECIPE_FILE, write_result
 from mergekit_px.learn.ofasd.scores import Bench, teacher_scores, warnings_about
 from mergekit_px.learn.ofasd.settings import OfasdReport, OfasdSettings
 from mergekit_px.learn.sources import require_same_tokens
+from mergekit_px.learn.training import Progress
 
 
 def fit(run: Run[OfasdSettings]) -> OfasdReport:
@@ -49,12 +50,12 @@ def fit(run: Run[OfasdSettings]) -> OfasdReport:
     for site in sites:
         if site.is_parameter:
             site.target.requires_grad_()
-    dtype = sites[0].base.dtype
+    dtype = sites[0].target.dtype
     data, reading = read_labels(module, data, device, dtype, labelled=labelled)
     if control is not None:
         control, _ = read_labels(module, control, device, dtype)
     parameters, buffers = parameters_of(sites)
-    blend = Blend(sites, make_blocks(parameters, buffers, settings), sources, stream=settings.stream)
+    blend = Blend(sites, make_blocks(parameters, buffers, settings), base, sources, stream=settings.stream)
     try:
         teacher = None
         if settings.objective == "distill":
@@ -82,9 +83,9 @@ class _Fit:
         """Learn, write the result, and score it beside its controls."""
         settings = self.run.settings
         learner = self._learner(self.blend)
-        course = self._learned(learner, "anisotropic", learner)
+        progress = self._learned(learner, "anisotropic", learner)
         bench = Bench(learner, labelled=labelled, has_control="control" in self.parts)
-        equal = torch.full_like(course.values, 1 / len(self.shares))
+        equal = torch.full_like(learner.best, 1 / len(self.shares))
         scores = {}
         if settings.controls != "none":
             scores = {"base": bench.score(torch.zeros_like(equal)), "average": bench.score(equal)}
@@ -92,8 +93,8 @@ class _Fit:
                 scores["weighted average"] = bench.score(torch.tensor(self.shares).double()[:, None].expand_as(equal))
         if settings.controls == "all" and settings.granularity != "model":
             scores["isotropic"] = self._isotropic(bench, learner)
-        scores["learned"] = bench.score(course.best)
-        write_result(self.run, self.model, learner, course)  # the model is settled at the best coefficients
+        scores["learned"] = bench.score(learner.best)
+        write_result(self.run, self.model, learner)  # the model is settled at the best coefficients
         of_teacher = None
         if teacher is not None:
             of_teacher = teacher_scores(teacher, test, self.parts["test"], settings.sources, labelled=labelled)
@@ -103,15 +104,15 @@ class _Fit:
             shares=list(self.shares),
             labels=reading.kind if labelled else None,
             examples={part: len(one) for part, one in self.parts.items()},
-            steps=course.step,
-            best_step=course.best_step,
-            best_validation_score=course.best_score,
-            trace=course.trace,
+            steps=progress.step,
+            best_step=progress.best_step,
+            best_validation_score=progress.best_score,
+            trace=progress.ranks,
             test=scores,
             teacher=of_teacher,
             warnings=warnings_about(scores, of_teacher),
             coefficients={
-                name: course.best[:, column].tolist()
+                name: learner.best[:, column].tolist()
                 for column, name in enumerate(blocks.names)
                 if settings.granularity != "random"
             },
@@ -130,20 +131,20 @@ class _Fit:
         whole = {"granularity": "model", "groups": (), "random_groups": 1}
         blocks = make_blocks(parameters, buffers, self.run.settings.model_copy(update=whole))
         learner = self._learner(self.blend.with_blocks(blocks))
-        course = self._learned(learner, "isotropic", asked_for)
-        return bench.of(learner).score(course.best)
+        self._learned(learner, "isotropic", asked_for)
+        return bench.of(learner).score(learner.best)
 
-    def _learned(self, learner: Learner, name: str, asked_for: Learner) -> Course:
+    def _learned(self, learner: Learner, name: str, asked_for: Learner) -> Progress:
         """What came of a learner; where it diverges, the best that was asked for so far is written."""
         run = self.run
         run.note(f"learning {int(sum(learner.blend.blocks.learned)) * len(self.shares)} {name} coefficients")
         try:
             return learner.run(run.work / f"{name}.safetensors", run.identity, run.tell)
         except DivergedError as error:
-            asked_for.settle(asked_for.course.best)
-            write_result(run, self.model, asked_for, asked_for.course)
+            asked_for.settle(asked_for.best)
+            write_result(run, self.model, asked_for)
             where = "" if learner is asked_for else f" of the {name} coefficients"
-            kept = f"the coefficients of step {asked_for.course.best_step}, the best before, are kept"
+            kept = f"the coefficients of step {asked_for.training.progress.best_step}, the best before, are kept"
             raise DivergedError(
                 f"{error.what}{where}; {kept}",
                 where=str(run.output),

@@ -16,7 +16,6 @@ from mergekit_px.learn.declare import (
     Data,
     Input,
     LearnerSettings,
-    ModelSettings,
     Note,
     Option,
     Rate,
@@ -26,6 +25,7 @@ from mergekit_px.learn.declare import (
     Sources,
     Table,
     TextSettings,
+    TrainingSettings,
 )
 
 Objective = Literal["distill", "cross-entropy", "entropy", "negation"]
@@ -40,7 +40,7 @@ _DEFAULTS: Mapping[Objective, Mapping[str, Any]] = {
 }
 
 
-class CoefficientSettings(ModelSettings):
+class CoefficientSettings(TrainingSettings):
     """How coefficients are learned; None stands for the default of the objective."""
 
     objective: Objective = "distill"

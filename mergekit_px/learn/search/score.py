@@ -19,9 +19,9 @@ from mergekit_px.learn.data import Examples, split_rows
 from mergekit_px.learn.data_files import load_data, needs_model
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import find_checkpoint, load_model
+from mergekit_px.learn.objective import evaluate
 from mergekit_px.learn.search.objectives import SCORE, Metrics
 from mergekit_px.learn.search.settings import SearchSettings
-from mergekit_px.learn.tune.training import evaluate
 
 Score = Callable[[Path], Metrics]
 """From the folder of a model to numbers; NaN where the model is good for nothing."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +14,7 @@ from mergekit_px.learn.data import Examples, derived_seed
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.models import LearningModel
-from mergekit_px.learn.state import load_state, save_state, under
+from mergekit_px.learn.state import StateFile, under
 from mergekit_px.learn.stats.fisher import FisherSums
 from mergekit_px.learn.stats.gram import GramSums
 from mergekit_px.learn.stats.settings import Kind, StatsReport, StatsSettings
@@ -27,8 +24,6 @@ from mergekit_px.methods.regmean import GRAM
 
 STATISTICS_KIND = "statistics"
 FINGERPRINT_KEY = "pxmerge.model_fingerprint"
-SAVE_SECONDS = 30.0
-"""States are saved so far apart at least: one is as large as the statistics."""
 
 _WORDS = {"fisher": "Fisher information, examples", "gram": "Gram matrices, examples"}
 
@@ -49,7 +44,7 @@ def fit(run: Run[StatsSettings]) -> StatsReport:
     examples, reading = read_labels(model.module, examples, run.device)
     if reading.kind == "values":
         raise InputError("labels are values, and statistics are taken for classes", where=examples.where)
-    tensors = _measured(run, model, examples, _Course(run.work / "sums.safetensors", run.identity))
+    tensors = _measured(run, model, examples, StateFile(run.work / "sums.safetensors", run.identity))
     metadata = {KIND_KEY: STATISTICS_KIND, FINGERPRINT_KEY: run.fingerprint("checkpoint")}
     write_tensors(run.stage / run.output.name, tensors, metadata)
     return StatsReport(
@@ -65,31 +60,11 @@ def fit(run: Run[StatsSettings]) -> StatsReport:
     )
 
 
-@dataclass
-class _Course:
-    """How far measuring has come, in the file of its state."""
-
-    state: Path
-    plan_hash: str
-
-    def load(self) -> tuple[Tensors, dict[str, int]]:
-        """The sums by kind and name, and for each kind the batches that are in them; nothing if no state is there."""
-        if not self.state.exists():
-            return {}, {}
-        tensors, info = load_state(self.state, self.plan_hash)
-        return tensors, info["batches"]
-
-    def save(self, sums: Mapping[str, FisherSums | GramSums], batches: Mapping[str, int]) -> None:
-        """Replace the state."""
-        tensors = {f"{kind}.{name}": one for kind, part in sums.items() for name, one in part.state().items()}
-        save_state(self.state, tensors, {"plan_hash": self.plan_hash, "batches": dict(batches)})
-
-
-def _measured(run: Run[StatsSettings], model: LearningModel, examples: Examples, course: _Course) -> Tensors:
+def _measured(run: Run[StatsSettings], model: LearningModel, examples: Examples, state: StateFile) -> Tensors:
     """All statistics, by name with the suffix of their kind."""
-    saved, batches = course.load()
+    saved, info = state.load() if state.exists else ({}, {"batches": {}})
+    batches: dict[str, int] = info["batches"]
     sums: dict[str, FisherSums | GramSums] = {}
-    last = time.monotonic()
     for kind in dict.fromkeys(run.settings.what):
         fresh = _sums(kind, model, run)
         if kind in batches:
@@ -97,11 +72,10 @@ def _measured(run: Run[StatsSettings], model: LearningModel, examples: Examples,
         sums[kind] = fresh
 
         def after(done: int, kind: Kind = kind) -> None:
-            nonlocal last
             batches[kind] = done
-            if time.monotonic() - last >= SAVE_SECONDS:
-                course.save(sums, batches)
-                last = time.monotonic()
+            if state.due:
+                parts = {f"{of}.{name}": one for of, part in sums.items() for name, one in part.state().items()}
+                state.save(parts, {"batches": batches})
 
         def told(done: int, total: int, kind: Kind = kind) -> None:
             run.tell(_WORDS[kind], done, total)

@@ -7,21 +7,26 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
 from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import DivergedError, InputError
+from mergekit_px.learn.data import Batch, Examples
 from mergekit_px.learn.life import Run
+from mergekit_px.learn.objective import evaluate, loss_function
 from mergekit_px.learn.output import write_model
+from mergekit_px.learn.precision import passes
+from mergekit_px.learn.training import Schedule, Training, label_share, step_batches
 from mergekit_px.learn.tune.components import read_components
 from mergekit_px.learn.tune.settings import TuneReport, TuneSettings
 from mergekit_px.learn.tune.substitution import TunedValues
-from mergekit_px.learn.tune.training import Training, evaluate
 
 ARTEFACT = "components.safetensors"
 MODEL = "model"
 _STATE = "state.safetensors"
+_PASSES = 10
+"""Over the data, where no number of steps is asked for: as many epochs as AXIS trains."""
 
 
 def fit(run: Run[TuneSettings]) -> TuneReport:
@@ -48,29 +53,44 @@ def fit(run: Run[TuneSettings]) -> TuneReport:
     model = run.model()
     parts, reading = run.labelled(model, parts)
 
+    def score(module: nn.Module, part: Examples) -> dict[str, float]:
+        return evaluate(module, part, 4 * settings.batch, device, settings.precision, own_loss=reading.own_loss)
+
     def scored(module: nn.Module) -> dict[str, dict[str, float]]:
-        batch = 4 * settings.batch
-        return {
-            part: evaluate(module, held, batch, device, settings.precision, own_loss=reading.own_loss)
-            for part, held in parts.items()
-            if part != "train"
-        }
+        return {part: score(module, held) for part, held in parts.items() if part != "train"}
 
     scores = {"base": scored(model.module)}
     values = TunedValues(model, components, top=settings.top, core=settings.core, match=settings.match)
     with torch.no_grad():
         scores["components"] = scored(values.substituted())
-    training = Training(
-        values,
-        parts["train"],
-        parts["validation"],
-        settings,
-        device=device,
-        state=run.work / _STATE,
-        identity=run.identity,
-        own_loss=reading.own_loss,
+    loss_of = loss_function("auto", allow_code=False, own_loss=reading.own_loss)
+
+    def loss(part: Batch, whole: Batch) -> Tensor:
+        with passes(device, settings.precision):
+            return loss_of(values.substituted(), part) * label_share(part, whole)
+
+    epoch = max(1, len(parts["train"]) // (settings.batch * settings.accumulate))
+    schedule = Schedule(
+        settings.steps or _PASSES * epoch,
+        settings.evaluate_every or epoch,
+        settings.learning_rate,
+        settings.weight_decay,
+        settings.clip,
     )
-    progress = training.run(run.tell)
+    training = Training(
+        {"values": values.values},
+        [(step_batches(parts["train"], settings, "tune"), loss)],
+        lambda: score(values.substituted(), parts["validation"]),
+        schedule,
+        batch=settings.batch,
+        device=device,
+    )
+    stopped = None
+    try:
+        training.run(run.work / _STATE, run.identity, run.tell)
+    except DivergedError as error:
+        stopped = error.what
+    progress = training.progress
     write_tensors(run.stage / ARTEFACT, values.artefact(), {KIND_KEY: COMPONENTS_KIND, BASE_KEY: base_print})
     values.write()
     scores["tuned"] = scored(model.module)
@@ -81,14 +101,14 @@ def fit(run: Run[TuneSettings]) -> TuneReport:
         examples={part: len(held) for part, held in parts.items()},
         steps=progress.step,
         selected_step=progress.best_step,
-        stopped=progress.stopped,
-        trace=[{"step": step, "loss": loss, "validation": score} for step, loss, score in progress.trace],
+        stopped=stopped,
+        trace=[{"step": step, "loss": loss, "validation": scores} for step, loss, scores in progress.trace[1:]],
         scores=scores,
     )
-    if progress.stopped is not None:
+    if stopped is not None:
         run.report(report)
         raise DivergedError(
-            f"{progress.stopped}; what was best on validation until then (step {progress.best_step}) is kept",
+            f"{stopped}; what was best on validation until then (step {progress.best_step}) is kept",
             where=str(run.output),
             hint="start over with a lower --learning-rate and --overwrite",
         )

@@ -13,17 +13,17 @@ from mergekit_px.learn.declare import (
     Input,
     LabelledSettings,
     LearnerSettings,
-    ModelSettings,
     Note,
     Option,
     Report,
     Table,
+    TrainingSettings,
 )
 
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class TuneSettings(LearnerSettings, LabelledSettings, ModelSettings):
+class TuneSettings(LearnerSettings, LabelledSettings, TrainingSettings):
     """The defaults are those that AXIS takes over from aTLAS (arXiv:2407.02880)."""
 
     components: Annotated[str, Input("file"), Option(metavar="COMPONENTS", by_place=True)]

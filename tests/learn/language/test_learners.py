@@ -270,3 +270,18 @@ def numbers(tree: Any) -> list[float]:
     if isinstance(tree, list):
         return [one for value in tree for one in numbers(value)]
     return [float(tree)] if isinstance(tree, float) else []
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_step_in_parts_and_activations_computed_again_are_the_step(world: str) -> None:
+    whole, parts, other = (
+        ofasd("data.npz", name, "--steps", "6", *more.split())["coefficients"]
+        for name, more in {
+            "whole": "--batch 24",
+            "parts": "--batch 6 --accumulate 4 --checkpoint-activations",
+            "other": "--batch 6",
+        }.items()
+    )
+    for name, values in whole.items():
+        assert parts[name] == pytest.approx(values, abs=1e-5)
+    assert any(other[name] != pytest.approx(values, abs=1e-4) for name, values in whole.items())
