@@ -7,7 +7,8 @@
     │   ├── InputNotFoundError        3
     │   ├── MalformedCheckpointError  3   a file breaks the safetensors format or its index
     │   ├── AdapterError              3   an adapter that cannot be read or merged
-    │   └── HubError                  3   the Hub said no, or could not be reached
+    │   ├── HubError                  3   the Hub said no, or could not be reached
+    │   └── ClusterError              3   a cluster that does not answer
     ├── PlanError                     4   the request is understood and refused before any weight is read
     │   ├── TensorMismatchError       4   names, shapes or dtypes of the inputs do not fit one another
     │   ├── MemoryBudgetError         4   a tensor needs more memory than the budget
@@ -75,6 +76,10 @@ class AdapterError(InputError):
 
 
 class HubError(InputError):
+    pass
+
+
+class ClusterError(InputError):
     pass
 
 

@@ -13,6 +13,7 @@ EXTRAS = {
     "fast": ("llvmlite",),
     "s3": ("s3fs",),
     "remote": ("s3fs", "gcsfs", "adlfs"),
+    "cluster": ("ray",),
     "demo": ("transformers", "sklearn", "scipy", "matplotlib"),
 }
 """Extra -> the modules that it brings; the narrower extras come first."""

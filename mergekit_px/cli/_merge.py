@@ -28,8 +28,13 @@ if TYPE_CHECKING:
     from mergekit_px.recipe.model import Push
 
 
-def merge_file(path: str, options: RunOptions, *, part: str | None = None, locked: bool = False) -> int:
-    """Run a recipe file of either dialect, or one part of it; ``locked``: with the inputs of its lock file."""
+def merge_file(
+    path: str, options: RunOptions, *, part: str | None = None, cluster: str | None = None, locked: bool = False
+) -> int:
+    """Run a recipe file of either dialect, here or on a cluster, or one part of it.
+
+    ``locked``: with the inputs of its lock file.
+    """
     from mergekit_px.checkpoint.destination import LOCK_FILE
     from mergekit_px.plan.method_catalog import method_catalog
     from mergekit_px.recipe.load import load_recipe
@@ -37,7 +42,11 @@ def merge_file(path: str, options: RunOptions, *, part: str | None = None, locke
     loaded = load_recipe(path, overrides=options.overrides(), methods=method_catalog())
     if locked and loaded.recipe.lock is None:
         loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"lock": LOCK_FILE}))
-    return merge(loaded, options) if part is None else _merge_part(loaded, options, part)
+    if part is None:
+        return merge(loaded, options, cluster=cluster)
+    if cluster is not None:
+        raise UsageError("--part is one job of an array, and --cluster all of them", hint="give one of them")
+    return _merge_part(loaded, options, part)
 
 
 def _merge_part(loaded: LoadedRecipe, options: RunOptions, part: str) -> int:
@@ -88,7 +97,7 @@ def load_mapping(recipe: Mapping[str, Any], options: RunOptions) -> LoadedRecipe
     return recipe_from_mapping(recipe, methods=method_catalog(), name="", overrides=options.overrides())
 
 
-def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
+def merge(loaded: LoadedRecipe, options: RunOptions, *, cluster: str | None = None) -> int:
     """Plan a recipe, carry it out, and publish it if that is asked for; with ``--dry-run`` only show the plan."""
     from mergekit_px.plan.build import build_plan
 
@@ -115,7 +124,10 @@ def merge(loaded: LoadedRecipe, options: RunOptions) -> int:
     for note in plan.notes:
         output.note(f"note: {note}")
     _note_lock(plan, output)
-    result = _run([plan], output)[0] if plan.store is None else _run_to_store(plan, output)
+    if cluster is not None:
+        result = _run_on_cluster(plan, cluster, output)
+    else:
+        result = _run([plan], output)[0] if plan.store is None else _run_to_store(plan, output)
     address = None if push is None else _publish(push, result, output)
     if options.report is not None:
         report_run(plan, result, options.report, output)
@@ -239,6 +251,18 @@ def _run_to_store(plan: Plan, output: Output) -> RunResult:
     with progress_on(output) as advance:
         try:
             return run_to_store(plan, progress=lambda state: advance(state.phase, state.bytes_done, state.bytes_total))
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
+def _run_on_cluster(plan: Plan, cluster: str, output: Output) -> RunResult:
+    from mergekit_px.execute.cluster import run_on_cluster
+
+    with progress_on(output) as advance:
+        try:
+            return run_on_cluster(
+                plan, cluster, progress=lambda state: advance(state.phase, state.bytes_done, state.bytes_total)
+            )
         except KeyboardInterrupt:
             raise Interrupted from None
 

@@ -15,7 +15,23 @@ Part = Annotated[
 ]
 
 
-def run(recipe: RecipeFile, options: RunOptions, part: Part = None, locked: Locked = False) -> int:
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="CLUSTER",
+        help="Hand the files of the output out to Ray: ray begins it here, ray:HOST:PORT joins one.",
+    ),
+]
+
+
+def run(
+    recipe: RecipeFile,
+    options: RunOptions,
+    part: Part = None,
+    cluster: Cluster = None,
+    locked: Locked = False,
+) -> int:
     """Run a recipe and write the merged model.
 
     The output folder gets the weights, the edited config, the tokenizer and other side files, a model card, the
@@ -26,7 +42,8 @@ def run(recipe: RecipeFile, options: RunOptions, part: Part = None, locked: Lock
 
     With --part the files of the output are shared out among the jobs of an array, on one machine or on many with a
     common file system; --shard-size says how many files there are. A part that is run again goes on where it was.
-    `pxmerge publish` puts the parts together.
+    `pxmerge publish` puts the parts together. With --cluster the workers of a Ray cluster take the parts, what is lost
+    with one is begun again, and the result is put together at the end; an unfinished run goes on when it is run again.
 
     An output in an object store, -o s3://bucket/key, is written file by file, and goes on with --resume too.
 
@@ -41,5 +58,6 @@ def run(recipe: RecipeFile, options: RunOptions, part: Part = None, locked: Lock
       pxmerge run mergekit.yml --resume
       pxmerge run recipe.yaml --locked
       pxmerge run recipe.yaml -o ./merged --part $SLURM_ARRAY_TASK_ID/8
+      pxmerge run recipe.yaml -o ./merged --cluster ray:10.0.0.1:6379
     """
-    return merge_file(recipe, options, part=part, locked=locked)
+    return merge_file(recipe, options, part=part, cluster=cluster, locked=locked)

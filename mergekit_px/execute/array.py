@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.destination import (
     DIRECTORY_LOCK,
@@ -51,8 +51,12 @@ from mergekit_px.execute.run import (
     plan_checkpoints,
     settled_files,
 )
+from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.model import Plan
 from mergekit_px.plan.texts import recipe_text
+
+if TYPE_CHECKING:
+    import torch
 
 _FOLDER = "array"
 _PART = re.compile(r"(\d+)-of-(\d+)")
@@ -78,8 +82,20 @@ def partition(layout: OutputLayout, count: int) -> list[list[str]]:
     return shares
 
 
-def run_part(plan: Plan, number: int, count: int, *, progress: Report | None = None) -> RunResult | None:
+def run_part(
+    plan: Plan,
+    number: int,
+    count: int,
+    *,
+    progress: Report | None = None,
+    fresh: bool = True,
+    totals: Sequence[Sequence[torch.Tensor]] | None = None,
+) -> RunResult | None:
     """Write the files of one part, or go on with it; None where it has none. The plan is that of the whole merge.
+
+    Args:
+        fresh: whether ``mode="overwrite"`` begins the part anew too, and not only replaces an older output.
+        totals: of the sweeps over the whole model, where they are known; else they are made here.
 
     Raises what :func:`run_plan` raises.
     """
@@ -95,9 +111,10 @@ def run_part(plan: Plan, number: int, count: int, *, progress: Report | None = N
     shares = partition(plan.layout, count)
     if not shares[number - 1]:
         return None
-    folder = plan.output / STATE_FOLDER / _FOLDER / f"{number}-of-{count}"
+    folder = array_folder(plan.output) / f"{number}-of-{count}"
     finished = recorded_lock(folder)
-    if finished and not overwrite:
+    anew = overwrite and fresh
+    if finished and not anew:
         if finished.get("plan_hash") != plan.hash:
             raise OutputError(
                 f"part {number} of {count} there is of another plan: the recipe, the inputs or the options changed",
@@ -116,7 +133,7 @@ def run_part(plan: Plan, number: int, count: int, *, progress: Report | None = N
             label: stack.enter_context(closing(open_reader(checkpoint)))
             for label, checkpoint in plan_checkpoints(plan).items()
         }
-        mode: Mode = "overwrite" if overwrite else "resume"
+        mode: Mode = "overwrite" if anew else "resume"
         writer = stack.enter_context(CheckpointWriter(folder, layout, plan.hash, mode=mode))
         hashes = InputHashes(
             plan.inputs,
@@ -133,7 +150,8 @@ def run_part(plan: Plan, number: int, count: int, *, progress: Report | None = N
             return json.dumps({**document, "parts": shares}).encode()
 
         beside[LOCK_FILE] = lock
-        execute(plan, readers, writer, partial(reporter.advance, 0), items=own.items)
+        warnings = stack.enter_context(gathered_warnings())
+        execute(plan, readers, writer, partial(reporter.advance, 0), items=own.items, totals=totals)
         reporter.phase("publishing")
         published = writer.publish(beside)
     reporter.phase("done")
@@ -145,7 +163,20 @@ def run_part(plan: Plan, number: int, count: int, *, progress: Report | None = N
         bytes_written=sum(shard.size for shard in layout.shards),
         peak_memory=peak_memory(),
         notes=plan.notes,
+        warnings=warnings.lines(),
     )
+
+
+def array_folder(output: Path) -> Path:
+    """Where the parts of an output are."""
+    return output / STATE_FOLDER / _FOLDER
+
+
+def part_counts(output: Path) -> list[int]:
+    """Of how many parts those are that lie there; several where they do not fit together."""
+    home = array_folder(output)
+    found = [match for path in (home.iterdir() if home.is_dir() else ()) if (match := _PART.fullmatch(path.name))]
+    return sorted({int(match[2]) for match in found})
 
 
 def publish_parts(output: Path, *, overwrite: bool = False) -> list[str]:
@@ -155,12 +186,11 @@ def publish_parts(output: Path, *, overwrite: bool = False) -> list[str]:
         InputError: there are no parts.
         OutputError: parts are missing, or are not of one merge; the output holds something else.
     """
-    home = output / STATE_FOLDER / _FOLDER
+    home = array_folder(output)
     where = str(output)
-    found = [match for path in (home.iterdir() if home.is_dir() else ()) if (match := _PART.fullmatch(path.name))]
-    if not found:
+    counts = part_counts(output)
+    if not counts:
         raise InputError("no parts of a merge are there", where=where, hint="make them by pxmerge run --part 1/8")
-    counts = sorted({int(match[2]) for match in found})
     if len(counts) > 1:
         raise OutputError(
             f"parts of {' and of '.join(map(str, counts))} are there, which do not fit together",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,9 +16,10 @@ from mergekit_px.execute.encoded import Ranges, Span, encoded, spans
 from mergekit_px.execute.fused import FusedItems, Sink
 from mergekit_px.execute.lane import Lane
 from mergekit_px.execute.scheduler import Job, Routine
+from mergekit_px.execute.sweeps import Totals, driven, replayed, statistics_generator
 from mergekit_px.execute.values import Block, WholeTensor, check_finite
 from mergekit_px.execute.views import RowMeans, ViewValues
-from mergekit_px.methods.declare import Extent, Sweep
+from mergekit_px.methods.declare import Sweep
 from mergekit_px.methods.pruning import RankSweep
 from mergekit_px.plan.budget import BLOCK, needs_whole, ranged, row_length, unit, whole_bytes
 from mergekit_px.plan.model import WorkItem
@@ -88,12 +88,35 @@ class Execution:
     def shared_statistics(self, members: Sequence[tuple[WorkItem, Apply]]) -> Routine[Lane]:
         """Statistics over all tensors of the model that one step treats alike."""
         for item, node in members:
-            for inner in self._unknown(item):
-                if item.applied.index(inner) < item.applied.index(node):
-                    self.statistics[id(inner)] = yield from self._swept(inner, [(item, inner)])
-        found = yield from self._swept(members[0][1], members)
-        for _, node in members:
-            self.statistics[id(node)] = found
+            yield from self._inner_statistics(item, node)
+        self._keep(members, (yield from self._swept(members[0][1], members)))
+
+    def known_statistics(self, members: Sequence[tuple[WorkItem, Apply]], totals: Sequence[torch.Tensor]) -> None:
+        """The same, where the totals of all sweeps are known."""
+        self._keep(members, replayed(members[0][1], _elements(members), totals)[1])
+
+    def partial_sums(
+        self,
+        members: Sequence[tuple[WorkItem, Apply]],
+        share: Sequence[int],
+        totals: Sequence[torch.Tensor],
+        sums: Totals,
+    ) -> Routine[Lane]:
+        """What some of the members, by their numbers, add to the sweep after those whose totals are known."""
+        sweep, _ = replayed(members[0][1], _elements(members), totals)
+        assert sweep is not None
+        for number in share:
+            yield from self._inner_statistics(*members[number])
+        yield [job for number in share for job in self._sweep_jobs(number, members[number], sweep, sums)]
+
+    def _keep(self, members: Sequence[tuple[WorkItem, Apply]], statistics: Any) -> None:
+        self.statistics.update((id(node), statistics) for _, node in members)
+
+    def _inner_statistics(self, item: WorkItem, node: Apply) -> Generator[Sequence[Job[Lane]], list[Any], None]:
+        """Of the methods of an item that another needs the values of."""
+        for inner in self._unknown(item):
+            if item.applied.index(inner) < item.applied.index(node):
+                self.statistics[id(inner)] = yield from self._swept(inner, [(item, inner)])
 
     def _unknown(self, item: WorkItem) -> list[Apply]:
         """The methods of an item that have statistics and do not know them yet, inner ones first."""
@@ -103,20 +126,27 @@ class Execution:
         self, node: Apply, members: Sequence[tuple[WorkItem, Apply]]
     ) -> Generator[Sequence[Job[Lane]], list[Any], Any]:
         """Sweep all chunks of all members as often as the method asks; returns its statistics."""
-        generator = _generator(node, sum(item.elements for item, _ in members))
+        generator = statistics_generator(node, _elements(members))
         total = None
         try:
             while True:
                 sweep = next(generator) if total is None else generator.send(total)
-                sums = _Totals()
+                sums = Totals()
                 yield [
-                    self._job(self._sweep_chunk, item, member, sweep, start, stop, number, sums)
-                    for number, (item, member) in enumerate(members)
-                    for start, stop in self.chunks(item)
+                    job
+                    for number, member in enumerate(members)
+                    for job in self._sweep_jobs(number, member, sweep, sums)
                 ]
                 total = sums.total()
         except StopIteration as finished:
             return finished.value
+
+    def _sweep_jobs(
+        self, number: int, member: tuple[WorkItem, Apply], sweep: Sweep, sums: Totals
+    ) -> Iterator[Job[Lane]]:
+        item, node = member
+        for start, stop in self.chunks(item):
+            yield self._job(self._sweep_chunk, item, node, sweep, start, stop, number, sums)
 
     def _length(self, item: WorkItem) -> int:
         """Elements of an item's chunks."""
@@ -192,11 +222,11 @@ class Execution:
             for node in unknown:
 
                 def total(sweep: Sweep, node: Apply = node) -> torch.Tensor:
-                    sums = _Totals()
+                    sums = Totals()
                     self._sweep(item, node, sweep, raw, 0, item.elements, 0, sums)
                     return sums.total()
 
-                self.statistics[id(node)] = _driven(node, item.elements, total)
+                self.statistics[id(node)] = driven(node, item.elements, total)
             if not (unknown and self._fused(item, 0, item.elements, lane)):
                 self._write(item, raw, 0, item.elements, lane)
 
@@ -262,7 +292,7 @@ class Execution:
         start: int,
         stop: int,
         number: int,
-        sums: _Totals,
+        sums: Totals,
         lane: Lane,
     ) -> None:
         if lane.device.type == "cpu" and isinstance(sweep, RankSweep):
@@ -284,7 +314,7 @@ class Execution:
         start: int,
         stop: int,
         number: int,
-        sums: _Totals,
+        sums: Totals,
     ) -> None:
         piece = unit(item)
         for begin in range(start, stop, piece):
@@ -396,42 +426,14 @@ class Execution:
             stored.copy_(value.reshape(-1))
 
 
-class _Totals:
-    """Sums of partial results in an order that does not depend on who finished first.
-
-    Integers are added at once, since their sum is the same in any order; floats are kept by block.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._integers: torch.Tensor | None = None
-        # As lists: small tensors that stay between the large ones of a worker would keep its heap from shrinking.
-        self._floats: dict[tuple[int, int], Any] = {}
-
-    def add(self, order: tuple[int, int], partial_sum: torch.Tensor) -> None:
-        on_host = partial_sum.cpu()
-        with self._lock:
-            if on_host.is_floating_point():
-                self._floats[order] = on_host.tolist()
-            elif self._integers is None:
-                self._integers = on_host.clone()
-            else:
-                self._integers += on_host
-
-    def total(self) -> torch.Tensor:
-        if not self._floats:
-            return self._integers if self._integers is not None else torch.zeros((), dtype=torch.int64)
-        parts = iter(sorted(self._floats.items()))
-        result = torch.tensor(next(parts)[1], dtype=torch.float64)
-        for _, part in parts:
-            result += torch.tensor(part, dtype=torch.float64)
-        return result
-
-
 def _is_within(value: torch.Tensor, limit: float) -> bool:
     with timed("check"):
         bounds = value.aminmax()
         return float(bounds.min) >= -limit and float(bounds.max) <= limit
+
+
+def _elements(members: Sequence[tuple[WorkItem, Apply]]) -> int:
+    return sum(item.elements for item, _ in members)
 
 
 def accumulation_dtype(item: WorkItem) -> torch.dtype:
@@ -445,24 +447,8 @@ def as_bytes(buffer: torch.Tensor) -> memoryview:
     return view
 
 
-def _generator(node: Apply, elements: int) -> Any:
-    assert node.method.statistics is not None
-    return node.method.statistics(Extent(len(node.sources), elements, node.weights, node.params))
-
-
 def _uses(node: Node, leaf: Leaf) -> bool:
     return any(operand is leaf or _uses(operand, leaf) for operand in node.operands)
-
-
-def _driven(node: Apply, elements: int, total_of: Callable[[Sweep], torch.Tensor]) -> Any:
-    """A method's statistics where each sweep's total is at hand at once."""
-    generator = _generator(node, elements)
-    total = None
-    try:
-        while True:
-            total = total_of(next(generator) if total is None else generator.send(total))
-    except StopIteration as finished:
-        return finished.value
 
 
 def _whole_statistics(item: WorkItem, node: Apply, block: WholeTensor) -> Any:
@@ -475,7 +461,7 @@ def _whole_statistics(item: WorkItem, node: Apply, block: WholeTensor) -> Any:
     step = max(1, BLOCK // row)
 
     def total(sweep: Sweep) -> torch.Tensor:
-        sums = _Totals()
+        sums = Totals()
         for begin in range(0, item.elements // row, step):
             part = slice(begin, begin + step)
             pieces = [tensor[part] for tensor in tensors]
@@ -483,4 +469,4 @@ def _whole_statistics(item: WorkItem, node: Apply, block: WholeTensor) -> Any:
             sums.add((0, begin), sweep(replace(operands, tensors=pieces, base=based)))
         return sums.total()
 
-    return _driven(node, item.elements, total)
+    return driven(node, item.elements, total)

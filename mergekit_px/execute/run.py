@@ -35,7 +35,10 @@ from mergekit_px.plan.texts import config_text, recipe_text
 from mergekit_px.stages import timed
 
 if TYPE_CHECKING:
+    import torch
+
     from mergekit_px.execute.items import Execution
+    from mergekit_px.execute.sweeps import Totals
 
 
 def run_plan(plan: Plan, *, progress: Report | None = None) -> RunResult:
@@ -66,18 +69,18 @@ def run_plans(plans: Sequence[Plan], *, progress: Report | None = None) -> list[
     results: dict[int, RunResult] = {}
     pending: dict[int, Plan] = {}
     for number, plan in enumerate(plans):
-        begun = _begun(plan, progress)
-        if isinstance(begun, RunResult):
-            results[number] = begun
+        found = begun(plan, progress)
+        if isinstance(found, RunResult):
+            results[number] = found
         else:
-            pending[number] = begun
+            pending[number] = found
     if pending:
         finished = _carried_out(list(pending.values()), progress)
         results.update(zip(pending, finished, strict=True))
     return [results[number] for number in range(len(plans))]
 
 
-def _begun(plan: Plan, progress: Report | None) -> Plan | RunResult:
+def begun(plan: Plan, progress: Report | None) -> Plan | RunResult:
     """The plan with its inputs on this machine; or its result, where the output is that already."""
     assert plan.output is not None
     started = time.perf_counter()
@@ -177,10 +180,11 @@ def execute(
     advance: Callable[[str, int], None],
     *,
     items: Sequence[WorkItem] | None = None,
+    totals: Sequence[Sequence[torch.Tensor]] | None = None,
 ) -> None:
     """Compute the items of a plan into a sink; ``items``: some of them, with statistics over all that share them.
 
-    torch is loaded only if one of them needs it.
+    torch is loaded only if one of them needs it. ``totals``: of the sweeps of each shared group, where they are known.
     """
     items = plan.items if items is None else items
     fused = _fused(plan, readers, sink, advance)
@@ -193,9 +197,45 @@ def execute(
     device = pick_device(plan.device)
     execution = _execution(plan, fused)
     scheduler = partial(Scheduler, partial(Lane, device), plan.budget.workers, _memory_of_whole_tensors(plan))
-    for group in shared_groups(plan.items):
-        scheduler().run(iter([execution.shared_statistics(group)]))
+    groups = shared_groups(plan.items)
+    if totals is None:
+        for group in groups:
+            scheduler().run(iter([execution.shared_statistics(group)]))
+    else:
+        for group, known in zip(groups, totals, strict=True):
+            execution.known_statistics(group, known)
     scheduler().run(map(execution.routine, items))
+
+
+def partial_sums(
+    plan: Plan, readers: Mapping[str, TensorReader], share: Sequence[int], totals: Sequence[Sequence[torch.Tensor]]
+) -> Totals:
+    """What some members of a shared group, by their numbers, add to its next sweep.
+
+    ``totals``: those of all sweeps of the groups before it, and those of its own so far.
+    """
+    from mergekit_px.execute.lane import Lane, pick_device
+    from mergekit_px.execute.sweeps import Totals
+
+    keep_freed_memory()
+    execution = _execution(plan, _fused(plan, readers, _NoOutput(), lambda name, nbytes: None))
+    groups = shared_groups(plan.items)
+    for group, known in zip(groups, totals[:-1], strict=False):
+        execution.known_statistics(group, known)
+    sums = Totals()
+    routine = execution.partial_sums(groups[len(totals) - 1], share, totals[-1], sums)
+    Scheduler(partial(Lane, pick_device(plan.device)), plan.budget.workers).run(iter([routine]))
+    return sums
+
+
+class _NoOutput:
+    """The sink of statistics: nothing is written, and nothing was."""
+
+    def done(self, name: str, start: int, stop: int) -> bool:
+        return False
+
+    def write(self, name: str, start: int, buffer: memoryview) -> None:
+        raise AssertionError(name)
 
 
 def execute_together(

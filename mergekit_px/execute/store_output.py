@@ -13,11 +13,11 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.destination import LOCK_FILE, STATE_FOLDER, recorded_lock
 from mergekit_px.checkpoint.index import is_inside
@@ -29,6 +29,9 @@ from mergekit_px.execute.array import check_alike, contents_beside, joint_lock, 
 from mergekit_px.execute.events import Progress, Report, RunResult
 from mergekit_px.execute.run import peak_memory
 from mergekit_px.plan.model import Plan
+
+if TYPE_CHECKING:
+    import torch
 
 _PARTS = f"{STATE_FOLDER}/parts"
 _BEGUN = f"{STATE_FOLDER}/begun.json"
@@ -105,9 +108,11 @@ class StoreOutput:
         """The plan as its parts are merged on this machine."""
         return replace(self._plan, store=None, options=replace(self._plan.options, mode="new", require_room=False))
 
-    def put(self, number: int, progress: Report | None = None) -> RunResult | None:
+    def put(
+        self, number: int, progress: Report | None = None, *, totals: Sequence[Sequence[torch.Tensor]] | None = None
+    ) -> RunResult | None:
         """Merge one part, upload it, and note that it is there. Raises what ``run_part`` raises, ``WriteError``."""
-        result = run_part(self.part_plan(), number, self.count, progress=progress)
+        result = run_part(self.part_plan(), number, self.count, progress=progress, totals=totals)
         if result is None:
             return None
         lock = recorded_lock(result.output)

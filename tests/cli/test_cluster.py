@@ -1,0 +1,177 @@
+"""A merge by the workers of a Ray cluster: two nodes on this machine, one of which is killed."""
+
+from __future__ import annotations
+
+import _thread
+import pickle
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mergekit_px.errors import PlanError
+from mergekit_px.execute.cluster import Assignment
+from mergekit_px.execute.ray_tasks import on_worker
+from mergekit_px.plan.build import build_plan
+from mergekit_px.plan.method_catalog import method_catalog
+from mergekit_px.plan.options import PlanOptions
+from mergekit_px.recipe.load import load_recipe
+
+RECIPE = """
+models: {base: base, math: math, code: code}
+merge: {method: ties, base: base, sources: [math, code], params: {density: 0.5}}
+output: {shard_size: 700}
+"""
+
+
+@pytest.fixture(autouse=True)
+def recipe(models) -> None:
+    Path("recipe.yaml").write_text(RECIPE)
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    home = Path(folder)
+    return {path.relative_to(home).as_posix(): path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+
+def when_parts_are_there(count: int, act: Callable[[], None]) -> threading.Thread:
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if len(list(Path().glob("*/.pxmerge/array/*/pxmerge.lock.json"))) >= count:
+                act()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def guided(cluster: str, address: str = "") -> list[str]:
+    """The command of the guide for a kind of cluster, whose address there is replaced by another."""
+    guide = (Path(__file__).parents[2] / "docs" / "parts.md").read_text().replace("10.0.0.1:6379", address)
+    lines = [line for line in guide.splitlines() if line.endswith(f"--cluster {cluster}{address}")]
+    assert len(lines) == 1
+    return shlex.split(lines[0])[1:]
+
+
+def test_a_merge_goes_on_from_here_to_two_nodes_and_survives_one(run, monkeypatch) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    for name in ("base", "math", "code"):
+        weights = load_file(f"{name}/model.safetensors")
+        layers = {f"model.layers.{n}.mlp.down_proj.weight": weights["lm_head.weight"] * n for n in range(24)}
+        save_file(weights | layers, f"{name}/model.safetensors", {"format": "pt"})
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    assert run("run", "recipe.yaml", "-o", "merged").code == 0
+    Path("merged").rename("whole")
+
+    watcher = when_parts_are_there(2, _thread.interrupt_main)
+    outcome = run(*guided("ray"), "--threads", 1)
+    watcher.join()
+    assert outcome.code == 130 and "--resume" in outcome.stderr
+    assert not Path("merged/pxmerge.lock.json").exists()
+
+    own = {"num_cpus": 1, "include_dashboard": False, "node_ip_address": "127.0.0.2"}
+    cluster = Cluster(initialize_head=True, head_node_args=own)
+    try:
+        node = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.2")
+        watcher = when_parts_are_there(6, lambda: cluster.remove_node(node, allow_graceful=False))
+        outcome = run(*guided("ray:", cluster.address), "--threads", 1, "--resume")
+        watcher.join()
+        assert outcome.code == 0, outcome.stderr
+        assert outcome.stdout == "merged\n"
+        assert "begun again" in outcome.stderr
+        assert contents("merged") == contents("whole")
+
+        broken = load_file("code/model.safetensors")
+        broken["lm_head.weight"][0, 0] = float("nan")
+        save_file(broken, "code/model.safetensors", {"format": "pt"})
+        alone = run("run", "recipe.yaml", "-o", "alone")
+        outcome = run("run", "recipe.yaml", "-o", "out", "--cluster", f"ray:{cluster.address}")
+        assert (outcome.code, outcome.stderr.splitlines()[-1]) == (5, alone.stderr.splitlines()[-1])
+    finally:
+        cluster.shutdown()
+
+
+def test_a_result_that_is_there_is_left_alone_and_begins_nothing(run) -> None:
+    assert run("run", "recipe.yaml", "-o", "out").code == 0
+    outcome = run("run", "recipe.yaml", "-o", "out", "--cluster", "ray:127.0.0.1:9")
+    assert outcome.code == 0 and "up to date" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("cluster", "code", "message"),
+    [
+        ("slurm", 2, "write ray, ray:HOST:PORT"),
+        ("ray:", 2, "'ray:' is no cluster"),
+        ("ray:head", 2, "'ray:head' is no cluster"),
+        ("ray:head:99999", 2, "is no cluster"),
+        ("ray:127.0.0.2:9", 3, "127.0.0.2:9: no Ray cluster answers there"),
+    ],
+)
+def test_what_is_no_cluster(run, cluster: str, code: int, message: str) -> None:
+    outcome = run("run", "recipe.yaml", "-o", "out", "--cluster", cluster)
+    assert outcome.code == code and message in outcome.stderr.splitlines()[-1]
+    assert not Path("out").exists()
+
+
+def test_a_server_of_another_kind(run) -> None:
+    with socket.create_server(("127.0.0.2", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        outcome = run("run", "recipe.yaml", "-o", "out", "--cluster", f"ray:127.0.0.2:{server.getsockname()[1]}")
+        thread.join()
+    assert outcome.code == 3 and "no Ray cluster answers there" in outcome.stderr
+
+
+def test_ray_is_named_where_it_is_missing(run, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    outcome = run("run", "recipe.yaml", "-o", "out", "--cluster", "ray")
+    assert outcome.code == 2 and "pip install 'pxmerge[cluster]'" in outcome.stderr
+    outcome = run("run", "recipe.yaml", "-o", "out", "--cluster", "ray", "--part", "1/2")
+    assert outcome.code == 2 and "give one of them" in outcome.stderr
+
+
+def test_parts_of_a_job_array_are_not_mixed_in(run) -> None:
+    assert run("run", "recipe.yaml", "-o", "out", "--part", "1/2").code == 0
+    outcome = run("run", "recipe.yaml", "-o", "out", "--cluster", "ray")
+    assert outcome.code == 4 and "parts of 2 are there" in outcome.stderr
+
+
+def test_what_a_worker_must_see(tmp_path: Path, models) -> None:
+    plan = build_plan(load_recipe("recipe.yaml", methods=method_catalog()), PlanOptions(output=Path("out")))
+    witness = tmp_path / "out" / ".pxmerge" / "cluster"
+    witness.parent.mkdir(parents=True)
+    witness.write_bytes(b"1\n")
+    good = Assignment(plan.loaded, plan.options, str(tmp_path), plan.hash, (str(witness), b"1\n"))
+    assert pickle.loads(pickle.dumps(good)).plan().hash == plan.hash
+    for change, message in (
+        ({"folder": "/no/such"}, "does not see the folder /no/such"),
+        ({"witness": (str(witness), b"2\n")}, f"does not see the output folder {tmp_path / 'out'}"),
+        ({"plan_hash": "0"}, "sees other inputs than this machine"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            replace(good, **change).plan()
+    Path("code").rename("elsewhere")
+    with pytest.raises(PlanError, match=r"cannot read an input: .*code"):
+        good.plan()
+    with pytest.raises(PlanError, match=r"has pxmerge .* and this machine has 0.0"):
+        next(on_worker("0.0", b"", "write_part", 1, 0, []))
