@@ -1,4 +1,4 @@
-"""``pxmerge demo``: the whole thing on real data, in a minute."""
+"""``pxmerge demo``: the whole thing on real data, in two minutes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Scored = Annotated[
 
 
 def demo(output: Folder = Path("demo"), seed: Seed = 0, score: Scored = None) -> int:
-    """Train small vision models on real handwritten digits, merge them with every method, and score the results.
+    """Train small vision models on real handwritten digits, average, merge with every method, and score.
 
     Needs the extra "demo" (transformers, scikit-learn, matplotlib) and no network.
 

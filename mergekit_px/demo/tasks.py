@@ -1,4 +1,4 @@
-"""The digits as four tasks with the same labels: as they are, and distorted in three ways."""
+"""The digits as four tasks with the same labels, distorted in a way of its own each."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ Images = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 TEST_IMAGES = 500
+SHARED_IMAGES = 100
+"""Training images of each task that the base learns from; its fine-tune learns from the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,6 @@ def load_tasks(seed: int) -> dict[str, Task]:
     }
 
 
-def _plain(images: Images, generator: np.random.Generator) -> Images:
-    return images
-
-
 def _turned(images: Images, generator: np.random.Generator) -> Images:
     """Turned left or right by 25 to 50 degrees."""
     from scipy.ndimage import rotate
@@ -70,11 +68,16 @@ def _slanted(images: Images, generator: np.random.Generator) -> Images:
     return slanted
 
 
+def _mirrored(images: Images, generator: np.random.Generator) -> Images:
+    """Left and right exchanged."""
+    return np.ascontiguousarray(images[:, :, ::-1])
+
+
 _DISTORTIONS: dict[str, Callable[[Images, np.random.Generator], Images]] = {
-    "plain": _plain,
     "turned": _turned,
     "faint": _faint,
     "slanted": _slanted,
+    "mirrored": _mirrored,
 }
 
-FINE_TUNES = tuple(name for name in _DISTORTIONS if name != "plain")
+TASKS = tuple(_DISTORTIONS)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, TensorDataset
 
-from mergekit_px.demo.tasks import Images, Labels, Task
+from mergekit_px.demo.tasks import SHARED_IMAGES, Images, Labels, Task
 
 Model = Any
 """An instance of ``transformers.ViTForImageClassification``."""
 
+Answers = NDArray[np.bool_]
+
 BATCH = 64
-BASE_EPOCHS = 30
-FINE_TUNE_EPOCHS = 8
+RUN_STEPS, SAVED_EVERY, RUN_RATE = 300, 25, 2e-3
+"""The base's training run: the rate stays as it is, so the last checkpoints differ and their mean is better."""
+FINE_TUNE_EPOCHS, FINE_TUNE_RATE = 6, 3e-4
 
 
 class Trainer:
@@ -30,7 +37,8 @@ class Trainer:
         logging.disable_progress_bar()
         self.seed = seed
 
-    def base(self, task: Task) -> Model:
+    def run(self, tasks: Mapping[str, Task], folder: Path) -> None:
+        """Train a new model on a few images of every task, and save it every so many steps as ``step-N``."""
         from transformers import ViTConfig, ViTForImageClassification
 
         config = ViTConfig(
@@ -48,45 +56,66 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = ViTForImageClassification(config)
-        return self._train(model, task, epochs=BASE_EPOCHS, learning_rate=2e-3)
+        images = np.concatenate([task.train_images[:SHARED_IMAGES] for task in tasks.values()])
+        labels = np.concatenate([task.train_labels[:SHARED_IMAGES] for task in tasks.values()])
+        schedule = partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.05, total_iters=SAVED_EVERY)
+        for step in self._steps(model, images, labels, RUN_STEPS, RUN_RATE, schedule):
+            if step % SAVED_EVERY == 0:
+                model.save_pretrained(folder / f"step-{step}")
 
-    def fine_tune(self, base: Model, task: Task) -> Model:
-        return self._train(copy.deepcopy(base), task, epochs=FINE_TUNE_EPOCHS, learning_rate=5e-4)
-
-    def save(self, model: Model, folder: Path) -> None:
+    def fine_tune(self, base: Path, task: Task, folder: Path) -> None:
+        """Train the encoder of ``base`` on one task's other images; the classifier stays as it is."""
+        model = _load(base)
+        model.classifier.requires_grad_(False)
+        images, labels = task.train_images[SHARED_IMAGES:], task.train_labels[SHARED_IMAGES:]
+        steps = FINE_TUNE_EPOCHS * -(-len(images) // BATCH)
+        schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=FINE_TUNE_RATE, total_steps=steps)
+        for _ in self._steps(model, images, labels, steps, FINE_TUNE_RATE, schedule):
+            pass
         model.save_pretrained(folder)
 
-    def score(self, folder: Path, tasks: Mapping[str, Task]) -> dict[str, float]:
-        """Test accuracy in percent on each task of the checkpoint in ``folder``."""
-        from transformers import AutoModelForImageClassification
-
-        model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True).eval()
+    def answers(self, folder: Path, tasks: Mapping[str, Task]) -> dict[str, Answers]:
+        """Which test images of each task the checkpoint in ``folder`` gets right."""
+        model = _load(folder)
         with torch.inference_mode(), _one_thread():
-            return {name: _accuracy(model, task.test_images, task.test_labels) for name, task in tasks.items()}
+            return {name: _predict(model, task.test_images) == task.test_labels for name, task in tasks.items()}
 
-    def _train(self, model: Model, task: Task, *, epochs: int, learning_rate: float) -> Model:
-        images, labels = torch.from_numpy(task.train_images).unsqueeze(1), torch.from_numpy(task.train_labels)
+    def _steps(
+        self,
+        model: Model,
+        images: Images,
+        labels: Labels,
+        steps: int,
+        rate: float,
+        schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+    ) -> Iterator[int]:
+        """Train step by step, yielding the number of each."""
+        examples = TensorDataset(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels))
         generator = torch.Generator().manual_seed(self.seed)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-        batches = -(-len(images) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * batches)
+        loader = DataLoader(examples, BATCH, shuffle=True, generator=generator)
+        batches = chain.from_iterable(repeat(loader))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
+        scheduler = schedule(optimizer)
         model.train()
         with _one_thread():
-            for _ in range(epochs):
-                for batch in torch.randperm(len(images), generator=generator).split(BATCH):
-                    logits = model(pixel_values=images[batch]).logits
-                    loss = torch.nn.functional.cross_entropy(logits, labels[batch])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-        return model.eval()
+            for step, (pixels, targets) in zip(range(1, steps + 1), batches, strict=False):
+                loss = torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                yield step
 
 
-def _accuracy(model: Model, images: Images, labels: Labels) -> float:
-    logits = model(pixel_values=torch.from_numpy(images).unsqueeze(1)).logits
-    right = logits.argmax(dim=1) == torch.from_numpy(labels)
-    return round(100.0 * float(right.double().mean()), 1)
+def _load(folder: Path) -> Model:
+    from transformers import AutoModelForImageClassification
+
+    return AutoModelForImageClassification.from_pretrained(folder, local_files_only=True).eval()
+
+
+def _predict(model: Model, images: Images) -> Labels:
+    labels: Labels = model(pixel_values=torch.from_numpy(images).unsqueeze(1)).logits.argmax(dim=1).numpy()
+    return labels
 
 
 @contextmanager

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from mergekit_px.cli import main
-from mergekit_px.demo import DemoResult, run_demo
-from mergekit_px.demo.tasks import FINE_TUNES
+from mergekit_px.demo import run_demo
+from mergekit_px.demo.report import Results, Score, read_data
+from mergekit_px.demo.tasks import TASKS
 from mergekit_px.errors import OutputError, RunError, UsageError
 from mergekit_px.methods import load_methods
 
@@ -23,8 +24,10 @@ SOME = {"linear", "slerp", "svd", "ties"}
 def shortened() -> Iterator[None]:
     """A demo of little training and few methods; every method runs by its recipe on docs/methods.md."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mergekit_px.demo.train.BASE_EPOCHS", 3)
-        patch.setattr("mergekit_px.demo.train.FINE_TUNE_EPOCHS", 2)
+        patch.setattr("mergekit_px.demo.LAST", 2)
+        patch.setattr("mergekit_px.demo.train.RUN_STEPS", 60)
+        patch.setattr("mergekit_px.demo.train.SAVED_EVERY", 20)
+        patch.setattr("mergekit_px.demo.train.FINE_TUNE_EPOCHS", 1)
         patch.setattr("mergekit_px.demo.LEFT_OUT", load_methods().keys() - SOME)
         yield
 
@@ -35,53 +38,81 @@ def said() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def result(shortened: None, said: list[str], tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
-    return run_demo(tmp_path_factory.mktemp("demo"), 0, main, said.append)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
 
 
-def test_base_then_fine_tunes_then_merges_the_best_first(result: DemoResult) -> None:
+@pytest.fixture(scope="module")
+def result(shortened: None, said: list[str], folder: Path) -> Results:
+    return run_demo(folder, 0, main, said.append)
+
+
+def test_base_then_fine_tunes_then_merges_the_best_first(result: Results) -> None:
     kinds = [score.kind for score in result.scores]
-    assert kinds[: 1 + len(FINE_TUNES)] == ["base", *["fine-tune"] * len(FINE_TUNES)]
-    assert kinds[1 + len(FINE_TUNES) :] == ["merge"] * len(SOME)
-    means = [score.mean for score in result.scores if score.kind == "merge"]
-    assert means == sorted(means, reverse=True)
+    assert kinds[: 1 + len(TASKS)] == ["base", *["fine-tune"] * len(TASKS)]
+    assert kinds[1 + len(TASKS) :] == ["merge"] * len(SOME)
+    reached = [score.normalised for score in result.scores if score.kind == "merge"]
+    assert reached == sorted(reached, reverse=True)
 
 
-def test_training_teaches(result: DemoResult) -> None:
+def test_training_teaches(result: Results) -> None:
     base, *others = result.scores
-    assert base.accuracy["plain"] > 30  # Guessing gives 10.
-    for score, task in zip(others, FINE_TUNES, strict=False):
-        assert score.accuracy[task] > base.accuracy[task]
+    for score, task in zip(others, TASKS, strict=False):
+        assert score.accuracy[task] == result.own[task]
+    assert sum(result.own.values()) > sum(base.accuracy.values())
 
 
-def test_results_are_shown_and_saved(result: DemoResult, said: list[str]) -> None:
-    table = result.table.read_text()
+def test_the_classifier_is_the_same_in_all(result: Results, folder: Path) -> None:
+    base, *fine_tunes = (load_file(folder / name / "model.safetensors") for name in ("base", *TASKS))
+    for model in fine_tunes:
+        frozen = {name for name in base if np.array_equal(base[name], model[name])}
+        assert frozen == {"classifier.weight", "classifier.bias"}
+
+
+def test_scores_are_normalised_by_the_fine_tunes(result: Results) -> None:
+    for score in result.scores:
+        assert score.normalised == pytest.approx(
+            np.mean([100 * score.accuracy[task] / result.own[task] for task in TASKS]), abs=0.06
+        )
+    answers = {"one": np.array([True, True, False, False]), "two": np.array([True, False, True, False])}
+    score = Score.of(answers, {"one": 50.0, "two": 100.0}, "x", "merge")
+    assert score.accuracy == {"one": 50.0, "two": 50.0} and score.normalised == 75.0
+    assert score.error == pytest.approx(np.std([150, 100, 50, 0], ddof=1) / 2, abs=0.06)
+
+
+def test_the_base_is_the_mean_of_the_last_checkpoints(result: Results, folder: Path) -> None:
+    assert [row.step for row in result.averages] == [20, 40, 60]
+    assert [row.average is None for row in result.averages] == [True, False, False]
+    runs = [load_file(folder / "run" / f"step-{step}" / "model.safetensors") for step in (40, 60)]
+    for name, tensor in load_file(folder / "base" / "model.safetensors").items():
+        assert abs(tensor - sum(run[name].astype("float64") for run in runs) / 2).max() < 1e-6
+    assert result.averages[-1].average == pytest.approx(result.scores[0].mean)
+
+
+def test_results_are_shown_and_saved(result: Results, said: list[str], folder: Path) -> None:
+    table = (folder / "accuracy.md").read_text()
     assert table in said
     rows = [line.strip("|").split("|") for line in table.splitlines()]
-    assert [cell.strip() for cell in rows[0]] == ["", "plain", *FINE_TUNES, "mean"]
+    assert [cell.strip() for cell in rows[0]] == ["", *TASKS, "normalised", "±"]
     assert len(rows) == 2 + len(result.scores)
     for score, (label, *cells) in zip(result.scores, rows[2:], strict=True):
-        values = [float(cell) for cell in cells]
         assert label.strip() == score.label
-        assert values[:-1] == list(score.accuracy.values())
-        assert values[-1] == pytest.approx(sum(values[:-1]) / 4, abs=0.051)
-    data = json.loads(result.data.read_text())
-    assert data["seed"] == 0
-    assert [row["accuracy"] for row in data["scores"]] == [score.accuracy for score in result.scores]
+        assert [float(cell) for cell in cells] == [*score.accuracy.values(), score.normalised, score.error]
+    assert read_data(folder / "accuracy.json") == result
 
 
-def test_the_picture_is_one(result: DemoResult) -> None:
+@pytest.mark.parametrize("name", ["accuracy.png", "averages.png"])
+def test_the_pictures_are_some(result: Results, folder: Path, name: str) -> None:
     from matplotlib.image import imread
 
-    picture = imread(result.picture)
+    picture = imread(folder / name)
     height, width, _ = picture.shape
     assert width > 800 and height > 400
     assert picture[..., :3].min() < 0.5 and picture.std() > 0.02
 
 
-def test_merges_are_what_the_command_line_wrote(result: DemoResult) -> None:
-    folder = result.table.parent
-    models = [load_file(folder / name / "model.safetensors") for name in FINE_TUNES]
+def test_merges_are_what_the_command_line_wrote(result: Results, folder: Path) -> None:
+    models = [load_file(folder / name / "model.safetensors") for name in TASKS]
     merged = load_file(folder / "merged" / "linear" / "model.safetensors")
     assert merged.keys() == models[0].keys()
     for name, tensor in merged.items():
@@ -91,9 +122,8 @@ def test_merges_are_what_the_command_line_wrote(result: DemoResult) -> None:
 
 
 def test_a_second_run_replaces_the_first_with_the_same(
-    result: DemoResult, shortened: None, monkeypatch: pytest.MonkeyPatch
+    result: Results, folder: Path, shortened: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = result.table.parent
     kept = [folder / "base", folder / "merged" / "linear"]
     before = [(path / "model.safetensors").read_bytes() for path in kept]
     monkeypatch.setattr("mergekit_px.demo.LEFT_OUT", load_methods().keys() - {"linear"})
@@ -105,7 +135,8 @@ def test_a_second_run_replaces_the_first_with_the_same(
 
 
 def test_a_failed_merge_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_px.demo.train.BASE_EPOCHS", 1)
+    monkeypatch.setattr("mergekit_px.demo.train.RUN_STEPS", 6)
+    monkeypatch.setattr("mergekit_px.demo.train.SAVED_EVERY", 1)
     monkeypatch.setattr("mergekit_px.demo.train.FINE_TUNE_EPOCHS", 1)
 
     def refuse(arguments: Sequence[str]) -> int:
@@ -133,12 +164,14 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_merge_is_scored_beside_base_and_fine_tunes(result: DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
-    demo = result.data.parent
+def test_a_merge_is_scored_beside_base_and_fine_tunes(
+    result: Results, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (row,) = [score for score in result.scores if score.label == "ties"]
-    assert main(["demo", "-o", str(demo), "--score", str(demo / "merged" / "ties")]) == 0
+    assert main(["demo", "-o", str(folder), "--score", str(folder / "merged" / "ties")]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert [float(cell) for cell in last.strip("|").split("|")[1:-1]] == list(row.accuracy.values())
-    assert main(["demo", "-o", str(demo / "none"), "--score", str(demo / "base")]) == 3
-    assert main(["demo", "-o", str(demo), "--score", str(demo / "none")]) == 3
+    cells = [float(cell) for cell in last.strip("|").split("|")[1:]]
+    assert cells == [*row.accuracy.values(), row.normalised, row.error]
+    assert main(["demo", "-o", str(folder / "none"), "--score", str(folder / "base")]) == 3
+    assert main(["demo", "-o", str(folder), "--score", str(folder / "none")]) == 3
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mergekit_px.demo import LEFT_OUT, merge_commands
-from mergekit_px.demo.tasks import FINE_TUNES
+from mergekit_px.demo.tasks import TASKS
 from mergekit_px.methods import load_methods
 
 
 def test_every_method_that_merges_is_in_the_demo() -> None:
-    names = [command.output.name for command in merge_commands(Path("demo"), FINE_TUNES)]
+    names = [command.output.name for command in merge_commands(Path("demo"), TASKS)]
     able = {
         name
         for name, method in load_methods().items()
@@ -22,11 +22,11 @@ def test_every_method_that_merges_is_in_the_demo() -> None:
 
 
 def test_each_command_takes_what_its_method_takes() -> None:
-    for command in merge_commands(Path("demo"), FINE_TUNES):
+    for command in merge_commands(Path("demo"), TASKS):
         name = command.output.name
         method = load_methods()[name]
         at = command.arguments.index("--sources") + 1
-        sources = [word for word in command.arguments[at : at + 3] if word.startswith("demo")]
+        sources = [word for word in command.arguments[at : at + 4] if Path(word).name in TASKS]
         least, most = method.sources
-        assert max(least, 2) <= len(sources) <= (most or 3)
+        assert max(least, 2) <= len(sources) <= (most or 4)
         assert ("--base" in command.arguments) == (method.space == "deltas")
