@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--method", default="linear")
+    parser.add_argument("--workers", default="1,8,64", help="among how many its work is shared out")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     options = parser.parse_args()
     shapes = tensors(options.layers, options.experts)
@@ -108,7 +109,7 @@ def main() -> None:
         step = {"method": options.method, "base": "base", "sources": ["one", "two"]}
         (home / "recipe.yaml").write_text(json.dumps({"models": models, "merge": step}))
         command = [sys.executable, "-m", "mergekit_px", "plan", str(home / "recipe.yaml"), "--json"]
-        command += ["-o", str(home / "out"), "-q"]
+        command += ["-o", str(home / "out"), "-q", "--workers", options.workers]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout is not None
@@ -122,6 +123,9 @@ def main() -> None:
         busy = usage.ru_utime + usage.ru_stime
         print(f"plan: {seconds:.1f} s, {busy:.1f} s of a processor, {usage.ru_maxrss / 1e3:.0f} MB")
         print(f"      {report['tensors']['output']:,} output tensors in {len(report['output']['shards'])} files")
+        for row in report["schedules"]:
+            moved = f"{row['bytes_read'] / 1e9:.0f} GB read, {row['bytes_written'] / 1e9:.0f} GB written by the busiest"
+            print(f"{row['workers']:7} workers: {moved}, {row['seconds']:.0f} s at least, balance {row['balance']:.0%}")
 
 
 if __name__ == "__main__":

@@ -29,11 +29,17 @@ if TYPE_CHECKING:
 
 
 def merge_file(
-    path: str, options: RunOptions, *, part: str | None = None, cluster: str | None = None, locked: bool = False
+    path: str,
+    options: RunOptions,
+    *,
+    part: str | None = None,
+    cluster: str | None = None,
+    workers: Sequence[int] = (),
+    locked: bool = False,
 ) -> int:
     """Run a recipe file of either dialect, here or on a cluster, or one part of it.
 
-    ``locked``: with the inputs of its lock file.
+    ``locked``: with the inputs of its lock file; ``workers``: that its plan is shared out among.
     """
     from mergekit_px.checkpoint.destination import LOCK_FILE
     from mergekit_px.plan.method_catalog import method_catalog
@@ -43,7 +49,7 @@ def merge_file(
     if locked and loaded.recipe.lock is None:
         loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"lock": LOCK_FILE}))
     if part is None:
-        return merge(loaded, options, cluster=cluster)
+        return merge(loaded, options, cluster=cluster, workers=workers)
     if cluster is not None:
         raise UsageError("--part is one job of an array, and --cluster all of them", hint="give one of them")
     return _merge_part(loaded, options, part)
@@ -97,7 +103,7 @@ def load_mapping(recipe: Mapping[str, Any], options: RunOptions) -> LoadedRecipe
     return recipe_from_mapping(recipe, methods=method_catalog(), name="", overrides=options.overrides())
 
 
-def merge(loaded: LoadedRecipe, options: RunOptions, *, cluster: str | None = None) -> int:
+def merge(loaded: LoadedRecipe, options: RunOptions, *, cluster: str | None = None, workers: Sequence[int] = ()) -> int:
     """Plan a recipe, carry it out, and publish it if that is asked for; with ``--dry-run`` only show the plan."""
     from mergekit_px.plan.build import build_plan
 
@@ -108,7 +114,7 @@ def merge(loaded: LoadedRecipe, options: RunOptions, *, cluster: str | None = No
     with timed("plan"):
         plan = build_plan(loaded, replace(options.plan_options(), require_room=not options.dry_run))
     if options.dry_run:
-        show_plan(plan, output)
+        show_plan(plan, output, workers)
         _note_lock(plan, output)
         _note_output(plan, output)
         return 0

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.cli._output import Column, Output
 from mergekit_px.cli._units import show_bytes, show_count, show_seconds
+from mergekit_px.errors import UsageError
 
 if TYPE_CHECKING:
+    from mergekit_px.execute.bandwidth import Bandwidth
     from mergekit_px.plan.model import Plan
 
 _SHOWN = 20
 """Rows of a long list that people are shown; ``--json`` has them all."""
 
 
-def show_plan(plan: Plan, output: Output) -> None:
-    """Print the plan: what is read, computed and written; memory, disk, time."""
+def show_plan(plan: Plan, output: Output, workers: Sequence[int] = ()) -> None:
+    """Print the plan: what is read, computed and written; memory, disk, time; that of several workers too."""
     from mergekit_px.plan.report import PlanDocument, plan_report
+    from mergekit_px.plan.schedule import schedules
 
-    report = plan_report(plan, seconds_bound=_seconds_bound(plan))
+    bandwidth = _bandwidth(plan)
+    if workers and bandwidth is None:
+        raise UsageError("--workers: the disk of the output cannot be measured", hint="give another with -o")
+    report = plan_report(
+        plan,
+        seconds_bound=None if bandwidth is None else bandwidth.bound(plan.bytes_read, plan.bytes_written),
+        schedules=() if bandwidth is None else schedules(plan, workers, bandwidth.bound),
+    )
     output.document(report, PlanDocument)
     if output.mode == "quiet":
         return
@@ -28,14 +38,15 @@ def show_plan(plan: Plan, output: Output) -> None:
     _tensors(report, output)
     _output(report, output)
     _cost(report, output)
+    _schedules(report, output)
     if report["notes"]:
         output.heading("Notes")
         for note in report["notes"]:
             output.text(f"- {note}")
 
 
-def _seconds_bound(plan: Plan) -> float | None:
-    """The least time for the bytes moved; measured now if that was not done lately, None if it cannot be."""
+def _bandwidth(plan: Plan) -> Bandwidth | None:
+    """Of the output's file system; measured now if that was not done lately, None if it cannot be."""
     from mergekit_px.execute import bandwidth
 
     if plan.output is None:
@@ -47,7 +58,7 @@ def _seconds_bound(plan: Plan) -> float | None:
         except OSError:
             return None
         bandwidth.remember(plan.output, known)
-    return known.bound(plan.bytes_read, plan.bytes_written)
+    return known
 
 
 def _inputs(report: Mapping[str, Any], output: Output) -> None:
@@ -150,6 +161,26 @@ def _cost(report: Mapping[str, Any], output: Output) -> None:
             ("time", None if bound is None else f"{show_seconds(bound)} at least, by this machine's bandwidth"),
         ]
     )
+
+
+def _schedules(report: Mapping[str, Any], output: Output) -> None:
+    if not report["schedules"]:
+        return
+    output.heading("Workers")
+    columns = ("workers", "busy", "most read", "most written", "time at least", "balance")
+    rows = [
+        (
+            schedule["workers"],
+            schedule["busy"],
+            show_bytes(schedule["bytes_read"]),
+            show_bytes(schedule["bytes_written"]),
+            show_seconds(schedule["seconds"]),
+            f"{schedule['balance']:.0%}",
+        )
+        for schedule in report["schedules"]
+    ]
+    output.table([Column(name, "right") for name in columns], rows)
+    output.text("each on a machine with the bandwidth of this one, to storage that gives that to all of them")
 
 
 def _dtypes(counts: Mapping[str, int]) -> str:

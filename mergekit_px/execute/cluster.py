@@ -34,9 +34,10 @@ from mergekit_px.errors import InputError, OutputError, OutputLockedError, PlanE
 from mergekit_px.execute.array import array_folder, part_counts, partition, publish_parts, run_part
 from mergekit_px.execute.events import Progress, Report, RunResult
 from mergekit_px.execute.ray_tasks import RayTasks, parse_cluster
-from mergekit_px.execute.run import begun, partial_sums, peak_memory, plan_checkpoints, shared_groups
+from mergekit_px.execute.run import begun, partial_sums, peak_memory, plan_checkpoints
 from mergekit_px.execute.store_output import StoreOutput
 from mergekit_px.plan.build import build_plan
+from mergekit_px.plan.groups import evenly, shared_groups
 from mergekit_px.plan.model import Plan
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.recipe.loaded import LoadedRecipe
@@ -161,7 +162,7 @@ def _swept(plan: Plan, tasks: RayTasks) -> Totals:
         from mergekit_px.execute import sweeps
 
         totals.append([])
-        shares = _shares([item.elements for item, _ in group], tasks.places)
+        shares = evenly([item.elements for item, _ in group], tasks.places)
 
         def total(sweep: Any, shares: Sequence[Sequence[int]] = shares) -> torch.Tensor:
             sums = sweeps.Totals()
@@ -173,17 +174,6 @@ def _swept(plan: Plan, tasks: RayTasks) -> Totals:
 
         sweeps.driven(group[0][1], sum(item.elements for item, _ in group), total)
     return totals
-
-
-def _shares(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Members by number, about as many elements in each share: the largest first, to where there is least."""
-    shares: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
-    filled = [0] * len(shares)
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        place = filled.index(min(filled))
-        shares[place].append(number)
-        filled[place] += sizes[number]
-    return [sorted(share) for share in shares]
 
 
 def sweep_share(plan: Plan, number: int, share: Sequence[int], totals: Totals, report: Report) -> Any:

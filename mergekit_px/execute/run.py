@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_px.checkpoint.destination import RECIPE_FILE, check_mode, destination
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
@@ -27,9 +27,9 @@ from mergekit_px.execute.provenance import CARD_FILE, InputHashes, card, lock_fi
 from mergekit_px.execute.scheduler import Scheduler
 from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.build import build_plan
+from mergekit_px.plan.groups import shared_groups
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan, WorkItem
-from mergekit_px.plan.nodes import Apply
 from mergekit_px.plan.sources import equal_sources
 from mergekit_px.plan.texts import config_text, recipe_text
 from mergekit_px.stages import timed
@@ -313,20 +313,6 @@ def plan_checkpoints(plan: Plan) -> dict[str, Checkpoint]:
     return found
 
 
-def shared_groups(items: Sequence[WorkItem]) -> list[list[tuple[WorkItem, Apply]]]:
-    """The nodes whose statistics span the model, grouped by step and parameters, inner steps first."""
-    groups: dict[Any, list[tuple[WorkItem, Apply]]] = {}
-    depth: dict[Any, int] = {}
-    for item in items:
-        for node in item.applied:
-            if node.method.statistics is None or node.method.scope(node.params) != "model":
-                continue
-            key = (node.step, node.method.name, node.params.model_dump_json(), node.source_indices)
-            groups.setdefault(key, []).append((item, node))
-            depth[key] = max(depth.get(key, 0), _depth(node))
-    return [groups[key] for key in sorted(groups, key=lambda key: depth[key])]
-
-
 def fetch_inputs(plan: Plan, progress: Report | None = None) -> Plan:
     """A plan whose inputs are all on this machine, at the commits that were planned, and what its lock says of them.
 
@@ -379,10 +365,6 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _depth(node: Apply) -> int:
-    return 1 + max((_depth(operand) for operand in node.operands if isinstance(operand, Apply)), default=0)
 
 
 def _side_files(plan: Plan, hashes: InputHashes) -> dict[str, SideFile]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from mergekit_px.checkpoint.destination import destination
@@ -11,6 +12,7 @@ from mergekit_px.declare.document import Document
 from mergekit_px.plan.fingerprints import local_fingerprint
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan
+from mergekit_px.plan.schedule import SchedulePlan
 
 _NAMED = 50
 
@@ -89,7 +91,8 @@ class MemoryPlan(Document):
 
 
 class PlanDocument(Document):
-    """Everything that a plan decided. ``steps`` are those of the recipe; ``seconds_bound`` is the least time."""
+    """Everything that a plan decided. ``steps`` are those of the recipe; ``seconds_bound`` is the least time,
+    ``schedules`` are those of several workers where they were asked for."""
 
     plan_hash: str
     kind: Literal["model", "task vector"]
@@ -109,15 +112,19 @@ class PlanDocument(Document):
     bytes_read: int
     bytes_written: int
     seconds_bound: float | None
+    schedules: list[SchedulePlan]
     seed: int
     notes: list[str]
 
 
-def plan_report(plan: Plan, *, seconds_bound: float | None = None) -> dict[str, Any]:
+def plan_report(
+    plan: Plan, *, seconds_bound: float | None = None, schedules: Sequence[SchedulePlan] = ()
+) -> dict[str, Any]:
     """Everything that a plan decided, JSON-able.
 
     Args:
         seconds_bound: the least time for the bytes moved on this machine, where it was measured.
+        schedules: of the work over several workers.
     """
     names = {name: set(source.checkpoint.tensors) for name, source in plan.inputs.items()}
     outputs = {item.name for item in plan.items}
@@ -170,6 +177,7 @@ def plan_report(plan: Plan, *, seconds_bound: float | None = None) -> dict[str, 
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "seconds_bound": seconds_bound,
+        "schedules": [schedule.model_dump() for schedule in schedules],
         "seed": plan.seed,
         "notes": list(plan.notes),
     }

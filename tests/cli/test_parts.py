@@ -154,3 +154,23 @@ def test_room_is_wanted_for_the_part_alone(run, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     refused = run("run", "recipe.yaml", "-o", "out", "--part", "3/4")
     assert refused.code == 4 and "more bytes of disk" in refused.stderr
+
+
+def test_the_plan_tells_the_work_of_several_workers(run) -> None:
+    document = run("plan", "recipe.yaml", "--workers", "1,2,50", "--json").document()
+    one, two, many = document["schedules"]
+    files = [file["bytes"] for file in document["output"]["shards"]]
+    # Statistics over the model are a pass of their own over what is merged, which here is all.
+    assert one["bytes_read"] == 2 * document["bytes_read"] and one["bytes_written"] == document["bytes_written"]
+    # By the bandwidths that are known here: 1 GB/s for reads.
+    assert one["seconds"] == pytest.approx(one["bytes_read"] / 1e9) and one["balance"] == pytest.approx(1)
+    assert two["busy"] == 2 and one["bytes_read"] / 2 <= two["bytes_read"] < one["bytes_read"]
+    assert one["seconds"] / 2 <= two["seconds"] < one["seconds"]
+    assert many["busy"] == 7 and many["bytes_written"] in files and many["balance"] < 0.2
+    assert many["seconds"] <= two["seconds"]
+    table = run("plan", "recipe.yaml", "--workers", "1,2,50").stdout
+    assert re.search(r"^ +2 +2 .* under 1 ms +\d+%$", table, re.MULTILINE)
+    assert run("plan", "recipe.yaml", "--json").document()["schedules"] == []
+    for words in ("0", "1,", "two"):
+        outcome = run("plan", "recipe.yaml", "--workers", words)
+        assert outcome.code == 2 and "write it as 1,8,64" in outcome.stderr
