@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +15,11 @@ from mergekit_px.errors import UsageError
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The mixture: folder or org/name@revision.")]
 Keep = Annotated[
     list[str] | None,
-    typer.Option("--keep", metavar="N...", help="The experts that stay, in their new order; 2+5 is the mean of two."),
+    typer.Option(
+        "--keep",
+        metavar="N...",
+        help="The experts that stay, in their new order; 2+5 is the mean of two. With --stats or --scores: how many.",
+    ),
     Several("--keep"),
 ]
 Drop = Annotated[
@@ -32,7 +36,21 @@ Scores = Annotated[
     Path | None,
     typer.Option("--scores", metavar="FILE", help="JSON with a score of each expert, as a list, or one by layer."),
 ]
-Count = Annotated[int | None, typer.Option("--count", metavar="N", min=1, help="With --scores: how many stay.")]
+Stats = Annotated[
+    Path | None,
+    typer.Option("--stats", metavar="FILE", help="What pxmerge stats --what experts measured."),
+]
+By = Annotated[
+    Literal["reap", "frequency"] | None,
+    typer.Option(
+        "--by",
+        help="With --stats: the mean norm of its weighted output, or its share of tokens.  [default: reap]",
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option("--count", metavar="N", min=1, help="With --scores or --stats: as --keep N."),
+]
 PerToken = Annotated[
     int | None,
     typer.Option("--experts-per-token", metavar="N", min=1, help="How many a token goes to.  [default: as before]"),
@@ -46,6 +64,8 @@ def edit(
     drop: Drop = None,
     merge: Merge = None,
     scores: Scores = None,
+    stats: Stats = None,
+    by: By = None,
     count: Count = None,
     experts_per_token: PerToken = None,
 ) -> int:
@@ -53,34 +73,39 @@ def edit(
 
     Experts are recognised by their names, stored one by one or all in one tensor. Rows and biases of the router and
     the entries of the config follow; shared experts and everything else stay. Merged experts are means of their
-    weights, as are their rows of the router. With --scores each layer keeps the experts that score best in it.
+    weights, as are their rows of the router. With --stats or --scores each layer keeps the experts that score best.
 
     \b
     Examples:
       pxmerge moe edit ./mixture --drop 3 6 -o ./smaller
       pxmerge moe edit ./mixture --keep 4 0 1+2 -o ./three
-      pxmerge moe edit ./mixture --scores frequencies.json --count 4 -o ./four
+      pxmerge moe edit ./mixture --keep 4 --by reap --stats experts.safetensors -o ./four
+      pxmerge moe edit ./mixture --keep 4 --scores scores.json -o ./four
     """
     from mergekit_px.recipe.naming import model_names
 
-    given = {"--keep": keep, "--drop": drop, "--merge": merge, "--scores": scores}
-    flags = [flag for flag, value in given.items() if value]
+    scored = {"--scores": scores, "--stats": stats}
+    by_score = any(scored.values())
+    given = {"--keep": keep, "--drop": drop, "--merge": merge, **scored}
+    flags = [flag for flag, value in given.items() if value and not (by_score and flag == "--keep")]
     if len(flags) != 1:
         what = f"either {' or '.join(flags)}" if flags else "which experts is not said"
-        raise UsageError(what, hint="give one of --keep, --drop, --merge and --scores")
-    if (scores is None) != (count is None):
-        raise UsageError("--scores and --count go together", hint="add --scores FILE --count N")
-    if scores is not None and count is not None:
-        choice = best_experts(scores, count)
+        raise UsageError(what, hint="give one of --keep, --drop, --merge, --scores and --stats")
+    if by is not None and stats is None:
+        raise UsageError("--by goes with --stats", hint="measure: pxmerge stats MODEL --what experts --data FILE")
+    if not by_score and count is not None:
+        raise UsageError("--count goes with --scores or --stats", hint="add --scores FILE")
+    if by_score:
+        chosen = best_experts(_scores(scores, stats, by or "reap", model, options), _count(flags[0], keep, count))
     else:
-        choice = {
+        chosen = {
             key: [_group(text, f"--{key}") for text in texts or ()]
             for key, texts in (("keep", keep), ("drop", drop), ("merge", merge))
         }
     if experts_per_token is not None:
-        choice["experts_per_token"] = experts_per_token
+        chosen["experts_per_token"] = experts_per_token
     (name,) = model_names([model])
-    step = {"method": "passthrough", "sources": [name], "experts": choice}
+    step = {"method": "passthrough", "sources": [name], "experts": chosen}
     return merge_mapping({"pxmerge": 1, "models": {name: model}, "merge": step}, options)
 
 
@@ -93,17 +118,49 @@ def _group(text: str, flag: str) -> int | list[int]:
     return found[0] if len(found) == 1 else found
 
 
-def best_experts(path: Path, count: int) -> dict[str, Any]:
-    """The experts that score best, in their old order: of every layer, or of each where it has scores of its own.
+def _count(flag: str, keep: list[str] | None, count: int | None) -> int:
+    """How many experts stay. Raises ``UsageError`` where that is not said, or twice."""
+    number = keep[0] if keep is not None and len(keep) == 1 else ""
+    if (keep is None) == (count is None):
+        raise UsageError(f"{flag} needs how many experts stay, once", hint="add --keep N")
+    if keep is not None and not (number.isascii() and number.isdecimal() and int(number) > 0):
+        raise UsageError(
+            f"with {flag}, --keep is how many experts stay, not {' '.join(keep)[:80]}", hint="write --keep 4"
+        )
+    return int(number) if count is None else count
+
+
+def _scores(
+    scores: Path | None, stats: Path | None, by: str, model: str, options: RunOptions
+) -> tuple[str, dict[str, Any]]:
+    """Where scores are from, and lists of them by layer; one under no name for all layers.
 
     Raises:
-        UsageError: the file holds no such scores, or fewer than are to stay.
+        InputError: no such file, or statistics of another model.
     """
+    if stats is not None:
+        from mergekit_px.learn.models import find_checkpoint
+        from mergekit_px.learn.stats.experts import measured_scores
+
+        checkpoint = find_checkpoint(model, allow_pickle=options.allow_pickle)
+        return str(stats), measured_scores(stats, "frequency" if by == "frequency" else "reap", checkpoint)
     from mergekit_px.checkpoint.json_text import parse_json
     from mergekit_px.small_files import read_small_file
 
-    found = parse_json(read_small_file(path), str(path))
-    lists = found if isinstance(found, dict) else {"": found}
+    assert scores is not None
+    found = parse_json(read_small_file(scores), str(scores))
+    return str(scores), found if isinstance(found, dict) else {"": found}
+
+
+def best_experts(scored: tuple[str, dict[str, Any]], count: int) -> dict[str, Any]:
+    """The experts that score best, in their old order: of every layer, or of each where it has scores of its own.
+
+    Raises:
+        UsageError: these are no scores, or fewer than are to stay.
+    """
+    path, lists = scored
+    if not lists:
+        raise UsageError(f"{path}: it holds no scores")
     best: dict[str, list[int]] = {}
     for layer, scores in lists.items():
         numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
@@ -115,4 +172,8 @@ def best_experts(path: Path, count: int) -> dict[str, Any]:
             raise UsageError(f"{path}: {count} experts are to stay, and {where} has {len(scores)} scores")
         order = sorted((-score, number) for number, score in enumerate(scores))
         best[layer] = sorted(number for _, number in order[:count])
-    return {"keep": best[""]} if "" in best else {"layers": best}
+    sizes = {len(scores) for scores in lists.values()}
+    if len(sizes) > 1:
+        raise UsageError(f"{path}: layers have scores of different numbers of experts: {sorted(sizes)}")
+    chosen: dict[str, Any] = {"keep": best[""]} if "" in best else {"layers": best}
+    return chosen | {"of": sizes.pop()}

@@ -113,12 +113,18 @@ def with_choice(name: str, choice: ExpertChoice | None, nodes: Namespace, namesp
     if unknown is not None:
         what = f"layer {unknown} has no experts; layers {min(layers)} to {max(layers)} have"
         raise RecipeError(what, where=namespaces.loaded.where("steps", name, "experts", "layers", unknown))
+    if choice.of is not None and counts != {choice.of}:
+        what = f"the experts were chosen of {choice.of}, and the model has {counts.pop()} in a layer"
+        raise RecipeError(what, where=where, hint="choose by scores of this model")
     made: dict[str, Node] = {}
     gone: dict[str, str] = {}
     new = 0
     for block in blocks:
         found = split_layer(f"{block.prefix}.")
         groups = choice.of_layer(found.layer if found is not None else None, block.count)
+        if block is not blocks[0] and len(groups) != new:
+            what = f"'{block.prefix}' would have {len(groups)} experts, and '{blocks[0].prefix}' {new}"
+            raise RecipeError(what, where=where, hint="choose as many in every layer, for the config has one number")
         new = len(groups)
         _check(choice, groups, block, where)
         made |= _made(name, block, groups, nodes, where)

@@ -99,6 +99,8 @@ class ExpertChoice(Part):
         default_factory=dict
     )
     """Other experts in some layers, by number, as many as in the others."""
+    of: Annotated[int | None, Wanted("a whole number from 1 on")] = None
+    """How many experts each layer has of which they are chosen; with another number nothing is."""
     experts_per_token: Annotated[int | None, Wanted("a whole number from 1 on")] = None
     """How many a token goes to; as before, and at most as many as there are, if left out."""
 

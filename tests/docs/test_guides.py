@@ -74,6 +74,8 @@ def language_models(classifiers: Path, tmp_path_factory: pytest.TempPathFactory)
         torch.manual_seed(seed)
         transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    rows = [{"text": " ".join(WORDS[number:] + WORDS[:number])} for number in range(len(WORDS))]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 

@@ -1,7 +1,8 @@
-"""Statistics of a model on data that merge methods read: Fisher information and Gram matrices.
+"""Statistics of a model on data that merges read: Fisher information, Gram matrices, the use of experts.
 
 They are written as one safetensors file: ``NAME.fisher`` in the shape of tensor NAME, ``NAME.gram`` as (n, n) for the
-(m, n) weight NAME of a linear layer. All float32.
+(m, n) weight NAME of a linear layer, ``MODULE.frequency`` and ``MODULE.reap`` with a number for each expert
+of it. All float32.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
 
 @learner("StatsSettings", "StatsReport", form="file")
 def stats(run: Run[StatsSettings]) -> StatsReport:
-    """Measure Fisher information and Gram matrices of a model on data.
+    """Measure Fisher information, Gram matrices or the use of experts on data.
 
-    The file goes to the methods fisher and regmean, after the models and in their order. A report with hashes, seed
-    and sums stands beside it with the suffix .json.
+    The file goes to the methods fisher and regmean, after the models and in their order, or to moe edit. A report with
+    hashes, seed and sums stands beside it with the suffix .json.
 
     Examples:
       pxmerge stats ./math --data math.npz -o math-statistics.safetensors
       pxmerge stats ./math --data math.jsonl -o math-statistics.safetensors --what fisher --labels sampled
+      pxmerge stats ./mixture --data texts.jsonl -o experts.safetensors --what experts
       pxmerge fisher --sources ./math ./code math-statistics.safetensors code-statistics.safetensors
     """
     from mergekit_px.learn.stats.run import fit

@@ -15,17 +15,24 @@ from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.state import StateFile, under
+from mergekit_px.learn.stats.experts import ExpertSums
 from mergekit_px.learn.stats.fisher import FisherSums
 from mergekit_px.learn.stats.gram import GramSums
 from mergekit_px.learn.stats.settings import Kind, StatsReport, StatsSettings
-from mergekit_px.learn.stats.sums import Tensors, add_up
+from mergekit_px.learn.stats.sums import FINGERPRINT_KEY, STATISTICS_KIND, Tensors, add_up
 from mergekit_px.methods.fisher import FISHER
 from mergekit_px.methods.regmean import GRAM
 
-STATISTICS_KIND = "statistics"
-FINGERPRINT_KEY = "pxmerge.model_fingerprint"
 
-_WORDS = {"fisher": "Fisher information, examples", "gram": "Gram matrices, examples"}
+_WORDS = {
+    "fisher": "Fisher information, examples",
+    "gram": "Gram matrices, examples",
+    "experts": "Use of experts, examples",
+}
+_OWN_FORM = {"fisher", "gram"}
+"""Statistics of tensors as the checkpoint has them."""
+
+_AnySums = FisherSums | GramSums | ExpertSums
 
 
 def fit(run: Run[StatsSettings]) -> StatsReport:
@@ -56,7 +63,12 @@ def fit(run: Run[StatsSettings]) -> StatsReport:
             for name, tensor in tensors.items()
             if name.endswith(GRAM.suffix)
         },
-        without=sorted(set(checkpoint.tensors) - set(model.names)),
+        without=sorted(set(checkpoint.tensors) - set(model.names)) if _OWN_FORM & set(settings.what) else [],
+        unused_experts={
+            name.removesuffix(".frequency"): unused
+            for name, shares in tensors.items()
+            if name.endswith(".frequency") and (unused := (shares == 0).nonzero().flatten().tolist())
+        },
     )
 
 
@@ -64,7 +76,7 @@ def _measured(run: Run[StatsSettings], model: LearningModel, examples: Examples,
     """All statistics, by name with the suffix of their kind."""
     saved, info = state.load() if state.exists else ({}, {"batches": {}})
     batches: dict[str, int] = info["batches"]
-    sums: dict[str, FisherSums | GramSums] = {}
+    sums: dict[str, _AnySums] = {}
     for kind in dict.fromkeys(run.settings.what):
         fresh = _sums(kind, model, run)
         if kind in batches:
@@ -85,20 +97,23 @@ def _measured(run: Run[StatsSettings], model: LearningModel, examples: Examples,
     for part in sums.values():
         if isinstance(part, FisherSums):
             tensors.update({name + FISHER.suffix: one for name, one in part.means(len(examples)).items()})
-        else:
+        elif isinstance(part, GramSums):
             tensors.update({name + GRAM.suffix: one for name, one in part.means().items()})
+        else:
+            tensors.update(part.means())
     if not tensors:
         raise InputError("the model has no linear layers whose weights are tensors of its checkpoint")
     return tensors
 
 
-def _sums(kind: Kind, model: LearningModel, run: Run[StatsSettings]) -> FisherSums | GramSums:
+def _sums(kind: Kind, model: LearningModel, run: Run[StatsSettings]) -> _AnySums:
     settings, device = run.settings, run.device
     if kind == "fisher":
         return FisherSums(
             model, labels=settings.labels, seed=settings.seed, device=device, precision=settings.precision
         )
-    return GramSums(model, batch=settings.batch, device=device, precision=settings.precision)
+    make = ExpertSums if kind == "experts" else GramSums
+    return make(model, batch=settings.batch, device=device, precision=settings.precision)
 
 
 def _total(tensors: Mapping[str, Tensor], suffix: str) -> float:

@@ -1,4 +1,4 @@
-"""``stats``: what ``fisher`` and ``regmean`` need to know of a model."""
+"""``stats``: what ``fisher``, ``regmean`` and a choice of experts need to know of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mergekit_px.learn.declare import (
     TextSettings,
 )
 
-Kind = Literal["fisher", "gram"]
+Kind = Literal["fisher", "gram", "experts"]
 
 
 class StatsSettings(LearnerSettings, TextSettings, ModelSettings):
@@ -31,7 +31,7 @@ class StatsSettings(LearnerSettings, TextSettings, ModelSettings):
     """A folder, a .safetensors file or a model of the Hub."""
     data: Data = Field(description=f"{DATA_HELP}, with labels.")
     what: Annotated[tuple[Kind, ...], Option(metavar="KIND...")] = ("fisher", "gram")
-    """Of statistics: fisher, gram, or both."""
+    """Of statistics: fisher, gram, experts."""
     labels: Literal["expected", "sampled", "given"] = "expected"
     """Of Fisher information: all classes, one drawn from the prediction, the data's."""
     examples: Annotated[int | None, Field(ge=2), Option(unset="all")] = None
@@ -50,8 +50,14 @@ class StatsReport(Report):
     fisher_trace: float
     gram_trace: dict[str, float]
     without: list[str]
+    unused_experts: dict[str, list[int]]
+    """The experts of each layer that no token of the data goes to."""
 
     def shown(self) -> Iterable[Table | Note]:
         if self.without:
             what = f"{len(self.without)} tensors have no statistics: the model keeps them in another form"
+            yield Note(what, warning=True)
+        if self.unused_experts:
+            count = sum(map(len, self.unused_experts.values()))
+            what = f"{count} experts in {len(self.unused_experts)} layers got no token of the data, and score 0"
             yield Note(what, warning=True)

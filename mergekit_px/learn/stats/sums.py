@@ -15,6 +15,10 @@ from mergekit_px.learn.data import Examples
 Tell = Callable[[int, int], None]
 Tensors = dict[str, Tensor]
 
+STATISTICS_KIND = "statistics"
+FINGERPRINT_KEY = "pxmerge.model_fingerprint"
+"""What a file of statistics says in its header: that it is one, and of which model."""
+
 
 class Sums(Protocol):
     """What grows batch by batch.
