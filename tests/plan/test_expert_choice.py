@@ -124,7 +124,7 @@ def test_scores_choose_in_every_layer(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--keep", "0", "--experts-per-token", "2"], 2, "2 experts for each token, and 1 are left"),
         (["--keep", "0", "--drop", "1"], 2, "either --keep or --drop"),
         ([], 2, "which experts is not said"),
-        (["--scores", "SCORES"], 2, "--scores and --count go together"),
+        (["--scores", "SCORES"], 2, "--scores needs how many experts stay"),
         (["--scores", "SCORES", "--count", "5"], 2, "5 experts are to stay, and the file has 4 scores"),
     ],
 )
