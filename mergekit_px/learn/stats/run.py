@@ -23,7 +23,6 @@ from mergekit_px.learn.stats.sums import FINGERPRINT_KEY, STATISTICS_KIND, Tenso
 from mergekit_px.methods.fisher import FISHER
 from mergekit_px.methods.regmean import GRAM
 
-
 _WORDS = {
     "fisher": "Fisher information, examples",
     "gram": "Gram matrices, examples",
