@@ -5,7 +5,7 @@ from __future__ import annotations
 EXTRAS = {
     "models": ("transformers",),
     "align": ("scipy",),
-    "search": ("cma",),
+    "search": ("cma", "optuna"),
     "evaluate": ("transformers", "accelerate", "lm_eval"),
     "parquet": ("pyarrow",),
     "images": ("PIL",),

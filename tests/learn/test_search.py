@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def walked(
         gains = [score(*values) for values in batch]
         found += zip(gains, batch, strict=True)
         try:
-            batch = search.send(gains)
+            batch = search.send([[gain] for gain in gains])
         except StopIteration:
             break
     return found[:most]
@@ -112,6 +113,29 @@ def test_strategies_that_do_not_suit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pxmerge\[search\]"):
         begin_search("cma", [X, Y], options)
+    with pytest.raises(UsageError, match="NSGA-II needs the library optuna"):
+        begin_search("nsga2", [X, Y], options)
+
+
+def test_nsga2_finds_a_front_again_and_again_and_takes_listed_values() -> None:
+    pytest.importorskip("optuna")
+    listed = parse_variable("y=0,1,2")
+
+    def searched(**options: Any) -> list[tuple[float, float]]:
+        """The front of x^2 and (x - 1)^2, both worse by y, is x from 0 to 1 and y = 0."""
+        search = begin_search("nsga2", [X, listed], StrategyOptions(objectives=2, **options))
+        batch, found = next(search), []
+        for _ in range(8):
+            found += map(tuple, batch)
+            batch = search.send([[-math.inf if x > 1.9 else -(x**2) - y, -((x - 1) ** 2) - y] for x, y in batch])
+        return found
+
+    found = searched()
+    assert found == searched() and found[:12] != searched(seed=1)[:12]
+    assert {y for _, y in found} <= {0.0, 1.0, 2.0}
+    last = found[-24:]  # of points drawn at random 4 would lie there
+    assert sum(y == 0 and x <= 1.05 for x, y in last) >= 12 and len({round(x, 1) for x, y in last if y == 0}) > 4
+    assert searched(start=[(0.5, 0.0), (0.75, 0.0)])[:2] == [(0.5, 0.0), (0.75, 0.0)]
 
 
 def test_the_log_keeps_whole_lines(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from mergekit_px.learn.search.scratch import scratch_folder
 from mergekit_px.learn.search.settings import SearchReport, SearchSettings, parse_time
 from mergekit_px.learn.search.space import overrides
 from mergekit_px.learn.search.start import start_points
-from mergekit_px.learn.search.strategies import StrategyOptions, begin_search
+from mergekit_px.learn.search.strategies import FOLLOW_ALL, StrategyOptions, begin_search
 from mergekit_px.learn.search.trials import Trial, TrialLog, Values, trial_head
 
 LOG = "trials.jsonl"
@@ -119,24 +119,23 @@ def _log(run: Run[SearchSettings], identity: str) -> TrialLog:
 
 def _search(run: Run[SearchSettings], options: StrategyOptions, trials: _Trials, start: Sequence[Values]) -> str:
     """Try what there is to begin with, then what the strategy asks for. Returns why it ended."""
-    settings = run.settings
-    lead, *others = settings.objectives
-    if others and settings.how != "grid":
-        run.note(f"{settings.how} follows {lead.name}; the other objectives are noted on its way")
+    settings, objectives = run.settings, run.settings.objectives
+    if len(objectives) > 1 and settings.how not in FOLLOW_ALL:
+        run.note(f"{settings.how} follows {objectives[0].name} and notes the others; --how nsga2 follows all")
     if start:
         begun = trials.of(start[: settings.trials])
         if len(begun) < len(start):
             return trials.ended()
-        best = max(begun, key=lambda trial: lead.gain(trial.scores))
-        options = replace(options, start=best.values) if best.scores is not None else options
-    search = begin_search(settings.how, settings.variables, options)
+        begun.sort(key=lambda trial: (-objectives[0].gain(trial.scores), trial.number))
+        options = replace(options, start=[trial.values for trial in begun if trial.scores is not None and trial.values])
+    search = begin_search(settings.how, settings.variables, replace(options, objectives=len(objectives)))
     batch = next(search, None)
     while batch is not None:
         found = trials.of(batch)
         if len(found) < len(batch):
             return trials.ended()
         try:
-            batch = search.send([lead.gain(trial.scores) for trial in found])
+            batch = search.send([[objective.gain(trial.scores) for objective in objectives] for trial in found])
         except StopIteration:
             break
     return "all was tried"

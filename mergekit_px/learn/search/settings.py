@@ -38,8 +38,8 @@ class SearchSettings(LearnerSettings, TextSettings):
     """A recipe, or a mergekit config."""
     over: Annotated[tuple[str, ...], Option(metavar="KEY=RANGE...")]
     """What is searched: KEY=LOW:HIGH, KEY=LOW:HIGH:STEP or KEY=A,B,C; KEY,KEY=... moves several as one."""
-    how: Literal["grid", "golden", "coordinate", "cma"] = "grid"
-    """All combinations, golden section on one value, on one after another, or CMA-ES on all."""
+    how: Literal["grid", "golden", "coordinate", "cma", "nsga2"] = "grid"
+    """All combinations, golden section on one value, on one after another, CMA-ES on all, or NSGA-II."""
     start_from: Annotated[str | None, Input("file"), Option(metavar="FILE")] = None
     """Tried first: trials.jsonl of an earlier search, of which its best, or a JSON line for each point."""
     score: Annotated[str | None, Option(metavar="COMMAND")] = None
@@ -82,7 +82,7 @@ class SearchSettings(LearnerSettings, TextSettings):
     batch: Annotated[int, Field(ge=1)] = 256
     """Examples of one forward pass."""
     seed: Seed = 0
-    """Draws the test data, and CMA-ES's steps."""
+    """Draws the test data, and the steps of CMA-ES and NSGA-II."""
     model: Code = None
     """Makes the model, if config.json names no class; needs --allow-code."""
     memory: Annotated[str | None, Aside(), Option(metavar="SIZE", panel="Run")] = None
