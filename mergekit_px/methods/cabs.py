@@ -17,14 +17,20 @@ if TYPE_CHECKING:
 
 class CabsParams(Params):
     keep: Annotated[int, Field(ge=1)] = 64
-    """Elements of each group that a source keeps (n)."""
+    """Elements of each group that a source keeps (n); of a last group that is shorter, the same share, at least 1."""
     group: Annotated[int, Field(ge=1)] = 256
     """Neighbouring elements of a row that compete for their places (m)."""
     scale: FiniteFloat = 1.0
     """Factor of the merged task vector."""
 
 
-@merge_method(space="deltas", access="rows", paper="arXiv:2503.01874", scratch=10.0)
+@merge_method(
+    space="deltas",
+    access="rows",
+    paper="arXiv:2503.01874",
+    scratch=10.0,
+    overshoots=lambda _: "adds up what it keeps of each",
+)
 def cabs(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: CabsParams) -> torch.Tensor:
     """Give each source the places that earlier ones left free (CABS, conflict-aware and balanced sparsification).
 
@@ -32,7 +38,7 @@ def cabs(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: CabsP
     keep the ``keep`` largest of each group in magnitude, among the places that no earlier source holds; only where
     too few are left, also the largest of the others. The result is ``base + scale * sum_i w_i m_i d_i`` (Yang et al.,
     algorithms 1 and 2, n:m pruning). So order matters: the first source is served first. Of equal magnitudes the
-    earlier place goes first.
+    earlier place goes first. Of a last group that is shorter the same share is kept.
 
     Raises:
         UsageError: more are to be kept than a group has, or a weight is not finite.
@@ -52,6 +58,9 @@ def cabs(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: CabsP
         return rows.reshape(-1, params.group)
 
     real = groups(torch.ones(width, dtype=first.dtype, device=first.device).expand(first.numel() // width, width))
+    # A row shorter than a group would else be kept whole, and all sources be summed.
+    wanted = (real.sum(1, keepdim=True) * (params.keep / params.group)).round_().clamp_min_(1)
+    first_of = (torch.arange(params.keep, device=first.device) < wanted).to(first.dtype)
     taken = torch.zeros_like(real)
     total = torch.zeros_like(first)
     for delta, weight in zip(deltas, finite_weights(weights), strict=True):
@@ -60,7 +69,7 @@ def cabs(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: CabsP
         order = size.argsort(dim=1, descending=True, stable=True)
         class_of = (taken + 2 * (1 - real)).gather(1, order)
         order = order.gather(1, class_of.argsort(dim=1, stable=True))[:, : params.keep]
-        mask = torch.zeros_like(real).scatter_(1, order, 1.0)
+        mask = torch.zeros_like(real).scatter_(1, order, first_of)
         taken = torch.maximum(taken, mask)
         kept = mask.reshape(-1, padded)[:, :width].reshape(first.shape)
         total.addcmul_(delta, kept, value=weight)

@@ -43,7 +43,8 @@ def wudi(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: WudiP
     For an (m, n) matrix, minimise ``sum_t ||(X - D_t) D_t'||^2 / ||D_t||^2`` over X with Adam, beginning at
     ``sum_t D_t`` (Cheng et al.). The gradient is ``2 (X G - C)`` with ``G = sum_t D_t'D_t / ||D_t||^2`` and
     ``C = sum_t D_t D_t'D_t / ||D_t||^2``, so a step costs one product however many sources there are. The few small
-    steps of the paper stop well before the minimum, on purpose. ``solver: closed`` gives ``X = C (G + r I)^+``, the
+    steps of the paper stop well before the minimum, on purpose; where updates are larger than they can move, the sum
+    stays, and a warning says so. ``solver: closed`` gives ``X = C (G + r I)^+``, the
     minimum where the ridge is 0, and ``sides: both`` its mean with the solution for ``||D_t' (X - D_t)||^2``; on the
     project's own digits the exact minimum was behind TSV-M, a ridge of 0.01 to 0.1 and both sides came near it. A
     weight multiplies its source's delta first. All other tensors, and embeddings unless wanted, get the mean of the
@@ -84,6 +85,12 @@ def _wudi(case: Case, params: WudiParams) -> MatrixMerge:
             del unit
     assert total is not None
     del delta
+    reach, size = params.steps * params.learning_rate, float(total.abs().mean())
+    if params.steps and reach < size:
+        case.notes.append(
+            f"{params.steps} steps of {params.learning_rate:g} move an element by {reach:.2g} at most, and those of the"
+            f" sum are {size:.2g} in the mean: it stays near the sum, which can overshoot; try --solver closed"
+        )
     return _adam(total, metric, target, params)
 
 

@@ -315,6 +315,17 @@ def test_shared_directions_are_warned_about(caplog: pytest.LogCaptureFixture) ->
     assert "w: sources share 15 left and 15 right directions up to rounding" in caplog.text
 
 
+def test_adam_that_cannot_leave_the_sum_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    deltas = draw((12, 8), 3)
+    small = [1e-4 * delta for delta in deltas]
+    with caplog.at_level(logging.WARNING):
+        merge("wudi", small, {"steps": 300}, name="w")
+        merge("wudi", deltas, {"solver": "closed"}, name="w")
+        assert not caplog.records
+        merge("wudi", deltas, {"steps": 300}, name="w")
+    assert "w: 300 steps of 1e-05 move an element by 0.003 at most" in caplog.text
+
+
 def test_a_driver_that_fails_does_not_end_the_merge(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
