@@ -175,14 +175,14 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]]
     origin: str
     coarser: Callable[[Any], Access | None]
+    overshoots: Callable[[Any], str | None]
+    """What it does with many task vectors at full weight, for given parameters, that can go too far."""
     arguments: frozenset[str] = field(default=frozenset())
     companions: Companions | None = None
     centred: bool = False
     """Whether the mean of its sources is a base that makes sense by itself."""
     signed: bool = False
     """Whether its weights are coefficients of any sign and sum, which decide what comes out."""
-    overshoots: Callable[[Any], str | None] = lambda _: None
-    """What it does with many task vectors at full weight, for given parameters, that can go too far."""
     family: Family = "task vectors"
 
     @property
