@@ -31,6 +31,11 @@ from tiny_models import SMALL
 
 TOLERANCE = 3e-5
 VOCABULARY = 48
+CHAT = tuple(
+    f"<|{name}|>"
+    for name in ("im_start", "im_end", "start_header_id", "end_header_id", "eot_id", "special", "original_token")
+)
+"""Tokens that configs and pages name."""
 MOST_ITERATIONS = 100
 """mergekit's Karcher mean in float32 does not get below the tolerances that configs ask for, and runs on and on."""
 
@@ -124,7 +129,7 @@ def make_adapter(folder: Path, model: Path) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    tokens = ["<unk>", "<s>", "</s>", *(f"t{number}" for number in range(3, VOCABULARY))]
+    tokens = ["<unk>", "<s>", "</s>", *CHAT, *(f"t{number}" for number in range(3 + len(CHAT), VOCABULARY))]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": number, "content": token, **special} for number, token in enumerate(tokens[:3])]
     words = {"type": "WordLevel", "vocab": {token: i for i, token in enumerate(tokens)}, "unk_token": "<unk>"}
