@@ -55,6 +55,10 @@ Count = Annotated[
 """A number of components, or a percentage of the rank that a matrix of this shape can have, as ``"10%"``."""
 
 
+_GROWTH = 1.5
+"""Factor of a merge's norm above which a correction is warned of. The ones that fell below the base had 2 and more."""
+
+
 class SpectralParams(Params):
     scale: FiniteFloat = 1.0
     """Factor of the merged update, of matrices and all other tensors alike."""
@@ -121,6 +125,15 @@ class Case:
         parts = truncated_svd(matrix, rank, label=self.label)
         self.notes += parts.fallbacks
         return parts
+
+    def note_growth(self, before: torch.Tensor, after: torch.Tensor, what: str) -> None:
+        """Note that a correction made a merge much longer than it was."""
+        length, grown = float(before.norm()), float(after.norm())
+        if grown > _GROWTH * length > 0:
+            self.notes.append(
+                f"{what} makes the update {grown / length:.2g} times as long, which can overshoot (docs/quality.md);"
+                " try a smaller scale"
+            )
 
     def above(self, values: torch.Tensor, edge: float, what: str) -> int:
         """How many of the descending singular values stand above a noise edge; all, with a note, if none does."""

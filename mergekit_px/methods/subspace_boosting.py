@@ -67,4 +67,5 @@ def _boost(case: Case, params: SubspaceBoostingParams) -> MatrixMerge:
         case.notes.append(f"{below} of {parts.rank} components lie below rounding noise ({edge:.2g}) and are amplified")
     values = parts.s.clone()
     values[:lifted].clamp_min_(float(parts.s[strong]))
+    case.note_growth(parts.s, values, "boosting")
     return (parts.u * values) @ parts.v.T

@@ -54,7 +54,10 @@ def _svc(case: Case, params: SvcParams) -> MatrixMerge:
     from mergekit_px.kernels.calibration import Calibration
 
     experts = case.count - 1
-    calibration = Calibration((yield).pop(), params.floor or 1 / experts, case.label)
+    merged = (yield).pop()
+    calibration = Calibration(merged, params.floor or 1 / experts, case.label)
     for _ in range(experts):
         calibration.add((yield).pop())
-    return calibration.result()
+    calibrated = calibration.result()
+    case.note_growth(merged, calibrated, "calibration")
+    return calibrated

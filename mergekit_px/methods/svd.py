@@ -26,12 +26,6 @@ class SvdParams(SpectralParams):
     lengthens an orthogonalised sum: where that was measured (docs/quality.md) it wanted half the scale."""
 
 
-def _overshoots(params: SvdParams) -> str | None:
-    if params.calibrate == "svc":
-        return "lifts what they do not share up to their full strength" if params.orthogonalise else None
-    return None if params.orthogonalise else "adds them up"
-
-
 @merge_method(
     family="spectral",
     space="deltas",
@@ -39,7 +33,7 @@ def _overshoots(params: SvdParams) -> str | None:
     centred=True,
     paper="arXiv:2508.19353",
     scratch=6.0,
-    overshoots=_overshoots,
+    overshoots=lambda params: None if params.orthogonalise or params.calibrate == "svc" else "adds them up",
 )
 def svd(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: SvdParams, name: str) -> torch.Tensor:
     """Pool the rank-one components of all sources and keep the K largest of each matrix (AXIS).
@@ -76,4 +70,6 @@ def _svd(case: Case, params: SvdParams) -> MatrixMerge:
     calibration = Calibration(merged, 1 / case.count, case.label)
     for _ in range(case.count):
         calibration.add((yield).pop())
-    return calibration.result()
+    calibrated = calibration.result()
+    case.note_growth(merged, calibrated, "calibration")
+    return calibrated

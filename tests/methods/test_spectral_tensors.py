@@ -326,6 +326,19 @@ def test_adam_that_cannot_leave_the_sum_is_warned_about(caplog: pytest.LogCaptur
     assert "w: 300 steps of 1e-05 move an element by 0.003 at most" in caplog.text
 
 
+def test_corrections_that_lengthen_a_merge_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    deltas = draw((24, 20), 8)
+    total = torch.stack(deltas).sum(0)
+    with caplog.at_level(logging.WARNING):
+        merge("svc", [total, *deltas], name="w")
+        assert not caplog.records  # a plain sum gets shorter, or stays about as it is
+        merge("svd", deltas, {"top_k": "100%", "calibrate": "svc"}, name="w")
+    assert "w: calibration makes the update" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        merge("subspace_boosting", [deltas[0][:, :1] @ deltas[1][:1] + 0.1 * deltas[2]], name="v")
+    assert "v: boosting makes the update" in caplog.text
+
+
 def test_a_driver_that_fails_does_not_end_the_merge(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -81,7 +81,6 @@ def test_other_names_make_another_source(folder: Path) -> None:
         ({**TASK, "sources": ["a", "b", "c"], "method": "svd"}, False),
         ({**TASK, "sources": ["a", "b", "c"], "method": "svd", "params": {"orthogonalise": False}}, True),
         ({**TASK, "sources": ["a", "b", "c"], "method": "subspace_boosting"}, True),
-        ({**TASK, "sources": ["a", "b", "c"], "method": "svd", "params": {"calibrate": "svc"}}, True),
         ({**TASK, "sources": ["a", "b", "c"], "method": "cabs"}, True),
         ({**TASK, "sources": ["a", "b", "c"], "method": "dare_ties"}, True),
         ({**TASK, "sources": ["a", "b", "c"], "method": "dare_ties", "params": {"rescale": "none"}}, False),
