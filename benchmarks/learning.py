@@ -1,14 +1,17 @@
 """What learning from a little data costs: memory and time, whole processes, in one run.
 
-    python benchmarks/learning.py                        # all three tables
+    python benchmarks/learning.py                        # all tables
     python benchmarks/learning.py coefficients --clients 2 8 --steps 10
     python benchmarks/learning.py stream --clients 2 16
     python benchmarks/learning.py tune --sources 2 16
+    python benchmarks/learning.py sizes --layers 8 36
 
 Makes a BERT classifier of about 120 MB in float32 and clients beside it.
 
 ``stream``: peak resident memory of `pxmerge ofasd --stream` for few and for many clients.
 ``tune``: seconds of a step of `pxmerge tune` on components of few and of many models, as many values in each.
+``sizes``: bytes for each parameter that `ofasd --stream`, `tune`, `stats` (Fisher) and `align` need, from their peaks
+on bfloat16 models of Llama's shapes with few and with many layers: the difference leaves out what does not grow.
 ``coefficients``: `pxmerge ofasd` with and without ``--stream`` next to a plain loop that keeps all task vectors and
 lets autograd do the rest, with the same batches, settings and start; the learned coefficients are compared.
 
@@ -239,7 +242,69 @@ def tune(work: Path, options: argparse.Namespace) -> None:
         print(f"| {count} | {step} | {whole} | {trained} |", flush=True)
 
 
-TABLES = {"stream": stream, "tune": tune, "coefficients": coefficients}
+def make_llama(work: Path, layers: int) -> int:
+    """``base``, ``client0``, ``client1`` and ``data.npz``; the number of parameters."""
+    import numpy
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=2000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        dtype=torch.bfloat16,
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(work / "base")
+    for number in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        model.save_pretrained(work / f"client{number}")
+    ids = numpy.random.default_rng(0).integers(0, 2000, (16, 8))
+    numpy.savez(work / "data.npz", input_ids=ids, labels=ids)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def sizes(work: Path, options: argparse.Namespace) -> None:
+    """Peaks of whole processes at two sizes."""
+    peaks: dict[str, list[float]] = {}
+    counts = []
+    for layers in options.layers or [8, 36]:
+        place = work / f"llama{layers}"
+        place.mkdir()
+        counts.append(make_llama(place, layers))
+        base, data, *clients = (str(place / name) for name in ("base", "data.npz", "client0", "client1"))
+        line = [sys.executable, "-m", "mergekit_px"]
+        pool = ["svd", "--base", base, "--sources", *clients, "--top-k", "4", "--as", "components"]
+        measured([*line, *pool, "-o", str(place / "pool"), "-q"])
+        shared = ["--data", data, "--overwrite", "-q", "--device", "cpu", "-o", str(place / "out")]
+        trained = [*shared, "--batch", "2", "--steps", "2", "--checkpoint-activations"]
+        few = [*trained, "--controls", "none"]
+        commands = {
+            "ofasd --stream": ["ofasd", "--base", base, "--sources", *clients, "--stream", *few],
+            "tune": ["tune", str(place / "pool"), "--base", base, *trained],
+            "stats --what fisher": ["stats", base, "--what", "fisher", "--labels", "given", *shared, "--examples", "4"],
+            "align": ["align", "--source-base", base, "--source-model", clients[0], "--base", clients[1], *few],
+        }
+        for name, command in commands.items():
+            if not options.only or name.split()[0] in options.only:
+                out = ["-o", str(place / f"{name.split()[0]}.safetensors")] if name.startswith("stats") else []
+                peaks.setdefault(name, []).append(measured([*line, *command, *out]).peak)
+    print(f"\n| bfloat16 | {' | '.join(f'MB at {count / 1e6:.0f} M' for count in counts)} | bytes a parameter |")
+    print("| --- | --- | --- | --- |")
+    for name, (small, large) in peaks.items():
+        slope = (large - small) / (counts[1] - counts[0])
+        print(f"| {name} | {small / 1e6:.0f} | {large / 1e6:.0f} | {slope:.1f} |", flush=True)
+
+
+TABLES = {"sizes": sizes, "stream": stream, "tune": tune, "coefficients": coefficients}
 
 
 def main() -> None:
@@ -250,7 +315,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, nargs="+")
+    parser.add_argument("--only", nargs="+", help="of the commands of sizes")
     parser.add_argument("--words", type=int, default=8000)
     parser.add_argument("--work", type=Path, help="where models are made; a memory file system measures best")
     options = parser.parse_args()
@@ -261,8 +327,11 @@ def main() -> None:
         Path(options.work).mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="pxmerge-learning-", dir=options.work))
     try:
+        if options.table == "sizes":
+            sizes(work, options)
+            return
         most = max([*(options.clients or [16]), *(options.sources or [16 if options.table in (None, "tune") else 2])])
-        make(work, Shape(options.width, options.layers, options.words), most)
+        make(work, Shape(options.width, (options.layers or [8])[0], options.words), most)
         size = (work / "base" / "model.safetensors").stat().st_size
         print(f"model of {size / 1e6:.0f} MB, {THREADS} threads, batches of {BATCH} x {LENGTH} tokens", flush=True)
         for name in [options.table] if options.table else TABLES:

@@ -15,15 +15,26 @@ _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
 _LARGEST_REUSED = 5 << 20
 _KEPT = 512 << 20
+_LARGEST_SCATTERED = 1 << 20
+"""Where weights come and go between activations that stay, all larger pieces go back: the heap would grow to more than
+half as much again."""
 
 
 @cache
 def keep_freed_memory() -> bool:
     """Set the allocator up, once for the process; whether that was possible."""
+    return _set(_MMAP_THRESHOLD, _LARGEST_REUSED) and _set(_TRIM_THRESHOLD, _KEPT)
+
+
+def return_freed_memory() -> bool:
+    """Set the allocator up for learning; whether that was possible."""
+    return _set(_MMAP_THRESHOLD, _LARGEST_SCATTERED)
+
+
+def _set(option: int, value: int) -> bool:
     if sys.platform != "linux":
         return False
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return bool(ctypes.CDLL(None).mallopt(option, value))
     except (AttributeError, OSError):
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_REUSED) and mallopt(_TRIM_THRESHOLD, _KEPT))

@@ -183,6 +183,8 @@ class _Lazy(Sequence["torch.Tensor"]):
             return [self[place] for place in range(*index.indices(len(self)))]
         source = self._node.sources[index]
         value = self._block.value(source)
+        if index >= len(self._node.source_indices):  # statistics
+            return value
         if self._load_base is None or self._node.base is None or source.kind != self._node.base.kind:
             return value
         return value.sub_(self._load_base()) if isinstance(source, Leaf) else value - self._load_base()

@@ -241,6 +241,8 @@ class ModelSettings(Settings):
     """Makes the model, if config.json names no class; needs --allow-code."""
     precision: Precision = "float32"
     """Of forward and backward passes; nothing else is rounded."""
+    memory: Annotated[str | None, Aside(), Option(metavar="SIZE", panel="Run")] = None
+    """Start only if all but activations fits in it, as 40GB."""
 
 
 class TrainingSettings(ModelSettings):

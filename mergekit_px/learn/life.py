@@ -104,14 +104,22 @@ class Run(Generic[S]):
         parts = {part: whole.take(numbers) for part, numbers in rows.items()}
         return parts | {part: self._load(file, model) for part, file in given.items() if isinstance(file, str)}
 
-    def model(self, name: str = "base", code: str = "model", *, learns: bool = False) -> LearningModel:
-        """A model with its forward pass, on the device, in evaluation mode; and its gradients if it learns."""
+    def model(
+        self, name: str = "base", code: str = "model", *, learns: bool = False, narrow: bool = False
+    ) -> LearningModel:
+        """A model with its forward pass, on the device, in evaluation mode; and its gradients if it learns.
+
+        Args:
+            narrow: see `mergekit_px.learn.models.load_model`.
+        """
         from mergekit_px.learn.activations import checkpoint_activations
         from mergekit_px.learn.models import load_model
 
         factory = getattr(self.settings, code)
-        model = load_model(self.checkpoint(name), factory, allow_code=self.settings.allow_code)
+        model = load_model(self.checkpoint(name), factory, allow_code=self.settings.allow_code, narrow=narrow)
         model.module.to(self.device).eval()
+        if narrow:
+            model.defer({})
         if getattr(self.settings, "checkpoint_activations", False):
             checkpoint_activations(model.module)
         if not learns:
@@ -193,8 +201,10 @@ def run_learner(
 
 def live(learner: Learner, settings: RunSettings, note: Callable[[str], None], tell: Tell) -> Learned:
     """One run of a learner, from its settings to a published result; errors as `run_learner`."""
+    from mergekit_px.execute.allocator import return_freed_memory
     from mergekit_px.execute.lane import pick_device
 
+    return_freed_memory()
     if isinstance(settings, LearnerSettings):
         _ = settings.mode  # before anything is read
     named = settings.place(learner.output)

@@ -26,6 +26,7 @@ from mergekit_px.errors import (
     TensorMismatchError,
     UsageError,
 )
+from mergekit_px.learn.deferred import Deferred, Make
 from mergekit_px.user_code import user_function
 
 _NAMES_SHOWN = 3
@@ -36,7 +37,8 @@ class LearningModel:
     """A module, and how its tensors are called in the checkpoint.
 
     Attributes:
-        module: the model; floating-point tensors are float32 unless the user's function made them otherwise.
+        module: the model; floating-point tensors are float32 unless the user's function made them otherwise, or it was
+            loaded narrow: then parameters are as they are stored, and it runs under `Deferred`.
         checkpoint: where its tensors come from; None if it begins as its function made it.
         names: tensor name in the checkpoint -> name in ``module.state_dict()``, for every tensor that is the same
             array in both. Fused tensors that the class keeps in another form are not among them.
@@ -46,6 +48,20 @@ class LearningModel:
     checkpoint: Checkpoint | None
     names: Mapping[str, str]
     _export: Callable[[dict[str, Tensor]], dict[str, Tensor]] = field(default=dict, repr=False)
+    _deferred: list[Deferred] = field(default_factory=list, repr=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        floating = [one.dtype for one in self.module.parameters() if one.is_floating_point()]
+        return floating[0] if floating and floating[0].itemsize >= 4 else torch.float32
+
+    def defer(self, makers: Mapping[str, Make]) -> None:
+        """Compute with weights that are made when they are needed: by these makers, by names in the module, instead of
+        any before; what is stored narrow is widened."""
+        while self._deferred:
+            self._deferred.pop().remove()
+        self._deferred.append(Deferred(self.module, makers))
 
     def tensor(self, name: str) -> Tensor | None:
         """The parameter or buffer that holds a tensor of the checkpoint, itself; None where there is none."""
@@ -130,7 +146,11 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> 
 
 
 def load_model(
-    checkpoint: Checkpoint | None, factory: str | Callable[[], nn.Module] | None = None, *, allow_code: bool = False
+    checkpoint: Checkpoint | None,
+    factory: str | Callable[[], nn.Module] | None = None,
+    *,
+    allow_code: bool = False,
+    narrow: bool = False,
 ) -> LearningModel:
     """A model that holds the tensors of a checkpoint.
 
@@ -140,6 +160,7 @@ def load_model(
             ``state_dict`` has the names of the checkpoint. Left out: the ``transformers`` class that
             ``config.json`` names.
         allow_code: whether the user's code may be run.
+        narrow: keep parameters of a ``transformers`` class as they are stored.
 
     Raises:
         UsageError: code that is not allowed or does not work, or the extra ``models`` is not installed.
@@ -158,7 +179,7 @@ def load_model(
         return LearningModel(module, checkpoint, names)
     if checkpoint is None:
         raise UsageError("a model needs weights or a function that makes it", hint="name one of the two")
-    return _transformers_model(checkpoint)
+    return _transformers_model(checkpoint, narrow=narrow)
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, where: str) -> None:
@@ -185,7 +206,7 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, where: str) -> None:
         reader.close()
 
 
-def _transformers_model(checkpoint: Checkpoint) -> LearningModel:
+def _transformers_model(checkpoint: Checkpoint, *, narrow: bool) -> LearningModel:
     if checkpoint.config is None or checkpoint.directory is None:
         raise InputError(
             "it has no config.json that names a class",
@@ -208,6 +229,32 @@ def _transformers_model(checkpoint: Checkpoint) -> LearningModel:
             where=f"{checkpoint.label}/config.json",
             hint="give a function that makes the model: file.py:function (code beside a checkpoint is never run)",
         )
+    dtypes = {stored.dtype.torch for stored in checkpoint.tensors.values() if stored.dtype.arithmetic}
+    dtype = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+    module, info = _made(model_class, checkpoint, dtype)
+    if any(buffer.is_floating_point() and buffer.dtype == dtype != torch.float32 for buffer in module.buffers()):
+        module, info = _made(model_class, checkpoint, torch.float32)  # it computes what it does not store
+    if not narrow:
+        for parameter in module.parameters():  # one after another
+            parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
+    _require_fit(
+        missing=sorted(info["missing_keys"]),
+        unexpected=sorted(info["unexpected_keys"]),
+        mismatched=sorted((key, tuple(ours), tuple(theirs)) for key, theirs, ours in info["mismatched_keys"]),
+        checkpoint=checkpoint,
+        where=str(name),
+    )
+    own: Any = module.config
+    for settings in (own, own.get_text_config()):
+        settings.use_cache = False  # what generation keeps
+    export = functools.partial(_original_names, module)
+    return LearningModel(module, checkpoint, _same_arrays(module, checkpoint, export), export)
+
+
+def _made(model_class: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """A model with the tensors of a checkpoint, themselves where they have that dtype, and what was missing."""
+    import transformers
+
     tensors = {
         name: _finite(tensor, f"{checkpoint.label}: {name}") for name, tensor in read_tensors(checkpoint).items()
     }
@@ -218,27 +265,17 @@ def _transformers_model(checkpoint: Checkpoint) -> LearningModel:
         local_files_only=True,
         trust_remote_code=False,
     )
-    module, info = _quietly(
+    made: tuple[nn.Module, Any] = _quietly(
         checkpoint,
         model_class.from_pretrained,
         None,
         config=config,
         state_dict=tensors,
-        dtype=torch.float32,
+        dtype=dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    _require_fit(
-        missing=sorted(info["missing_keys"]),
-        unexpected=sorted(info["unexpected_keys"]),
-        mismatched=sorted((key, tuple(ours), tuple(theirs)) for key, theirs, ours in info["mismatched_keys"]),
-        checkpoint=checkpoint,
-        where=str(name),
-    )
-    for settings in {id(one): one for one in (module.config, module.config.get_text_config())}.values():
-        settings.use_cache = False  # what generation keeps
-    export = functools.partial(_original_names, module)
-    return LearningModel(module, checkpoint, _same_arrays(module, checkpoint, export), export)
+    return made
 
 
 def _quietly(checkpoint: Checkpoint, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

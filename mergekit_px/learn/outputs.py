@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mergekit_px.errors import InputError
@@ -13,19 +12,7 @@ from mergekit_px.learn.data import BESIDE, LABELS, Batch, forward_names
 from mergekit_px.learn.precision import Precision, passes
 
 
-class Substituted:
-    """A module with other tensors in the place of some of its parameters, by their names in it; for forward passes."""
-
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self._module = module
-        self._tensors = tensors
-        self.forward = module.forward
-
-    def __call__(self, **given: Any) -> Any:
-        return torch.func.functional_call(self._module, dict(self._tensors), (), given)
-
-
-def forward(module: nn.Module | Substituted, batch: Batch, *, with_labels: bool = False) -> Any:
+def forward(module: nn.Module, batch: Batch, *, with_labels: bool = False) -> Any:
     """The module's output for a batch.
 
     Labels go to a forward pass that cannot do without, or, with ``with_labels``, to one that names them: what they
@@ -37,7 +24,7 @@ def forward(module: nn.Module | Substituted, batch: Batch, *, with_labels: bool 
     return module(**given)
 
 
-def predict(module: nn.Module | Substituted, batch: Batch, precision: Precision = "float32") -> Tensor:
+def predict(module: nn.Module, batch: Batch, precision: Precision = "float32") -> Tensor:
     """Logits, shape (..., classes), float32 at least."""
     with passes(next(iter(batch.values())).device, precision):
         return logits_of(forward(module, batch))

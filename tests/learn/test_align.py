@@ -212,13 +212,13 @@ def test_gradfix_only_lowers_the_loss_to_first_order(world: Path, majority: bool
         batch = {"x": torch.from_numpy(data["x"][:7]).double(), TARGETS: torch.from_numpy(data["labels"][:7])}
     deltas = delta(world)
     masked = gradfix(deltas, gradient_signs(changed, [batch], deltas, majority=majority))
-    model.module.requires_grad_(True)
+    plain = target(world).module.requires_grad_(True)
     singles = [{name: array[row : row + 1] for name, array in batch.items()} for row in range(7)]
     votes = {name: torch.zeros_like(tensor) for name, tensor in deltas.items()}
     for one in singles if majority else [batch]:
-        model.module.zero_grad()
-        torch.nn.functional.cross_entropy(model.module(one["x"]), one[TARGETS]).backward()
-        for name, parameter in model.module.named_parameters():
+        plain.zero_grad()
+        torch.nn.functional.cross_entropy(plain(one["x"]), one[TARGETS]).backward()
+        for name, parameter in plain.named_parameters():
             assert parameter.grad is not None
             votes[name] -= parameter.grad.sign() if majority else parameter.grad
     for name, tensor in deltas.items():

@@ -93,7 +93,7 @@ def dense_update(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 def test_untouched_values_give_the_base_and_the_whole_update(made, top: int | None, core: bool) -> None:
     values = values_of(made, top=top, core=core)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
-    before = values.substituted()(x=x)
+    before = values.model.module(x=x)
     values.write()
     torch.testing.assert_close(values.model.module(x), before)
     base, update = load_file(made["base"] / "model.safetensors"), load_file(made["components.safetensors"])
@@ -113,7 +113,7 @@ def test_gradients_are_projections_of_the_dense_gradient_and_finite_differences(
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def loss() -> torch.Tensor:
-        return values.substituted()(x=x).log_softmax(-1)[:, 0].sum()
+        return values.model.module(x=x).log_softmax(-1)[:, 0].sum()
 
     loss().backward()
     gradient = values.values.grad.clone()
@@ -212,8 +212,8 @@ def test_a_stack_of_matrices_is_tuned_matrix_by_matrix(tmp_path: Path, core: boo
     tuned = TunedValues(model, read_components(tmp_path / "c.safetensors"), top=top, core=core)
     x = torch.randn(5, 6)
     wanted = torch.einsum("bi,eio->bo", x, torch.tanh(base + update))
-    torch.testing.assert_close(tuned.substituted()(x=x), wanted)
-    tuned.substituted()(x=x).square().sum().backward()
+    torch.testing.assert_close(tuned.model.module(x=x), wanted)
+    tuned.model.module(x=x).square().sum().backward()
     assert tuned.values.grad is not None and bool((tuned.values.grad != 0).any())
     with torch.no_grad():
         tuned.values *= 0.5

@@ -100,6 +100,31 @@ def test_files_with_more_inputs_than_outputs_are_merged(tmp_path: Path) -> None:
     torch.testing.assert_close(merged["proj.bias"], torch.full((3,), 0.5))
 
 
+def test_a_step_can_be_the_anchor(tmp_path: Path) -> None:
+    models, inputs = draw(2)
+    found = grams(inputs)
+    lines = ""
+    for number, (model, gram) in enumerate(zip(models, found, strict=True)):
+        folder = write_checkpoint(tmp_path / f"m{number}", {"proj.weight": model.float()})
+        save_file({"proj.weight.gram": gram.float()}, tmp_path / f"s{number}.safetensors")
+        lines += f"  m{number}: {folder}\n  s{number}: {tmp_path / f's{number}.safetensors'}\n"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"models:\n{lines}steps:\n"
+        "  anchor: {method: linear, sources: {m0: 2, m1: -1}, params: {normalize: false}}\n"
+        "  out: {method: regmean, base: anchor, sources: [m0, m1, s0, s1],"
+        " params: {shrink: 1.0, ridge: 0.3}}\n"
+    )
+    assert main(["run", str(recipe), "-o", str(tmp_path / "out"), "-q"]) == 0
+    anchor, total = (2 * models[0] - models[1]).numpy(), sum(found).numpy() / 2
+    pull = 0.3 * np.diag(total).mean() * np.eye(len(total))
+    wanted = (sum((m @ g).numpy() for m, g in zip(models, found, strict=True)) / 2 + anchor @ pull) @ np.linalg.inv(
+        total + pull
+    )
+    merged = load_file(tmp_path / "out" / "model.safetensors")["proj.weight"]
+    np.testing.assert_allclose(merged.numpy(), wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_the_memory_of_larger_statistics_is_counted(tmp_path: Path) -> None:
     import mergekit_px as px
 

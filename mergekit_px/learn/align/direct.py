@@ -126,8 +126,8 @@ def gradient_signs(
     0 where votes or gradients cancel.
     """
     wanted = list(names)
-    zeros = {name: torch.zeros_like(model.sites[name].target).requires_grad_() for name in wanted}
-    totals = {name: torch.zeros_like(model.sites[name].target) for name in wanted}
+    zeros = {name: torch.zeros_like(model.sites[name].value).requires_grad_() for name in wanted}
+    totals = {name: torch.zeros_like(model.sites[name].value) for name in wanted}
     for batch in batches:
         rows = len(next(iter(batch.values())))
         singles = [{name: array[row : row + 1] for name, array in batch.items()} for row in range(rows)]

@@ -1,8 +1,9 @@
-"""A model with changed parameters: substituted for one forward pass, never written."""
+"""A model with changed parameters, made layer by layer for one pass, never written."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from mergekit_px.learn.labels import target_count
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.objective import cross_entropy, right_predictions
 from mergekit_px.learn.ofasd.blend import Site
-from mergekit_px.learn.outputs import Substituted, predict
+from mergekit_px.learn.outputs import predict
 from mergekit_px.learn.precision import Precision
 
 
@@ -28,16 +29,20 @@ class ChangedModel:
     def __init__(self, model: LearningModel, sites: Sequence[Site], precision: Precision = "float32") -> None:
         self.module: nn.Module = model.module
         self.sites = {site.name: site for site in sites}
-        self._inner = {site.name: model.names[site.name] for site in sites}
         self._precision = precision
-        self.dtype = sites[0].target.dtype
+        self.dtype = model.dtype
+        self._changes: Mapping[str, Tensor] = {}
+        self._scale = 1.0
+        model.defer({model.names[site.name]: partial(self._value, site) for site in sites})
 
     def logits(self, changes: Mapping[str, Tensor], batch: Batch, scale: float = 1.0) -> Tensor:
-        """Logits with ``scale * changes`` added to the tensors that they name; differentiable in the changes."""
-        changed = {
-            self._inner[name]: self.sites[name].target.detach() + scale * change for name, change in changes.items()
-        }
-        return predict(Substituted(self.module, changed), batch, self._precision)
+        """Logits with ``scale * changes`` added to the tensors that they name; differentiable in the changes, until the
+        next pass."""
+        self._changes, self._scale = changes, scale
+        return predict(self.module, batch, self._precision)
+
+    def _value(self, site: Site) -> Tensor:
+        return site.value + self._scale * self._changes[site.name] if site.name in self._changes else site.value
 
     def loss(self, changes: Mapping[str, Tensor], batch: Batch, scale: float = 1.0) -> Tensor:
         """Cross-entropy with the changes."""

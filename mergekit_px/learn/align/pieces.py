@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import nn
 
+from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.blend import Site
 
@@ -51,6 +52,21 @@ def find_pieces(
         rows, columns = site.target.shape
         wide = not square or bool(_ATTENTION.search(site.name))
         found += [piece for piece in pieces_of(site.name, rows, columns) if piece.rows == columns or wide]
+    return found
+
+
+def matrix_sizes(base: Checkpoint, which: Literal["attention", "all"], *, square: bool) -> list[int]:
+    """Rows of the matrices that turn a checkpoint's, by names and shapes alone; not fewer than `find_pieces` finds."""
+    found = []
+    for name, stored in base.tensors.items():
+        attends = bool(_ATTENTION.search(name))
+        if len(stored.shape) != 2 or not stored.dtype.arithmetic or (which == "attention" and not attends):
+            continue
+        for piece in pieces_of(name, *stored.shape):
+            if square and piece.rows == piece.columns:
+                found.append(piece.columns)
+            elif attends or not square:
+                found += [piece.rows, piece.columns]
     return found
 
 

@@ -106,7 +106,7 @@ def function_change(permutations: Permutations, model: ChangedModel, batch: Batc
         PlanError: they are not.
     """
     before = model.logits({}, batch)
-    permuted = {name: permutations.permute(name, site.target) - site.target for name, site in model.sites.items()}
+    permuted = {name: permutations.permute(name, site.value) - site.value for name, site in model.sites.items()}
     after = model.logits(permuted, batch)
     change = float((after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny))
     if not change <= _TOLERANCE:

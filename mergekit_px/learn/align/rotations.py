@@ -7,12 +7,14 @@ Weights are (out, in). With one matrix U of a piece ``D`` becomes ``U' D U`` (ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mergekit_px.learn.align.pieces import Piece
 from mergekit_px.learn.align.settings import AlignSettings
+from mergekit_px.learn.lazy import LazyTensors
 
 ROTATIONS_FILE = "rotations.safetensors"
 
@@ -47,19 +49,22 @@ class Rotations:
         turned: Tensor = torch.linalg.solve(identity + skew, identity - skew)
         return turned
 
-    def transport(self, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The task vector with its pieces turned; everything else as it is."""
-        moved = dict(deltas)
+    def transport(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The task vector with its pieces turned, each tensor when it is asked for; everything else as it is."""
+        pieces: dict[str, list[Piece]] = {}
         for piece in self._pieces:
-            if piece.tensor not in deltas:
-                continue
-            sides = [self.matrix(name) for name, _ in self._sizes(piece)]
-            turned = sides[0].T @ deltas[piece.tensor][piece.start : piece.stop] @ sides[-1]
-            if piece.rows == len(deltas[piece.tensor]):
-                moved[piece.tensor] = turned
-            else:
-                rows = torch.arange(piece.start, piece.stop, device=turned.device)
-                moved[piece.tensor] = moved[piece.tensor].index_copy(0, rows, turned)
+            pieces.setdefault(piece.tensor, []).append(piece)
+        return LazyTensors({name: partial(self._turned, deltas, name, pieces.get(name, ())) for name in deltas})
+
+    def _turned(self, deltas: Mapping[str, Tensor], name: str, pieces: Sequence[Piece]) -> Tensor:
+        moved = delta = deltas[name]
+        for piece in pieces:
+            sides = [self.matrix(side) for side, _ in self._sizes(piece)]
+            turned = sides[0].T @ delta[piece.start : piece.stop] @ sides[-1]
+            if piece.rows == len(delta):
+                return turned
+            rows = torch.arange(piece.start, piece.stop, device=turned.device)
+            moved = moved.index_copy(0, rows, turned)
         return moved
 
     def penalty(self) -> Tensor | float:

@@ -120,15 +120,10 @@ class Trial:
     def _rotated(self, name: str, deltas: Deltas, keep: Keep | None) -> tuple[Deltas, Rotations, Progress]:
         settings, model = self.settings, self.model
         pieces = [piece for piece in self.pieces if piece.tensor in deltas]
-        dtype = next(iter(deltas.values())).dtype
-        rotations = Rotations(pieces, settings, self.life.device, dtype)
+        rotations = Rotations(pieces, settings, self.life.device, model.dtype)
 
         def fidelity(batch: Batch) -> Tensor:
             return model.loss(rotations.transport(deltas), batch, settings.scale)
-
-        def moved() -> Deltas:
-            with torch.no_grad():
-                return rotations.transport(deltas)
 
         training = self._training(
             rotations.free,
@@ -143,7 +138,7 @@ class Trial:
         except DivergedError as error:
             if keep is None:
                 raise self._stopped(error, f"the control '{name}'", "learning rate") from error
-            keep(moved(), self._artefact(rotations))
+            keep(rotations.transport(deltas), self._artefact(rotations))
             raise DivergedError(
                 f"{error.what}; the result of step {training.progress.best_step}, the best before, is kept",
                 where=str(self.life.output),
@@ -151,12 +146,12 @@ class Trial:
             ) from error
         if settings.project:
             rotations.retract()
-        return moved(), rotations, training.progress
+        return rotations.transport(deltas), rotations, training.progress
 
     def _tuned(self, name: str, start: Deltas) -> Deltas:
         """The changes of a few-shot fine-tune that begins with some changes of the target base."""
         free = {
-            site.name: start.get(site.name, torch.zeros_like(site.target)).clone().requires_grad_()
+            site.name: start.get(site.name, torch.zeros_like(site.value)).clone().requires_grad_()
             for site in self.model.sites.values()
             if site.is_parameter
         }
@@ -213,8 +208,9 @@ class Trial:
     def _staying(self, deltas: Deltas) -> list[str]:
         """The matrices of the task vector that are added as they are."""
         turned = {piece.tensor for piece in self.pieces}
-        return [name for name, delta in deltas.items() if delta.ndim == 2 and name not in turned]
+        return [name for name in deltas if self.model.sites[name].target.ndim == 2 and name not in turned]
 
+    @torch.no_grad()
     def _spectrum_distance(self, before: Deltas, after: Deltas) -> float:
         """The largest relative change of the singular values of a piece."""
         worst = 0.0
@@ -227,6 +223,7 @@ class Trial:
         return worst
 
 
+@torch.no_grad()
 def norm(deltas: Deltas) -> float:
     """Of all tensors together."""
     return float(torch.stack([delta.double().square().sum() for delta in deltas.values()]).sum().sqrt())

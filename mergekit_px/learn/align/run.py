@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -32,18 +33,24 @@ from mergekit_px.learn.align.direct import (
 from mergekit_px.learn.align.fixed import Artefact, FixedMap
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.output import write_result
-from mergekit_px.learn.align.pieces import Piece, find_pieces
+from mergekit_px.learn.align.pieces import Piece, find_pieces, matrix_sizes
 from mergekit_px.learn.align.rebasin import find_rebasin, function_change
 from mergekit_px.learn.align.reuse import SOURCE_KEY, TARGET_KEY, load_map
 from mergekit_px.learn.align.routes import CONTROLS, Deltas, Trial, norm
 from mergekit_px.learn.align.settings import AlignReport, AlignTask
-from mergekit_px.learn.align.source import read_deltas
+from mergekit_px.learn.align.source import Differences, open_deltas
 from mergekit_px.learn.data import Batch, Examples, to_device
 from mergekit_px.learn.labels import find_reading
+from mergekit_px.learn.lazy import LazyTensors
 from mergekit_px.learn.life import Run
+from mergekit_px.learn.memory import COMPUTED, floating, is_narrow, narrow_bytes, numbers, plan_memory
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.blend import find_sites
 
+_LEARNED = 5
+"""Copies of what is free: itself, what was best, its gradient and two moments."""
+_TUNED = _LEARNED + 2
+"""The same of a fine-tune, what it begins with, and the random task vector."""
 _NO_DATA = "there is no labelled data"
 
 
@@ -54,9 +61,28 @@ def fit(run: Run[AlignTask]) -> AlignReport:
         UsageError, InputError, PlanError: what is asked cannot be done.
         DivergedError: a loss was not finite; the result of the best step before it is written.
     """
+    if run.settings.data is not None:
+        _plan_memory(run)
     parts = run.parts() if run.settings.data is not None else {}
     metadata = _metadata(run)
-    return _with_data(run, parts, metadata) if parts else _without_data(run, metadata)
+    with closing(open_deltas(run)) as deltas:
+        return _with_data(run, parts, deltas, metadata) if parts else _without_data(run, deltas, metadata)
+
+
+def _plan_memory(run: Run[AlignTask]) -> None:
+    settings, base = run.settings, run.checkpoint("base")
+    count = COMPUTED * numbers(floating(base))
+    learns = settings.route == "orthogonal" and settings.maps is None
+    sizes = matrix_sizes(base, settings.sites, square=settings.sided == "one") if learns else []
+    tuned = _TUNED * count if settings.controls == "all" else 0
+    kept = {
+        "weights": narrow_bytes(base),
+        "task vector": 0 if learns else count,
+        "matrices": _LEARNED * COMPUTED * sum(size**2 for size in sizes),
+        "fine-tune controls": tuned,
+    }
+    ways = {"use --controls cheap": bool(tuned), "store the base in bfloat16": not is_narrow(base)}
+    plan_memory(run, base, kept, ways)
 
 
 def _metadata(run: Run[AlignTask]) -> dict[str, str]:
@@ -69,18 +95,20 @@ def _metadata(run: Run[AlignTask]) -> dict[str, str]:
     return {TARGET_KEY: run.fingerprint("base"), **({SOURCE_KEY: source} if source is not None else {})}
 
 
-def _with_data(run: Run[AlignTask], parts: dict[str, Examples], metadata: Mapping[str, str]) -> AlignReport:
+def _with_data(
+    run: Run[AlignTask], parts: dict[str, Examples], deltas: Differences, metadata: Mapping[str, str]
+) -> AlignReport:
     """Transport, train and score."""
     settings, base, device = run.settings, run.checkpoint("base"), run.device
-    model = run.model()
+    model = run.model(narrow=True)
     sites = find_sites(model)
-    dtype = sites[0].target.dtype
+    dtype = model.dtype
     parts, reading = run.labelled(model, parts, dtype)
     if reading.kind == "values":
         raise InputError("the labels are values, not classes", where=settings.data, hint="number the classes from 0")
-    deltas = read_deltas(run, device, dtype)
+    deltas = deltas.on(device, dtype)
     shapes = {site.name: tuple(site.target.shape) for site in sites}
-    fitting = {name: one for name, one in deltas.items() if shapes.get(name) == tuple(one.shape)}
+    fitting = deltas.only([name for name, shape in deltas.shapes.items() if shapes.get(name) == shape])
     pieces: list[Piece] = []
     fixed: FixedMap | None = None
     changed = ChangedModel(model, sites, settings.precision)
@@ -110,8 +138,10 @@ def _with_data(run: Run[AlignTask], parts: dict[str, Examples], metadata: Mappin
     trial = Trial(run, changed, parts, pieces, fixed, metadata)
 
     def keep(moved: Deltas, artefact: Artefact | None) -> None:
-        changes = {name: moved[site.name] for site in sites if site.name in moved for name in site.names}
-        write_result(run.stage, base, changes, settings.scale, artefact, run.identity)
+        changes = {
+            name: partial(moved.__getitem__, site.name) for site in sites if site.name in moved for name in site.names
+        }
+        write_result(run.stage, base, LazyTensors(changes), settings.scale, artefact, run.identity)
 
     outcome = trial.run(deltas, fitting, keep)
     moved = outcome.pop("transported")
@@ -126,13 +156,12 @@ def _with_data(run: Run[AlignTask], parts: dict[str, Examples], metadata: Mappin
     )
 
 
-def _without_data(run: Run[AlignTask], metadata: Mapping[str, str]) -> AlignReport:
+def _without_data(run: Run[AlignTask], deltas: Differences, metadata: Mapping[str, str]) -> AlignReport:
     """Transport by arithmetic on files alone; nothing can be scored."""
     base = run.checkpoint("base")
-    deltas = read_deltas(run, torch.device("cpu"), torch.float32)
     fixed = _found_map(run, metadata)
     shapes = {name: stored.shape for name, stored in base.tensors.items() if stored.dtype.arithmetic}
-    fitting = {name: one for name, one in deltas.items() if shapes.get(name) == tuple(one.shape)}
+    fitting = deltas.only([name for name, shape in deltas.shapes.items() if shapes.get(name) == shape])
     if not fixed.across_shapes:
         _require_fitting(fitting)
     moved = fixed.moved(deltas, fitting, shapes)
@@ -174,8 +203,8 @@ def _require_fitting(fitting: Deltas) -> None:
 
 def _crossed(run: Run[AlignTask], target: LearningModel, train: Examples) -> Crossed:
     settings, device = run.settings, run.device
-    source = run.model("source_base", "model" if settings.source_code is None else "source_code")
-    dtype = find_sites(source)[0].target.dtype
+    source = run.model("source_base", "model" if settings.source_code is None else "source_code", narrow=True)
+    dtype = source.dtype
 
     def batches() -> list[Batch]:
         return [to_device(batch, device, dtype) for batch in train.batches(settings.batch)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import PlanError, UsageError
 from mergekit_px.learn.align.settings import AlignTask
@@ -19,8 +18,54 @@ from mergekit_px.learn.ofasd.blend import check_sources
 from mergekit_px.learn.sources import open_source
 
 
-def read_deltas(run: Run[AlignTask], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The floating-point differences, by name, in the dtype of the target.
+class Differences(Mapping[str, Tensor]):
+    """The floating-point differences that a fine-tune or a file makes, read whenever one is asked for.
+
+    Attributes:
+        shapes: by name.
+    """
+
+    def __init__(self, tuned: Checkpoint, base: Checkpoint | None) -> None:
+        self._tuned, self._base = tuned, None if is_task_vector(tuned) else base
+        self._readers = [open_source(one) for one in (tuned, base) if one is not None]
+        self._device, self._dtype = torch.device("cpu"), torch.float32
+        self.shapes = {name: stored.shape for name, stored in tuned.tensors.items() if stored.dtype.arithmetic}
+
+    def __getitem__(self, name: str) -> Tensor:
+        values = read_tensor(self._readers[0], self._tuned.tensors[name]).to(self._device, self._dtype)
+        if self._base is None:
+            return values
+        return values.sub_(read_tensor(self._readers[1], self._base.tensors[name]).to(self._device, self._dtype))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def only(self, names: Iterable[str]) -> Differences:
+        """Some of them."""
+        part = copy.copy(self)
+        part.shapes = {name: self.shapes[name] for name in names}
+        return part
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Differences:
+        """The same on a device, in another dtype."""
+        moved = copy.copy(self)
+        moved._device, moved._dtype = device, dtype
+        return moved
+
+    def close(self) -> None:
+        """Release the files."""
+        for reader in self._readers:
+            reader.close()
+
+
+def open_deltas(run: Run[AlignTask]) -> Differences:
+    """The task vector that is transported.
 
     Raises:
         PlanError: the model is no fine-tune of the base, or the task vector was taken from another.
@@ -31,13 +76,7 @@ def read_deltas(run: Run[AlignTask], device: torch.device, dtype: torch.dtype) -
         assert base is not None
         tuned = run.checkpoint("source_model")
         check_sources(base, [tuned])
-        if is_task_vector(tuned):
-            return dict(_tensors(tuned, device, dtype))
-        with closing(open_reader(base)) as reader:
-            return {
-                name: tensor - read_tensor(reader, base.tensors[name]).to(device, dtype)
-                for name, tensor in _tensors(tuned, device, dtype)
-            }
+        return Differences(tuned, base)
     vector = run.checkpoint("task_vector")
     if not is_task_vector(vector):
         raise UsageError("it holds weights, not differences", where=vector.label, hint="give it as --source-model")
@@ -45,12 +84,4 @@ def read_deltas(run: Run[AlignTask], device: torch.device, dtype: torch.dtype) -
     if base is not None and recorded is not None and run.fingerprint("source_base") != recorded:
         what = f"the task vector was taken from another base than {base.label}"
         raise PlanError(what, where=vector.label, hint="give the base that it was subtracted from")
-    return dict(_tensors(vector, device, dtype))
-
-
-def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The floating-point tensors, one after another."""
-    with closing(open_source(checkpoint)) as reader:
-        for name, stored in checkpoint.tensors.items():
-            if stored.dtype.arithmetic:
-                yield name, read_tensor(reader, stored).to(device, dtype)
+    return Differences(vector, None)

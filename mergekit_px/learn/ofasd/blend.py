@@ -43,6 +43,12 @@ class Site:
     def is_parameter(self) -> bool:
         return isinstance(self.target, torch.nn.Parameter)
 
+    @property
+    def value(self) -> Tensor:
+        """What it holds, in float32 at least."""
+        found = self.target.detach()
+        return found if found.element_size() >= 4 else found.float()
+
 
 def find_sites(model: LearningModel) -> list[Site]:
     """The arrays of a model that are scaled, tied names together.

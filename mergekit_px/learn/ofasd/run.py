@@ -18,6 +18,7 @@ from mergekit_px.learn.data import Examples, split_rows
 from mergekit_px.learn.data_files import load_data_and_labels
 from mergekit_px.learn.labels import Reading, read_labels
 from mergekit_px.learn.life import Run
+from mergekit_px.learn.memory import COMPUTED, floating, numbers, plan_memory, stored_bytes
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, parameters_of
 from mergekit_px.learn.ofasd.blocks import make_blocks
@@ -39,6 +40,9 @@ def fit(run: Run[OfasdSettings]) -> OfasdReport:
     """
     shares = _shares(run.settings)
     base, sources, device = run.checkpoint("base"), run.checkpoints("sources"), run.device
+    resident = 0 if run.settings.stream else stored_bytes(base) + sum(map(stored_bytes, sources))
+    needed = {"weights": COMPUTED * numbers(floating(base)), "base and sources": resident}
+    plan_memory(run, base, needed, {"use --stream": bool(resident)})
     data, labelled = load_data_and_labels(run.settings.data, base, run.settings.text, run.note)
     settings = run.settings = run.settings.filled(labelled=labelled)
     control = _control(run)

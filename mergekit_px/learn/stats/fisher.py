@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.data import COUNTED, IGNORED, TARGETS, Batch, Examples, derived_seed, to_device
+from mergekit_px.learn.deferred import Widened
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.outputs import forward, logits_of
@@ -68,9 +71,22 @@ class FisherSums:
         self._device = device
         self._precision = precision
         self._stored = {name: tensor for name in model.names if (tensor := model.tensor(name)) is not None}
-        distinct = {id(one): one for one in self._stored.values() if isinstance(one, nn.Parameter)}
-        self._parameters = [one.requires_grad_() for one in distinct.values() if one.is_floating_point()]
-        self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._sums: dict[int, Tensor] = {}
+        """By what is stored."""
+        self._hooks: list[RemovableHandle] = []
+        self._probability = 0.0
+        makers = {}
+        for name, stored in self._stored.items():
+            if not isinstance(stored, nn.Parameter) or not stored.is_floating_point() or id(stored) in self._sums:
+                continue
+            total = torch.zeros_like(stored, dtype=model.dtype, requires_grad=False)
+            self._sums[id(stored)] = total
+            leaf: Tensor = stored
+            if stored.dtype != total.dtype:
+                leaf = torch.zeros((), dtype=total.dtype, device=stored.device).expand(stored.shape)
+                makers[model.names[name]] = partial(Widened.apply, leaf, stored.detach())
+            self._hooks.append(leaf.requires_grad_().register_post_accumulate_grad_hook(partial(self._square, total)))
+        model.defer(makers)
 
     def add(self, number: int, examples: Examples) -> None:
         """Add example ``number``, the only one given."""
@@ -78,21 +94,23 @@ class FisherSums:
         generator = torch.Generator().manual_seed(derived_seed(self._seed, "fisher", number))
         with passes(self._device, self._precision):
             terms = _log_likelihoods(self._module, example, self._labels, generator, examples.where)
-        for place, (probability, value) in enumerate(terms):
-            last = place + 1 == len(terms)
-            gradients = torch.autograd.grad(value, self._parameters, retain_graph=not last, allow_unused=True)
-            for total, gradient in zip(self._sums, gradients, strict=True):
-                if gradient is not None:
-                    total.addcmul_(gradient, gradient, value=probability)
+        for place, (self._probability, value) in enumerate(terms):
+            value.backward(retain_graph=place + 1 < len(terms))
+
+    @torch.no_grad()
+    def _square(self, total: Tensor, leaf: Tensor) -> None:
+        """Add the square of a gradient, which is gone after that."""
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is not None:
+            total.addcmul_(gradient, gradient, value=self._probability)
 
     def state(self) -> Tensors:
         """The sums so far, themselves."""
-        return {str(number): total.detach() for number, total in enumerate(self._sums)}
+        return {str(number): total for number, total in enumerate(self._sums.values())}
 
-    @torch.no_grad()
     def restore(self, state: Tensors) -> None:
         """Go on from sums that `state` gave."""
-        for number, total in enumerate(self._sums):
+        for number, total in enumerate(self._sums.values()):
             total.copy_(state[str(number)])
 
     def means(self, count: int) -> Tensors:
@@ -101,10 +119,11 @@ class FisherSums:
         Raises:
             NonFiniteError: a mean is not finite.
         """
-        means = [total.detach().div_(count).cpu() for total in self._sums]
-        found = {id(one): mean for one, mean in zip(self._parameters, means, strict=True)}
+        for hook in self._hooks:
+            hook.remove()
+        means = {key: total.div_(count).cpu() for key, total in self._sums.items()}
         return {
-            name: require_finite(found[id(one)], name) if id(one) in found else torch.zeros(one.shape)
+            name: require_finite(means[id(one)], name) if id(one) in means else torch.zeros(one.shape)
             for name, one in self._stored.items()
             if one.is_floating_point()
         }

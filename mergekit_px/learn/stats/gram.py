@@ -46,14 +46,12 @@ class GramSums:
         self._module = model.module
         self._device = device
         self._precision = precision
-        self._by_parameter: dict[int, list[str]] = {}
+        names: dict[int, list[str]] = {}
         for name in model.names:
-            self._by_parameter.setdefault(id(model.tensor(name)), []).append(name)
-        self._linear = [
-            module
-            for module in model.module.modules()
-            if isinstance(module, nn.Linear) and id(module.weight) in self._by_parameter
-        ]
+            names.setdefault(id(model.tensor(name)), []).append(name)
+        linear = [module for module in model.module.modules() if isinstance(module, nn.Linear)]
+        weights = [(module, names.get(id(module._parameters["weight"]), [])) for module in linear]
+        self._names = {module: found for module, found in weights if found}
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
         self._batch: Batch = {}
@@ -63,7 +61,7 @@ class GramSums:
         """Add a batch."""
         moved = to_device(examples.arrays, self._device, torch.float32)
         self._batch = moved
-        hooks = [module.register_forward_pre_hook(self._add) for module in self._linear]
+        hooks = [module.register_forward_pre_hook(self._add) for module in self._names]
         try:
             with passes(self._device, self._precision):
                 forward(self._module, moved)
@@ -91,10 +89,10 @@ class GramSums:
             first: require_finite((total / max(self._rows[first], 1)).float().cpu(), first)
             for first, total in self._sums.items()
         }
-        return {name: means[names[0]] for names in self._by_parameter.values() if names[0] in means for name in names}
+        return {name: means[names[0]] for names in self._names.values() if names[0] in means for name in names}
 
     def _add(self, module: nn.Linear, arguments: tuple[Any, ...]) -> None:
-        name = self._by_parameter[id(module.weight)][0]
+        name = self._names[module][0]
         inputs = arguments[0].detach()
         seen = real_rows(inputs, self._batch).double()
         product = seen.T @ seen

@@ -13,6 +13,7 @@ from mergekit_px.errors import InputError
 from mergekit_px.learn.data import Examples, derived_seed
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.life import Run
+from mergekit_px.learn.memory import COMPUTED, floating, is_narrow, narrow_bytes, numbers, plan_memory
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.state import StateFile, under
 from mergekit_px.learn.stats.experts import ExpertSums
@@ -42,7 +43,18 @@ def fit(run: Run[StatsSettings]) -> StatsReport:
         NonFiniteError: a statistic is not finite.
     """
     settings, checkpoint = run.settings, run.checkpoint("checkpoint")
-    model = run.model("checkpoint", learns=True)
+    stored, fisher, gram = floating(checkpoint), "fisher" in settings.what, "gram" in settings.what
+    kept = {
+        "weights": narrow_bytes(checkpoint),
+        "Fisher sums": COMPUTED * numbers(stored) if fisher else 0,
+        "Gram sums": 2 * COMPUTED * sum(one.shape[1] ** 2 for one in stored if len(one.shape) == 2) if gram else 0,
+    }
+    ways = {
+        "measure one of them at a time (--what)": fisher and gram,
+        "store the model in bfloat16": not is_narrow(checkpoint),
+    }
+    plan_memory(run, checkpoint, kept, ways)
+    model = run.model("checkpoint", narrow=True)
     examples = run.data("data", "checkpoint")
     if settings.examples is not None and settings.examples < len(examples):
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(derived_seed(settings.seed)))

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
@@ -14,6 +15,7 @@ from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import DivergedError, InputError
 from mergekit_px.learn.data import Batch, Examples
 from mergekit_px.learn.life import Run
+from mergekit_px.learn.memory import is_narrow, narrow_bytes, plan_memory
 from mergekit_px.learn.objective import evaluate, loss_function
 from mergekit_px.learn.output import write_model
 from mergekit_px.learn.precision import passes
@@ -37,6 +39,11 @@ def fit(run: Run[TuneSettings]) -> TuneReport:
         DivergedError: the loss was not finite.
     """
     settings, device = run.settings, run.device
+    base = run.checkpoint("base")
+    pool = Path(settings.components).expanduser()
+    size = sum(one.stat().st_size for one in (pool.glob("*.safetensors") if pool.is_dir() else [pool]))
+    kept = {"weights": narrow_bytes(base), "components": 2 * size}
+    plan_memory(run, base, kept, {"store the base in bfloat16": not is_narrow(base), "pool fewer components": True})
     components = read_components(settings.components)
     base_print = run.fingerprint("base")
     if components.base_fingerprint not in (None, base_print) and not settings.allow_base_mismatch:
@@ -50,7 +57,7 @@ def fit(run: Run[TuneSettings]) -> TuneReport:
         raise InputError(
             "values are chosen on validation data, and none is left", where=settings.data, hint="--validation 0.2"
         )
-    model = run.model()
+    model = run.model(narrow=True)
     parts, reading = run.labelled(model, parts)
 
     def score(module: nn.Module, part: Examples) -> dict[str, float]:
@@ -61,13 +68,12 @@ def fit(run: Run[TuneSettings]) -> TuneReport:
 
     scores = {"base": scored(model.module)}
     values = TunedValues(model, components, top=settings.top, core=settings.core, match=settings.match)
-    with torch.no_grad():
-        scores["components"] = scored(values.substituted())
+    scores["components"] = scored(model.module)
     loss_of = loss_function("auto", allow_code=False, own_loss=reading.own_loss)
 
     def loss(part: Batch, whole: Batch) -> Tensor:
         with passes(device, settings.precision):
-            return loss_of(values.substituted(), part) * label_share(part, whole)
+            return loss_of(model.module, part) * label_share(part, whole)
 
     epoch = max(1, len(parts["train"]) // (settings.batch * settings.accumulate))
     schedule = Schedule(
@@ -80,7 +86,7 @@ def fit(run: Run[TuneSettings]) -> TuneReport:
     training = Training(
         {"values": values.values},
         [(step_batches(parts["train"], settings, "tune"), loss)],
-        lambda: score(values.substituted(), parts["validation"]),
+        lambda: score(model.module, parts["validation"]),
         schedule,
         batch=settings.batch,
         device=device,

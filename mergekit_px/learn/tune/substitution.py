@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import TensorMismatchError, UsageError
 from mergekit_px.learn.models import LearningModel
-from mergekit_px.learn.outputs import Substituted
 from mergekit_px.learn.tune.components import Components, Factors, as_stored, tensor_of
 
 _NOTHING = 1e-6
@@ -39,7 +38,8 @@ class TunedValues:
 
     ``W = W0 + U_N diag(values) V_N' + U_rest diag(S_rest) V_rest'``; with ``core`` an (N, N) matrix, which begins
     diagonal, stands for the diagonal. The vectors stay. Nothing here depends on how many models were merged.
-    The fixed part of the update is written into the module at once.
+    The fixed part of the update is written into the module at once, or added each time where a module that is stored
+    narrow would round it. The module computes with all of it from then on.
 
     Args:
         model: holds the base; on its device already.
@@ -64,6 +64,7 @@ class TunedValues:
         self.core = core
         self._components = components
         self._frozen: dict[str, Factors] = {}
+        self._fixed: dict[str, list[Callable[[Tensor], object]]] = {}
         self._matrices: list[_Matrix] = []
         names = {label: tensor_of(label, factors) for label, factors in components.factors.items()}
         stacks = Counter(names.values())
@@ -84,7 +85,7 @@ class TunedValues:
                 target = self._target(name)
                 if delta.shape != target.shape:
                     raise self._mismatch(name, delta.shape, target.shape)
-                target.add_(delta.to(target))
+                self._fix(name, partial(_add, change=delta.to(target.device, model.dtype)))
             for label, factors in components.factors.items():
                 name = names[label]
                 target = self._target(name)
@@ -95,16 +96,16 @@ class TunedValues:
                     target = target[factors.place]
                 elif not _is_matrix_of(target.shape, *shape):
                     raise self._mismatch(name, shape, target.shape)
-                target = target.view(shape)
-                left, values, right = (one.to(target) for one in (factors.left, factors.values, factors.right))
+                parts = (one.to(target.device, model.dtype) for one in (factors.left, factors.values, factors.right))
+                left, values, right = parts
                 factors = Factors(left, values, right, factors.place)
                 if label not in chosen:
                     self._frozen[label] = factors
-                    target.add_(_product(factors))
+                    self._fix(name, partial(_add_product, factors=factors))
                     continue
                 factors = decomposed(factors)
                 free, rest = _parted(factors, factors.count if top is None else min(top, factors.count))
-                target.add_(_product(rest))
+                self._fix(name, partial(_add_product, factors=rest))
                 start = torch.diag(free.values).flatten() if core else free.values
                 slots = slice(begin, begin + len(start))
                 self._matrices.append(_Matrix(label, model.names[name], free, rest, slots))
@@ -115,26 +116,30 @@ class TunedValues:
             raise TensorMismatchError("two of its matrices are one tensor of the model", where=components.where)
         self.values = nn.Parameter(torch.cat(initial))
         """All trained values, one matrix after another, in the dtype of the model."""
+        self._changed = list(dict.fromkeys([*self._fixed, *(matrix.inner for matrix in self._matrices)]))
+        model.defer({inner: partial(self._weight, inner) for inner in self._changed})
 
-    def substituted(self) -> nn.Module:
-        """What takes the model's place in a forward pass; gradients reach ``values``."""
-        return cast(nn.Module, Substituted(self.model.module, self._tensors()))
+    def _fix(self, name: str, add: Callable[[Tensor], object]) -> None:
+        stored = self._target(name)
+        if stored.dtype == self.model.dtype:
+            add(stored)
+        else:
+            self._fixed.setdefault(self.model.names[name], []).append(add)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        parameters = self.model.module.state_dict(keep_vars=True)
-        updates: dict[str, list[Tensor]] = {}
-        for matrix in self._matrices:
-            updates.setdefault(matrix.inner, []).append(self._update(matrix))
-        return {
-            inner: parameters[inner].detach() + torch.cat(parts).view_as(parameters[inner])
-            for inner, parts in updates.items()
-        }
+    def _weight(self, inner: str) -> Tensor:
+        """A weight with its update."""
+        weight: Tensor = self.model.module.state_dict(keep_vars=True)[inner].detach().to(self.model.dtype)
+        for add in self._fixed.get(inner, ()):  # of a copy: what is stored is narrow
+            add(weight)
+        parts = [self._update(matrix) for matrix in self._matrices if matrix.inner == inner]
+        return weight + torch.cat(parts).view_as(weight) if parts else weight
 
     @torch.no_grad()
     def write(self) -> None:
-        """Add the trained part to the module too. After that there is nothing left to train."""
-        for inner, tensor in self._tensors().items():
-            self.model.module.state_dict(keep_vars=True)[inner].copy_(tensor)
+        """Put the update into what the module stores. After that there is nothing left to train."""
+        for inner in self._changed:
+            self.model.module.state_dict(keep_vars=True)[inner].copy_(self._weight(inner))
+        self.model.defer({})
 
     @torch.no_grad()
     def artefact(self) -> dict[str, Tensor]:
@@ -212,5 +217,10 @@ def _parted(factors: Factors, count: int) -> tuple[Factors, Factors]:
     return factors.columns(order[:count]), factors.columns(order[count:])
 
 
-def _product(factors: Factors) -> Tensor:
-    return (factors.left * factors.values) @ factors.right.T
+def _add(weight: Tensor, change: Tensor) -> None:
+    weight.add_(change)
+
+
+def _add_product(weight: Tensor, factors: Factors) -> None:
+    part = weight if factors.place is None else weight[factors.place]
+    part.view(len(factors.left), len(factors.right)).add_((factors.left * factors.values) @ factors.right.T)

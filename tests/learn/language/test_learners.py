@@ -19,6 +19,7 @@ from mergekit_px.learn.data import IGNORED, Examples, shuffled, split_rows
 from mergekit_px.learn.ofasd import ensemble
 
 from .conftest import MAKERS, padded, task
+from .conftest import save as store
 
 NEXT = ("llama", "gpt2")
 TWO = pytest.mark.parametrize("family", ["llama", "t5"], indirect=True)
@@ -285,3 +286,57 @@ def test_a_step_in_parts_and_activations_computed_again_are_the_step(world: str)
     for name, values in whole.items():
         assert parts[name] == pytest.approx(values, abs=1e-5)
     assert any(other[name] != pytest.approx(values, abs=1e-4) for name, values in whole.items())
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_what_is_stored_in_bfloat16_is_computed_in_float32(
+    world: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "tuned1", "tuned2"):
+        half = MAKERS[world]().to(torch.bfloat16)
+        half.load_state_dict(type(half).from_pretrained(name).state_dict())
+        store(half, Path(name))
+        store(half.float(), Path("wide", name))
+    words = {
+        "ofasd": "ofasd --base base --sources tuned1 tuned2 --stream --granularity layer --controls none",
+        "tune": "tune pool --base base --top 2",
+        "align": "align --source-base base --source-model tuned1 --base tuned2 --controls cheap",
+        "fisher": "stats tuned1 --labels given -o fisher.safetensors",
+    }
+    found = []
+    for folder in (Path(), Path("wide")):
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            learned(
+                *[
+                    "svd",
+                    "--base",
+                    "base",
+                    "--sources",
+                    "tuned1",
+                    "tuned2",
+                    "--top-k",
+                    "4",
+                    "--as",
+                    "components",
+                    "-o",
+                    "pool",
+                ]
+            )
+            data = str(Path("data.npz" if folder == Path() else "../data.npz"))
+            for name, line in words.items():
+                short = () if name == "fisher" else ("--steps", "4", "-o", name)
+                learned(*line.split(), "--data", data, *short, "--batch", "8")
+            reports = [json.loads(Path(name, "report.json").read_text()) for name in ("ofasd", "tune", "align")]
+            found.append([numbers(report["trace"]) for report in reports] + [load_file("fisher.safetensors")])
+    narrow, wide = found
+    for one, other in zip(narrow[:3], wide[:3], strict=True):
+        assert len(one) > 1 and one == pytest.approx(other, rel=1e-5)
+    assert all(torch.allclose(one, wide[3][key], rtol=1e-4, atol=1e-7) for key, one in narrow[3].items())
+    capsys.readouterr()
+    for name, line in words.items():
+        short = ["-o", "more.safetensors"] if name == "fisher" else ["-o", "more"]
+        assert main([*line.split(), "--data", "data.npz", *short, "--memory", "300MB"]) == 4
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "bytes a parameter (weights " in said and "raise --memory" in said
+        assert not Path("more").exists()
