@@ -231,9 +231,14 @@ def _transformers_model(checkpoint: Checkpoint, *, narrow: bool) -> LearningMode
         )
     dtypes = {stored.dtype.torch for stored in checkpoint.tensors.values() if stored.dtype.arithmetic}
     dtype = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
-    module, info = _made(model_class, checkpoint, dtype)
+    named: dict[str, Any] = {}
+    module, info = _made(model_class, checkpoint, dtype, named)
+    missing = info["missing_keys"]
+    if missing and all(key.startswith("pooler.") for key in missing):
+        named["add_pooling_layer"] = False  # saved without: what it would compute is no part of the checkpoint
+        module, info = _made(model_class, checkpoint, dtype, named)
     if any(buffer.is_floating_point() and buffer.dtype == dtype != torch.float32 for buffer in module.buffers()):
-        module, info = _made(model_class, checkpoint, torch.float32)  # it computes what it does not store
+        module, info = _made(model_class, checkpoint, torch.float32, named)  # it computes what it does not store
     if not narrow:
         for parameter in module.parameters():  # one after another
             parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
@@ -251,8 +256,14 @@ def _transformers_model(checkpoint: Checkpoint, *, narrow: bool) -> LearningMode
     return LearningModel(module, checkpoint, _same_arrays(module, checkpoint, export), export)
 
 
-def _made(model_class: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """A model with the tensors of a checkpoint, themselves where they have that dtype, and what was missing."""
+def _made(
+    model_class: Any, checkpoint: Checkpoint, dtype: torch.dtype, named: Mapping[str, Any]
+) -> tuple[nn.Module, Any]:
+    """A model with the tensors of a checkpoint, themselves where they have that dtype, and what was missing.
+
+    Args:
+        named: arguments of the class.
+    """
     import transformers
 
     tensors = {
@@ -274,6 +285,7 @@ def _made(model_class: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple
         dtype=dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **named,
     )
     return made
 

@@ -462,8 +462,7 @@ class Expressions:
             if "delta" in kinds:
                 delta = slot.sources[indices[kinds.index("delta")]][0]
                 raise RecipeError(f"{method.name} merges full models, and '{delta}' is a task vector", where=where)
-            anchored = base is not None and base.kind == "weights" and "load_base" in method.arguments
-            kind, base = "weights", base if anchored else None
+            kind, base = "weights", base if first is base and "load_base" in method.arguments else None
         elif method.space == "any":
             kind, base = self._linear_kind(method, weights, kinds, where), None
         elif base is None and "weights" in kinds:

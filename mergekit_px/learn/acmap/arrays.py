@@ -32,7 +32,11 @@ class ArrayFile:
         elif self.path.suffix == ".npz":
             self.names = self._members()
         else:
-            raise InputError("data comes as .npz or .safetensors", where=self.where)
+            raise InputError(
+                "data comes as .npz or .safetensors",
+                where=self.where,
+                hint="`pxmerge data` makes arrays of texts and images for a model",
+            )
 
     def read(self, name: str) -> Tensor:
         """One array. Raises ``InputError`` where it is not numbers, or cannot be read."""

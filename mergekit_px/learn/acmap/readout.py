@@ -15,7 +15,8 @@ from mergekit_px.learn.data import Batch
 
 Pool = Literal["first", "mean", "last"]
 
-_BY_DEFAULT = ("pooler_output", "last_hidden_state")
+_BY_DEFAULT = ("last_hidden_state", "pooler_output")
+"""The first token after the last layer is the paper's class token; a pooler on it was trained for something else."""
 _MASK = "attention_mask"
 
 
@@ -24,7 +25,7 @@ class Readout:
 
     Args:
         name: a field of the model's output, or a module of the model, whose output is read. None for the output
-            itself where it is a tensor, else its ``pooler_output``, else its ``last_hidden_state``.
+            itself where it is a tensor, else its ``last_hidden_state``, else its ``pooler_output``.
         pool: of features for each token (b, tokens, d): the first one's, the mean, the last one's. An attention mask
             among the inputs counts. Maps (b, channels, height, width) are always averaged over their places.
     """

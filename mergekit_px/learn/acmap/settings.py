@@ -30,7 +30,7 @@ class FeatureSettings(RunSettings):
     """Makes the model, if config.json names no class; needs --allow-code."""
     feature: Annotated[
         str | None,
-        Option(metavar="NAME", unset="the output, its pooler_output, or its last_hidden_state"),
+        Option(metavar="NAME", unset="the output, its last_hidden_state, or its pooler_output"),
     ] = None
     """The output or module that is the feature."""
     pool: Literal["first", "mean", "last"] = "first"

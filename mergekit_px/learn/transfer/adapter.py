@@ -7,6 +7,11 @@ Source: MergeNet (arXiv 2404.13322), equations 2 and 3, with the choices that th
     o  = a + gate rms(a) FFN(m)
     o  = o |a| / |o|                                   Frobenius norms, with keep_norm
 
+or, in the form of the paper and its code, without scales, gate and kept norm (the mean learnt or plain):
+
+    m  = mean_i LayerNorm_i(a + Attn_i(a, b))
+    o  = LayerNorm(m + FFN(m))
+
 ``a``: (r_s, m), the target's factor. ``b``: (r_l, M), the source's. A form names what the tokens are: rows (r) or
 columns (c) of ``a`` for the queries, of ``b`` for keys and values.
 """
@@ -45,6 +50,7 @@ class FactorAttention(nn.Module):
         self.key = nn.Linear(key_width, inner)
         self.value = nn.Linear(key_width, inner)
         self.out = nn.Linear(inner, query_width)
+        self.norm = nn.LayerNorm(query_width) if settings.form == "paper" else None
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
         queries = target if self._query_rows else target.T
@@ -52,6 +58,8 @@ class FactorAttention(nn.Module):
         query, key, value = self._split(self.query(queries)), self._split(self.key(keys)), self._split(self.value(keys))
         attended = chunked_attention(query, key, value, self._scores)
         mixed: Tensor = self.out(attended.transpose(0, 1).flatten(1))
+        if self.norm is not None:
+            mixed = self.norm(queries + mixed)
         return mixed if self._query_rows else mixed.T
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -60,12 +68,12 @@ class FactorAttention(nn.Module):
 
 
 class AttentionMix(nn.Module):
-    """The mean of the forms under learnt softmax weights, equal at the start."""
+    """The mean of the forms: under learnt softmax weights, equal at the start, or plain."""
 
     def __init__(self, target: Shape, source: Shape, settings: Adapter) -> None:
         super().__init__()
         self.forms = nn.ModuleList(FactorAttention(form, target, source, settings) for form in settings.forms)
-        self.weights = nn.Parameter(torch.zeros(len(settings.forms)))
+        self.weights = nn.Parameter(torch.zeros(len(settings.forms)), requires_grad=settings.mean == "learned")
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
         weights = torch.softmax(self.weights, dim=0)
@@ -95,10 +103,15 @@ class TransferLayer(nn.Module):
         hidden = min(2 * target[1], settings.max_width or 2 * target[1])
         self.widen = nn.Linear(target[1], hidden)
         self.narrow = nn.Linear(hidden, target[1])
-        self.gate = nn.Parameter(torch.tensor(settings.gate))
+        self.norm = nn.LayerNorm(target[1]) if settings.form == "paper" else None
+        self.gate = nn.Parameter(torch.tensor(settings.gate), requires_grad=self.norm is None)
         self._keep_norm = settings.keep_norm
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        if self.norm is not None:
+            mixed = self.mix(target, source)
+            given: Tensor = self.norm(mixed + self.narrow(functional.gelu(self.widen(mixed))))
+            return given
         scale = _rms(target)
         mixed = self.mix(target / _above_zero(scale), source / _above_zero(_rms(source)))
         changed: Tensor = target + self.gate * scale * self.narrow(functional.gelu(self.widen(mixed)))

@@ -71,7 +71,9 @@ class Exchange:
         self._made: list[_Made] = []
         # In the order of the labels, so that which model is called the target makes no difference to any sum.
         ordered = sorted(zip(self.links, self.stacks, strict=True), key=lambda pair: pair[0].label)
-        self.parameters = [parameter for _, stack in ordered for parameter in stack.parameters()]
+        self.parameters = [
+            parameter for _, stack in ordered for parameter in stack.parameters() if parameter.requires_grad
+        ]
         groups: list[dict[str, Any]] = [
             {"params": [one for one in self.parameters if one.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [one for one in self.parameters if one.ndim <= 1], "weight_decay": 0.0},

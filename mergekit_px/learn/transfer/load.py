@@ -104,6 +104,11 @@ def _check_transfer(plan: TransferPlan, transfer: Transfer, path: KeyPath, place
             where=places.value((*path, "preset")),
             hint=hint_for(transfer.preset, PRESETS),
         )
+    if transfer.adapter.form == "paper" and (transfer.adapter.kind == "mlp" or transfer.adapter.init == "zero"):
+        what = (
+            "the paper's form is attention with a normalised result: no mlp, and nothing that begins without a change"
+        )
+        raise RecipeError(what, where=places.value((*path, "adapter", "form")), hint="leave out kind and init")
     is_self = transfer.mode == "self"
     if is_self and transfer.source not in (None, transfer.target):
         what = "in mode self the source is the target"

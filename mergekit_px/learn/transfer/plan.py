@@ -106,6 +106,11 @@ class Adapter(Part):
 
     kind: Annotated[Literal["lpka", "mlp"], Wanted("lpka or mlp")] = "lpka"
     """``mlp`` is the paper's baseline: two linear maps of the source instead of attention."""
+    form: Annotated[Literal["scaled", "paper"], Wanted("scaled or paper")] = "scaled"
+    """``scaled`` keeps scale and norm of the factor; ``paper``: a residual and a LayerNorm around each attention and
+    the feed-forward layer, as the authors have it, with nothing kept: neither ``gate`` nor ``keep_norm`` counts."""
+    mean: Annotated[Literal["learned", "plain"], Wanted("learned or plain")] = "learned"
+    """Of the attention forms."""
     layers: Annotated[int | None, Field(ge=1), _COUNT] = None
     """Default 2."""
     heads: Annotated[int | None, Field(ge=1), _COUNT] = None

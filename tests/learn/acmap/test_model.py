@@ -280,7 +280,7 @@ def test_what_is_read(name, pool, masked: bool, expected) -> None:
 
 def test_outputs_that_hold_no_feature() -> None:
     batch = {"x": torch.ones(2, 4, 3)}
-    with pytest.raises(InputError, match=r"no pooler_output and no last_hidden_state; name what is read.*logits"):
+    with pytest.raises(InputError, match=r"no last_hidden_state and no pooler_output; name what is read.*logits"):
         Readout(Encoder(), None, "first").read({"logits": torch.ones(2, 3)}, batch, "data")
     with pytest.raises(UsageError, match=r"nothing is neither a module.*the output has logits"):
         Readout(Encoder(), "nothing", "first").read({"logits": torch.ones(2, 3)}, batch, "data")
@@ -301,7 +301,7 @@ def tiny_vit(folder: Path) -> nn.Module:
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
     )
     torch.manual_seed(0)
-    model = transformers.ViTModel(config, add_pooling_layer=True).eval()
+    model = transformers.ViTModel(config, add_pooling_layer=False).eval()
     model.save_pretrained(folder)
     return model
 
@@ -323,7 +323,9 @@ def test_lora_on_a_transformers_model_gives_the_features_of_peft(tmp_path: Path)
     settings = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj", "query", "value"])
     for task in (1, 2):
         torch.manual_seed(task)
-        wrapped = peft.get_peft_model(transformers.ViTModel.from_pretrained(tmp_path / "vit"), settings)
+        wrapped = peft.get_peft_model(
+            transformers.ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False), settings
+        )
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
                 if "lora_B" in name:
@@ -335,10 +337,10 @@ def test_lora_on_a_transformers_model_gives_the_features_of_peft(tmp_path: Path)
     model = ModelOptions(base=str(tmp_path / "vit"), device="cpu", batch=3)
     for task in (1, 2):
         map_task(MapOptions(state=state, data=images(tmp_path, task), model=model))
-    loaded = transformers.ViTModel.from_pretrained(tmp_path / "vit")
+    loaded = transformers.ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False)
     merged = peft.PeftModel.from_pretrained(loaded, str(tmp_path / "m")).eval()
     with torch.no_grad(), np.load(images(tmp_path, 2)) as archive:
-        features = merged(pixel_values=torch.from_numpy(archive["pixel_values"])).pooler_output
+        features = merged(pixel_values=torch.from_numpy(archive["pixel_values"])).last_hidden_state[:, 0]
         labels = torch.from_numpy(archive["labels"])
     table = table_of(state)
     for c in (4, 5):

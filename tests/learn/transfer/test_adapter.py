@@ -120,6 +120,41 @@ def test_zeros_stay_zeros() -> None:
     assert torch.equal(output, target)
 
 
+@pytest.mark.parametrize("mean", ["plain", "learned"])
+def test_the_form_of_the_paper_is_a_dense_loop(mean: str) -> None:
+    target, source = matrices((3, 5), (2, 7))
+    made = stack(target, source, form="paper", mean=mean, heads=1)
+    share = np.full(4, 0.25)
+    if mean == "learned":
+        share = np.exp([0.3, -0.2, 0.5, 0.0]) / np.exp([0.3, -0.2, 0.5, 0.0]).sum()
+        for layer in made.layers:
+            layer.mix.weights.data.copy_(torch.from_numpy(np.log(share)))
+    found = made(target, source)
+
+    def normal(rows: np.ndarray) -> np.ndarray:
+        return (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-5)
+
+    def through(linear: torch.nn.Linear, rows: np.ndarray) -> np.ndarray:
+        return rows @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
+
+    value, given = target.numpy(), source.numpy()
+    for layer in made.layers:
+        mixed = np.zeros_like(value)
+        for weight, form, one in zip(share, ("rr", "rc", "cr", "cc"), layer.mix.forms, strict=True):
+            queries, keys = value if form[0] == "r" else value.T, given if form[1] == "r" else given.T
+            scores = through(one.query, queries) @ through(one.key, keys).T
+            scores = np.exp(scores / np.sqrt(one.query.out_features))
+            attended = scores / scores.sum(1, keepdims=True) @ through(one.value, keys)
+            rows = normal(queries + through(one.out, attended))
+            mixed += weight * (rows if form[0] == "r" else rows.T)
+        wide = torch.nn.functional.gelu(torch.from_numpy(through(layer.widen, mixed))).numpy()
+        value = normal(mixed + through(layer.narrow, wide))
+    np.testing.assert_allclose(found.detach().numpy(), value, rtol=1e-9, atol=1e-10)
+    assert {name for name, one in made.named_parameters() if not one.requires_grad} == {
+        f"layers.{layer}.{name}" for layer in (0, 1) for name in (["gate"] + ["mix.weights"] * (mean == "plain"))
+    }
+
+
 def test_chunks_change_neither_result_nor_gradient() -> None:
     target, source = matrices((3, 40), (2, 30))
     whole, cut = stack(target, source), stack(target, source, scores=150)
