@@ -200,9 +200,9 @@ class _Trials:
         folder = self._free[0]
         try:
             self._merges.make(self._merges.plan(trial.values), folder)
+            metrics = result_of(self._scorers.submit(folder, "test"))
         except NonFiniteError:
             return {}
-        metrics = result_of(self._scorers.submit(folder, "test"))
         require_objectives(metrics, self._run.settings.objectives, "the test")
         return metrics
 
@@ -244,10 +244,12 @@ class _Trials:
         for future in wait(self._running, return_when=FIRST_COMPLETED).done:
             values, number, folder, began = self._running.pop(future)
             self._free.append(folder)
-            if future.exception() is not None:
-                failed = future
+            error = future.exception()
+            if error is None or isinstance(error, NonFiniteError):
+                metrics = None if error is not None else future.result()
+                found[values] = self._keep(values, number, metrics, began)
             else:
-                found[values] = self._keep(values, number, future.result(), began)
+                failed = future
         if failed is not None:
             result_of(failed)
         return found
