@@ -7,6 +7,7 @@ order that does not depend on them. A task that is lost with its worker is begun
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import shutil
@@ -118,16 +119,21 @@ def run_on_cluster(plan: Plan, cluster: str, *, progress: Report | None = None) 
         options = replace(plan.options, threads=tasks.threads, device=tasks.device, require_room=False, lock=plan.lock)
         assignment = Assignment(plan.loaded, options, str(Path.cwd()), plan.hash, output.witness)
         tasks.begin(__version__, pickle.dumps(assignment))
+        there = output.finished()
         sizes = {shard.file: shard.size for shard in plan.layout.shards}
         missing = {
             number: sum(map(sizes.__getitem__, share))
             for number, share in enumerate(output.shares, 1)
-            if share and number not in output.finished()
+            if share and number not in there
         }
-        totals = _swept(plan, tasks) if missing else []
+        if missing:
+            tasks.prepare(make_ready)
+        totals = swept(plan, tasks) if missing else []
         results = tasks.run(write_part, missing, totals, _progress_of(plan, missing, progress))
         files = output.publish()
     warnings = dict.fromkeys(line for result in results.values() for line in result.warnings)
+    if (files_made := len(plan.layout.shards)) < tasks.places:
+        warnings[f"{tasks.places} workers had room, and {files_made} files to make; see --shard-size"] = None
     if tasks.lost:
         warnings[f"{tasks.lost} of the workers were lost, and what they did was begun again"] = None
     return RunResult(
@@ -155,7 +161,7 @@ def _progress_of(plan: Plan, missing: Mapping[int, int], progress: Report | None
     return tell
 
 
-def _swept(plan: Plan, tasks: RayTasks) -> Totals:
+def swept(plan: Plan, tasks: RayTasks) -> Totals:
     """The totals of all sweeps over the whole model, each shared out among the workers."""
     totals: Totals = []
     for group in shared_groups(plan.items):
@@ -176,6 +182,12 @@ def _swept(plan: Plan, tasks: RayTasks) -> Totals:
     return totals
 
 
+def make_ready(plan: Plan, number: int, argument: None, totals: Totals, report: Report) -> None:
+    """What a worker does while this machine gets ready itself: the plan, and the longest import."""
+    if shared_groups(plan.items):
+        importlib.import_module("torch")
+
+
 def sweep_share(plan: Plan, number: int, share: Sequence[int], totals: Totals, report: Report) -> Any:
     """What a worker adds to a sweep."""
     with ExitStack() as stack:
@@ -189,10 +201,10 @@ def sweep_share(plan: Plan, number: int, share: Sequence[int], totals: Totals, r
 def write_part(plan: Plan, number: int, size: int, totals: Totals, report: Report) -> RunResult | None:
     """What a worker does for a part. A worker that was given up may still hold it for a while."""
     deadline = time.monotonic() + _PATIENCE
+    if plan.store is not None:
+        return StoreOutput(plan).put(number, report, totals=totals)
     while True:
         try:
-            if plan.store is not None:
-                return StoreOutput(plan).put(number, report, totals=totals)
             return run_part(plan, number, len(plan.layout.shards), progress=report, fresh=False, totals=totals)
         except OutputLockedError:
             if time.monotonic() > deadline:

@@ -68,6 +68,7 @@ class RayTasks:
             scheduling_strategy="SPREAD",
         )(on_worker)
         self._common: tuple[Any, ...] = ()
+        self._prepared: list[Any] = []
 
     @classmethod
     @contextmanager
@@ -110,6 +111,13 @@ class RayTasks:
         """What all tasks are told."""
         self._common = (version, self._ray.put(assignment))
 
+    def prepare(self, work: Work) -> None:
+        """Begin ``work(plan, number, None, [], report)`` in each place, and do not wait for it."""
+        self._prepared = [self._submit(work, number, None, []) for number in range(self.places)]
+
+    def _submit(self, work: Work, number: int, argument: Any, shared: Any) -> Any:
+        return self._task.remote(*self._common, work.__name__, number, argument, shared)
+
     def run(self, work: Work, arguments: Mapping[int, Any], shared: Any, tell: Callable[[int, Progress], None]) -> Any:
         """``work(plan, number, argument, shared, report)`` for each; number -> what it returned.
 
@@ -121,7 +129,7 @@ class RayTasks:
 
         def submit(number: int) -> Any:
             tries[number] += 1
-            return self._task.remote(*self._common, work.__name__, number, arguments[number], shared)
+            return self._submit(work, number, arguments[number], shared)
 
         running = {submit(number): number for number in arguments}
         seen = time.monotonic()
@@ -141,7 +149,7 @@ class RayTasks:
                         continue
                     except self._ray.exceptions.RayError as error:
                         del running[stream]
-                        _raise_own(error)
+                        raise_own(error)
                         if tries[number] == _TRIES:
                             raise _lost(error) from error
                         self.lost += 1
@@ -240,7 +248,7 @@ def on_worker(version: str, assignment: bytes, work: str, number: int, argument:
             yield state
 
 
-def _raise_own(error: Any) -> None:
+def raise_own(error: Any) -> None:
     """Raise what the task itself raised, if that is what an error of Ray stands for."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, PxmergeError):

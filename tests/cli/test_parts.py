@@ -135,7 +135,7 @@ def test_the_commands_of_the_guide_run(run) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "parts.md").read_text()
     lines = [line for block in re.findall(r"```sh\n(.*?)```", guide, re.DOTALL) for line in block.splitlines()]
     lines = [line for line in lines if "--cluster" not in line]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         words = shlex.split(line)
         assert words[0] == "pxmerge"
@@ -162,8 +162,7 @@ def test_the_plan_tells_the_work_of_several_workers(run) -> None:
     files = [file["bytes"] for file in document["output"]["shards"]]
     # Statistics over the model are a pass of their own over what is merged, which here is all.
     assert one["bytes_read"] == 2 * document["bytes_read"] and one["bytes_written"] == document["bytes_written"]
-    # By the bandwidths that are known here: 1 GB/s for reads.
-    assert one["seconds"] == pytest.approx(one["bytes_read"] / 1e9) and one["balance"] == pytest.approx(1)
+    assert one["seconds"] > document["seconds_bound"] and one["balance"] == pytest.approx(1)
     assert two["busy"] == 2 and one["bytes_read"] / 2 <= two["bytes_read"] < one["bytes_read"]
     assert one["seconds"] / 2 <= two["seconds"] < one["seconds"]
     assert many["busy"] == 7 and many["bytes_written"] in files and many["balance"] < 0.2
