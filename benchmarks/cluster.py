@@ -27,9 +27,11 @@ from peers import make_checkpoints
 NODE = {"num_cpus": 1, "include_dashboard": False}
 
 
-def write_recipe(path: Path, method: str, work: Path, shard_size: str) -> None:
-    models = {name: str(work / name) for name in ("base", "fine0", "fine1", "fine2")}
-    step = {"method": method, "sources": ["fine0", "fine1", "fine2"]}
+def write_recipe(path: Path, method: str, work: Path, shard_size: str, sources: int) -> None:
+    """Of as many sources, which are the three models in turn."""
+    models = {f"source{number}": str(work / f"fine{number % 3}") for number in range(sources)}
+    step: dict[str, object] = {"method": method, "sources": list(models)}
+    models["base"] = str(work / "base")
     step |= {"base": "base"} if method == "ties" else {}
     path.write_text(json.dumps({"models": models, "merge": step, "output": {"shard_size": shard_size}}))
 
@@ -71,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sources", type=int, default=9, help="of the TIES merge")
     parser.add_argument("--shard-size", default="60MB")
     parser.add_argument("--work", type=Path, help="where the models are made, and left")
     options = parser.parse_args()
@@ -79,10 +82,10 @@ def main() -> None:
         work = options.work or Path(temporary)
         if not (work / "fine2" / "config.json").exists():
             make_checkpoints(work, options.layers)
-        for method in ("ties", "linear"):
+        for method, sources in (("ties", options.sources), ("linear", 3)):
             recipe = work / f"{method}.json"
-            write_recipe(recipe, method, work, options.shard_size)
-            print(f"{method} of three, seconds without Ray, with one worker, with two:")
+            write_recipe(recipe, method, work, options.shard_size, sources)
+            print(f"{method} of {sources}, seconds without Ray, with one worker, with two:")
             rows = measured(recipe, work / "merged", options.rounds)
             gain = statistics.median(one / two for _, one, two in rows)
             cost = statistics.median(one - alone for alone, one, _ in rows)
