@@ -17,6 +17,8 @@ COUNTS = {"train": 640, "validation": 40, "test": 120}
 STEPS, BATCH = 40, 16
 RATES = {"full": 2e-4, "lora": 2e-3}
 RANK = 16
+SHOTS = 4
+"""Texts of a class that a head is made of: few, so that a fine-tune has something to gain."""
 _SHARPNESS = 10.0
 """Factor of the cosines before the softmax."""
 
@@ -24,7 +26,7 @@ _SHARPNESS = 10.0
 class TextTasks:
     """A base, its fine-tunes and their scores, at one seed.
 
-    The head of a task are the directions of the mean features of 16 texts of each class, as the frozen encoder has
+    The head of a task are the directions of the mean features of a few texts of each class, as the frozen encoder has
     them; they stay as they are, as the text embeddings of CLIP do.
     """
 
@@ -72,7 +74,7 @@ class TextTasks:
 
     def _head(self, name: str) -> Tensor:
         lines, labels = self._part(name, "train")
-        rows = [(labels == place).nonzero()[:16, 0] for place in range(len(TASKS[name].classes))]
+        rows = [(labels == place).nonzero()[:SHOTS, 0] for place in range(len(TASKS[name].classes))]
         means = [self._encoder.features([lines[row] for row in chosen.tolist()]).mean(0) for chosen in rows]
         return _SHARPNESS * nn.functional.normalize(torch.stack(means), dim=-1)
 
