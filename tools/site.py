@@ -15,7 +15,9 @@ _OUTSIDE = re.compile(
 
 
 def on_config(config: Any) -> Any:
-    """Pages that the navigation does not name stand at its end."""
+    """The pages of commands, and those that the navigation does not name, stand at its end."""
+    commands = sorted(f"cli/{path.name}" for path in (ROOT / "docs" / "cli").glob("*.md"))
+    config.nav.append({"Commands": commands})
     pages = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
     config.nav.append({"More": [page for page in pages if page not in str(config.nav)]})
     if not config.nav[-1]["More"]:

@@ -20,19 +20,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (root / "docs").is_dir():
         sys.stderr.write(f"{root} is not a checkout of the project: it has no docs folder\n")
         return 2
+    pages = generated_pages(root)
     stale = [
-        path
-        for path, content in generated_pages(root).items()
-        if not path.exists() or path.read_text(encoding="utf-8") != content
+        path for path, content in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != content
     ]
+    needless = sorted(set((root / "docs" / "cli").glob("*.md")) - pages.keys())
     if check:
-        for path in stale:
+        for path in (*stale, *needless):
             sys.stderr.write(f"{path.relative_to(root)} differs from the declarations; run: make docs\n")
-        return 1 if stale else 0
-    for path, content in generated_pages(root).items():
-        if path in stale:
-            path.write_text(content, encoding="utf-8")
-            sys.stderr.write(f"wrote {path.relative_to(root)}\n")
+        return 1 if stale or needless else 0
+    for path in stale:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(pages[path], encoding="utf-8")
+        sys.stderr.write(f"wrote {path.relative_to(root)}\n")
+    for path in needless:
+        path.unlink()
+        sys.stderr.write(f"removed {path.relative_to(root)}\n")
     return 0
 
 

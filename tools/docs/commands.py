@@ -1,4 +1,4 @@
-"""docs/cli.md, and the list of commands in the README: what the program itself prints."""
+"""docs/cli.md, a page in docs/cli/ for each command, and the list in the README: what the program itself prints."""
 
 from __future__ import annotations
 
@@ -24,24 +24,31 @@ An option that takes several values takes them after one flag (`--sources a b c`
 
 
 def commands_page() -> str:
-    sections = [f"## pxmerge\n\n{_help([])}"]
-    sections += [f"## pxmerge {command.name}\n\n{_help(command.name.split())}" for command in own_commands()]
-    return _INTRODUCTION + "\n".join(sections)
+    """The overview: ``pxmerge --help``, and all commands by group with links to their pages."""
+    return f"{_INTRODUCTION}{_help([])}\n{command_tables('cli/', every_method=True)}"
 
 
-def command_tables() -> str:
-    """A table for each group of commands."""
+def command_pages() -> dict[str, str]:
+    """The page of each command, by its file name."""
+    return {
+        page_name(command): f"# pxmerge {command.name}\n\n{_help(command.name.split())}" for command in own_commands()
+    }
+
+
+def page_name(command: Command) -> str:
+    return f"{command.name.replace(' ', '-')}.md"
+
+
+def command_tables(folder: str, *, every_method: bool = False) -> str:
+    """A table for each group of commands, which link to the pages in ``folder``."""
     parts = []
     for group in GROUPS:
         rows = [
-            (
-                f"[`pxmerge {command.name}`](docs/cli.md#pxmerge-{command.name.replace(' ', '-')})",
-                docstring(command.summary),
-            )
+            (f"[`pxmerge {command.name}`]({folder}{page_name(command)})", docstring(command.summary))
             for command in own_commands()
-            if command.group == group and (group != METHODS or command.name in USUAL)
+            if command.group == group and (every_method or group != METHODS or command.name in USUAL)
         ]
-        if group == METHODS:
+        if group == METHODS and not every_method:
             rows.append(("[all methods](docs/methods.md)", "`pxmerge methods` lists them by family."))
         if rows:
             parts.append(table((group, ""), rows))

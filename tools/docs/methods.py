@@ -81,7 +81,7 @@ def _is_telling(default: Any) -> bool:
 
 def _method_section(method: Method) -> str:
     facts = [
-        ("command", f"[`pxmerge {method_slug(method.name)}`](cli.md#pxmerge-{method_slug(method.name)})"),
+        ("command", f"[`pxmerge {method_slug(method.name)}`](cli/{method_slug(method.name)}.md)"),
         ("merges", _SPACES[method.space]),
         ("sources", _count(method)),
         ("with", f"{method.companions.what} of each source, listed after all sources" if method.companions else ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tools.docs.api import api_page
-from tools.docs.commands import command_tables, commands_page
+from tools.docs.commands import command_pages, command_tables, commands_page
 from tools.docs.errors import errors_page
 from tools.docs.markdown import fill
 from tools.docs.methods import methods_page
@@ -21,11 +21,12 @@ def generated_pages(root: Path) -> dict[Path, str]:
     """
     docs = root / "docs"
     return {
-        root / "README.md": fill(_text(root / "README.md"), {"commands": command_tables()}),
+        root / "README.md": fill(_text(root / "README.md"), {"commands": command_tables("docs/cli/")}),
         docs / "recipe.md": fill(_text(docs / "recipe.md"), key_tables()),
         docs / "recipe.schema.json": schema_file(),
         docs / "methods.md": methods_page(),
         docs / "cli.md": commands_page(),
+        **{docs / "cli" / name: page for name, page in command_pages().items()},
         docs / "errors.md": errors_page(),
         docs / "api.md": api_page(),
     }
