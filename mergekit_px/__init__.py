@@ -6,6 +6,7 @@
     px.run_recipe("recipe.yaml", output="merged")
     px.plan_recipe("recipe.yaml")
     px.run_learner("ofasd", base="base", sources=["a", "b"], data="few.jsonl", output="coefficients")
+    px.run_command("adapter extract", "base", "math", rank=32, output="math-lora")
 
 Names are imported when they are first used, so that ``import mergekit_px`` is quick and does not import torch.
 """
@@ -19,6 +20,7 @@ from mergekit_px._version import __version__
 
 if TYPE_CHECKING:
     from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
+    from mergekit_px.cli.call import run_command
     from mergekit_px.errors import PxmergeError
     from mergekit_px.execute.events import Progress, RunResult
     from mergekit_px.execute.run import run_plan
@@ -62,6 +64,7 @@ _HOMES = {
     "parse_recipe": "recipe.load",
     "plan_recipe": "merging",
     "plan_report": "plan.report",
+    "run_command": "cli.call",
     "run_recipe": "merging",
     "run_learner": "learn.life",
     "run_plan": "execute.run",
@@ -95,6 +98,7 @@ __all__ = [
     "parse_recipe",
     "plan_recipe",
     "plan_report",
+    "run_command",
     "run_learner",
     "run_plan",
     "run_recipe",

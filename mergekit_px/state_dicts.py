@@ -21,7 +21,6 @@ def merge_state_dicts(
     *,
     base: StateDict | None = None,
     weights: Sequence[float] | Mapping[str, float] | None = None,
-    params: Mapping[str, Any] | None = None,
     rules: Sequence[Mapping[str, Any]] = (),
     like: str | None = None,
     missing: str = "error",
@@ -30,6 +29,7 @@ def merge_state_dicts(
     threads: int | None = None,
     seed: int = 0,
     allow_nonfinite: bool = False,
+    **params: Any,
 ) -> dict[str, torch.Tensor]:
     """Merge state dicts in memory.
 
@@ -38,7 +38,6 @@ def merge_state_dicts(
         method: a merge method's name.
         base: the base model, for methods on task vectors; left out, the mean of the sources serves.
         weights: one for each source, in order or by name.
-        params: the method's parameters, as in a recipe: scalars, lists over depth, or one value for each source.
         rules: as in a recipe: mappings with ``match``, ``layers``, ``method``, ``params``, ``take``, ``drop``.
         like: another implementation's variant, ``mergekit`` or ``peft``.
         missing: what to do with tensors that only some have: ``error``, ``present`` or ``base``.
@@ -47,6 +46,7 @@ def merge_state_dicts(
         threads: number of workers; one per core if left out. The result does not depend on it.
         seed: of methods that draw random numbers.
         allow_nonfinite: let NaN and infinity through.
+        params: the method's own parameters, as in a recipe: scalars, lists over depth, or one value for each source.
 
     Returns:
         new CPU tensors by name, in the order of the base or first source. The inputs are not changed.
@@ -76,7 +76,7 @@ def merge_state_dicts(
     step: dict[str, Any] = {
         "method": method,
         "sources": named_weights(weights, list(named)) if weights is not None else list(named),
-        "params": dict(params or {}),
+        "params": params,
         "rules": [dict(rule) for rule in rules],
         "missing": missing,
     }

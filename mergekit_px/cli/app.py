@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stdout.reconfigure(errors="backslashreplace")  # A terminal may not know every letter of a name.
     try:
         words = load_plugins(words)
-        code = _dispatch(words)
+        code = dispatch(words)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _dispatch(words: list[str]) -> int:
+def dispatch(words: list[str]) -> int:
+    """Run the command that the words spell, and return its exit code; errors are raised."""
     words = words or ["--help"]
     found = spoken_command(words)
     if found is None and len(words) == 1 and spoken_name(words):

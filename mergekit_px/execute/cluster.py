@@ -96,7 +96,7 @@ class Assignment:
 
 
 def run_on_cluster(plan: Plan, cluster: str, *, progress: Report | None = None) -> RunResult:
-    """Carry out a plan by the workers of a cluster: ``ray``, begun here, or ``ray:HOST:PORT``, which runs.
+    """Run a plan by the workers of a cluster: ``ray``, begun here, or ``ray:HOST:PORT``, which runs.
 
     Raises:
         UsageError: no such kind of cluster.

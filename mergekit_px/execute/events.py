@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_px.escaping import html_table
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -48,3 +50,15 @@ class RunResult:
     def __repr__(self) -> str:
         done = "up to date" if self.up_to_date else f"{self.bytes_written:,} bytes in {self.seconds:.3g} s"
         return f"<RunResult {self.output}: {done}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("output", str(self.output)),
+            ("files", ", ".join(self.files)),
+            ("bytes", f"{self.bytes_read:,} read, {self.bytes_written:,} written"),
+            ("time", "up to date" if self.up_to_date else f"{self.seconds:.3g} s"),
+            ("peak memory", f"{self.peak_memory:,} bytes"),
+            *(("note", note) for note in self.notes),
+            *(("warning", warning) for warning in self.warnings),
+        ]
+        return html_table(rows)

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.errors import UsageError
+from mergekit_px.escaping import html_table
 from mergekit_px.inspection.source import fetch_source, open_source
 
 if TYPE_CHECKING:
     from mergekit_px.inspection.advice import Advice
     from mergekit_px.inspection.verify import Verification
+
+
+class Comparison(dict[str, Any]):
+    """What ``pxmerge compare --json`` prints, as dicts and lists; notebooks show its totals."""
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {', '.join(self['models'])} with {self['reference']}: {len(self['tensors'])} tensors>"
+
+    def _repr_html_(self) -> str:
+        total = self["total"]
+        rows = [
+            (
+                model,
+                f"relative change {row['relative']:.3g}, cosine {row['cosine']:.4f}, "
+                f"{row['tensors_equal']} of {row['tensors']} tensors equal",
+            )
+            for model, row in zip(self["models"], total["models"], strict=True)
+        ]
+        cosines = total.get("delta_cosines")
+        if cosines and len(cosines) > 1:
+            pairs = combinations(range(len(cosines)), 2)
+            rows.append(("cosines of changes", ", ".join(f"{cosines[one][other]:.3f}" for one, other in pairs)))
+        if total.get("sign_conflicts") is not None:
+            rows.append(("changes of both signs", f"{total['sign_conflicts']:.1%}"))
+        return html_table([("compared with", self["reference"]), *rows, *(("note", note) for note in self["notes"])])
 
 
 def inspect(model: str | PathLike[str], *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -33,7 +60,7 @@ def compare(
     spectral: bool = False,
     allow_pickle: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """How models differ from the first of them, or from ``base``: what ``pxmerge compare --json`` prints.
 
     Args:
@@ -52,7 +79,7 @@ def compare(
         raise UsageError("one model alone cannot be compared", hint="give another, or base=")
     opened = [fetch_source(open_source(reference, allow_pickle=allow_pickle)) for reference in references]
     checkpoints = [source.checkpoint for source in opened]
-    return measure(checkpoints[0], checkpoints[1:], pattern=tensors, spectral=spectral, progress=progress)
+    return Comparison(measure(checkpoints[0], checkpoints[1:], pattern=tensors, spectral=spectral, progress=progress))
 
 
 def advise(

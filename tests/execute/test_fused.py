@@ -80,7 +80,7 @@ def test_the_bits_are_those_of_torch(
                 method,
                 base=base if based else None,
                 weights=weights,
-                params=params,
+                **params,
                 like=like,
                 dtype=out,
                 seed=7,

@@ -69,7 +69,7 @@ def test_a_table_comes_back_as_it_was_written(written: Path) -> None:
 
 def test_each_block_has_its_own_coefficients(written: Path) -> None:
     base, *sources = models(4)
-    merged = merge_state_dicts(sources, "anisotropic", base=base, params={"coefficients": str(written)})
+    merged = merge_state_dicts(sources, "anisotropic", base=base, coefficients=str(written))
     for name, row in (("a.weight", [0.25, 1.5, 0.0]), ("b.weight", [-1, 0.1, 3]), ("b.bias", [-1, 0.1, 3])):
         tau = np.stack([(source[name] - base[name]).numpy().astype(np.float64) for source in sources])
         expected = base[name].numpy() + np.tensordot(row, tau, axes=1)
@@ -80,9 +80,7 @@ def test_without_a_file_it_is_the_average_and_a_one_hot_row_is_that_source(tmp_p
     base, *sources = models(4)
     merged = merge_state_dicts(sources, "anisotropic", base=base)
     write_table(table([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), tmp_path / "one.safetensors")
-    second = merge_state_dicts(
-        sources, "anisotropic", base=base, params={"coefficients": str(tmp_path / "one.safetensors")}
-    )
+    second = merge_state_dicts(sources, "anisotropic", base=base, coefficients=str(tmp_path / "one.safetensors"))
     for name in base:
         mean = torch.stack([source[name] for source in sources]).double().mean(dim=0).float()
         torch.testing.assert_close(merged[name], mean, rtol=1e-6, atol=1e-6)

@@ -14,7 +14,8 @@ _INTRODUCTION = """# Python
 
     import mergekit_px
 
-Importing it does not import torch; the functions that compute do.
+Importing it does not import torch; the functions that compute do. [A notebook](notebook.ipynb) goes through the usual
+calls.
 """
 
 _TESTING = """
