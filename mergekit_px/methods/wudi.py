@@ -89,7 +89,7 @@ def _wudi(case: Case, params: WudiParams) -> MatrixMerge:
     if params.steps and reach < size:
         case.notes.append(
             f"{params.steps} steps of {params.learning_rate:g} move an element by {reach:.2g} at most, and those of the"
-            f" sum are {size:.2g} in the mean: it stays near the sum, which can overshoot; try --solver closed"
+            f" sum are {size:.2g} on average: it stays near the sum, which can overshoot; try --solver closed"
         )
     return _adam(total, metric, target, params)
 

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mergekit_px.errors import PlanError
@@ -22,14 +22,24 @@ DECLARED_BASE = "declared_base"
 
 
 def complete_bases(
-    recipe: Recipe, inputs: Mapping[str, ResolvedInput], *, allow_pickle: bool, lock: Lock | None = None
+    recipe: Recipe,
+    inputs: Mapping[str, ResolvedInput],
+    used: Collection[str],
+    *,
+    allow_pickle: bool,
+    lock: Lock | None = None,
 ) -> tuple[Recipe, dict[str, ResolvedInput], list[str]]:
-    """The recipe with every base filled in, the inputs that this adds, and what to tell the user."""
+    """The recipe with every base filled in, the inputs that this adds, and what to tell the user.
+
+    ``used``: the models and steps that the result needs; of others nothing was opened.
+    """
     added: dict[str, ResolvedInput] = {}
     notes: list[str] = []
     steps = dict(recipe.steps)
     models = dict(recipe.models)
     for name, step in recipe.steps.items():
+        if name not in used:
+            continue
         asked = step.base == MEAN and MEAN not in recipe.models and MEAN not in recipe.steps
         if (step.base is not None and not asked) or step.slices is not None:
             continue

@@ -88,10 +88,13 @@ def build_plan(
     if options.strict and loaded.idle:
         sentence, place = loaded.idle[0]
         raise RecipeError(sentence.rstrip("."), where=place, hint="take it out, or leave out --strict")
-    recipe, added, said = complete_bases(recipe, {**known, **resolved}, allow_pickle=options.allow_pickle, lock=lock)
+    recipe, added, said = complete_bases(
+        recipe, {**known, **resolved}, needed, allow_pickle=options.allow_pickle, lock=lock
+    )
     resolved.update({name: known.get(name, source) for name, source in added.items()})
     notes.extend(said)
     notes.extend(f"model '{name}' is not used" for name in loaded.recipe.models if name not in needed)
+    notes.extend(f"step '{name}' is not used" for name in loaded.recipe.steps if name not in needed)
 
     config_from = config_donor(recipe, target, resolved, loaded)
     vocabularies = _vocabularies(recipe, target, resolved, config_from, loaded)

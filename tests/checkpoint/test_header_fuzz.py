@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+from random import Random
 
 import safetensors
 from hypothesis import given, settings
@@ -99,3 +102,59 @@ def test_what_the_reference_reader_refuses_is_refused(dtype, shape, offsets, unk
     raw = f'{{"w":{{"dtype":"{dtype}","shape":[{",".join(shape)}],"data_offsets":{offsets}{extra}}}}}'.encode()
     if check(raw, 8 + len(raw) + size) is not None:
         safetensors.deserialize(len(raw).to_bytes(8, "little") + raw + bytes(size))
+
+
+COUNT = int(os.environ.get("PXMERGE_FUZZ_FILES", "3000"))
+"""Files of the comparison with the reference reader; 30,000 take half a minute."""
+
+_PIECES = [
+    *(b"0", b"-0", b"1", b"-1", b"1.0", b"1e1", b"9" * 30, b"null", b"true", b'""', b"{}", b"[]", b'"F32"', b"\\u0000"),
+    *(b"\\ud800", b"\xff", b" ", b"\n", b",", b":", b"[", b"]", b"{", b"}", b'"', b'"dtype":"I8",', b'"shape":[1],'),
+    *(b'"__metadata__":{"a":"b"},', b'"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'),
+]
+
+
+def fuzzed(random: Random) -> tuple[bytes, int]:
+    """A header, true or damaged at a few places, and how many bytes follow it."""
+    listing = []
+    for number in range(random.randrange(4)):
+        dtype = random.choice(list(DTYPES.values()))
+        shape = tuple(random.randrange(5) for _ in range(random.randrange(4)))
+        if math.prod(shape) * dtype.bits % 8 == 0:
+            listing.append((random.choice("abé\n") * random.randrange(3) + str(number), dtype, shape))
+    start, header = build_header(listing, {"format": "pt"} if random.random() < 0.5 else {})
+    raw, size = bytearray(start[8:]), header.data_size
+    for _ in range(random.randrange(4)):
+        place, end = sorted(random.randrange(len(raw) + 1) for _ in range(2))
+        match random.randrange(6):
+            case 0:
+                raw[place : place + 1] = random.choice(_PIECES)
+            case 1:
+                raw[place:place] = random.choice(_PIECES)
+            case 2:
+                del raw[place : min(end, place + 6)]
+            case 3:
+                raw[place:place] = raw[place : min(end, place + 60)]
+            case 4:
+                raw = bytearray(re.sub(rb"\d+", lambda _: str(random.randrange(40)).encode(), bytes(raw), count=1))
+            case _:
+                size = max(0, size + random.randrange(-3, 4))
+    return bytes(raw), size
+
+
+def test_no_file_is_read_otherwise_than_by_the_reference_reader() -> None:
+    """Nothing that only pxmerge accepts, and what both accept says the same of every tensor."""
+    random, accepted = Random(0), 0
+    for _ in range(COUNT):
+        raw, size = fuzzed(random)
+        header = check(raw, 8 + len(raw) + size)
+        if header is None:
+            continue
+        accepted += 1
+        reference = dict(safetensors.deserialize(len(raw).to_bytes(8, "little") + raw + bytes(size)))
+        assert reference.keys() == header.entries.keys(), raw
+        for name, entry in header.entries.items():
+            told = reference[name]
+            assert (told["dtype"], tuple(told["shape"])) == (entry.dtype.name, entry.shape), raw
+            assert len(told["data"]) == entry.end - entry.begin, raw
+    assert COUNT / 10 < accepted < COUNT * 9 / 10
