@@ -37,6 +37,8 @@ def tracked() -> list[Path]:
 
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mergekit_px.demo.tasks.TEST_IMAGES", 100)
+    monkeypatch.setattr("mergekit_px.demo.train.SHARED_IMAGES", 1400)
     monkeypatch.setattr("mergekit_px.demo.train.RUN_STEPS", 12)
     monkeypatch.setattr("mergekit_px.demo.train.SAVED_EVERY", 2)
     monkeypatch.setattr("mergekit_px.demo.train.FINE_TUNE_EPOCHS", 1)

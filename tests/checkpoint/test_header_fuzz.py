@@ -89,7 +89,7 @@ _NUMBERS = ["-0", "0", "1", "4", "-1", "1.0", "1e1", "1e999", "9" * 400, "184467
 _JSON = st.sampled_from(_NUMBERS) | st.integers(1, 200).map(lambda levels: "[" * levels + "]" * levels) | st.just('"x"')
 
 
-@settings(max_examples=2000)
+@settings(max_examples=400)
 @given(
     st.sampled_from(list(DTYPES)),
     st.lists(st.sampled_from(_NUMBERS[:4]), max_size=3),

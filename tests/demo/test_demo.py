@@ -25,6 +25,8 @@ def shortened() -> Iterator[None]:
     """A demo of little training and few methods; every method runs by its recipe on docs/methods.md."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mergekit_px.demo.LAST", 2)
+        patch.setattr("mergekit_px.demo.tasks.TEST_IMAGES", 100)
+        patch.setattr("mergekit_px.demo.train.SHARED_IMAGES", 1400)
         patch.setattr("mergekit_px.demo.train.RUN_STEPS", 60)
         patch.setattr("mergekit_px.demo.train.SAVED_EVERY", 20)
         patch.setattr("mergekit_px.demo.train.FINE_TUNE_EPOCHS", 1)
