@@ -20,7 +20,9 @@ def run() -> NoReturn:
     What matters is on the disk and synced by then, and the interpreter's way out with torch loaded takes half a
     second.
     """
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, _terminated)
     code = main()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -35,4 +37,7 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     # Straight to the descriptor: the program may be in the middle of a line.
     with contextlib.suppress(OSError):
         os.write(2, b"\nterminated; an unfinished run in an output folder goes on with --resume\n")
+    scoring = sys.modules.get("mergekit_px.learn.search.score")
+    if scoring is not None:
+        scoring.stop_programs()
     os._exit(128 + number)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from mergekit_px.learn.search.objectives import (
     parse_objectives,
     require_objectives,
 )
-from mergekit_px.learn.search.score import printed_numbers
+from mergekit_px.learn.search.score import CommandScore, printed_numbers, stop_programs
 from mergekit_px.learn.search.settings import parse_time
 from mergekit_px.testing import write_checkpoint
 
@@ -158,3 +160,19 @@ def test_bad_objectives(search: Callable[..., Found], tmp_path: Path) -> None:
     assert printed_numbers('{"a": 2, "b": "x"}', "") == {"score": 2.0, "a": 2.0}
     with pytest.raises(RunError, match="no number called"):
         require_objectives({"a": 1.0}, [Objective("b")], "")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_a_program_began_ends_with_it(tmp_path: Path, at_once: bool) -> None:
+    """A shell's own programs hold its output open, which is read to its end."""
+    score = CommandScore("sh -c 'sleep 60 & touch $0/begun; wait'")
+    with ThreadPoolExecutor(1) as pool:
+        scored = pool.submit(score, tmp_path)
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        stop_programs() if at_once else score.stop()
+        with pytest.raises(RunError, match="code -9"):
+            scored.result(timeout=20)
+        if not at_once:
+            with pytest.raises(RunError, match="code -9"):  # one that begins late
+                pool.submit(score, tmp_path).result(timeout=20)

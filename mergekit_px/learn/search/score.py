@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 import threading
 from collections.abc import Callable
@@ -28,6 +31,9 @@ Score = Callable[[Path], Metrics]
 
 PLACE = "{}"
 
+_programs: set[subprocess.Popen[str]] = set()
+"""Those that score now, of all commands."""
+
 
 class CommandScore:
     """What a program prints: numbers by name as a JSON object in its last line, or one number as its last word.
@@ -49,27 +55,38 @@ class CommandScore:
         if not any(PLACE in word for word in self._words):
             self._words.append(PLACE)
         self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
         self._lock = threading.Lock()
 
     def __call__(self, folder: Path) -> Metrics:
         line = [word.replace(PLACE, str(folder)) for word in self._words]
         try:
+            # In a session of its own, so that what it begins itself can be ended with it.
             process = subprocess.Popen(
-                line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+                line,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
             )
         except FileNotFoundError:
             raise InputNotFoundError("no such program", where=self._words[0]) from None
         except OSError as error:
             raise UsageError(f"it cannot be run: {error.strerror or error}", where=self._words[0]) from error
+        _programs.add(process)
         with process:
-            with self._lock:
-                self._running.add(process)
             try:
+                with self._lock:
+                    self._running.add(process)
+                    if self._stopped:
+                        _kill(process)
                 stdout, stderr = process.communicate()
             except BaseException:
-                process.kill()
+                _kill(process)
                 raise
             finally:
+                _programs.discard(process)
                 with self._lock:
                     self._running.discard(process)
         if process.returncode != 0:
@@ -78,10 +95,24 @@ class CommandScore:
         return printed_numbers(stdout, shlex.join(line))
 
     def stop(self) -> None:
-        """End what is running."""
+        """End what is running, and what begins from now on."""
         with self._lock:
+            self._stopped = True
             for process in self._running:
-                process.kill()
+                _kill(process)
+
+
+def stop_programs() -> None:
+    """End every program that scores, for a process that ends at once; takes no lock."""
+    for process in tuple(_programs):
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a program and what it began."""
+    if process.returncode is None:  # else the number may be another's
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def printed_numbers(text: str, where: str) -> Metrics:
