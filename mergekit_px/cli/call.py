@@ -39,6 +39,8 @@ def run_command(command: str, *arguments: Any, **options: Any) -> Any:
     from mergekit_px.cli._options import has_option
     from mergekit_px.cli.app import dispatch
 
+    if not isinstance(command, str):
+        raise UsageError(f"a command is its name, as 'adapter merge', not {type(command).__name__}")
     name = command.split()
     spoken = spoken_command(name)
     if spoken is None or spoken[0].name != command:
@@ -70,11 +72,15 @@ def run_command(command: str, *arguments: Any, **options: Any) -> Any:
 def _option(option: str, value: Any, function: Callable[..., Any]) -> Iterator[str]:
     """The words of an option; none for one that is left to its default."""
     flag = f"--{option.removesuffix('_').replace('_', '-')}"
-    if value is True:
+    if value is None or value is False:
+        negatives = _flags(function)
+        if flag not in negatives:
+            raise UsageError(f"No such option: {flag}")  # nothing is written that the command could refuse
+        if value is False and negatives[flag]:
+            yield negatives[flag]
+    elif value is True:
         yield flag
-    elif value is False:
-        yield from _negatives(function, flag)
-    elif value is not None:
+    else:
         yield flag
         yield from _words(flag, value)
 
@@ -82,7 +88,7 @@ def _option(option: str, value: Any, function: Callable[..., Any]) -> Iterator[s
 def _words(flag: str, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for name, part in value.items():
-            yield f"{name}={part}"
+            yield f"{name}={'null' if part is None else part}"
     elif isinstance(value, (list, tuple)):
         for part in value:
             yield from _words(flag, part)
@@ -92,12 +98,15 @@ def _words(flag: str, value: Any) -> Iterator[str]:
         raise UsageError(f"{flag or 'an argument'} is {type(value).__name__}, which no command line can hold")
 
 
-def _negatives(function: Callable[..., Any], flag: str) -> Iterator[str]:
-    """The flag that turns an option off, where it has one."""
-    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+def _flags(function: Callable[..., Any]) -> dict[str, str]:
+    """The options of a command, each with the flag that turns it off, or nothing."""
+    found = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        found[f"--{name.removesuffix('_').replace('_', '-')}"] = ""
         for mark in getattr(parameter.annotation, "__metadata__", ()):
             # Typer keeps the first of an option's names where a default stands outside of annotations.
             for names in (getattr(mark, "default", None), *(getattr(mark, "param_decls", None) or ())):
-                positive, _, negative = names.partition("/") if isinstance(names, str) else ("", "", "")
-                if positive == flag and negative:
-                    yield negative
+                if isinstance(names, str):
+                    positive, _, negative = names.partition("/")
+                    found[positive] = negative
+    return found
