@@ -85,7 +85,7 @@ def read_head(path: Path) -> JournalHead | None:
             head = json.loads(file.readline(_LONGEST_HEAD))
         if head["pxmerge_journal"] == _VERSION:
             return JournalHead(str(head["plan"]), tuple(name for name in head["replaces"] if is_inside(name)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError, MalformedCheckpointError):
         pass

@@ -157,6 +157,10 @@ def test_bad_objectives(search: Callable[..., Found], tmp_path: Path) -> None:
         (("--start-from", tmp_path / "score.py"), "no point"),
     ):
         assert said in search(*words, *out, "--overwrite", code=3 if "--start-from" in words else 2)["said"]
+    assert (
+        "may have 10"
+        in search("--points", 10**8, "--objective", "near", *out, "--overwrite", over=f"{ONE}=0:1", code=2)["said"]
+    )
     assert printed_numbers('{"a": 2, "b": "x"}', "") == {"score": 2.0, "a": 2.0}
     with pytest.raises(RunError, match="no number called"):
         require_objectives({"a": 1.0}, [Objective("b")], "")

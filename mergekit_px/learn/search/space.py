@@ -35,6 +35,8 @@ class Variable:
         """Its own values, or ``points`` of them at equal distances, both ends included."""
         if self.values:
             return self.values
+        if points > _MOST_VALUES:
+            raise UsageError(f"a range may have {_MOST_VALUES:,} values", where=f"--points {points}")
         return tuple(as_written(self.low + (self.high - self.low) * index / (points - 1)) for index in range(points))
 
     def at(self, share: float) -> float:
