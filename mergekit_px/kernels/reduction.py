@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _ROW = 4096
-_ROWS_IN_CACHE = 8
+_ROWS_IN_CACHE = 16
 _LARGEST_INTEGER = 2**12
 
 
