@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from mergekit_px.cli._options import flatten
+from mergekit_px.declare import built_in
 
 RECIPES = "Recipes"
 METHODS = "Methods"
@@ -51,9 +55,9 @@ class Command:
 
                 return learner_command(find_learner(self.name))
             from mergekit_px.cli.method import method_command
-            from mergekit_px.methods import load_methods
+            from mergekit_px.methods import find_method
 
-            return flatten(method_command(load_methods()[self.name.replace("-", "_")]))
+            return flatten(method_command(find_method(self.name)))
         module, _, function = self.place.partition(":")
         return flatten(getattr(importlib.import_module(f"mergekit_px.cli.{module}"), function))
 
@@ -99,40 +103,42 @@ _OWN_OPTIONS = {"svd": "svd:svd"}
 """Merge methods whose commands have options beside those of the declaration, and where those commands are."""
 
 
-def built_in(name: str) -> Command | None:
-    """The command of that name, merge methods aside; underscores count as dashes."""
-    return next((command for command in _TABLE if command.name == name.replace("_", "-")), None)
+@cache
+def own_commands() -> Mapping[str, Command]:
+    """All of this package, whose methods and learners have names of their own."""
+    learners = (Command(name, LEARNING, declared.summary) for name, declared in built_in.LEARNERS.items())
+    methods = (_of_method(name, declared.summary) for name, declared in built_in.METHODS.items())
+    return {command.name: command for command in (*_TABLE, *learners, *methods)}
+
+
+def _of_method(name: str, summary: str) -> Command:
+    return Command(name.replace("_", "-"), METHODS, summary, _OWN_OPTIONS.get(name))
+
+
+def _plugged_in() -> Iterator[Command]:
+    """Those of other packages and of files of the user's; without any, no declaration is imported."""
+    groups = entry_points().groups
+    if "pxmerge.methods" in groups or "mergekit_px.methods" in sys.modules:
+        from mergekit_px.methods import load_methods
+
+        yield from (_of_method(name, method.summary) for name, method in load_methods().items())
+    if "pxmerge.learners" in groups or "mergekit_px.learn" in sys.modules:
+        from mergekit_px.learn import load_learners
+
+        yield from (Command(name, LEARNING, learner.summary) for name, learner in load_learners().items())
 
 
 def all_commands() -> Mapping[str, Command]:
-    """All commands by name, group by group; a merge method or a learner never hides a command."""
-    from mergekit_px.methods import load_methods
-    from mergekit_px.methods.declare import method_slug
-
-    learners = _learner_commands()
-    taken = {command.name for command in (*_TABLE, *learners)}
-    methods = [
-        Command(method_slug(name), METHODS, method.summary, _OWN_OPTIONS.get(name))
-        for name, method in load_methods().items()
-        if method_slug(name) not in taken
-    ]
-    every = (*_TABLE, *learners, *methods)
+    """All commands by name, group by group; a plug-in never hides a command of this package."""
+    own = own_commands()
+    every = [*own.values(), *(command for command in _plugged_in() if command.name not in own)]
     return {command.name: command for group in GROUPS for command in every if command.group == group}
 
 
-def _learner_commands() -> list[Command]:
-    from mergekit_px.learn import load_learners
-
-    taken = {command.name for command in _TABLE}
-    return [Command(name, LEARNING, learner.summary) for name, learner in load_learners().items() if name not in taken]
-
-
 def find_command(name: str) -> Command | None:
-    """A command by its name as typed, or None. Declarations are imported only if no other command fits."""
-    if (command := built_in(name)) is not None:
-        return command
+    """A command by its name as typed, or None. Plug-ins are looked at only where it is not one of ours."""
     called = name.replace("_", "-")
-    return next((one for one in _learner_commands() if one.name == called), None) or all_commands().get(called)
+    return own_commands().get(called) or all_commands().get(called)
 
 
 def spoken_command(words: Sequence[str]) -> tuple[Command, range] | None:

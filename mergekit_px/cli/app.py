@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import IO, Annotated, Any
 
 import typer
@@ -106,8 +106,10 @@ def _app(**settings: Any) -> typer.Typer:
 def _whole_app() -> typer.Typer:
     """All commands: listed by group in the help text, which is why Typer does not list them again."""
     completing = _COMPLETION in os.environ
-    app = _app(help=_overview(), subcommand_metavar="COMMAND ...", epilog=f"`{PROGRAM} COMMAND --help` explains one.")
-    for command in all_commands().values():
+    commands = all_commands().values()
+    epilog = f"`{PROGRAM} COMMAND --help` explains one."
+    app = _app(help=_overview(commands), subcommand_metavar="COMMAND ...", epilog=epilog)
+    for command in commands:
         if completing:
             _add(app, command, command.load())
         else:
@@ -162,9 +164,8 @@ def _root(
     """Options of ``pxmerge`` itself."""
 
 
-def _overview() -> str:
+def _overview(commands: Collection[Command]) -> str:
     """The help text of ``pxmerge``: what it is, and the commands by group."""
-    commands = all_commands().values()
     indent = max(len(command.name) for command in commands) + 4
     blocks = [_EXAMPLES]
     for group in GROUPS:

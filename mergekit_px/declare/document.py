@@ -8,4 +8,6 @@ from pydantic import BaseModel, ConfigDict
 class Document(BaseModel):
     """A JSON document, or a part of one, whose keys are all declared."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, validate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, serialize_by_alias=True, validate_by_name=True, defer_build=True
+    )

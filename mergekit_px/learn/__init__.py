@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Mapping
 from functools import cache
 
+from mergekit_px.declare.built_in import LEARNERS
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.declare import REGISTRY, Learner
 from mergekit_px.located.nearest import hint_for
@@ -34,8 +35,11 @@ def load_learners() -> Mapping[str, Learner]:
 
 def find_learner(name: str) -> Learner:
     """The learner of that name. Raises ``UsageError`` with the nearest names where there is none."""
-    known = load_learners()
     called = name.replace("_", "-")
+    if called in LEARNERS:
+        importlib.import_module(LEARNERS[called].module)
+        return REGISTRY[called]
+    known = load_learners()
     if called not in known:
         raise UsageError(f"unknown learner '{name}'", hint=hint_for(called, known))
     return known[called]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mergekit_px.declare.built_in import LEARNERS
 from mergekit_px.declare.fields import problems
 from mergekit_px.errors import UsageError
 from mergekit_px.located.nearest import nearest
@@ -372,9 +373,10 @@ def learner(
 
     def declare(fit: Callable[[Any], Report]) -> Learner:
         called = name or fit.__name__.replace("_", "-")
-        known = REGISTRY.get(called)
-        if known is not None and known.origin != fit.__module__:
-            raise ValueError(f"there is a learner '{called}' already, in {known.origin}")
+        elsewhere = LEARNERS.get(called)
+        known = REGISTRY[called].origin if called in REGISTRY else elsewhere.module if elsewhere else None
+        if known not in (None, fit.__module__):
+            raise ValueError(f"there is a learner '{called}' already, in {known}")
         REGISTRY[called] = Learner(called, fit, (settings, report), output, form, continues, inputs, fit.__module__)
         return REGISTRY[called]
 

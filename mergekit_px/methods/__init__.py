@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Mapping
 from functools import cache
 
+from mergekit_px.declare.built_in import METHODS
 from mergekit_px.errors import UsageError
 from mergekit_px.methods.declare import REGISTRY, Method, Params, merge_method
 from mergekit_px.plug_ins import load_plug_ins
@@ -33,12 +34,16 @@ def load_methods() -> Mapping[str, Method]:
 
 
 def find_method(name: str) -> Method:
-    """The method of that name (``task-arithmetic`` and ``task_arithmetic`` are one).
+    """The method of that name (``task-arithmetic`` and ``task_arithmetic`` are one). Imports no other one if it can.
 
     Raises:
         UsageError: no such method; the message has the nearest names.
     """
-    _import_all()
+    known = METHODS.get(name.replace("-", "_"))
+    if known is not None:
+        importlib.import_module(known.module)
+    else:
+        _import_all()
     method = REGISTRY.get(name.replace("-", "_"))
     if method is None:
         methods = load_methods()

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from mergekit_px.declare.built_in import METHODS
 from mergekit_px.errors import UsageError
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Companions:
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Method:
     """A declared merge method."""
 
@@ -310,10 +311,10 @@ def merge_method(
             raise ValueError(f"{method_name}: random methods, and only they, take `random`")
         if not inspect.getdoc(function):
             raise ValueError(f"{method_name}: a method needs a docstring")
-        if method_name in REGISTRY and REGISTRY[method_name].origin != function.__module__:
-            raise ValueError(
-                f"{method_name} is declared by both {REGISTRY[method_name].origin} and {function.__module__}"
-            )
+        elsewhere = METHODS.get(method_name)
+        known = REGISTRY[method_name].origin if method_name in REGISTRY else elsewhere.module if elsewhere else None
+        if known not in (None, function.__module__):
+            raise ValueError(f"{method_name} is declared by both {known} and {function.__module__}")
         REGISTRY[method_name] = Method(
             name=method_name,
             function=function,

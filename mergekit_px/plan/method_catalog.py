@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache, lru_cache
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
 
 from mergekit_px.declare.fields import fields, of_one_source, problems
-from mergekit_px.methods import Method, load_methods
+from mergekit_px.errors import UsageError
+from mergekit_px.methods import Method, find_method, load_methods
 from mergekit_px.recipe.catalog import MethodFacts
 
 
@@ -18,10 +19,10 @@ class DeclaredMethods:
 
     @property
     def methods(self) -> Mapping[str, MethodFacts]:
-        return _facts(tuple(load_methods()))
+        return _Facts()
 
     def validate(self, method: str, params: Mapping[str, Any]) -> list[tuple[str, str]]:
-        declared = load_methods()[method].params
+        declared = find_method(method).params
         try:
             declared.model_validate(dict(params), strict=True)
         except ValidationError as error:
@@ -29,10 +30,20 @@ class DeclaredMethods:
         return []
 
 
-@lru_cache(maxsize=1)
-def _facts(names: tuple[str, ...]) -> Mapping[str, MethodFacts]:
-    """The facts of the methods that there are; a plug-in may declare more of them later."""
-    return {name: facts_of(load_methods()[name]) for name in names}
+class _Facts(Mapping[str, MethodFacts]):
+    """The facts of the methods that there are. Looking one up imports and describes no other."""
+
+    def __getitem__(self, name: str) -> MethodFacts:
+        try:
+            return facts_of(find_method(name))
+        except UsageError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(load_methods())
+
+    def __len__(self) -> int:
+        return len(load_methods())
 
 
 @cache
@@ -41,6 +52,7 @@ def method_catalog() -> DeclaredMethods:
     return DeclaredMethods()
 
 
+@cache
 def facts_of(method: Method) -> MethodFacts:
     """What a recipe must know of one method."""
     per_source = method.per_source_fields()

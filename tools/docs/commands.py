@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from unittest.mock import patch
 
 from mergekit_px.cli import main
-from mergekit_px.cli._commands import GROUPS, METHODS, USUAL, Command, all_commands
+from mergekit_px.cli._commands import GROUPS, METHODS, USUAL, Command, own_commands
 from mergekit_px.learn import load_learners
-from mergekit_px.methods.declare import method_slug
+from mergekit_px.learn.declare import Learner
+from mergekit_px.methods.declare import Method
 from tools.docs.markdown import docstring, table
-from tools.docs.methods import own_methods
+from tools.docs.methods import is_own, own_methods
+
+_BUILT_IN = '''"""Where each merge method and learner of the package is declared, and its one line. Made by `make docs`.
+
+So a name is known, and a list of names is printed, without importing any declaration but the one that is asked for.
+"""
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Declared(NamedTuple):
+    module: str
+    summary: str
+'''
 
 _INTRODUCTION = """# Commands
 
@@ -31,7 +50,8 @@ def commands_page() -> str:
 def command_pages() -> dict[str, str]:
     """The page of each command, by its file name."""
     return {
-        page_name(command): f"# pxmerge {command.name}\n\n{_help(command.name.split())}" for command in own_commands()
+        page_name(command): f"# pxmerge {command.name}\n\n{_help(command.name.split())}"
+        for command in own_commands().values()
     }
 
 
@@ -45,7 +65,7 @@ def command_tables(folder: str, *, every_method: bool = False) -> str:
     for group in GROUPS:
         rows = [
             (f"[`pxmerge {command.name}`]({folder}{page_name(command)})", docstring(command.summary))
-            for command in own_commands()
+            for command in own_commands().values()
             if command.group == group and (every_method or group != METHODS or command.name in USUAL)
         ]
         if group == METHODS and not every_method:
@@ -55,11 +75,22 @@ def command_tables(folder: str, *, every_method: bool = False) -> str:
     return "\n".join(parts)
 
 
-def own_commands() -> list[Command]:
-    """The commands of the package itself, without those of installed plug-ins."""
-    own = {method_slug(name) for name in own_methods()}
-    own |= {name for name, learner in load_learners().items() if learner.origin.startswith("mergekit_px.")}
-    return [command for command in all_commands().values() if command.place is not None or command.name in own]
+def built_in_module() -> str:
+    """The source of ``mergekit_px.declare.built_in``, laid out as the formatter would."""
+    learners = {name: learner for name, learner in load_learners().items() if is_own(learner)}
+    return f"{_BUILT_IN}\n\n{_declared('METHODS', own_methods())}\n{_declared('LEARNERS', learners)}"
+
+
+def _declared(title: str, declarations: Mapping[str, Method | Learner]) -> str:
+    lines = [f"{title}: Mapping[str, Declared] = {{"]
+    for name, declared in declarations.items():
+        words = [json.dumps(word, ensure_ascii=False) for word in (declared.origin, declared.summary)]
+        line = f'    "{name}": Declared({", ".join(words)}),'
+        short = (
+            [line] if len(line) <= 120 else [f'    "{name}": Declared(', *(f"        {w}," for w in words), "    ),"]
+        )
+        lines += short
+    return "\n".join([*lines, "}"]) + "\n"
 
 
 def _help(words: list[str]) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mergekit_px.learn.declare import Learner
 from mergekit_px.methods import load_methods
 from mergekit_px.methods.declare import Method, method_slug
 from tools.docs.fields import HEADER, field_rows
@@ -40,7 +41,11 @@ def methods_page() -> str:
 
 def own_methods() -> Mapping[str, Method]:
     """The methods that the package itself declares, without those of installed plug-ins."""
-    return {name: method for name, method in load_methods().items() if method.origin.startswith("mergekit_px.")}
+    return {name: method for name, method in load_methods().items() if is_own(method)}
+
+
+def is_own(declared: Method | Learner) -> bool:
+    return declared.origin.startswith("mergekit_px.")
 
 
 def example_recipe(method: Method) -> str:

@@ -1,11 +1,11 @@
-"""All generated pages of a checkout, by path."""
+"""All that is generated in a checkout, by path."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tools.docs.api import api_page
-from tools.docs.commands import command_pages, command_tables, commands_page
+from tools.docs.commands import built_in_module, command_pages, command_tables, commands_page
 from tools.docs.errors import errors_page
 from tools.docs.markdown import fill
 from tools.docs.methods import methods_page
@@ -29,6 +29,7 @@ def generated_pages(root: Path) -> dict[Path, str]:
         **{docs / "cli" / name: page for name, page in command_pages().items()},
         docs / "errors.md": errors_page(),
         docs / "api.md": api_page(),
+        root / "mergekit_px" / "declare" / "built_in.py": built_in_module(),
     }
 
 
