@@ -14,6 +14,13 @@ from mergekit_px.cli.app import main
 __all__ = ["main", "run"]
 
 
+_LAST_STEPS = (
+    ("mergekit_px.learn.search.score", "stop_programs"),
+    ("mergekit_px.learn.search.scratch", "remove_folders"),
+)
+"""What would outlive a process that is ended by a signal, and the function that ends it, where the module is loaded."""
+
+
 def run() -> NoReturn:
     """The program itself: :func:`main`, then straight out.
 
@@ -37,7 +44,8 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     # Straight to the descriptor: the program may be in the middle of a line.
     with contextlib.suppress(OSError):
         os.write(2, b"\nterminated; an unfinished run in an output folder goes on with --resume\n")
-    scoring = sys.modules.get("mergekit_px.learn.search.score")
-    if scoring is not None:
-        scoring.stop_programs()
+    for name, last_step in _LAST_STEPS:
+        module = sys.modules.get(name)
+        if module is not None:
+            getattr(module, last_step)()
     os._exit(128 + number)

@@ -221,6 +221,8 @@ def live(learner: Learner, settings: RunSettings, note: Callable[[str], None], t
     check_apart(output, inputs.places())
     is_file = learner.form == "file"
     with workplace(output, settings.mode, identity, is_file=is_file, continues=learner.continues) as place:
+        if place.begins_anew:
+            note(f"no unfinished run is in {output}, so --resume begins a new one")
         run = Run(settings, output, place.stage, place.work, identity, device, inputs, note, tell)
         try:
             report = run.report(learner.fit(run))

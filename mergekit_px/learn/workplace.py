@@ -44,11 +44,13 @@ class Workplace:
     Attributes:
         stage: where the files of the result are written.
         work: for what an unfinished run goes on from.
+        begins_anew: an unfinished run was to be gone on with, and there was none.
     """
 
     output: Path
     place: Destination
     replaces: tuple[str, ...]
+    begins_anew: bool = False
     published: bool = False
 
     @property
@@ -143,6 +145,7 @@ def workplace(output: Path, mode: Mode, identity: str, *, is_file: bool, continu
             if unfinished is None:
                 if mode == "overwrite":
                     found.replaces = _older(output, place)
+                found.begins_anew = mode == "resume"
                 found.begin(identity)
             else:
                 found.replaces = unfinished.replaces

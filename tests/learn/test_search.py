@@ -232,7 +232,9 @@ def test_a_resumed_search_tries_nothing_twice_and_ends_the_same(made: Path, caps
     (made / "mine").mkdir()
     (made / "mine" / "notes.txt").touch()
     assert command(made, made / "mine", *words, "--resume") == 4
-    assert command(made, made / "begun", *words, "--resume") == 0  # stopped before its first trial
+    capsys.readouterr()
+    assert command(made, made / "begun", *words[:-1], "--resume") == 0  # stopped before its first trial
+    assert "so --resume begins a new one" in capsys.readouterr().err
 
 
 def test_the_test_takes_no_part_in_the_choice(made: Path) -> None:
@@ -408,7 +410,9 @@ def test_bad_input(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "--score",
         f"""{sys.executable} -c "import sys; print('broken', file=sys.stderr); sys.exit(3)" """,
     )
-    assert "no such program" in refused(3, "--overwrite", "--score", "no-such-program-here")
+    for program, said in (("no-such-program-here", "no such program"), (str(made / "score.py"), "chmod +x")):
+        error = refused(3, "--overwrite", "--score", program)
+        assert said in error and "merged in" not in error  # before anything is merged
     assert "no trial has a score" in refused(5, "--overwrite", "--score", f"{sys.executable} -c \"print('nan')\"")
     assert "cannot be read" in refused(2, "--overwrite", "--score", "'open")
     assert "--test-score goes with --score" in (

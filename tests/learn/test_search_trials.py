@@ -93,11 +93,14 @@ def test_a_warm_start_is_tried_first_and_leads_on(search: Callable[..., Found], 
     lines = [json.loads(line) for line in (tmp_path / "second" / "trials.jsonl").read_text().splitlines()[1:]]
     assert [line["values"] for line in lines] == [[], [0.2], [0.4], [0.1]]  # the best of before, then the grid
     assert "2 of 4 points" in found["said"] and found["stopped"] == "--trials 3"
-    (tmp_path / "points.jsonl").write_text(json.dumps({ONE: 0.25}) + "\n")
-    assert (
-        "none of its points"
-        in search("--start-from", tmp_path / "points.jsonl", "-o", tmp_path / "no", code=2, over=f"{ONE}=0.3:1")["said"]
-    )
+    for point, said in (
+        ({ONE: 0.25}, f"none of its points lies within the ranges of --over; the first has {ONE}=0.25"),
+        ({"one": 0.5}, f"a point has no value for {ONE}, which --over searches; its names are one"),
+        ({ONE: "x"}, f"a point has 'x', not a finite number, for {ONE}"),
+    ):
+        (tmp_path / "points.jsonl").write_text(json.dumps(point))
+        words = ("--start-from", tmp_path / "points.jsonl", "-o", tmp_path / "no")
+        assert said in search(*words, code=2, over=f"{ONE}=0.3:1")["said"]
 
 
 def test_time_that_is_over_leaves_the_best_until_then(search: Callable[..., Found], tmp_path: Path) -> None:
@@ -129,6 +132,9 @@ def test_trials_are_where_there_is_room(
         monkeypatch.setattr(scratch, "_fits_in_memory", lambda nbytes, fits=fits: fits)
         with scratch.scratch_folder(None, tmp_path / "beside", 10, lambda line: None) as folder:
             assert folder.parent == expected
+            (folder / "trial").mkdir()
+            scratch.remove_folders()  # as a signal does
+            assert not folder.exists()
     assert not abandoned.exists()
     assert "no such folder" in search("--scratch", tmp_path / "none", "-o", tmp_path / "no", code=4)["said"]
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -43,6 +44,7 @@ class CommandScore:
 
     Raises:
         UsageError: no words, or quotes that do not close.
+        InputNotFoundError: a program that is not there, or may not be run.
     """
 
     def __init__(self, command: str) -> None:
@@ -52,6 +54,11 @@ class CommandScore:
             raise UsageError(f"it cannot be read: {error}", where=f"--score {command}") from None
         if not self._words:
             raise UsageError("it names no program", where="--score")
+        if shutil.which(self._words[0]) is None:
+            exists = Path(self._words[0]).exists()
+            what = "it is no program that may be run" if exists else "no such program"
+            hint = f"chmod +x {self._words[0]}, or name what reads it" if exists else None
+            raise InputNotFoundError(what, where=self._words[0], hint=hint)
         if not any(PLACE in word for word in self._words):
             self._words.append(PLACE)
         self._running: set[subprocess.Popen[str]] = set()

@@ -18,6 +18,9 @@ _LOCK = "lock"
 _SHARE = 0.5
 """Of what is free of the file system in memory, and of the memory itself, that trials may take unasked."""
 
+_taken: set[Path] = set()
+"""Folders of searches that are not over."""
+
 
 @contextmanager
 def scratch_folder(given: str | None, beside: Path, nbytes: int, note: Callable[[str], None]) -> Iterator[Path]:
@@ -46,11 +49,20 @@ def scratch_folder(given: str | None, beside: Path, nbytes: int, note: Callable[
     except OSError as error:
         raise OutputError(f"it cannot be used: {error.strerror or error}", where=str(place)) from error
     lock = DirectoryLock.take(folder / _LOCK, str(folder))
+    _taken.add(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _taken.discard(folder)
         lock.release()
+
+
+def remove_folders() -> None:
+    """Remove the folders of all searches here, for a process that ends at once; takes no lock."""
+    for folder in tuple(_taken):
+        for _ in range(3):  # a merge that is not over yet may still make files there
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fits_in_memory(nbytes: int) -> bool:

@@ -38,7 +38,11 @@ def start_points(path: str, variables: Sequence[Variable], note: Callable[[str],
     inside = [values for values in dict.fromkeys(found) if values is not None]
     left_out = sum(values is None for values in found)
     if not inside:
-        raise UsageError("none of its points lies within --over", where=f"--start-from {path}")
+        raise UsageError(
+            "none of its points lies within the ranges of --over",
+            where=f"--start-from {path}",
+            hint=f"the first has {', '.join(f'{name}={value}' for name, value in points[0].items())[:200]}",
+        )
     if left_out:
         note(f"{left_out} of {len(found)} points of {path} are left out: they do not lie within --over")
     return inside
@@ -74,8 +78,9 @@ def _values(point: Mapping[str, Any], variables: Sequence[Variable], path: str) 
     for variable in variables:
         value = point.get(variable.name)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            what = "a point gives no number for it" if variable.name not in point else f"a point gives {value!r} for it"
-            names = ", ".join(map(str, point)) or "nothing"
-            raise UsageError(what, where=f"--start-from {path}: {variable.name}", hint=f"it gives {names[:200]}")
+            lacking = variable.name not in point
+            what = "a point has no value for" if lacking else f"a point has {value!r}, not a finite number, for"
+            hint = f"its names are {', '.join(map(str, point))[:200]}" if lacking and point else None
+            raise UsageError(f"{what} {variable.name}, which --over searches", where=f"--start-from {path}", hint=hint)
         values.append(as_written(float(value)))
     return tuple(values) if all(map(Variable.takes, variables, values)) else None
