@@ -4,7 +4,8 @@
                                         from these
 <address>/FILE                          weights as they are finished; side files, index, config and lock file at the end
 
-So the disk here holds one file of weights at a time, and the store never holds a lock file of what is not complete.
+A file is uploaded while the next is merged, so the disk here holds two files of weights at a time, and the store never
+holds a lock file of what is not complete.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -111,21 +113,26 @@ class StoreOutput:
     def put(
         self, number: int, progress: Report | None = None, *, totals: Sequence[Sequence[torch.Tensor]] | None = None
     ) -> RunResult | None:
-        """Merge one part, upload it, and note that it is there. Raises what ``run_part`` raises, ``WriteError``."""
-        result = run_part(self.part_plan(), number, self.count, progress=progress, totals=totals)
-        if result is None:
-            return None
-        lock = recorded_lock(result.output)
-        objects: dict[str, StoredObject] = {}
+        """Merge one part, and upload it. Raises what ``merge`` and ``upload`` raise."""
+        result = self.merge(number, progress, totals=totals)
+        if result is not None:
+            self.upload(number, result)
+        return result
+
+    def merge(
+        self, number: int, progress: Report | None = None, *, totals: Sequence[Sequence[torch.Tensor]] | None = None
+    ) -> RunResult | None:
+        """Make one part on this machine; None where there is nothing in it. Raises what ``run_part`` raises."""
+        return run_part(self.part_plan(), number, self.count, progress=progress, totals=totals)
+
+    def upload(self, number: int, part: RunResult) -> None:
+        """Bring a part into the store, note that it is there, and remove it here. Raises ``WriteError``."""
+        lock = recorded_lock(part.output)
         with self._uploading():
-            for file in self.shares[number - 1]:
-                if progress is not None:
-                    progress(Progress(f"uploading {file}", 0, 0, 0, 0, file))
-                objects[file] = self._store.put_file(result.output / file, file)
+            objects = {file: self._store.put_file(part.output / file, file) for file in self.shares[number - 1]}
             record = {"lock": dict(lock), "objects": objects}
             self._store.put(f"{_PARTS}/{number}-of-{self.count}.json", json.dumps(record).encode())
-        shutil.rmtree(result.output, ignore_errors=True)
-        return result
+        shutil.rmtree(part.output, ignore_errors=True)
 
     def publish(self) -> dict[str, str]:
         """What lies beside the weights, and the lock file last; file -> sha256.
@@ -225,12 +232,20 @@ def run_to_store(plan: Plan, *, progress: Report | None = None) -> RunResult:
             progress(replace(state, bytes_done=before + state.bytes_done, bytes_total=total))
 
     read = written = 0
-    for number, share in enumerate(output.shares, 1):
-        if share and number not in there:
-            result = output.put(number, tell)
-            assert result is not None
-            read, written = read + result.bytes_read, written + result.bytes_written
-        before += sum(shard.size for shard in plan.layout.shards if shard.file in share)
+    upload: Future[None] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="pxmerge-upload") as uploads:
+        for number, share in enumerate(output.shares, 1):
+            if share and number not in there:
+                result = output.merge(number, tell)
+                assert result is not None
+                read, written = read + result.bytes_read, written + result.bytes_written
+                if upload is not None:  # The disk holds one file that is made and one that is on its way.
+                    upload.result()
+                upload = uploads.submit(output.upload, number, result)
+            before += sum(shard.size for shard in plan.layout.shards if shard.file in share)
+        if upload is not None:
+            tell(Progress("uploading", 0, 0, 0, 0, ""))
+            upload.result()
     files = output.publish()
     return RunResult(plan.output, files, time.perf_counter() - started, read, written, peak_memory(), plan.notes)
 
