@@ -41,7 +41,7 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "advise": ("inspection.advice:Advice",),
     "inspect": ("inspection.describe:ModelDocument",),
     "compare": ("inspection.comparison:ComparisonDocument",),
-    "report": ("inspection.merge_report:MergeReport",),
+    "report": ("inspection.merge_report:MergeReport", "learn.result:LearnedReport"),
     "verify": ("VerifyDocument",),
     "methods": ("MethodDocument", "MethodsDocument"),
     "doctor": ("DoctorDocument",),

@@ -12,7 +12,6 @@ from mergekit_px.errors import UsageError, WriteError
 
 if TYPE_CHECKING:
     from mergekit_px.execute.events import RunResult
-    from mergekit_px.inspection.merge_report import MergeReport
     from mergekit_px.plan.model import Plan
 
 _SUFFIXES = (".html", ".htm")
@@ -25,12 +24,13 @@ def report_run(plan: Plan, result: RunResult, path: Path, output: Output) -> Non
         InputError: a tensor that cannot be read.
         WriteError: the disk refuses.
     """
+    from mergekit_px.cli._report_page import merge_page
     from mergekit_px.execute.run import fetch_inputs
     from mergekit_px.inspection.merge_report import merge_report
 
     with progress_on(output) as advance:
         found = merge_report(fetch_inputs(plan), result.output, result=result, progress=partial(advance, "measuring"))
-    write_page(path, found)
+    write_page(path, merge_page(found))
     output.note(f"report: {path}")
 
 
@@ -44,12 +44,10 @@ def check_page(path: Path, directory: Path) -> None:
         )
 
 
-def write_page(path: Path, report: MergeReport) -> None:
-    """Write the page of a report. Raises ``WriteError``."""
-    from mergekit_px.cli._report_page import report_page
-
+def write_page(path: Path, page: str) -> None:
+    """Write a page. Raises ``WriteError``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report_page(report), encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise WriteError(f"the report cannot be written: {error.strerror or error}", where=str(path)) from error

@@ -1,19 +1,21 @@
-"""The page of ``pxmerge report``: one HTML file with everything in it, no script, nothing from elsewhere."""
+"""The pages of ``pxmerge report``: one HTML file with everything in it, no script, nothing from elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mergekit_px.cli._units import show_bytes, show_count, show_seconds
 from mergekit_px.escaping import escaped_line
 from mergekit_px.inspection.changes import CellChange
-from mergekit_px.inspection.heat_map import SHADES, HeatMap, heat_map
 from mergekit_px.inspection.merge_report import MergeReport
+from mergekit_px.pictures.heat_map import SHADES, HeatMap, heat_map
+
+if TYPE_CHECKING:
+    from mergekit_px.learn.result import LearnedReport
 
 SOURCES_DRAWN = 12
 """Sources with heat maps of their own; the JSON has all."""
@@ -21,24 +23,46 @@ _COSINES = (-1.0, 1.0)
 _SHARES = (0.0, 1.0)
 
 
-def report_page(report: MergeReport) -> str:
-    """The page of a report."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_printable, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(bytes=show_bytes, count=show_count, seconds=show_seconds, number=_number, share=_share)
-    template = environment.from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
+def merge_page(report: MergeReport) -> str:
+    """The page of a merge."""
     changes = report.changes
     stacks = list(dict.fromkeys(cell.stack for cell in changes.cells if cell.layer is not None))
-    return template.render(
+    return _page(
+        "merge",
         report=report,
-        shades=SHADES,
         grids=[(stack, _maps(report, [cell for cell in changes.cells if cell.stack == stack])) for stack in stacks],
         experts=_maps(report, changes.experts),
         outside=[cell for cell in changes.cells if cell.layer is None],
         undrawn=changes.sources[SOURCES_DRAWN:],
         totals=list(zip(changes.sources, changes.total.sources, strict=True)),
     )
+
+
+def learned_page(report: LearnedReport) -> str:
+    """The page of what was learned."""
+    return _page("learned", report=report)
+
+
+def _page(name: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("mergekit_px.cli", "pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["shades"] = SHADES
+    environment.filters.update(
+        bytes=show_bytes,
+        count=show_count,
+        seconds=show_seconds,
+        number=_number,
+        share=_share,
+        sentence=lambda text: text[:1].upper() + text[1:],
+        tick=lambda value: f"{value:.6g}",
+    )
+    return environment.get_template(f"{name}.html.jinja").render(**values)
 
 
 def _maps(report: MergeReport, cells: list[CellChange]) -> list[HeatMap]:

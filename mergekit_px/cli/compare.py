@@ -109,7 +109,8 @@ def _check_picture(path: Path) -> None:
 
 
 def _draw(document: dict[str, Any], path: Path, output: Output) -> None:
-    from mergekit_px.inspection.heat_map_picture import comparison_maps, draw_heat_maps
+    from mergekit_px.inspection.comparison import comparison_maps
+    from mergekit_px.pictures.drawing import draw
 
     grids = comparison_maps(document)
     if not grids:
@@ -117,7 +118,7 @@ def _draw(document: dict[str, Any], path: Path, output: Output) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_heat_maps(f"Differences to {document['reference']}", grids, path)
+        draw(f"Differences to {document['reference']}", grids, path)
     except OSError as error:
         raise WriteError(f"the picture cannot be written: {error.strerror or error}", where=str(path)) from error
     output.note(f"picture: {path}")

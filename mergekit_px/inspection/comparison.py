@@ -1,8 +1,12 @@
-"""What ``pxmerge compare --json`` prints."""
+"""What ``pxmerge compare`` prints with ``--json``, and draws with ``--picture``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 from mergekit_px.declare.document import Document
+from mergekit_px.pictures.heat_map import HeatMap, heat_map
 
 Cosines = list[list[float | None]]
 """Of each pair of models, or how far each one's difference lies in another's subspace."""
@@ -90,3 +94,27 @@ class ComparisonDocument(Document):
     missing: list[MissingTensor]
     mismatched: list[MismatchedTensor]
     notes: list[str]
+
+
+def comparison_maps(comparison: Mapping[str, Any]) -> list[HeatMap]:
+    """Relative change and cosine of each model, and how models disagree, for each stack of layers."""
+    stacks = dict.fromkeys(cell["stack"] for cell in comparison["layers"] if cell["layer"] is not None)
+    return [grid for stack in stacks for grid in _of_stack(comparison, stack) if grid is not None]
+
+
+def _of_stack(comparison: Mapping[str, Any], stack: str) -> Iterator[HeatMap | None]:
+    cells = [cell for cell in comparison["layers"] if cell["stack"] == stack]
+
+    def grid(measure: str, values: Sequence[float | None], **kind: Any) -> HeatMap | None:
+        places = zip(cells, values, strict=True)
+        return heat_map(measure, ((cell["module"], cell["layer"], value) for cell, value in places), **kind)
+
+    for place, model in enumerate(comparison["models"]):
+        yield grid("relative change", [cell["models"][place]["relative"] for cell in cells], of=model)
+    if len(comparison["models"]) > 1:
+        yield grid("sign conflicts", [cell["sign_conflicts"] for cell in cells], limits=(0.0, 1.0))
+    for first in range(len(comparison["models"])):
+        for second in range(first):
+            names = f"{comparison['models'][second]}, {comparison['models'][first]}"
+            cosines = [cell["delta_cosines"][first][second] for cell in cells]
+            yield grid("cosine of the differences", cosines, of=names, limits=(-1.0, 1.0))

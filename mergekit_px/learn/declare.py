@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -33,6 +34,8 @@ from mergekit_px.located.nearest import nearest
 if TYPE_CHECKING:
     from mergekit_px.checkpoint.destination import Mode
     from mergekit_px.learn.text_data import TextOptions
+    from mergekit_px.pictures.curves import Curves
+    from mergekit_px.pictures.heat_map import HeatMap
 
 __all__ = [
     "DATA_HELP",
@@ -293,6 +296,8 @@ class Report(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
+    learner: str = ""
+    """Which wrote it."""
     settings: dict[str, Any] = {}
     """Everything that the result depends on, inputs by their names."""
     inputs: dict[str, list[InputRecord]] = {}
@@ -302,6 +307,14 @@ class Report(BaseModel):
 
     def shown(self) -> Iterable[Table | Note | Line]:
         """What people are told; programs get the document."""
+        return ()
+
+    def pictures(self, folder: Path) -> Iterable[HeatMap | Curves | Table | None]:
+        """What the page of a result shows beside that; None for what there is nothing of.
+
+        Args:
+            folder: where the files of the result are.
+        """
         return ()
 
 

@@ -39,6 +39,11 @@ _IDENTITY_VERSION = 1
 S = TypeVar("S", bound=RunSettings)
 
 
+def report_file(output: Path) -> Path:
+    """Where the report of a result is: in its folder, or beside its file."""
+    return output.with_suffix(".json") if output.suffix == ".safetensors" else output / REPORT_FILE
+
+
 class Tell(Protocol):
     """How far something is: what it is, how much is done and how much there is, and the loss where there is one."""
 
@@ -54,6 +59,7 @@ class Run(Generic[S]):
     """What a learner works with.
 
     Attributes:
+        learner: its name.
         settings: those that were given; a learner that fills in defaults puts the filled ones here.
         output: where the result will be.
         stage: where its files are written; they are put in place when the learner returns.
@@ -62,6 +68,7 @@ class Run(Generic[S]):
         note: says a line.
     """
 
+    learner: str
     settings: S
     output: Path
     stage: Path
@@ -148,6 +155,7 @@ class Run(Generic[S]):
 
         return report.model_copy(
             update={
+                "learner": self.learner,
                 "settings": self.settings.plain(),
                 "inputs": self.inputs.finished(),
                 "device": str(self.device),
@@ -158,9 +166,7 @@ class Run(Generic[S]):
     def report(self, report: Report) -> Report:
         """Complete a report and write it beside the result."""
         completed = self.completed(report)
-        is_file = self.output.suffix == ".safetensors"
-        name = self.output.with_suffix(".json").name if is_file else REPORT_FILE
-        write_json(self.stage / name, completed.model_dump(mode="json"))
+        write_json(self.stage / report_file(self.output).name, completed.model_dump(mode="json"))
         return completed
 
     def _load(self, path: str, model: str) -> Examples:
@@ -213,7 +219,7 @@ def live(learner: Learner, settings: RunSettings, note: Callable[[str], None], t
     identity = identity_of(learner, settings, inputs, device.type)
     if not isinstance(settings, LearnerSettings):
         nowhere = Path(os.devnull)
-        run = Run(settings, nowhere, nowhere, nowhere, identity, device, inputs, note, tell)
+        run = Run(learner.name, settings, nowhere, nowhere, nowhere, identity, device, inputs, note, tell)
         return Learned(None if named is None else Path(named), run.completed(learner.fit(run)))
     if named is None:
         raise UsageError(f"{learner.name} needs an output", hint="name it with -o")
@@ -223,7 +229,7 @@ def live(learner: Learner, settings: RunSettings, note: Callable[[str], None], t
     with workplace(output, settings.mode, identity, is_file=is_file, continues=learner.continues) as place:
         if place.begins_anew:
             note(f"no unfinished run is in {output}, so --resume begins a new one")
-        run = Run(settings, output, place.stage, place.work, identity, device, inputs, note, tell)
+        run = Run(learner.name, settings, output, place.stage, place.work, identity, device, inputs, note, tell)
         try:
             report = run.report(learner.fit(run))
         except DivergedError:

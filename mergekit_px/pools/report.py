@@ -17,7 +17,7 @@ from mergekit_px.methods.declare import Operands
 from mergekit_px.methods.matrices import component_count, cut_into_matrices
 from mergekit_px.plan.model import Plan
 from mergekit_px.pools.deltas import Merge, merges_of, open_deltas
-from mergekit_px.pools.picture import draw
+from mergekit_px.pools.picture import draw_report
 
 
 def spectral_report(
@@ -67,7 +67,7 @@ def write_report(path: Path, report: dict[str, Any]) -> Path | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        return draw(report, path.with_suffix(".png"))
+        return draw_report(report, path.with_suffix(".png"))
     except OSError as error:
         raise WriteError(f"the report cannot be written: {error.strerror or error}", where=str(path)) from error
 

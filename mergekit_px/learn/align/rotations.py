@@ -87,10 +87,11 @@ class Rotations:
         return max((float(_defect(self.matrix(name)).norm()) for name in self.free), default=0.0)
 
     @torch.no_grad()
-    def distance(self) -> float:
-        """The mean ``||U - I||_F``: how far the matrices have turned."""
-        moved = [float((self.matrix(name) - torch.eye(len(free)).to(free)).norm()) for name, free in self.free.items()]
-        return sum(moved) / len(moved) if moved else 0.0
+    def distances(self) -> dict[str, float]:
+        """``||U - I||_F`` of each matrix: how far it has turned."""
+        return {
+            name: float((self.matrix(name) - torch.eye(len(free)).to(free)).norm()) for name, free in self.free.items()
+        }
 
     @torch.no_grad()
     def matrices(self) -> dict[str, Tensor]:

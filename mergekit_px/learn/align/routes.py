@@ -63,11 +63,13 @@ class Trial:
             **(self.fixed.report if self.fixed is not None else {}),
         }
         if rotations is not None:
+            distances = rotations.distances()
             found["rotations"] = {
                 "matrices": len(rotations.free),
                 "stay": self._staying(fitting),
                 "orthogonality_error": rotations.orthogonality_error(),
-                "mean_distance_from_identity": rotations.distance(),
+                "mean_distance_from_identity": sum(distances.values()) / max(1, len(distances)),
+                "distances_from_identity": distances,
                 "spectrum_distance": self._spectrum_distance(fitting, moved),
             }
         found["test"] = self._scores(deltas, fitting, moved)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +27,10 @@ from mergekit_px.learn.declare import (
     TextSettings,
     TrainingSettings,
 )
+
+if TYPE_CHECKING:
+    from mergekit_px.pictures.curves import Curves
+    from mergekit_px.pictures.heat_map import HeatMap
 
 Unit = Literal["heads", "mlp", "residual"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -184,6 +189,20 @@ class AlignReport(Report):
             yield Note(f"{len(self.left_out)} tensors of the task vector have no place in the target")
         if scores:
             yield Note(f"{self.examples['test']} test examples")
+
+    def pictures(self, folder: Path) -> Iterable[HeatMap | Curves | Table | None]:
+        from mergekit_px.learn.pictures import by_layer, traces
+        from mergekit_px.pictures.curves import curves
+
+        if self.rotations is not None:
+            found = self.rotations["distances_from_identity"].items()
+            distances = {name.replace(".weight", "", 1): (distance,) for name, distance in found}
+            yield from by_layer("distance of the rotation from the identity", distances)
+        yield from traces(self.trace, self.best_step)
+        names = [name for name in (self.scales[0] if self.scales else ()) if name != "scale"]
+        lines = {name: [(row["scale"], row[name]) for row in self.scales] for name in names}
+        chosen = (float(self.settings["scale"]), "used") if lines else None
+        yield curves("accuracy on the validation data, %", "scale of the task vector", lines, marked=chosen)
 
 
 def _about_rotations(found: dict[str, Any]) -> Iterable[Note]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -27,6 +28,10 @@ from mergekit_px.learn.declare import (
     TextSettings,
     TrainingSettings,
 )
+
+if TYPE_CHECKING:
+    from mergekit_px.pictures.curves import Curves
+    from mergekit_px.pictures.heat_map import HeatMap
 
 Objective = Literal["distill", "cross-entropy", "entropy", "negation"]
 Granularity = Literal["tensor", "layer", "model", "groups", "random"]
@@ -164,3 +169,9 @@ class OfasdReport(Report):
         best = f"best after {self.best_step} of {self.steps} steps"
         yield Note(f"{best}; {self.examples['test']} test examples")
         yield Note(f"to apply them: pxmerge run {self.recipe}")
+
+    def pictures(self, folder: Path) -> Iterable[HeatMap | Curves | Table | None]:
+        from mergekit_px.learn.pictures import by_layer, traces
+
+        yield from by_layer("coefficient", self.coefficients, self.sources)
+        yield from traces(self.trace, self.best_step)

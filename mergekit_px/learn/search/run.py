@@ -27,9 +27,8 @@ from mergekit_px.learn.search.settings import SearchReport, SearchSettings, pars
 from mergekit_px.learn.search.space import overrides
 from mergekit_px.learn.search.start import start_points
 from mergekit_px.learn.search.strategies import FOLLOW_ALL, StrategyOptions, begin_search
-from mergekit_px.learn.search.trials import Trial, TrialLog, Values, trial_head
+from mergekit_px.learn.search.trials import LOG, Trial, TrialLog, Values, trial_head
 
-LOG = "trials.jsonl"
 MODEL = "model"
 
 

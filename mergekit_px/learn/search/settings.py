@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +27,10 @@ from mergekit_px.learn.declare import (
 )
 from mergekit_px.learn.search.objectives import BALANCED, Objective, parse_objectives
 from mergekit_px.learn.search.space import Variable, parse_variable
+
+if TYPE_CHECKING:
+    from mergekit_px.pictures.curves import Curves
+    from mergekit_px.pictures.heat_map import HeatMap
 
 HARNESS = "lm_eval"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -179,6 +184,22 @@ class SearchReport(Report):
         )
         by = f", by {self.pick}" if len(self.objectives) > 1 else ""
         yield Note(f"best of {self.trials} trials{by}: {_said(self.best)}")
+
+    def pictures(self, folder: Path) -> Iterable[HeatMap | Curves | Table | None]:
+        from mergekit_px.learn.search.trials import LOG, read_log
+        from mergekit_px.pictures.curves import curves
+
+        head, trials = read_log(folder / LOG)
+        scored = [(trial, trial.scores) for trial in trials if trial.scores is not None]
+        tried, values = [(trial, scores) for trial, scores in scored if trial.values], self.best["values"]
+        for name in (objective["name"] for objective in head["objectives"]):
+            line = [(float(trial.number), scores[name]) for trial, scores in scored]
+            best = (self.best["trial"], "best")
+            yield curves(name, "trial; 0 is the recipe as written", {name: line}, joined=False, marked=best)
+            for place, variable in enumerate(head["variables"]):
+                line = [(trial.values[place], scores[name]) for trial, scores in tried]
+                at = (values[variable], "best") if values else None
+                yield curves(f"{name} by {variable}", variable, {name: line}, joined=False, marked=at)
 
 
 def _said(trial: dict[str, Any]) -> str:

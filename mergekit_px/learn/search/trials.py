@@ -16,6 +16,9 @@ from mergekit_px.small_files import read_small_file
 
 Values = tuple[float, ...]
 
+LOG = "trials.jsonl"
+"""In the folder of a search."""
+
 _OVER = "start with --overwrite"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -11,6 +12,8 @@ from mergekit_px.learn.declare import Aside, Input, LearnerSettings, Note, Optio
 
 if TYPE_CHECKING:
     from mergekit_px.learn.transfer.load import LoadedTransferPlan
+    from mergekit_px.pictures.curves import Curves
+    from mergekit_px.pictures.heat_map import HeatMap
 
 
 class TransferSettings(LearnerSettings):
@@ -53,3 +56,9 @@ class TransferReport(Report):
         titles, *rows = table_rows(document)
         yield Table(titles, rows, texts=len(titles))
         yield Note(explanation(document))
+
+    def pictures(self, folder: Path) -> Iterable[HeatMap | Curves | Table | None]:
+        from mergekit_px.pictures.curves import curves
+
+        for name, transfer in self.transfers.items():
+            yield curves(f"loss on the training data: {name}, first seed", "step", transfer["loss"])

@@ -110,6 +110,7 @@ def fit(run: Run[TuneSettings]) -> TuneReport:
         stopped=stopped,
         trace=[{"step": step, "loss": loss, "validation": scores} for step, loss, scores in progress.trace[1:]],
         scores=scores,
+        changes=values.changes(),
     )
     if stopped is not None:
         run.report(report)

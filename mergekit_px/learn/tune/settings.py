@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -19,6 +20,10 @@ from mergekit_px.learn.declare import (
     Table,
     TrainingSettings,
 )
+
+if TYPE_CHECKING:
+    from mergekit_px.pictures.curves import Curves
+    from mergekit_px.pictures.heat_map import HeatMap
 
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -63,6 +68,8 @@ class TuneReport(Report):
     stopped: str | None
     trace: list[dict[str, Any]]
     scores: dict[str, dict[str, dict[str, float]]]
+    changes: dict[str, float]
+    """Of the trained values of each matrix, as a share of their norm."""
 
     def shown(self) -> Iterable[Table | Note]:
         rows = [
@@ -74,3 +81,16 @@ class TuneReport(Report):
         if self.selected_step == 0:
             yield Note("no step made the validation score better: the components are kept as they came")
         yield Note(f"{self.trained_values} values trained, chosen after step {self.selected_step}")
+
+    def pictures(self, folder: Path) -> Iterable[HeatMap | Curves | Table | None]:
+        from mergekit_px.learn.pictures import by_layer, traces
+        from mergekit_px.pictures.curves import curves
+
+        measure = "change of the singular values, as a share of their norm"
+        yield from by_layer(measure, {name: (change,) for name, change in self.changes.items()})
+        trace = [(entry["step"], entry["loss"], entry["validation"]) for entry in self.trace]
+        loss, _ = traces([(step, loss, 0.0) for step, loss, _ in trace], self.selected_step)
+        yield loss
+        for name in trace[0][2] if trace else ():
+            line = {name: [(step, scores[name]) for step, _, scores in trace]}
+            yield curves(f"{name} on the validation data", "step", line, marked=(self.selected_step, "chosen"))

@@ -135,6 +135,16 @@ class TunedValues:
         return weight + torch.cat(parts).view_as(weight) if parts else weight
 
     @torch.no_grad()
+    def changes(self) -> dict[str, float]:
+        """How far the trained values of each matrix are from where they began, as a share of their norm."""
+        found = {}
+        for matrix in self._matrices:
+            began = torch.diag(matrix.free.values).flatten() if self.core else matrix.free.values
+            norm = float(began.norm())
+            found[matrix.label] = float((self.values.detach()[matrix.slots] - began).norm()) / norm if norm else 0.0
+        return found
+
+    @torch.no_grad()
     def write(self) -> None:
         """Put the update into what the module stores. After that there is nothing left to train."""
         for inner in self._changed:

@@ -35,6 +35,11 @@ class HeatMap:
     high: float
     scale: Scale
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a cell has no number."""
+        return any(value is None for row in self.values for value in row)
+
     def shade(self, value: float) -> int:
         """How far a value is from the light end of the scale; negative on the negative side."""
         if self.scale == "diverging":
