@@ -15,6 +15,9 @@ from mergekit_px.errors import InputError, InputNotFoundError
 from mergekit_px.stages import timed
 
 _PIECE = 1 << 18  # stays in the cache between reading and hashing
+_WORTH_REMEMBERING = 1 << 20
+"""Bytes of a file from which on looking its hash up takes less time than computing it."""
+
 _SETTLED = 2.0
 """Seconds after which a write gets another time than the one before it, on every file system in use."""
 
@@ -47,12 +50,13 @@ def file_sha256(
             if expected is not None and identity != expected:
                 raise changed(path)
             key = f"{address_of(path.resolve())}:{':'.join(map(str, identity))}"
-            known = store.get(key) if remember else None
+            large = identity.size >= _WORTH_REMEMBERING
+            known = store.get(key) if remember and large else None
             if isinstance(known, str):
                 return known
             began = time.time_ns()
             digest, done = file.hashed()
-            buffer = memoryview(bytearray(_PIECE))
+            buffer = memoryview(bytearray(min(_PIECE, identity.size)))
             while count := _filled(file, done, buffer):
                 with timed("hash"):
                     digest.update(buffer[:count])
@@ -65,7 +69,7 @@ def file_sha256(
         raise InputNotFoundError("no such file", where=address_of(path)) from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
-    if began - max(identity.mtime_ns, identity.ctime_ns) > _SETTLED * 1e9:
+    if large and began - max(identity.mtime_ns, identity.ctime_ns) > _SETTLED * 1e9:
         store.put({key: digest.hexdigest()})
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from pathlib import Path
@@ -45,9 +46,16 @@ class Remembered:
 
     def _load(self) -> dict[str, Any]:
         try:
-            return read_object(self._path, strict=False)
-        except InputError:
+            status = self._path.stat()
+            return dict(_read(self._path, (status.st_mtime_ns, status.st_size, status.st_ino)))
+        except (OSError, InputError):
             return {}
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, identity: tuple[int, ...]) -> dict[str, Any]:
+    """Read once for each state of the file: a run asks for a hash of every file of every input."""
+    return read_object(path, strict=False)
 
 
 def user_cache() -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -67,7 +67,7 @@ _SPARE = native.LANES * 8
 
 
 @dataclass(frozen=True)
-class _Trace:
+class Trace:
     program: Program
     leaves: tuple[int, ...]
     """Which leaves of the item the program reads, in its order."""
@@ -89,43 +89,40 @@ class FusedItems:
     advance: Callable[[str, int], None]
     fall_back: Callable[[WorkItem, int, int], None]
     """Writes elements of an item that is covered in another way."""
-    _traces: dict[Any, _Trace | None] = field(default_factory=dict)
-    _buffers: Buffers = field(default_factory=Buffers)
+    _traces: dict[Any, Trace | None] = field(default_factory=dict)
+    buffers: Buffers = field(default_factory=Buffers)
 
     def covers(self, item: WorkItem) -> bool:
         """Whether nothing else is needed for an item."""
         if item.action == "copy" or not item.elements:
             return True
-        return self._trace(item, _simple_statistics(item)) is not None
+        return self.trace(item, simple_statistics(item)) is not None
 
     def routine(self, item: WorkItem) -> Routine[Any]:
         """Everything that makes an item that is covered."""
         if item.action == "copy":
-            yield [Job(partial(self._copy, item, start, stop)) for start, stop in self._left(item, _COPY_BYTES)]
+            nbytes = item.elements * item.dtype.bits // 8
+            yield [Job(partial(self._copy, item, *span)) for span in self._left(item, nbytes, _COPY_BYTES, 1)]
             return
-        width = item.dtype.bits // 8
-        length = max(self.chunk // BLOCK, 1) * BLOCK * width
-        statistics = _simple_statistics(item) or {}
-        yield [
-            Job(partial(self._write_or_fall_back, item, statistics, start // width, stop // width))
-            for start, stop in self._left(item, length)
-        ]
+        statistics = simple_statistics(item) or {}
+        yield [Job(partial(self._write_or_fall_back, item, statistics, *chunk)) for chunk in self.left(item)]
 
-    def _left(self, item: WorkItem, length: int) -> list[tuple[int, int]]:
-        """The byte ranges of an item that are still to be written; the others are told as progress."""
-        nbytes = item.elements * item.dtype.bits // 8
-        found = []
-        for start in range(0, nbytes, length):
-            stop = min(start + length, nbytes)
-            if self.sink.done(item.name, start, stop):
-                self.advance(item.name, stop - start)
+    def left(self, item: WorkItem) -> Iterator[tuple[int, int]]:
+        """The chunks of an item, in elements, that are still to be written; the others are told as progress."""
+        length = max(self.chunk // BLOCK, 1) * BLOCK
+        return self._left(item, item.elements, length, item.dtype.bits // 8)
+
+    def _left(self, item: WorkItem, size: int, length: int, width: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, size, length):
+            stop = min(start + length, size)
+            if self.sink.done(item.name, start * width, stop * width):
+                self.advance(item.name, (stop - start) * width)
             else:
-                found.append((start, stop))
-        return found
+                yield start, stop
 
     def _copy(self, item: WorkItem, start: int, stop: int, lane: Any) -> None:
         read = item.reads[0]
-        buffer = self._buffers.bytes("copy", stop - start)[: stop - start].data
+        buffer = self.buffers.bytes("copy", stop - start)[: stop - start].data
         self.readers[read.input].read_into(read.tensor, start, buffer)
         self.sink.write(item.name, start, buffer)
         self.advance(item.name, stop - start)
@@ -138,58 +135,28 @@ class FusedItems:
 
     def write(self, item: WorkItem, start: int, stop: int, statistics: Mapping[int, Any]) -> bool:
         """Write elements [start, stop) of an item; False, and nothing is written, where that is not for this class."""
-        trace = self._trace(item, statistics)
-        if trace is None or start % 2:
-            return False
-        kernel = native.compiled(trace.program, item.dtype.name)
-        width = item.dtype.bits // 8
-        out = self._buffers.bytes("output", (stop - start) * width)
-        limit = _limit(item, kernel.limit)
-        run = self._runner(item, trace, kernel)
-        for begin in range(start, stop, _PIECE):
-            place = out.ctypes.data + (begin - start) * width
-            read, made = run(begin, min(_PIECE, stop - begin), place)
-            if read >= kernel.limit or made > limit:
-                return False
-        nbytes = (stop - start) * width
-        self.sink.write(item.name, start * width, out[:nbytes].data)
-        self.advance(item.name, nbytes)
-        return True
+        return write_together([(self, item, statistics)], start, stop)
 
-    def _runner(
-        self, item: WorkItem, trace: _Trace, kernel: native.Kernel, prefixes: Sequence[int] = ()
+    def runner(
+        self, item: WorkItem, trace: Trace, kernel: native.Kernel, pieces: Pieces, prefixes: Sequence[int] = ()
     ) -> Callable[[int, int, int], tuple[int, int]]:
-        """Reads and computes: from the first element, their number and where the output is, to the largest magnitudes
-        of inputs and output as bits."""
-        inputs = [self._input(number, item.leaves[place]) for number, place in enumerate(trace.leaves)]
+        """Computes on a piece that was read: from its first element, their number and where the output is, to the
+        largest magnitudes of inputs and output as bits."""
+        buffers = [pieces.of(item.leaves[place]) for place in trace.leaves]
         streams = [stream_key(self.seed, f"{step}/{item.name}", source) for step, source in trace.streams]
         numbers = np.array(trace.program.numbers or [0.0])
         keys = np.array([*streams, *prefixes] or [0], dtype=np.int64)
         maxima = np.zeros(2, dtype=np.uint32 if trace.program.type == "float" else np.uint64)
-        arrays = [numbers, keys, maxima, *(buffer for _, _, buffer in inputs)]
+        arrays = [numbers, keys, maxima, *buffers]
         # Found once: for each piece they would take as long as the arithmetic.
         numbers_at, keys_at, maxima_at, *inputs_at = [array.ctypes.data for array in arrays]
-        views = [buffer.data for _, _, buffer in inputs]
 
         def run(begin: int, count: int, output: int) -> tuple[int, int]:
-            spare = -count % native.LANES
-            for (read, width, buffer), view in zip(inputs, views, strict=True):
-                stop = count * width
-                read(begin * width, view[:stop])
-                if spare:  # the last element fills its vector
-                    buffer[stop : stop + spare * width] = np.tile(buffer[stop - width : stop], spare)
             with timed("arithmetic"):
                 kernel.call(output, numbers_at, keys_at, begin, count, maxima_at, *inputs_at)
             return int(arrays[2][0]), int(arrays[2][1])
 
         return run
-
-    def _input(self, number: int, leaf: Leaf) -> tuple[Callable[[int, memoryview], None], int, Bytes]:
-        """What reads a stored tensor, the bytes of an element, and the buffer for a piece."""
-        assert isinstance(leaf, Read)
-        width = leaf.dtype.bits // 8
-        buffer = self._buffers.bytes(f"read {number}", _PIECE * width)
-        return partial(self.readers[leaf.input].read_into, leaf.tensor), width, buffer
 
     def count(
         self, item: WorkItem, node: Apply, sweep: RankSweep, start: int, stop: int, statistics: Mapping[int, Any]
@@ -204,20 +171,24 @@ class FusedItems:
         targets = list(dict.fromkeys((target.source, target.prefix >> shift) for target in sweep.search.targets))
         counting = native.Counting(tuple(traced.results[source] for source, _ in targets), shift, size)
         kernel = native.compiled(traced.program, counting)
-        run = self._runner(item, traced, kernel, [prefix for _, prefix in targets])
+        pieces = Pieces(self)
+        run = self.runner(item, traced, kernel, pieces, [prefix for _, prefix in targets])
         counts, last = np.zeros((2, len(targets), size + 1), dtype=np.int32)
         for begin in range(start, stop, _PIECE):
-            if run(begin, min(_PIECE, stop - begin), counts.ctypes.data)[0] >= kernel.limit:
+            count = min(_PIECE, stop - begin)
+            pieces.read(begin, count)
+            if run(begin, count, counts.ctypes.data)[0] >= kernel.limit:
                 return None
         if spare := (start - stop) % native.LANES:
             # The last element was repeated to fill its vector; a vector of it alone tells where it counts.
+            pieces.read(stop - 1, 1)
             run(stop - 1, 1, last.ctypes.data)
             counts -= last // native.LANES * spare
         rows = {target: row[:size] for target, row in zip(targets, counts, strict=True)}
         found = [rows[target.source, target.prefix >> shift] for target in sweep.search.targets]
         return np.concatenate([*found, [stop - start, 0]]).astype(np.int64)
 
-    def _trace(self, item: WorkItem, statistics: Mapping[int, Any] | None) -> _Trace | None:
+    def trace(self, item: WorkItem, statistics: Mapping[int, Any] | None) -> Trace | None:
         """How the item's value is made; None where it cannot be told, or not so."""
         if statistics is None or not self._takes(item):
             return None
@@ -239,6 +210,61 @@ class FusedItems:
         return not needs_whole(item) and all(node.access != "rows" for node in item.applied)
 
 
+class Pieces:
+    """Pieces of stored tensors, each read once for all that is computed on it."""
+
+    def __init__(self, items: FusedItems) -> None:
+        self._items = items
+        self._leaves: dict[Leaf, tuple[Callable[[int, memoryview], None], int, Bytes]] = {}
+
+    def of(self, leaf: Leaf) -> Bytes:
+        """Where the pieces of a stored tensor will be."""
+        if leaf not in self._leaves:
+            assert isinstance(leaf, Read)
+            width = leaf.dtype.bits // 8
+            buffer = self._items.buffers.bytes(f"read {len(self._leaves)}", _PIECE * width)
+            read = partial(self._items.readers[leaf.input].read_into, leaf.tensor)
+            self._leaves[leaf] = read, width, buffer
+        return self._leaves[leaf][2]
+
+    def read(self, begin: int, count: int) -> None:
+        """Read ``count`` elements of each from ``begin`` on."""
+        spare = -count % native.LANES
+        for read, width, buffer in self._leaves.values():
+            stop = count * width
+            read(begin * width, buffer[:stop].data)
+            if spare:  # the last element fills its vector
+                buffer[stop : stop + spare * width] = np.tile(buffer[stop - width : stop], spare)
+
+
+def write_together(members: Sequence[tuple[FusedItems, WorkItem, Mapping[int, Any]]], start: int, stop: int) -> bool:
+    """Write elements [start, stop) of items of several outputs, whose leaves are the same objects where they are the
+    same tensors: what they share is read once. False, and nothing is written, where one is not for this class."""
+    first = members[0][0]
+    pieces = Pieces(first)
+    made = []
+    for number, (fused, item, statistics) in enumerate(members):
+        trace = fused.trace(item, statistics)
+        if trace is None or start % 2:
+            return False
+        kernel = native.compiled(trace.program, item.dtype.name)
+        out = first.buffers.bytes(f"output {number}", (stop - start) * (item.dtype.bits // 8))
+        run = fused.runner(item, trace, kernel, pieces)
+        made.append((run, out, out.ctypes.data, item.dtype.bits // 8, kernel.limit, _limit(item, kernel.limit)))
+    for begin in range(start, stop, _PIECE):
+        count = min(_PIECE, stop - begin)
+        pieces.read(begin, count)
+        for run, _, address, width, infinity, limit in made:
+            magnitudes = run(begin, count, address + (begin - start) * width)
+            if magnitudes[0] >= infinity or magnitudes[1] > limit:
+                return False
+    for (fused, item, _), (_, out, _, width, *_) in zip(members, made, strict=True):
+        nbytes = (stop - start) * width
+        fused.sink.write(item.name, start * width, out[:nbytes].data)
+        fused.advance(item.name, nbytes)
+    return True
+
+
 def _limit(item: WorkItem, infinity: int) -> int:
     """The bits of the largest magnitude that the storage type of the result holds."""
     largest = item.dtype.max_finite or math.inf
@@ -248,7 +274,7 @@ def _limit(item: WorkItem, infinity: int) -> int:
         return min(infinity - 1, int(np.float32(largest).view(np.uint32)))
 
 
-def _simple_statistics(item: WorkItem) -> dict[int, Any] | None:
+def simple_statistics(item: WorkItem) -> dict[int, Any] | None:
     """The statistics of an item's methods where none of them looks at a value; else None."""
     found: dict[int, Any] = {}
     for node in item.applied:
@@ -286,7 +312,7 @@ def _value(item: WorkItem) -> Callable[[Block], Any]:
     return lambda block: [block.value(item.node)]
 
 
-def _traced(item: WorkItem, statistics: Mapping[int, Any], evaluate: Callable[[Block], Any]) -> _Trace | None:
+def _traced(item: WorkItem, statistics: Mapping[int, Any], evaluate: Callable[[Block], Any]) -> Trace | None:
     """The program of what is evaluated on a block of an item; None where it cannot be recorded."""
     program = Program("double" if item.wide else "float")
     leaves: list[int] = []
@@ -301,7 +327,7 @@ def _traced(item: WorkItem, statistics: Mapping[int, Any], evaluate: Callable[[B
 
     class Recorder(Block):
         def _random(self, node: Apply, like: Any) -> RandomStream:
-            return _TracedRandom(program, streams, node.step, node.source_indices)
+            return TracedRandom(program, streams, node.step, node.source_indices)
 
     try:
         block = Recorder(item.name, 0, load, no_factors, statistics, 0, item.shape, item.elements)
@@ -312,10 +338,10 @@ def _traced(item: WorkItem, statistics: Mapping[int, Any], evaluate: Callable[[B
     if len(results) != len(values):
         return None
     program.result = results[0]
-    return _Trace(program, tuple(leaves), tuple(streams), results)
+    return Trace(program, tuple(leaves), tuple(streams), results)
 
 
-class _TracedRandom:
+class TracedRandom:
     def __init__(self, program: Program, streams: list[tuple[str, int]], step: str, indices: Sequence[int]) -> None:
         self._program = program
         self._streams = streams

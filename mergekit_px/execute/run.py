@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -242,25 +242,28 @@ def execute_together(
     plans: Sequence[Plan], readers: Mapping[str, TensorReader], sinks: Sequence[Sink], reporter: Reporter
 ) -> None:
     """Compute the items of several plans, each into its sink; what they share is read once."""
+    from mergekit_px.execute.together import Output, covers, joint_budget, members_by_tensor, routine
+
+    outputs = []
+    for number, (plan, sink) in enumerate(zip(plans, sinks, strict=True)):
+        fused = _fused(plan, readers, sink, partial(reporter.advance, number))
+        outputs.append(Output(plan, fused, cache(partial(_execution, plan, fused))))
+    groups = members_by_tensor(outputs)
+    budget = joint_budget(plans, groups)
+    for output in outputs:
+        output.fused.chunk = budget.chunk
+    statistics = [(output, group) for output in outputs for group in shared_groups(output.plan.items)]
+    if plans[0].device in ("auto", "cpu") and not statistics and all(map(covers, groups)):
+        Scheduler(lambda: None, budget.workers).run(map(routine, groups))
+        return
     with timed("import"):
         from mergekit_px.execute.lane import Lane, pick_device
-        from mergekit_px.execute.together import joint_budget, members_by_tensor, routines
     keep_freed_memory()
-    device = pick_device(plans[0].device)
-    executions = [
-        (_execution(plan, _fused(plan, readers, sink, partial(reporter.advance, number))), plan)
-        for number, (plan, sink) in enumerate(zip(plans, sinks, strict=True))
-    ]
-    groups = members_by_tensor(executions)
-    budget = joint_budget(plans, groups)
-    for execution, _ in executions:
-        execution.chunk = budget.chunk
     whole = _memory_of_whole_tensors(replace(plans[0], budget=budget))
-    scheduler = partial(Scheduler, partial(Lane, device), budget.workers, whole)
-    for execution, plan in executions:
-        for group in shared_groups(plan.items):
-            scheduler().run(iter([execution.shared_statistics(group)]))
-    scheduler().run(routines(groups))
+    scheduler = partial(Scheduler, partial(Lane, pick_device(plans[0].device)), budget.workers, whole)
+    for output, group in statistics:
+        scheduler().run(iter([output.execution().shared_statistics(group)]))
+    scheduler().run(map(routine, groups))
 
 
 def _fused(
@@ -290,7 +293,7 @@ def _execution(plan: Plan, fused: FusedItems) -> Execution:
         readers=fused.readers,
         labels={label: checkpoint.label for label, checkpoint in plan_checkpoints(plan).items()},
         sink=fused.sink,
-        chunk=plan.budget.chunk,
+        chunk=fused.chunk,
         seed=plan.seed,
         allow_nonfinite=plan.options.allow_nonfinite,
         advance=fused.advance,

@@ -6,14 +6,12 @@ the tensor whole, or statistics of it, and adapters) is made for each output on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mergekit_px.execute.items import Execution, as_bytes
-from mergekit_px.execute.lane import Lane
+from mergekit_px.execute.fused import FusedItems, simple_statistics, write_together
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.plan.budget import needs_whole, plan_budget, unit
 from mergekit_px.plan.model import Plan, WorkItem
@@ -21,24 +19,43 @@ from mergekit_px.plan.nodes import Apply, Decoded, Leaf, Node, Read
 from mergekit_px.plan.peak import Budget
 from mergekit_px.stages import timed
 
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_px.execute.items import Execution
+    from mergekit_px.execute.lane import Lane
+
 _PIECE = 1 << 16
 """Elements on which all outputs are made before the next: what the inputs' values occupy stays in the cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Output:
+    """One of the outputs: what makes its items without torch, and, made when it is needed, what makes them with it."""
+
+    plan: Plan
+    fused: FusedItems
+    execution: Callable[[], Execution]
+
+
+@dataclass(frozen=True, eq=False)
 class Member:
     """One output's part in a tensor."""
 
-    execution: Execution
+    output: Output
     item: WorkItem
 
+    @property
+    def execution(self) -> Execution:
+        return self.output.execution()
 
-def members_by_tensor(executions: Sequence[tuple[Execution, Plan]]) -> list[list[Member]]:
+
+def members_by_tensor(outputs: Sequence[Output]) -> list[list[Member]]:
     """For each tensor name its items of all plans, whose expressions share the leaves that they have in common."""
     groups: dict[str, list[Member]] = {}
-    for execution, plan in executions:
-        for item in plan.items:
-            groups.setdefault(item.name, []).append(Member(execution, item))
+    for output in outputs:
+        for item in output.plan.items:
+            groups.setdefault(item.name, []).append(Member(output, item))
     return [_sharing(group) for group in groups.values()]
 
 
@@ -49,27 +66,26 @@ def joint_budget(plans: Sequence[Plan], groups: Sequence[Sequence[Member]]) -> B
     return plan_budget(items, memory=options.memory, threads=options.threads, outputs=len(plans))
 
 
-def routines(groups: Sequence[Sequence[Member]]) -> Iterator[Routine[Lane]]:
-    for group in groups:
-        yield _routine(group)
+def covers(group: Sequence[Member]) -> bool:
+    """Whether torch is not needed for a tensor of any output."""
+    return all(member.output.fused.covers(member.item) for member in group)
 
 
-def _routine(group: Sequence[Member]) -> Routine[Lane]:
+def routine(group: Sequence[Member]) -> Routine[Any]:
+    """Everything that makes a tensor of all outputs."""
     together = [member for member in group if _is_shared(member.item)]
     if len(together) < 2 or len({(unit(member.item), member.item.wide) for member in together}) > 1:
         together = []
-    if together:
-        chunks = together[0].execution.chunks(together[0].item)
-        jobs = []
-        for start, stop in chunks:
-            left = [member for member in together if not member.execution.skip(member.item, start, stop)]
-            if left:
-                jobs.append(Job(partial(_write_chunk, left, start, stop)))
-        if jobs:
-            yield jobs
+    chunks: dict[tuple[int, int], list[Member]] = {}
+    for member in together:
+        for chunk in member.output.fused.left(member.item):
+            chunks.setdefault(chunk, []).append(member)
+    if chunks:
+        yield [Job(partial(_write_chunk, members, *chunk)) for chunk, members in chunks.items()]
     for member in group:
         if member not in together:
-            yield from member.execution.routine(member.item)
+            alone = member.output.fused if member.output.fused.covers(member.item) else member.execution
+            yield from alone.routine(member.item)
 
 
 def _is_shared(item: WorkItem) -> bool:
@@ -78,7 +94,22 @@ def _is_shared(item: WorkItem) -> bool:
     return bool(item.elements) and item.action != "copy" and not apart
 
 
-def _write_chunk(members: Sequence[Member], start: int, stop: int, lane: Lane) -> None:
+def _write_chunk(members: Sequence[Member], start: int, stop: int, lane: Lane | None) -> None:
+    parts = [(member.output.fused, member.item, simple_statistics(member.item) or {}) for member in members]
+    if (lane is None or lane.device.type == "cpu") and write_together(parts, start, stop):
+        return
+    if lane is None:
+        from mergekit_px.execute.lane import Lane, pick_device
+
+        lane = Lane(pick_device("cpu"))
+    _write_by_torch(members, start, stop, lane)
+
+
+def _write_by_torch(members: Sequence[Member], start: int, stop: int, lane: Lane) -> None:
+    import torch
+
+    from mergekit_px.execute.items import as_bytes
+
     first = members[0]
     with lane.computing():
         leaves = list(dict.fromkeys(leaf for member in members for leaf in member.item.leaves))

@@ -118,6 +118,7 @@ def test_names_of_blobs_are_not_taken_for_their_hashes(tmp_path) -> None:
 
 
 def test_a_remembered_hash_is_of_the_same_bytes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("mergekit_px.checkpoint.hashing._WORTH_REMEMBERING", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("mergekit_px.checkpoint.hashing._SETTLED", 0.0)
     file = tmp_path / "x"
