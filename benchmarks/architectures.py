@@ -146,12 +146,14 @@ def is_vocabulary(name: str) -> bool:
     if any(part.isdecimal() for part in parts):
         return False
     module, leaf = parts[-2] if len(parts) > 1 else "", parts[-1]
+    head = module in _HEADS or (len(parts) == 2 and module in _TOP_HEADS)
     if leaf == "bias":
-        return module in ("lm_head", "predictions") or parts[-3:-1] == ["predictions", "decoder"]
-    heads = ("lm_head", "embed_out", "decoder", "output_projection", "lm_loss")
-    return leaf == "weight" and (module in _EMBEDDINGS or module in heads)
+        return head or module == "predictions"
+    return leaf == "weight" and (module in _EMBEDDINGS or head)
 
 
+_HEADS = ("lm_head", "generator_lm_head", "embed_out", "decoder", "output_projection", "lm_loss")
+_TOP_HEADS = ("head", "output")
 _EMBEDDINGS = (
     *("embed_tokens", "embed_tokens_per_layer", "wte", "word_embeddings", "word_embedding", "embed_in"),
     *("tok_embeddings", "tokens_embed", "embeddings", "embedding", "shared"),

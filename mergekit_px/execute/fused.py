@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mergekit_px.checkpoint.open import StoredTensor
 from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.values import Block
@@ -26,8 +27,9 @@ from mergekit_px.methods.declare import Extent, RandomStream
 from mergekit_px.methods.pruning import RankSweep
 from mergekit_px.plan.budget import BLOCK, needs_whole
 from mergekit_px.plan.model import WorkItem
-from mergekit_px.plan.nodes import Apply, Leaf, Node, Read
+from mergekit_px.plan.nodes import Apply, Decoded, Leaf, Node, Read
 from mergekit_px.stages import timed
+from mergekit_px.storage.scaled import Floats, Scaled
 
 _PIECE = 1 << 16
 """Elements that are read and computed at a time: what stands between the file and the output stays in the cache."""
@@ -139,10 +141,15 @@ class FusedItems:
 
     def runner(
         self, item: WorkItem, trace: Trace, kernel: native.Kernel, pieces: Pieces, prefixes: Sequence[int] = ()
-    ) -> Callable[[int, int, int], tuple[int, int]]:
+    ) -> Callable[[int, int, int], tuple[int, int]] | None:
         """Computes on a piece that was read: from its first element, their number and where the output is, to the
-        largest magnitudes of inputs and output as bits."""
-        buffers = [pieces.of(item.leaves[place]) for place in trace.leaves]
+        largest magnitudes of inputs and output as bits. None where torch is to decode an input."""
+        buffers: list[np.ndarray[Any, Any]] = []
+        for place in trace.leaves:
+            held = pieces.of(item.leaves[place])
+            if held is None:
+                return None
+            buffers += held
         streams = [stream_key(self.seed, f"{step}/{item.name}", source) for step, source in trace.streams]
         numbers = np.array(trace.program.numbers or [0.0])
         keys = np.array([*streams, *prefixes] or [0], dtype=np.int64)
@@ -162,7 +169,12 @@ class FusedItems:
         self, item: WorkItem, node: Apply, sweep: RankSweep, start: int, stop: int, statistics: Mapping[int, Any]
     ) -> np.ndarray[Any, np.dtype[np.int64]] | None:
         """What a sweep of a search for ranks counts over elements [start, stop); None where torch is to do it."""
-        if item.wide or not self._takes(item) or getattr(sweep.search.dtype, "itemsize", 4) != 4:
+        if (
+            item.wide
+            or start % native.LANES
+            or not self._takes(item)
+            or getattr(sweep.search.dtype, "itemsize", 4) != 4
+        ):
             return None
         traced = _traced(item, statistics, lambda block: sweep.values(block.operands(node)))
         if traced is None or traced.streams:
@@ -171,8 +183,10 @@ class FusedItems:
         targets = list(dict.fromkeys((target.source, target.prefix >> shift) for target in sweep.search.targets))
         counting = native.Counting(tuple(traced.results[source] for source, _ in targets), shift, size)
         kernel = native.compiled(traced.program, counting)
-        pieces = Pieces(self)
+        pieces = Pieces(self, start, stop)
         run = self.runner(item, traced, kernel, pieces, [prefix for _, prefix in targets])
+        if run is None:
+            return None
         counts, last = np.zeros((2, len(targets), size + 1), dtype=np.int32)
         for begin in range(start, stop, _PIECE):
             count = min(_PIECE, stop - begin)
@@ -201,55 +215,83 @@ class FusedItems:
             return _traced(item, statistics, _value(item))
 
     def _takes(self, item: WorkItem) -> bool:
-        """Whether all that is read is stored plainly, and may be cut anywhere once statistics are known."""
-        plain = not (item.adapted or item.views or item.encoding)
+        """Whether all that is read is decoded here, and may be cut anywhere once statistics are known."""
+        plain = not (item.adapted or item.encoding) and item.dtype.name in native.STORED
         if self.allow_nonfinite or not plain or not item.leaves or not native.is_available():
             return False
-        if any(dtype.name not in native.LOADED for dtype in (item.dtype, *(read.dtype for read in item.reads))):
+        if not all(map(_is_decoded_here, item.leaves)):
             return False
         return not needs_whole(item) and all(node.access != "rows" for node in item.applied)
 
 
 class Pieces:
-    """Pieces of stored tensors, each read once for all that is computed on it."""
+    """Pieces of stored tensors, each read once for all that is computed on it; they are of elements [start, stop)."""
 
-    def __init__(self, items: FusedItems) -> None:
+    def __init__(self, items: FusedItems, start: int, stop: int) -> None:
         self._items = items
-        self._leaves: dict[Leaf, tuple[Callable[[int, memoryview], None], int, Bytes]] = {}
+        self._start = start
+        self._stop = stop
+        self._stored: dict[Leaf, tuple[Callable[[int, memoryview], None], int, Bytes]] = {}
+        self._scales: dict[Leaf, tuple[Floats, Floats]] = {}
+        """Of decoded tensors: the scales of all their vectors, and where those of a piece will be."""
 
-    def of(self, leaf: Leaf) -> Bytes:
-        """Where the pieces of a stored tensor will be."""
-        if leaf not in self._leaves:
-            assert isinstance(leaf, Read)
-            width = leaf.dtype.bits // 8
-            buffer = self._items.buffers.bytes(f"read {len(self._leaves)}", _PIECE * width)
-            read = partial(self._items.readers[leaf.input].read_into, leaf.tensor)
-            self._leaves[leaf] = read, width, buffer
-        return self._leaves[leaf][2]
+    def of(self, leaf: Leaf) -> list[np.ndarray[Any, Any]] | None:
+        """Where the pieces of a leaf will be: elements as stored, and one scale for each vector of what is decoded."""
+        if leaf not in self._stored:
+            read = leaf.parts[0] if isinstance(leaf, Decoded) else leaf
+            assert isinstance(read, Read)
+            width, role = read.dtype.bits // 8, f"read {len(self._stored)}"
+            if isinstance(leaf, Decoded):
+                scales = self._vector_scales(leaf)
+                if scales is None:
+                    return None
+                buffer = self._items.buffers.bytes(f"{role} scales", _PIECE // native.LANES * scales.itemsize)
+                self._scales[leaf] = scales, buffer.view(np.float32)
+            buffer = self._items.buffers.bytes(role, _PIECE * width)
+            self._stored[leaf] = partial(self._items.readers[read.input].read_into, read.tensor), width, buffer
+        return [self._stored[leaf][2], *(self._scales[leaf][1:] if leaf in self._scales else ())]
+
+    def _vector_scales(self, leaf: Decoded) -> Floats | None:
+        reader = self._items.readers[leaf.parts[0].input]
+
+        def read(tensor: StoredTensor, begin: int, end: int) -> Bytes:
+            width = tensor.dtype.bits // 8
+            buffer = np.empty((end - begin) * width, dtype=np.uint8)
+            reader.read_into(tensor, begin * width, buffer.data)
+            return buffer
+
+        assert isinstance(leaf.encoding, Scaled)
+        return leaf.encoding.vector_scales(read, self._start, self._stop, native.LANES)
 
     def read(self, begin: int, count: int) -> None:
         """Read ``count`` elements of each from ``begin`` on."""
         spare = -count % native.LANES
-        for read, width, buffer in self._leaves.values():
+        for read, width, buffer in self._stored.values():
             stop = count * width
             read(begin * width, buffer[:stop].data)
             if spare:  # the last element fills its vector
                 buffer[stop : stop + spare * width] = np.tile(buffer[stop - width : stop], spare)
+        first = (begin - self._start) // native.LANES
+        for scales, held in self._scales.values():
+            some = scales[first : first + -(-count // native.LANES)]
+            held[: len(some)] = some
 
 
 def write_together(members: Sequence[tuple[FusedItems, WorkItem, Mapping[int, Any]]], start: int, stop: int) -> bool:
     """Write elements [start, stop) of items of several outputs, whose leaves are the same objects where they are the
     same tensors: what they share is read once. False, and nothing is written, where one is not for this class."""
     first = members[0][0]
-    pieces = Pieces(first)
+    pieces = Pieces(first, start, stop)
     made = []
     for number, (fused, item, statistics) in enumerate(members):
         trace = fused.trace(item, statistics)
-        if trace is None or start % 2:
+        if trace is None or start % native.LANES:
             return False
         kernel = native.compiled(trace.program, item.dtype.name)
         out = first.buffers.bytes(f"output {number}", (stop - start) * (item.dtype.bits // 8))
         run = fused.runner(item, trace, kernel, pieces)
+        if run is None:
+            return False
         made.append((run, out, out.ctypes.data, item.dtype.bits // 8, kernel.limit, _limit(item, kernel.limit)))
     for begin in range(start, stop, _PIECE):
         count = min(_PIECE, stop - begin)
@@ -263,6 +305,16 @@ def write_together(members: Sequence[tuple[FusedItems, WorkItem, Mapping[int, An
         fused.sink.write(item.name, start * width, out[:nbytes].data)
         fused.advance(item.name, nbytes)
     return True
+
+
+def _is_decoded_here(leaf: Leaf) -> bool:
+    if isinstance(leaf, Decoded):
+        return isinstance(leaf.encoding, Scaled) and _stored_type(leaf) in native.CODES
+    return isinstance(leaf, Read) and _stored_type(leaf) in native.LOADED
+
+
+def _stored_type(leaf: Leaf) -> str:
+    return (leaf.encoding.parts["codes"] if isinstance(leaf, Decoded) else leaf).dtype.name
 
 
 def _limit(item: WorkItem, infinity: int) -> int:
@@ -297,8 +349,8 @@ def _signature(node: Node, item: WorkItem, statistics: Mapping[int, Any], known:
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = len(known)
-    if isinstance(node, Read):
-        return node.dtype.name, node.kind
+    if isinstance(node, Read | Decoded):
+        return _stored_type(node), type(node).__name__, node.kind
     assert isinstance(node, Apply)
     told = (item.name, item.shape) if node.method.arguments & {"name", "shape"} else None
     operands = tuple(_signature(operand, item, statistics, known) for operand in node.operands)
@@ -320,7 +372,7 @@ def _traced(item: WorkItem, statistics: Mapping[int, Any], evaluate: Callable[[B
 
     def load(leaf: Leaf) -> Any:
         leaves.append(item.leaves.index(leaf))
-        return program.input(leaf.dtype.name)
+        return (program.scaled if isinstance(leaf, Decoded) else program.input)(_stored_type(leaf))
 
     def no_factors(node: Any) -> Any:
         raise NotImplementedError

@@ -23,8 +23,12 @@ LANES = 16
 
 _STORED = {"BF16": "i16", "F16": "half", "F32": "float", "F64": "double"}
 """Storage type -> what LLVM takes its elements for."""
-LOADED = frozenset(_STORED)
+STORED = frozenset(_STORED)
 """Storage types that are decoded and encoded here."""
+CODES = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
+"""Storage types of one byte that are decoded here; integers only where a scale goes with them."""
+LOADED = STORED | CODES - {"I8"}
+"""Storage types that are decoded here."""
 
 # Names of integers of the same width, and of intrinsics, in LLVM's language.
 _BITS: dict[Type, str] = {"float": "i32", "double": "i64"}
@@ -81,7 +85,7 @@ _lock = threading.Lock()
 
 
 def compiled(program: Program, output: str | Counting) -> Kernel:
-    """The code of a program whose result is stored as ``output``, a safetensors type of :data:`LOADED`, or counted."""
+    """The code of a program whose result is stored as ``output``, a safetensors type of :data:`STORED`, or counted."""
     key = (program.structure, output)
     with _lock:
         if key not in _kernels:
@@ -155,6 +159,10 @@ def _assembly(program: Program, output: str | Counting) -> str:
     for name, made, operands in program.operations:
         if name == "input":
             value = _decoded(loop, program.inputs[operands[0]], f"%in{operands[0]}", kind)
+            read = _larger(loop, read, value, kind)
+        elif name == "scaled":
+            codes, scales = (f"%in{number}" for number in operands)
+            value = _scaled(loop, program.inputs[operands[0]], codes, scales, kind)
             read = _larger(loop, read, value, kind)
         elif name == "number":
             value = _number(entry, operands[0], made)
@@ -235,7 +243,41 @@ def _spread(entry: _Code, element: str, scalar: str, lanes: int = LANES) -> str:
     return entry.put(f"shufflevector {vector} {first}, {vector} poison, {_vector('i32', lanes)} zeroinitializer")
 
 
+def _scaled(loop: _Code, dtype: str, codes: str, scales: str, kind: Type) -> str:
+    """Codes times the scale of their vector, in float32 as everywhere."""
+    value = _decoded(loop, dtype, codes, "float")
+    place = loop.put(f"udiv i64 %place, {LANES}")
+    scale = loop.put(f"load float, ptr {loop.put(f'getelementptr float, ptr {scales}, i64 {place}')}")
+    value = loop.put(f"fmul {_vector('float')} {value}, {_spread(loop, 'float', scale)}")
+    return value if kind == "float" else loop.put(f"fpext {_vector('float')} {value} to {_vector(kind)}")
+
+
+def _decoded_code(loop: _Code, dtype: str, base: str) -> str:
+    """Codes of one byte, in float32. Floats go through half precision, whose exponents hold theirs."""
+    byte, word, half, single = _vector("i8"), _vector("i16"), _vector("half"), _vector("float")
+    address = loop.put(f"getelementptr i8, ptr {base}, i64 %place")
+    code = loop.put(f"load {byte}, ptr {address}, align 1")
+    if dtype == "I8":
+        return loop.put(f"sitofp {byte} {code} to {single}")
+    wide = loop.put(f"zext {byte} {code} to {word}")
+    wide = loop.put(f"shl {word} {wide}, {_all('i16', 8)}")
+    if dtype == "F8_E5M2":
+        return loop.put(f"fpext {half} {loop.put(f'bitcast {word} {wide} to {half}')} to {single}")
+    # E4M3: a bias of 7 in the place of 15, and all ones for what is no number.
+    sign = loop.put(f"and {word} {wide}, {_all('i16', -0x8000)}")
+    magnitude = loop.put(f"and {word} {wide}, {_all('i16', 0x7F00)}")
+    moved = loop.put(f"lshr {word} {magnitude}, {_all('i16', 1)}")
+    moved = loop.put(f"or {word} {sign}, {moved}")
+    value = loop.put(f"fpext {half} {loop.put(f'bitcast {word} {moved} to {half}')} to {single}")
+    value = loop.put(f"fmul {single} {value}, {_all('float', '256.0')}")
+    none = loop.put(f"icmp eq {word} {magnitude}, {_all('i16', 0x7F00)}")
+    return loop.put(f"select {_vector('i1')} {none}, {single} {_all('float', '0x7FF8000000000000')}, {single} {value}")
+
+
 def _decoded(loop: _Code, dtype: str, base: str, kind: Type) -> str:
+    if dtype in CODES:
+        value = _decoded_code(loop, dtype, base)
+        return value if kind == "float" else loop.put(f"fpext {_vector('float')} {value} to {_vector(kind)}")
     element = _STORED[dtype]
     address = loop.put(f"getelementptr {element}, ptr {base}, i64 %place")
     value = loop.put(f"load {_vector(element)}, ptr {address}, align 2")

@@ -43,6 +43,11 @@ class Program:
         self.inputs.append(dtype)
         return self.add("input", self.type, (len(self.inputs) - 1,))
 
+    def scaled(self, dtype: str) -> Traced:
+        """Codes of one byte times a scale, which is the same for all elements of a vector."""
+        self.inputs += [dtype, "scales"]
+        return self.add("scaled", self.type, (len(self.inputs) - 2, len(self.inputs) - 1))
+
     def number(self, value: float, kind: Type) -> int:
         self.numbers.append(float(value))
         return self.add("number", kind, (len(self.numbers) - 1,)).place

@@ -5,14 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
+from mergekit_px.checkpoint.open import StoredTensor
 from mergekit_px.storage.encoding import MX_BIAS, Encodable, Encoding, ReadPart
 
 if TYPE_CHECKING:
     import torch
 
     Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+ReadBytes = Callable[[StoredTensor, int, int], Bytes]
+"""Gives the bytes of the elements [start, stop) of a stored tensor."""
+
+_PLAIN_SCALES: dict[str, Callable[[Bytes], np.ndarray[Any, Any]]] = {
+    "F32": lambda held: held.view(np.float32),
+    "F16": lambda held: held.view(np.float16),
+    "BF16": lambda held: (held.view(np.uint16).astype(np.uint32) << 16).view(np.float32),
+    "F8_E8M0": lambda held: np.where(held == 255, np.nan, np.ldexp(np.float64(1), held.astype(int) - MX_BIAS)),
+}
+"""Storage types of scales -> their values, without torch."""
 
 _INT8 = 127.0
 """The largest code of symmetric integers: -128 has no counterpart."""
@@ -87,6 +103,33 @@ class _Scaled(Encoding):
     @property
     def _grid(self) -> tuple[int, ...]:
         return tuple(-(-size // side) for size, side in zip(self.shape, self.sides, strict=True))
+
+    def vector_scales(self, read: ReadBytes, begin: int, end: int, lanes: int) -> Floats | None:
+        """The scale of each vector of ``lanes`` elements among [begin, end), which are whole vectors.
+
+        None where vectors do not lie within blocks, or a scale is not positive and finite.
+        """
+        part, row = self.parts["scales"], self.shape[-1] if self.shape else 1
+        within = row % lanes == 0 and (self._grid[-1] == 1 or self.sides[-1] % lanes == 0)
+        if not within or part.dtype.name not in _PLAIN_SCALES:
+            return None
+        lists = np.arange(begin // row, -(-end // row))  # of scales along the last axis, for each row
+        rest, places, stride = lists, np.zeros_like(lists), 1
+        for size, side, count in zip(self.shape[-2::-1], self.sides[-2::-1], self._grid[-2::-1], strict=True):
+            places += rest % size // side * stride
+            rest, stride = rest // size, stride * count
+        first, count = int(places.min()), self._grid[-1]
+        held = read(part, first * count, (int(places.max()) + 1) * count)
+        with np.errstate(over="ignore"):
+            scales = _PLAIN_SCALES[part.dtype.name](held).astype(np.float32).reshape(-1, count)
+        if not (np.isfinite(scales) & (scales > 0)).all():
+            return None
+        if self.divisor != 1:
+            scales /= np.float32(self.divisor)
+        each = row // lanes if count == 1 else self.sides[-1] // lanes
+        spread = np.repeat(scales, each, axis=1)[:, : row // lanes][places - first].reshape(-1)
+        skipped = begin % row // lanes
+        return np.ascontiguousarray(spread[skipped : skipped + (end - begin) // lanes])
 
     def _by_groups(self, change: Change, values: torch.Tensor, groups: torch.Tensor, begin: int) -> torch.Tensor:
         """Rows from ``begin`` on, each changed by what its group has."""

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from mergekit_px import merge_state_dicts
 from mergekit_px.errors import NonFiniteError
+from mergekit_px.execute.fused import FusedItems
 from mergekit_px.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no llvmlite, or no fused multiply-add")
@@ -105,6 +106,49 @@ def test_the_bits_are_those_of_torch(
                 if value.ndim
                 else (fused[name].item() == value.item())
             ), f"{name} from {dtypes} to {out}"
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales"),
+    [
+        (torch.float8_e4m3fn, F32),
+        (torch.float8_e4m3fn, torch.float8_e8m0fnu),
+        (torch.float8_e5m2, BF16),
+        (torch.int8, F16),
+    ],
+)
+def test_scaled_codes_are_decoded_with_the_bits_of_torch(
+    monkeypatch: pytest.MonkeyPatch, codes: torch.dtype, scales: torch.dtype
+) -> None:
+    used = []
+    runner = FusedItems.runner
+    monkeypatch.setattr(FusedItems, "runner", lambda *args: used.append(runner(*args)) or used[-1])
+    grids = {(256, 384): [(1,), (256, 1), (2, 3)], (100, 160): [(1, 2)], (3, 128, 256): [(3, 1, 2), (3,), (3, 128, 1)]}
+    generator = torch.Generator().manual_seed(1)
+
+    def state() -> dict[str, torch.Tensor]:
+        made = {}
+        for shape, grid in [(shape, grid) for shape, several in grids.items() for grid in several]:
+            every = torch.randint(0, 256, shape, generator=generator).to(torch.uint8).view(codes)  # subnormals too
+            name = f"{len(made)}.weight"
+            made[name] = torch.where(every.float().isfinite(), every.float(), 0.0).to(codes)
+            made[f"{name}_scale"] = 2.0 ** -torch.rand(grid, generator=generator).mul(9).add(3)
+            made[f"{name}_scale"] = made[f"{name}_scale"].to(scales)
+        return made
+
+    base, *sources = state(), state(), state()
+    for method, more in (
+        ("linear", {}),
+        ("linear", {"precision": "float64"}),
+        ("ties", {"base": base, "density": 0.4}),
+    ):
+        used.clear()
+        fused = merge_state_dicts(sources, method, dtype=BF16, **more)
+        assert used and None not in used
+        with monkeypatch.context() as without:
+            without.setattr(native, "is_available", lambda: False)
+            expected = merge_state_dicts(sources, method, dtype=BF16, **more)
+        assert all(fused[name].view(torch.int16).equal(expected[name].view(torch.int16)) for name in expected)
 
 
 def test_what_is_not_finite_is_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
