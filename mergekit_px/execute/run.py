@@ -32,6 +32,7 @@ from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import Plan, WorkItem
 from mergekit_px.plan.sources import equal_sources
 from mergekit_px.plan.texts import config_text, recipe_text
+from mergekit_px.recipe.chat_template import jinja_text
 from mergekit_px.stages import timed
 
 if TYPE_CHECKING:
@@ -394,7 +395,7 @@ def settled_files(plan: Plan) -> dict[str, SideFile]:
             files[name] = Path(directory) / name
     files |= plan.texts
     if plan.loaded.recipe.output.chat_template is not None:
-        files["chat_template.jinja"] = plan.loaded.recipe.output.chat_template.encode()
+        files["chat_template.jinja"] = jinja_text(plan.loaded.recipe.output.chat_template).encode()
     files.update({name: config_text(config) for name, config in plan.part_configs.items()})
     if plan.config is not None:
         files["config.json"] = config_text(plan.config)

@@ -65,7 +65,8 @@ def router_rows(checkpoint: Checkpoint, mixture: Mixture) -> dict[str, Tensor]:
     """The rows of every layer, float32, under the names of a file of routers."""
     if checkpoint.directory is None:
         raise InputError("prompts are read by a model on this machine", where=checkpoint.label)
-    tokenizer = Tokenizer(checkpoint.directory, checkpoint.label)
+    hint = "prompts are read by it: put its files there, or take a router that needs no prompts, such as random"
+    tokenizer = Tokenizer(checkpoint.directory, checkpoint.label, hint)
     kind = mixture.router.kind
     read = _embeddings(checkpoint, tokenizer) if kind == "embedding" else _states(checkpoint, tokenizer, mixture)
     scale = mixture.router.scale or 1.0

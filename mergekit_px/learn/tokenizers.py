@@ -33,15 +33,13 @@ class Tokenizer:
         longest: most tokens of a text; None for no limit.
     """
 
-    def __init__(self, folder: Path, where: str) -> None:
+    def __init__(self, folder: Path, where: str, hint: str = "give the folder of one: --tokenizer FOLDER") -> None:
         if importlib.util.find_spec("transformers") is None:
             raise UsageError("texts need transformers", hint='run: pip install "pxmerge[models]"')
         if not folder.is_dir():
             raise InputNotFoundError("no such folder of a tokenizer", where=where)
         if not any(is_tokenizer_file(one.name) for one in folder.iterdir()):
-            raise InputError(
-                "no tokenizer is beside the model", where=where, hint="give the folder of one: --tokenizer FOLDER"
-            )
+            raise InputError("no tokenizer is beside the model", where=where, hint=hint)
         from transformers import AutoTokenizer
 
         self.where = where

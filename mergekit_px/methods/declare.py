@@ -44,6 +44,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mergekit_px.declare.built_in import METHODS
 from mergekit_px.errors import UsageError
+from mergekit_px.methods.weighting import total_weight
 
 if TYPE_CHECKING:
     import torch
@@ -185,6 +186,8 @@ class Method:
     signed: bool = False
     """Whether its weights are coefficients of any sign and sum, which decide what comes out."""
     family: Family = "task vectors"
+    weighing: Callable[[Sequence[float]], object] | None = None
+    """What is done with the weights alone, and raises ``UsageError`` for those that cannot be."""
 
     @property
     def summary(self) -> str:
@@ -209,6 +212,13 @@ class Method:
             "shape": operands.shape,
         }
         return self.function(**{name: available[name] for name in self.arguments})
+
+    def check_weights(self, weights: Sequence[float], params: Any) -> None:
+        """Raises ``UsageError`` for weights that the method refuses, before anything is read."""
+        if self.weighing is not None:
+            self.weighing(weights)
+        elif self.uses_weights and getattr(params, "normalize", False):
+            total_weight(weights)
 
     def access_with(self, params: Any) -> Access:
         """How finely a tensor may be cut, given the parameters."""
@@ -265,6 +275,7 @@ def merge_method(
     signed: bool = False,
     overshoots: Callable[[Any], str | None] | None = None,
     family: Family | None = None,
+    weighing: Callable[[Sequence[float]], object] | None = None,
     params: type[Params] | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
@@ -290,6 +301,8 @@ def merge_method(
         overshoots: what it does, with given parameters, that can go too far where there are many task vectors at full
             weight; by its ``normalize`` and ``divide_by`` if left out. Plans warn of it.
         family: what lists of methods show it with; by its space if left out.
+        weighing: what it does with the weights alone, so that a plan refuses those that it raises ``UsageError`` for;
+            division by their sum where its ``normalize`` says so, if left out.
         params: the parameter class, where only the statistics take it; else it is read off the annotation of
             the function's ``params``.
         name: the method's name if it is not the function's.
@@ -338,6 +351,7 @@ def merge_method(
             signed=signed,
             overshoots=overshoots or adds_up,
             family=family or ("task vectors" if space == "deltas" else "average"),
+            weighing=weighing,
         )
         return function
 

@@ -10,7 +10,7 @@ from pydantic import Field, FiniteFloat
 
 from mergekit_px.methods.declare import Params, PerSource, merge_method
 from mergekit_px.methods.pruning import per_source
-from mergekit_px.methods.weighting import total_weight
+from mergekit_px.methods.weighting import shares_of_one
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,14 @@ class FednovaParams(Params):
     """Factor of the merged task vector (lambda)."""
 
 
-@merge_method(family="federated", space="deltas", access="elementwise", paper="arXiv:2007.07481", scratch=1.0)
+@merge_method(
+    family="federated",
+    space="deltas",
+    access="elementwise",
+    paper="arXiv:2007.07481",
+    scratch=1.0,
+    weighing=shares_of_one,
+)
 def fednova(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: FednovaParams) -> torch.Tensor:
     """Average of the task vectors, normalised by the number of training steps (FedNova).
 
@@ -35,12 +42,12 @@ def fednova(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: Fe
     the form of arXiv:2411.18607, and with equal steps the plain average.
 
     Raises:
-        UsageError: the weights add up to zero, one is not finite, or steps are given for another number of sources.
+        UsageError: the weights add up to zero, one is negative or not finite, or steps are given for another number
+            of sources.
     """
     from mergekit_px.kernels.reduction import weighted_sum
 
-    total = total_weight(weights)
-    shares = [weight / total for weight in weights]
+    shares = shares_of_one(weights)
     steps = per_source(params.steps, len(deltas))
     mean_steps = math.fsum(share * count for share, count in zip(shares, steps, strict=True))
     factors = [params.scale * share * (mean_steps / count) for share, count in zip(shares, steps, strict=True)]

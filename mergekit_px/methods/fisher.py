@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mergekit_px.errors import UsageError
 from mergekit_px.methods.declare import Companions, Extent, Operands, Params, Sweep, merge_method
-from mergekit_px.methods.weighting import total_weight
+from mergekit_px.methods.weighting import shares_of_one
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,7 @@ def fisher_scope(params: FisherParams) -> Literal["tensor", "model"]:
     statistics=fisher_statistics,
     scope=fisher_scope,
     scratch=4.0,
+    weighing=shares_of_one,
 )
 def fisher(
     sources: Sequence[torch.Tensor],
@@ -83,18 +84,16 @@ def fisher(
     """
     from mergekit_px.kernels.reduction import weighted_sum
 
-    divisor = total_weight(weights)
+    shares = shares_of_one(weights)
     count = len(weights)
     if len(sources) == count:
-        return weighted_sum(sources, [weight / divisor for weight in weights])
-    if min(weights) / divisor < 0:
-        raise UsageError("the weights of fisher are not negative")
+        return weighted_sum(sources, shares)
     numerator = denominator = None
     norms = statistics or (1.0,) * count
-    for source, information, weight, norm in zip(sources[:count], sources[count:], weights, norms, strict=True):
+    for source, information, weight, norm in zip(sources[:count], sources[count:], shares, norms, strict=True):
         if norm != 1.0:
             information = information / norm
-        importance = information.clamp(min=params.floor).mul_(weight / divisor)
+        importance = information.clamp(min=params.floor).mul_(weight)
         share = importance * source
         numerator = share if numerator is None else numerator.add_(share)
         denominator = importance if denominator is None else denominator.add_(importance)

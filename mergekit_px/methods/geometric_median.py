@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mergekit_px.errors import UsageError
 from mergekit_px.methods.declare import Extent, Operands, Params, Sweep, merge_method
-from mergekit_px.methods.weighting import total_weight
+from mergekit_px.methods.weighting import shares_of_one
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +80,7 @@ def median_shares(
 
 
 def geometric_median_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[float, ...]]:
-    total_weight(extent.weights, hint="choose other weights")
-    if min(extent.weights) < 0:
-        raise UsageError("a weight is negative", hint="the geometric median takes weights from 0 upwards")
+    shares_of_one(extent.weights)
     return median_shares((yield squared_distances), extent.weights, extent.params.iterations, extent.params.tolerance)
 
 
@@ -101,6 +98,7 @@ def geometric_median_scope(params: Any) -> Literal["tensor", "model"]:
     scope=geometric_median_scope,
     params=GeometricMedianParams,
     scratch=8.0,
+    weighing=shares_of_one,
 )
 def geometric_median(
     sources: Sequence[torch.Tensor], weights: Sequence[float], statistics: Sequence[float]

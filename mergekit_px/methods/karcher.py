@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from mergekit_px.errors import UsageError
 from mergekit_px.methods.declare import Extent, Params, Sweep, merge_method
 from mergekit_px.methods.sphere import Directions, dots
-from mergekit_px.methods.weighting import total_weight
+from mergekit_px.methods.weighting import shares_of_one
 
 if TYPE_CHECKING:
     import torch
@@ -61,9 +60,7 @@ def karcher_coefficients(
 
 
 def karcher_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[float, ...]]:
-    total_weight(extent.weights)
-    if min(extent.weights) < 0:
-        raise UsageError("a weight is negative", hint="the Karcher mean takes weights from 0 upwards")
+    shares_of_one(extent.weights)
     return karcher_coefficients((yield dots), extent.weights, extent.params.iterations, extent.params.tolerance)
 
 
@@ -74,6 +71,7 @@ def karcher_statistics(extent: Extent) -> Generator[Sweep, torch.Tensor, tuple[f
     params=KarcherParams,
     statistics=karcher_statistics,
     scratch=8.0,
+    weighing=shares_of_one,
 )
 def karcher(sources: Sequence[torch.Tensor], weights: Sequence[float], statistics: Sequence[float]) -> torch.Tensor:
     """Karcher (Riemannian) mean of the models on the sphere, at the mean of their norms.

@@ -88,6 +88,7 @@ def interpolate(
     statistics=nuslerp_statistics,
     coarser=nuslerp_cut,
     scratch=12.0,
+    weighing=interpolated_share,
 )
 def nuslerp(
     sources: Sequence[torch.Tensor],
@@ -115,6 +116,7 @@ def nuslerp(
     statistics=nuslerp_statistics,
     coarser=nuslerp_cut,
     scratch=12.0,
+    weighing=interpolated_share,
 )
 def nuslerp_deltas(
     deltas: Sequence[torch.Tensor],

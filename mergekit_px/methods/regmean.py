@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from mergekit_px.methods.declare import Companions, Params, merge_method
-from mergekit_px.methods.weighting import total_weight
+from mergekit_px.methods.weighting import shares_of_one
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,13 @@ class RegMeanParams(Params):
 
 
 @merge_method(
-    family="statistics", space="weights", access="tensor", paper="arXiv:2212.09849", companions=GRAM, scratch=14.0
+    family="statistics",
+    space="weights",
+    access="tensor",
+    paper="arXiv:2212.09849",
+    companions=GRAM,
+    scratch=14.0,
+    weighing=shares_of_one,
 )
 def regmean(
     sources: Sequence[torch.Tensor],
@@ -52,17 +58,14 @@ def regmean(
     """
     import torch
 
-    from mergekit_px.errors import NonFiniteError, UsageError
+    from mergekit_px.errors import NonFiniteError
     from mergekit_px.kernels.reduction import weighted_sum
 
-    divisor = total_weight(weights)
     count = len(weights)
-    shares = [weight / divisor for weight in weights]
+    shares = shares_of_one(weights)
     first = sources[0]
     if len(sources) == count:
         return weighted_sum(sources, shares)
-    if min(shares) < 0:
-        raise UsageError("the weights of regmean are not negative")
     average = sum((source.double() * share for source, share in zip(sources, shares, strict=False)), 0 * first.double())
     anchor = average if load_base is None else torch.zeros_like(average)  # the sources are differences to the base
     metric = average.new_zeros((average.shape[-1], average.shape[-1]))

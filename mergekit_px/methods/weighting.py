@@ -34,3 +34,15 @@ def total_weight(weights: Sequence[float], hint: str = "set normalize to false, 
             hint=hint,
         )
     return total
+
+
+def shares_of_one(weights: Sequence[float]) -> list[float]:
+    """The weights divided by their sum, for a mean that has no place for negative ones.
+
+    Raises:
+        UsageError: one of them is negative or not finite, or all are zero.
+    """
+    total = total_weight(weights, hint="choose other weights")
+    if min(weights) < 0:
+        raise UsageError("a weight is negative", hint="this method takes weights from 0 upwards")
+    return [weight / total for weight in weights]

@@ -297,7 +297,7 @@ def _follow_vocabulary(
         listed = ", ".join(f"'{name}' {count}" for name, count in rows.items())
         raise PlanError(
             f"embedding and head would have different numbers of rows: {listed}",
-            hint="choose the tokenizer of the result (tokenizer: {from: MODEL}), or take both from one model by a rule",
+            hint="choose the tokenizer of the result by --set tokenizer.from=, or take both from one model by a rule",
         )
     for item in sorted(items, key=lambda item: is_head(item.name)):
         if is_vocabulary(item.name) and len(item.shape) == 2:

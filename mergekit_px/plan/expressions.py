@@ -14,7 +14,6 @@ from typing import Any
 from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError, UsageError
 from mergekit_px.methods import find_method
 from mergekit_px.methods.declare import Companions, Method, Params, check_source_count
-from mergekit_px.methods.weighting import total_weight
 from mergekit_px.plan.adapters import adapted_model, adapter_changes, as_kind, is_unchanged
 from mergekit_px.plan.artefacts import Artefacts
 from mergekit_px.plan.companions import Companion, companion_nodes, model_names, split_companions
@@ -24,7 +23,7 @@ from mergekit_px.plan.layers import depth, is_derived, stack_sizes
 from mergekit_px.plan.mixtures import BuiltMixture, with_experts
 from mergekit_px.plan.names import bridge, difference, rename_hint, renamed
 from mergekit_px.plan.nodes import Apply, Kind, Leaf, Node
-from mergekit_px.plan.rules import by_source, matching, rules_outside, weights_by_rule
+from mergekit_px.plan.rules import by_source, idle_rules, matching, rules_outside, weights_by_rule
 from mergekit_px.plan.slices import slice_slots
 from mergekit_px.plan.slots import Namespace, Slot
 from mergekit_px.plan.tied import is_head, tied_copy, tied_source
@@ -133,6 +132,7 @@ class Expressions:
         sizes = stack_sizes(slot.name for slot in slots)
         nodes: dict[str, Node] = {}
         by_name = {slot.name: slot for slot in slots}
+        self.notes += idle_rules(name, step, by_name)
         for slot in slots:
             if self._is_copy(name, slot, by_name):
                 continue
@@ -405,11 +405,10 @@ class Expressions:
             numbers = tuple(
                 resolve_weight(weights[index], method.default_weight, place, names[index], where) for index in indices
             )
-            if method.uses_weights and getattr(resolved, "normalize", False):
-                try:
-                    total_weight(numbers)
-                except UsageError as error:
-                    raise RecipeError(error.what, where=where, hint=error.hint) from None
+            try:
+                method.check_weights(numbers, resolved)
+            except UsageError as error:
+                raise RecipeError(error.what, where=where, hint=error.hint) from None
             self._resolved[key] = (method, resolved, numbers)
         return self._resolved[key]
 

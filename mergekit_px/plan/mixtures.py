@@ -88,6 +88,7 @@ class _Builder:
             )
             raise PlanError(what, where=self._where())
         self._check_names(layers)
+        self._check_depth(layers)
         result: dict[str, Node] = {}
         for name, node in self.nodes.items():
             found = _DENSE.fullmatch(name)
@@ -185,6 +186,18 @@ class _Builder:
             if bias is not None and bias[1] not in self.family.biases:
                 what = f"{self.family.model_type} has no '{bias[1]}' in its attention, and '{self.source.name}' has"
                 raise PlanError(what, where=self._where())
+
+    def _check_depth(self, layers: Mapping[str, Mapping[str, Node]]) -> None:
+        """Refuse an expert with layers that would be left out."""
+        keys: list[tuple[str | int, ...]] = [("experts", number) for number in range(len(self.mixture.experts))]
+        for place, expert in zip([*keys, ("shared",)], self.mixture.members(), strict=False):
+            matches = map(_DENSE.fullmatch, self.namespaces.namespace(expert.model))
+            more = next((match[1] for match in matches if match and match[1] not in layers), None)
+            if more is not None:
+                what = f"the expert '{expert.model}' has '{more}mlp', and '{self.source.name}' ends before it"
+                raise TensorMismatchError(
+                    what, where=self._where(*place), hint="experts are dense models of one shape and depth"
+                )
 
     def _layer(self, layer: str, dense: Mapping[str, Node]) -> dict[str, Node]:
         family, mixture = self.family, self.mixture

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import translate
 from functools import lru_cache
 
 from mergekit_px.errors import RecipeError
 from mergekit_px.plan.layers import depth, split_layer
 from mergekit_px.recipe.layer_range import parse_layers
-from mergekit_px.recipe.model import Rule, Value
+from mergekit_px.recipe.model import Rule, Step, Value
 
 
 @lru_cache(maxsize=4096)
@@ -31,15 +31,26 @@ def selects(rule: Rule, name: str, position: float) -> bool:
     """Whether a rule applies to an output tensor at some depth."""
     if rule.depth is not None and not rule.depth[0] - _ROUNDING <= position <= rule.depth[1] + _ROUNDING:
         return False
-    if rule.match is not None:
-        globs = [rule.match] if isinstance(rule.match, str) else rule.match
-        if not any(_glob(glob).match(name) for glob in globs):
-            return False
+    if rule.match is not None and not any(_glob(glob).match(name) for glob in _globs(rule)):
+        return False
     if rule.layers is not None:
         selection = _layers(tuple(rule.layers) if isinstance(rule.layers, list) else rule.layers)
         found = split_layer(name)
         return bool(selection.contains(found.layer if found else None))  # type: ignore[attr-defined]
     return True
+
+
+def _globs(rule: Rule) -> list[str]:
+    return [rule.match] if isinstance(rule.match, str) else rule.match or []
+
+
+def idle_rules(name: str, step: Step, tensors: Collection[str]) -> list[str]:
+    """What to say of a step's rules whose globs match none of its tensors."""
+    rules = [*step.rules, *(rule for piece in step.slices or () for rule in piece.rules)]
+    matches = [_globs(rule) for rule in rules if rule.match is not None]
+    idle = [globs for globs in matches if not any(_glob(glob).match(one) for one in tensors for glob in globs)]
+    told = [f"the rule for {' or '.join(map(repr, globs))} matches no tensor of step '{name}'" for globs in idle]
+    return list(dict.fromkeys(told))
 
 
 def matching(rules: Sequence[Rule], name: str, position: float) -> tuple[int, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mergekit_px.errors import PlanError, RecipeError
+from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError
 from mergekit_px.plan.config import layer_count, layer_kinds
 from mergekit_px.plan.layers import is_embedding, position, split_layer, stack_sizes
 from mergekit_px.plan.slots import Namespaces, Slot
@@ -74,6 +74,7 @@ def slice_slots(step_name: str, step: Step, namespaces: Namespaces) -> Stacked:
     if not sources_of_layers:
         raise PlanError("the slices have no layers at all", where=where)
     models = dict.fromkeys(model for own in sources_of_layers for model, _ in own)
+    _refuse_other_sizes(models, step, where, namespaces)
     if step.stack:
         for model in models:
             _refuse_moved(sources_of_layers, _stack(model, namespaces, where, step.stack)[1], model, where)
@@ -121,6 +122,32 @@ def _stack(model: str, namespaces: Namespaces, where: str, within: Sequence[str]
         raise PlanError(f"slices need a model with one stack of layers; '{model}' has {found}", where=where)
     stack = fitting[0]
     return stack, count if count is not None and stack in counted else sizes[stack]
+
+
+def _refuse_other_sizes(models: Iterable[str], step: Step, where: str, namespaces: Namespaces) -> None:
+    """Layers of several models have one config in the result, so they are of one size.
+
+    Sizes that change from layer to layer within a model are its config's own affair.
+    """
+    known: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for model in models:
+        namespace = namespaces.namespace(model)
+        stack, count = _stack(model, namespaces, where, step.stack)
+        shapes: dict[str, set[tuple[int, ...]]] = {}
+        for name, node in namespace.items():
+            found = split_layer(name)
+            if found is not None and found.stack == stack and found.layer < count:
+                shapes.setdefault(found.suffix, set()).add(node.shape)
+        for suffix, own in shapes.items():
+            shape = next(iter(own))
+            other, theirs = known.setdefault(suffix, (model, shape)) if len(own) == 1 else (model, shape)
+            if theirs != shape:
+                raise TensorMismatchError(
+                    f"'{suffix[1:]}' is {list(theirs)} in the layers of '{other}' and {list(shape)} in those of "
+                    f"'{model}', and one model has layers of one size",
+                    where=where,
+                    hint="stack models of one architecture and width",
+                )
 
 
 def _refuse_moved(layers: list[list[tuple[str, int]]], count: int, model: str, where: str) -> None:

@@ -121,7 +121,7 @@ class ChosenVocabulary:
             raise PlanError(
                 f"'{self.donor}' has no tokenizer that lists its tokens ({', '.join(LISTINGS[:4])} ...)",
                 where=self.inputs[self.donor].reference,
-                hint="name another model as tokenizer.from" + (" or tokenizer.base" if self.is_union else ""),
+                hint="name another model by --set tokenizer.from=" + (" or tokenizer.base=" if self.is_union else ""),
             )
         return found
 
@@ -178,7 +178,7 @@ class ChosenVocabulary:
             told = f"the normalisers of '{name}' and '{self.donor}' disagree ({own.normalizer or 'none'}; "
             told += f"{start.normalizer or 'none'}), so equal tokens do not stand for equal text"
             if self.is_union:
-                raise PlanError(told, where=where, hint="name one model as tokenizer.from")
+                raise PlanError(told, where=where, hint="name one model by --set tokenizer.from=")
             self.notes.append(told)
 
     def _missing(self, name: str, own: Tokenizer) -> Iterator[tuple[str, Mapping[str, bool] | None]]:
@@ -312,7 +312,7 @@ class ChosenVocabulary:
         row = asked.id if asked.id is not None else self._row(model, asked.token or token, tensor)
         if row is None:
             others = [name for name in self.members if self._row(name, asked.token or token, tensor) is not None]
-            hint = f"'{others[0]}' has it" if others else "no model has it; write {kind: mean}, zero or random"
+            hint = f"'{others[0]}' has it" if others else "no model has it; give {kind: zero} in the place of the model"
             raise PlanError(
                 f"'{model}' has no token {asked.token or token!r}, and its row is asked for {token!r}",
                 where=self.where,
@@ -320,7 +320,8 @@ class ChosenVocabulary:
             )
         stored = self._tensor(model, tensor).shape[0]
         if row >= stored:
-            raise PlanError(f"'{tensor}' of '{model}' has {stored} rows, and row {row} is asked for {token!r}")
+            what = f"'{tensor}' of '{model}' has {stored} rows, and row {row} is asked for {token!r}"
+            raise PlanError(what, where=self.where)
         return row
 
     def _random(self, token: str, model: str, tensor: str) -> list[Entry]:

@@ -8,6 +8,7 @@ from mergekit_px.errors import RecipeError
 from mergekit_px.located.nearest import hint_for
 from mergekit_px.located.places import Path, Places
 from mergekit_px.recipe.catalog import MethodCatalog
+from mergekit_px.recipe.chat_template import check_chat_template
 from mergekit_px.recipe.check_methods import check_methods
 from mergekit_px.recipe.check_step import check_step
 from mergekit_px.recipe.graph import check_graph, check_reference
@@ -90,6 +91,8 @@ def _check_output(recipe: Recipe, output: Output, places: Places) -> None:
             where=places.value(("output", "dtype")),
             hint=hint_for(output.dtype, _TORCH_NAMES),
         )
+    if output.chat_template is not None:
+        check_chat_template(output.chat_template, places.value(("output", "chat_template")))
     size = str(output.shard_size).strip()
     if not _SIZE.fullmatch(size) or not re.search("[1-9]", size):
         raise RecipeError(

@@ -23,7 +23,7 @@ _MERGEKIT_KEYS = frozenset(
     {"merge_method", "slices", "modules", "base_model", "experts", "gate_mode", "tokenizer_source", "out_dtype"}
 )
 _OWN_KEYS = frozenset({"pxmerge", "steps", "merge"})
-_AFTER_TRANSLATION = ("output", "seed", "steps")
+_AFTER_TRANSLATION = ("output", "seed", "steps", "tokenizer.from", "tokenizer.base")
 """First keys of overrides that a mergekit config has no place for; they change its translation."""
 
 

@@ -243,8 +243,9 @@ class Output(Part):
     """The model whose config and other side files go with the result; the base or first source if left out."""
     tokenizer_from: Annotated[str | None, _MODEL] = None
     """The model whose tokenizer and chat template go with the result; ``config_from`` if left out."""
-    chat_template: Annotated[str | None, Wanted("Jinja text")] = None
-    """Jinja text that is written as the chat template, in place of the tokenizer's own."""
+    chat_template: Annotated[str | None, Wanted("Jinja text, or chatml, llama3, mistral, exaone or alpaca")] = None
+    """What is written as the chat template in place of the tokenizer's own: Jinja text, or chatml, llama3, mistral,
+    exaone or alpaca."""
     kind: Annotated[Literal["model", "task_vector"] | None, Wanted("model or task_vector")] = None
     """``task_vector`` writes the difference to the base instead of the model."""
     push: Annotated[Push | None, Wanted("a mapping with the repo to push to")] = None

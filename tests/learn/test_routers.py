@@ -86,7 +86,8 @@ def test_what_prompts_cannot_be_read_by(
     file.write_text(json.dumps({"models": names, "merge": step}))
     out = ["-o", str(tmp_path / "out")]
     assert main(["moe", "build", str(file), *out]) == 3
-    assert "no tokenizer is beside the model" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert "no tokenizer is beside the model; prompts are read by it" in error and not (tmp_path / "out").exists()
     assert main(["run", str(file), *out]) == 2
     assert "run the recipe by `pxmerge moe build`" in " ".join(capsys.readouterr().err.split())
     names["bare"] = str(folder / "m0")

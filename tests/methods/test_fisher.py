@@ -55,7 +55,7 @@ def test_no_information_gives_the_weighted_average() -> None:
 
 
 def test_information_has_no_negative_weight() -> None:
-    with pytest.raises(UsageError, match="not negative"):
+    with pytest.raises(UsageError, match="a weight is negative"):
         call(draw(2), draw(2, positive=True), [2.0, -1.0])
 
 

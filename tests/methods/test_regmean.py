@@ -79,7 +79,7 @@ def test_what_cannot_be_solved() -> None:
     models, inputs = draw(2)
     with pytest.raises(NonFiniteError, match="not positive"):
         call(models, [-gram for gram in grams(inputs)], [1.0, 1.0])
-    with pytest.raises(UsageError, match="not negative"):
+    with pytest.raises(UsageError, match="a weight is negative"):
         call(models, grams(inputs), [2.0, -1.0])
 
 

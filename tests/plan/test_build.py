@@ -211,6 +211,9 @@ def test_quantized_models_are_not_computed_with(folder: Path, tmp_path: Path) ->
         ({"method": "combine", "sources": {"fine0": 0.5}}, RecipeError, "add up to 0.5"),
         ({"method": "slerp", "sources": {"fine0": 1, "fine1": 1}}, RecipeError, "no weights"),
         ({"method": "linear", "sources": {"fine0": 1, "fine1": -1}}, RecipeError, "add up to zero"),
+        ({"method": "nuslerp", "sources": {"fine0": 1, "fine1": -1}}, RecipeError, "add up to zero"),
+        ({"method": "nuslerp", "sources": {"fine0": 1, "fine1": -3}}, RecipeError, "different signs"),
+        ({"method": "karcher", "sources": {"fine0": 3, "fine1": -1}}, RecipeError, "a weight is negative"),
     ],
 )
 def test_steps_that_cannot_be_meant_are_refused(

@@ -8,7 +8,7 @@ import torch
 from models import make_models, plan_of, recipe
 from safetensors.torch import load_file
 
-from mergekit_px.errors import PlanError, RecipeError
+from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError
 from mergekit_px.plan.nodes import Apply
 from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
@@ -90,6 +90,21 @@ def test_values_are_interpolated_over_a_slice(folder: Path, tmp_path: Path) -> N
 def test_layers_that_do_not_exist_are_refused(folder: Path, tmp_path: Path, layers: str) -> None:
     with pytest.raises(PlanError, match="which has 4"):
         plan_of(recipe(folder, stack(("fine0", layers))), tmp_path / "out")
+
+
+def test_layers_of_another_width_are_refused(folder: Path, tmp_path: Path) -> None:
+    """In the models' own tensors, whichever of them are stacked; one size in a model and others is its own affair."""
+    wide = {
+        name: torch.zeros(48, value.shape[1]) if name.endswith("up_proj.weight") else value
+        for name, value in tiny_llama_tensors(seed=1).items()
+    }
+    write_checkpoint(folder / "wide", wide, config=tiny_llama_config())
+    asked = stack(("fine0", "0-1"), ("wide", "1"))
+    with pytest.raises(TensorMismatchError, match=r"'mlp.up_proj.weight' is \[.*\] in the layers of 'fine0' and \[48"):
+        plan_of(recipe(folder, asked), tmp_path / "out")
+    first = "model.layers.0.mlp.up_proj.weight"
+    write_checkpoint(folder / "wide", {**wide, first: torch.zeros(24, 32)}, config=tiny_llama_config())
+    assert plan_of(recipe(folder, asked), tmp_path / "out").items
 
 
 def test_sources_of_a_slice_have_as_many_layers_each(folder: Path, tmp_path: Path) -> None:
@@ -235,6 +250,14 @@ def test_the_config_follows_a_step_over_stacked_steps(folder: Path, tmp_path: Pa
     plan = plan_of(data, tmp_path / "out")
     assert plan.config is not None
     assert plan.config["num_hidden_layers"] == 6
+
+
+def test_a_rule_that_matches_nothing_is_told(folder: Path, tmp_path: Path) -> None:
+    rules = [{"match": ["*atention*", "x"], "drop": True}, {"match": "*norm*", "layers": "7", "drop": True}]
+    notes = plan_of(recipe(folder, {**stack(("fine0", "0-1")), "rules": rules}), tmp_path / "out").notes
+    assert [note for note in notes if "rule" in note] == [
+        "the rule for '*atention*' or 'x' matches no tensor of step 'merge'"
+    ]
 
 
 def test_rules_by_depth(folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from mergekit_px.errors import RecipeError
 from mergekit_px.plan.method_catalog import method_catalog
+from mergekit_px.recipe.chat_template import jinja_text
 from mergekit_px.recipe.load import parse_recipe
 from mergekit_px.recipe.loaded import LoadedRecipe
 
@@ -125,7 +126,11 @@ modules:
     taken = {rule.take: rule.match for rule in recipe.steps["merge"].rules}
     assert taken["merge-audio"] == ["audio.*", "*.audio.*"]
     assert list(taken)[-1] == "merge-multi_modal_projector"
-    assert any("in none of the modules" in sentence for sentence in load(text).differences)
+    told = load(text).differences
+    assert any("in none of the modules" in sentence for sentence in told)
+    assert sum("Config and tokenizer come from" in sentence for sentence in told) <= 1
+    misspelt = load(text.replace("vision_tower", "vision_towr"))
+    assert [sentence for sentence, _ in misspelt.idle if "did you mean 'vision_tower'?" in sentence]
 
 
 def test_documents_become_steps() -> None:
@@ -150,10 +155,12 @@ def test_documents_that_cannot_be_told_apart(text: str, message: str) -> None:
         load(text)
 
 
-@pytest.mark.parametrize("value", ["chatml", "llama3", "mistral", "alpaca"])
+@pytest.mark.parametrize("value", ["chatml", "llama3", "mistral", "exaone", "alpaca"])
 def test_named_chat_templates_are_jinja(value: str) -> None:
     jinja2 = pytest.importorskip("jinja2")
-    template = load(f"merge_method: linear\n{TWO}chat_template: {value}\n").recipe.output.chat_template
+    name = load(f"merge_method: linear\n{TWO}chat_template: {value}\n").recipe.output.chat_template
+    assert name == value
+    template = jinja_text(name)
     text = jinja2.Template(template).render(
         messages=[{"role": "user", "content": "two?"}, {"role": "assistant", "content": "four."}],
         bos_token="<s>",
@@ -169,6 +176,26 @@ def test_chat_templates_of_ones_own_and_unknown_ones() -> None:
     assert load(f"merge_method: linear\n{TWO}chat_template: auto\n").recipe.output.chat_template is None
     with pytest.raises(RecipeError, match="did you mean 'chatml'"):
         load(f"merge_method: linear\n{TWO}chat_template: chat-ml\n")
+    own = "{% generation %}{{ messages | tojson }}{% endgeneration %}{% for m in [] %}{% continue %}{% endfor %}"
+    assert load(f"merge_method: linear\n{TWO}chat_template: '{own}'\n").recipe.output.chat_template == own
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m }}", "Unexpected end of template"),
+        ("{{ messages | tojsn }}", "No filter named 'tojsn'"),
+        ("{{ messages[0 }}", "its line 1"),
+    ],
+)
+def test_a_chat_template_that_jinja_cannot_read(template: str, message: str) -> None:
+    native = (
+        f"models: {{a: a, b: b}}\nmerge: {{method: linear, sources: [a, b]}}\noutput: {{chat_template: '{template}'}}"
+    )
+    for text, line in ((f"merge_method: linear\n{TWO}chat_template: '{template}'\n", ":"), (native, ":3:")):
+        with pytest.raises(RecipeError) as error:
+            load(text)
+        assert message in str(error.value) and line in str(error.value)
 
 
 def test_a_mixture_of_experts_is_a_step_with_a_mixture() -> None:

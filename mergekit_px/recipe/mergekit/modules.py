@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_px.errors import RecipeError
+from mergekit_px.located.nearest import hint_for
 from mergekit_px.located.yaml_text import Node, Place, mapping, sequence
 from mergekit_px.recipe.mergekit.entries import IdleKeys, entries_of
 
 _MAIN = ("text_decoder", "decoder")
 """Modules of mergekit's that a model's head and all that is in no other module belong to, if it has them."""
+
+_KNOWN = ("default", *_MAIN, "encoder", "shared", "vision_model", "vision_tower", "multi_modal_projector")
+"""The modules of the architectures that mergekit describes; of others it makes names of its own."""
 
 _PATTERNS = {
     "vision_tower": ("*vision_tower.*", "visual.*", "model.visual.*"),
@@ -63,6 +67,10 @@ def read_modules(root: Node, idle: IdleKeys) -> list[Module]:
             **{key: child for key, child in root.value.items() if key != "modules"},
             **own,
         }
+        if name not in _KNOWN:
+            hint = hint_for(name, _KNOWN)
+            what = f"the module '{name[:80]}' is none of those that mergekit describes"
+            idle.setdefault(f"{what} ({hint}); it is taken by the names of its tensors.", part.place)
         keys = {**root.keys, **part.keys}
         found.append(Module(name, mapping(part.place, entries, keys), parameters))
     if not found:

@@ -7,36 +7,6 @@ from mergekit_px.located.nearest import hint_for
 from mergekit_px.located.validate import shown
 from mergekit_px.located.yaml_text import Node, Place
 
-CHAT_TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "llama3": (
-        "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-        "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-    ),
-    "mistral": (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
-        " {{ message['content'] | trim }}{{ eos_token }}{% else %}[INST] {{ message['content'] | trim }} [/INST]"
-        "{% endif %}{% endfor %}"
-    ),
-    "exaone": (
-        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}[|system|][|endofturn|]\n"
-        "{% endif %}{{ '[|' + message['role'] + '|]' + message['content'] }}"
-        "{% if message['role'] != 'user' %}[|endofturn|]{% endif %}{{ '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}[|assistant|]{% endif %}"
-    ),
-    "alpaca": (
-        "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
-        "{% elif message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
-        "{% else %}### Response:\n{{ message['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}### Response:\n{% endif %}"
-    ),
-}
-"""Templates that a config may name, from the published form of each prompt format."""
-
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -78,21 +48,8 @@ def precision_differences(exact: bool, dtype: Node | None, out_dtype: Node | Non
 
 
 def read_chat_template(node: Node | None) -> Node | None:
-    """The chat template as Jinja text; ``auto`` stands for mergekit's choice.
-
-    Raises:
-        RecipeError: neither Jinja nor the name of a template.
-    """
-    if node is None or node.value == "":
-        return None
-    if not isinstance(node.value, str):
-        raise RecipeError(f"'chat_template' is text, not {shown(node.value)}", where=str(node.place))
-    if node.value == "auto" or "{{" in node.value or "{%" in node.value:
-        return node
-    if node.value not in CHAT_TEMPLATES:
-        hint = hint_for(node.value, ["auto", *CHAT_TEMPLATES])
-        raise RecipeError(f"there is no chat template '{node.value[:80]}'", where=str(node.place), hint=hint)
-    return Node(CHAT_TEMPLATES[node.value], node.place)
+    """The chat template by its name or as Jinja text; ``auto`` stands for mergekit's choice, and nothing for none."""
+    return None if node is None or node.value == "" else node
 
 
 def not_yet(what: str, place: Place, hint: str | None = None) -> RecipeError:

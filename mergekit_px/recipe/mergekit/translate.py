@@ -73,7 +73,7 @@ def translate(roots: Sequence[Node]) -> Translation:
         taken = frozenset((*steps.values(), *become.values()))
         for part in parts:
             translator = _Translator(part.config, taken, part.parameters, names=names, models=models, idle=idle)
-            step, written = translator.run()
+            step, written = translator.run(is_first=part is parts[0])
             if len(parts) > 1 and part.stack() and isinstance(step.value, dict) and "slices" in step.value:
                 globs = sequence(step.place, [Node(glob, step.place) for glob in part.stack()])
                 step = mapping(step.place, {**step.value, "stack": globs}, step.keys)
@@ -145,8 +145,8 @@ class _Translator:
     tokenizer: Node | None = None
     """The section of the recipe by that name."""
 
-    def run(self) -> tuple[Node, Node]:
-        """The step, and the output if this is the last."""
+    def run(self, *, is_first: bool) -> tuple[Node, Node | None]:
+        """The step, and the output if this is the last; modules but the first say nothing of it."""
         if MARKS & self.root.keys.keys() and "merge_method" not in self.root.keys:
             step, output, self.differences = translate_mixture(self.root, self._name, self.idle)
             return step, output
@@ -166,7 +166,7 @@ class _Translator:
             peer, pieces = self._single_sce(peer, pieces)
         pieces = [self._with_roles(piece, peer) for piece in pieces]
         step = self._step(peer, pieces, base)
-        output = self._output(peer, pieces, base)
+        output = self._output(peer, pieces, base) if is_first else None
         self.differences += method_differences(peer, pieces, step)
         return step, output
 
