@@ -60,7 +60,7 @@ def check_chat_template(template: str, where: str) -> None:
     class Generation(Extension):
         """The mark of what the assistant says, which only transformers has."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)

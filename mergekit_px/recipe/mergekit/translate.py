@@ -148,8 +148,8 @@ class _Translator:
     def run(self, *, is_first: bool) -> tuple[Node, Node | None]:
         """The step, and the output if this is the last; modules but the first say nothing of it."""
         if MARKS & self.root.keys.keys() and "merge_method" not in self.root.keys:
-            step, output, self.differences = translate_mixture(self.root, self._name, self.idle)
-            return step, output
+            step, mixed, self.differences = translate_mixture(self.root, self._name, self.idle)
+            return step, mixed
         self.entries = entries_of(self.root, "the config", _KEYS, self.idle)
         peer = self._method()
         base = read_reference(self.entries["base_model"]) if "base_model" in self.entries else None
