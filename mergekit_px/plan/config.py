@@ -357,10 +357,17 @@ def layer_kinds(config: Mapping[str, Any], count: int) -> list[str]:
     ]
 
 
-def check_with_transformers(config: Mapping[str, Any]) -> None:
+def check_with_transformers(config: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Build the config's class where transformers is installed and knows the type; no remote code.
+
+    Args:
+        before: the config that it was made from. Where transformers refuses that too, there is nothing to tell.
 
     Raises:
         PlanError: transformers refuses the config.
     """
-    _read_by_transformers(config)
+    try:
+        _read_by_transformers(config)
+    except PlanError:
+        if _in_transformers(before) is not None:
+            raise

@@ -325,8 +325,9 @@ def _restack(
             f"the config of '{donor}' speaks of {old} layers, and layer {max(origin)} is stacked",
             hint="give the model with the most layers as output.config_from",
         )
+    before = copy.deepcopy(config)
     notes = config_edits.restack(config, origin, old)
-    config_edits.check_with_transformers(config)
+    config_edits.check_with_transformers(config, before)
     return notes
 
 

@@ -50,7 +50,7 @@ class BuiltMixture:
             found["n_shared_experts"] = None
         if family.bias_entry is not None:
             found[family.bias_entry] = self.biased
-        check_with_transformers(found)
+        check_with_transformers(found, config)
         return found, [f"config: {family.model_type} with {self.count} experts, {self.chosen} for each token"]
 
 

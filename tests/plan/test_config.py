@@ -126,7 +126,9 @@ def test_numbers_that_json_does_not_have_are_no_reason_to_refuse() -> None:
         "time_step_limit": [0.0, {"__float__": "Infinity"}],
     }
     restack(config, [0, 1, 1], 2)
-    check_with_transformers(config)
+    check_with_transformers(config, config)
     assert config["num_hidden_layers"] == 3
     with pytest.raises(PlanError, match="refuses the config"):
-        check_with_transformers({**config, "num_hidden_layers": "three"})
+        check_with_transformers({**config, "num_hidden_layers": "three"}, config)
+    broken = {**config, "num_hidden_layers": "three"}
+    check_with_transformers(broken, broken)  # as bad before
