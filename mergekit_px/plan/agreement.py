@@ -7,8 +7,8 @@ from typing import Any
 
 from mergekit_px.errors import PlanError
 from mergekit_px.plan.inputs import ResolvedInput
+from mergekit_px.plan.sections import TEXT_SECTIONS
 
-_TEXT_PARTS = ("text_config", "language_config", "llm_config")
 _OTHER_PARTS = ("vision_config", "audio_config")
 _MEANING = (
     *("model_type", "position_embedding_type", "partial_rotary_factor"),
@@ -49,8 +49,10 @@ def disagreements(inputs: Mapping[str, ResolvedInput], used: Iterable[str], *, s
 
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    text: Mapping[str, Any] = next((config[key] for key in _TEXT_PARTS if isinstance(config.get(key), Mapping)), {})
-    found = _part({**config, **{key: value for key, value in text.items() if key != "model_type"}})
+    text: Mapping[str, Any] = next((config[key] for key in TEXT_SECTIONS if isinstance(config.get(key), Mapping)), {})
+    found = _part({**config, **text})
+    if text and "model_type" in config:  # with which a language model alone has nothing to agree
+        found["model_type of the whole"] = config["model_type"]
     for part in _OTHER_PARTS:
         if isinstance(config.get(part), Mapping):
             found |= {f"{part}.{key}": value for key, value in _part(config[part]).items()}

@@ -20,6 +20,7 @@ from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import is_embedding, stack_sizes
 from mergekit_px.plan.mixtures import BuiltMixture
 from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.sections import follow_parts
 from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
 from mergekit_px.plan.tokenizers import Vocabularies, adapter_tokenizer
 from mergekit_px.plan.views import QUANTISATION_FILES, has_decoded, plain_config
@@ -75,7 +76,7 @@ def beside_weights(
         fitting = _fitting_donor(donor, recipe.output.config_from, inputs, items)
     if fitting != donor:
         notes.append(f"'{donor}' has ids for rows that are cut, so the tokenizer is that of '{fitting}' too")
-    config, config_notes = _output_config(recipe, target, fitting, inputs, items, dtype, expressions)
+    config, processors, config_notes = _output_config(recipe, target, fitting, inputs, items, dtype, expressions)
     made_plain = has_decoded(items) and recipe.output.quantize is None
     if config is not None and made_plain:
         config = plain_config(config)
@@ -97,7 +98,7 @@ def beside_weights(
         if found and strict:
             raise PlanError(found[0], hint="mend the config, or give another as output.config_from")
         notes += found
-    side_files = _donated_files(inputs, fitting, tokenizer_from)
+    side_files = _donated_files(inputs, fitting, tokenizer_from) | processors
     if tokenizer_from is not None:
         brought, said = adapter_tokenizer(inputs[tokenizer_from], items)
         if brought:
@@ -213,9 +214,10 @@ def _output_config(
     items: Sequence[WorkItem],
     dtype: DType | None,
     expressions: Expressions,
-) -> tuple[dict[str, Any] | None, list[str]]:
+) -> tuple[dict[str, Any] | None, dict[str, str], list[str]]:
+    """The config, the files of processors that come along with parts of other models, and what to say."""
     if donor is None or inputs[donor].config is None:
-        return None, []
+        return None, {}, []
     config = copy.deepcopy(dict(inputs[donor].config or {}))
     notes = [_config_note(donor)]
     updates = expressions.config_updates.get(donor, {})
@@ -224,6 +226,8 @@ def _output_config(
         notes.append(f"config: {', '.join(updates)} as the adapter of '{donor}' needs")
     if dtype is not None and dtype.torch_name is not None:
         config_edits.set_dtype(config, dtype.torch_name)
+    processors, said = ({}, []) if recipe.output.config_from else follow_parts(config, donor, inputs, items)
+    notes += said
     stored = inputs[donor].checkpoint.tensors
     own_head = any(
         item.name in expressions.untied or (is_head(item.name) and item.name not in stored) for item in items
@@ -242,7 +246,7 @@ def _output_config(
     for mixture in _mixtures(recipe, target, expressions):
         config, said = mixture.followed(config)
         notes += said
-    return config, notes
+    return config, processors, notes
 
 
 def _mixtures(recipe: Recipe, target: str, expressions: Expressions) -> list[BuiltMixture | ChosenExperts]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from mergekit_px.errors import RecipeError
 from mergekit_px.located.nearest import hint_for
 
@@ -62,7 +60,7 @@ def check_chat_template(template: str, where: str) -> None:
     class Generation(Extension):
         """The mark of what the assistant says, which only transformers has."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012, as jinja2 declares it
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)
