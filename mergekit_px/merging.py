@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.errors import UsageError
+from mergekit_px.python_values import given_path, given_paths
 
 if TYPE_CHECKING:
     from mergekit_px.checkpoint.destination import Mode
@@ -138,7 +139,7 @@ def plan_recipe(recipe: Reference | Mapping[str, Any] | LoadedRecipe, **options:
         raise UsageError("resume keeps what is there and overwrite removes it", hint="give one of them")
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
     if options.get("output") is not None:
-        options["output"] = Path(options["output"])
+        options["output"] = Path(given_path(options["output"], "output"))
     if isinstance(options.get("memory"), str):
         options["memory"] = parse_size(options["memory"], "memory")
     if unknown := options.keys() - {field for field in PlanOptions.__slots__}:
@@ -178,25 +179,18 @@ def _single_step(
     """A recipe of one step."""
     from mergekit_px.recipe.naming import model_names, named_weights
 
-    if isinstance(sources, (str, PathLike)) or not isinstance(sources, (Sequence, Mapping)):
-        raise UsageError(f"sources are a list of models, not {type(sources).__name__}", hint="write ['a', 'b']")
-    references = list(sources.values()) if isinstance(sources, Mapping) else list(sources)
-    for reference in (*references, *([] if base is None else [base])):
-        if not isinstance(reference, (str, PathLike)):
-            raise UsageError(
-                f"a model is a path or a name on the Hub, not {type(reference).__name__}",
-                hint="merge_state_dicts merges tensors that are in memory",
-            )
-    texts = [fspath(reference) for reference in references]
+    texts = given_paths(list(sources.values()) if isinstance(sources, Mapping) else sources, "sources")
+    if base is not None:
+        base = given_path(base)
     names = list(sources) if isinstance(sources, Mapping) else model_names(texts)
     models = dict(zip(names, texts, strict=True))
     step: dict[str, Any] = {"method": method, "sources": names, "params": dict(params)}
     if weights is not None:
         step["sources"] = named_weights(weights, names)
-    if base is not None and fspath(base) == "mean":
+    if base is not None and base == "mean":
         step["base"] = "mean"
     elif base is not None:
-        name = model_names([fspath(base)], taken=names)[0]
-        models = {name: fspath(base), **models}
+        name = model_names([base], taken=names)[0]
+        models = {name: base, **models}
         step["base"] = name
     return {"pxmerge": 1, "models": models, "merge": step}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import mergekit_px as px
@@ -77,6 +78,23 @@ def test_names_can_be_explored() -> None:
         (lambda: px.merge(["a", "b"], "tiess"), "did you mean 'ties'"),
         (lambda: px.merge(["a", "b"], "ties", base="base", densty=0.3), "did you mean 'density'"),
         (lambda: px.merge(["a", "b"], resume=True, overwrite=True), "resume keeps what is there"),
+        (lambda: px.merge(["a", "b"], output=3), "output is a path, not int"),
+        (lambda: px.merge(["a", "b"], dtype=torch.float16), "dtype is the name of a dtype, as 'bfloat16', not dtype"),
+        (lambda: px.merge(["a", "b"], memory=3.5), "memory is a whole number, not float"),
+        (lambda: px.merge(["a", "b"], threads=0), "threads must be at least 1, not 0"),
+        (lambda: px.merge(["a", "b"], device=3), "device is auto, cpu, cuda or cuda:1, not int"),
+        (lambda: px.merge(["a", "b"], strict="yes"), "strict is True or False, not str"),
+        (lambda: px.compare(["a", "b"]), "models are given one by one, not as a list; write compare"),
+        (lambda: px.compare("a", 3), "a model is a path or a name on the Hub, not int"),
+        (lambda: px.advise("a"), "models are a list of models, not str; write"),
+        (lambda: px.inspect(3), "a model is a path or a name on the Hub, not int"),
+        (lambda: px.verify(None), "a merge is a path, not NoneType"),
+        (lambda: px.load_recipe({}), "a recipe is a path, not dict; run_recipe and plan_recipe take a mapping too"),
+        (lambda: px.parse_recipe(3), "a recipe is a text, not int"),
+        (lambda: px.open_checkpoint(3), "a model is a path or a name on the Hub, not int"),
+        (lambda: px.find_method(3), "a merge method is its name, not int"),
+        (lambda: px.run_learner(3), "a learner is its name, not int"),
+        (lambda: px.run_command(), "there is no command ''; pxmerge --help lists them"),
         (lambda: px.plan_recipe(3), "not int"),
         (lambda: px.plan_recipe({}, colour="red"), "there is no option 'colour'"),
         (lambda: px.build_plan("recipe.yaml"), "plan_recipe takes files and mappings"),

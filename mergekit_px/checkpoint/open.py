@@ -39,6 +39,7 @@ from mergekit_px.checkpoint.selection import (
 )
 from mergekit_px.checkpoint.side_files import SideFiles, is_weights
 from mergekit_px.errors import InputError, InputNotFoundError, MalformedCheckpointError
+from mergekit_px.python_values import given_path
 from mergekit_px.small_files import read_small_file
 
 __all__ = [
@@ -56,6 +57,7 @@ def open_checkpoint(path: str | Path, *, label: str | None = None, allow_pickle:
     ``~`` is expanded, symlinks are followed. Raises ``InputNotFoundError``, ``InputError`` (unreadable, open
     to two readings, or a pickle that was not allowed) and ``MalformedCheckpointError``.
     """
+    path = path if isinstance(path, Path) else given_path(path)
     label = str(path) if label is None else label
     try:
         place = place_of(path) if isinstance(path, str) else path.expanduser()

@@ -13,8 +13,8 @@ from typing import Literal
 
 from mergekit_px.errors import UsageError
 
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_NUMBERS = re.compile(rf"{_NUMBER}(?:,{_NUMBER})*")
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:nan|inf)"
+_NUMBERS = re.compile(rf"(?:{_NUMBER})(?:,(?:{_NUMBER}))*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,9 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "adapter convert": ("ConvertedAdapterDocument",),
     "adapter inspect": ("AdapterDocument",),
     "acmap merge": ("RunningMergeDocument",),
+    "acmap export": ("ExportDocument",),
+    "pairs": ("PairsDocument",),
+    "data": ("ArraysDocument",),
     "moe build": (_RUN, _PLAN),
     "moe edit": (_RUN, _PLAN),
     "svd": (_RUN, _PLAN, "PoolDocument"),
@@ -45,6 +48,8 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "verify": ("VerifyDocument",),
     "methods": ("MethodDocument", "MethodsDocument"),
     "doctor": ("DoctorDocument",),
+    "pull": ("PullDocument",),
+    "push": ("PushDocument",),
 }
 """Command -> the classes of its documents: here, or in another module as ``module:Class``. A command that is made of
 a merge method, and is not listed, prints what a merge does."""
@@ -264,6 +269,45 @@ class RunningMergeDocument(Document):
     tasks: list[RunningMergeTask]
 
 
+class ExportDocument(Document):
+    """A head of prototypes, by its ``classes`` in order, or the merged adapter of that number."""
+
+    output: str
+    adapter: int | None = None
+    classes: list[int] | None = None
+    dimension: int | None = None
+
+
+class PairedTensor(Document):
+    """A tensor that a transfer can pair; ``matrix``: what it counts as."""
+
+    name: str
+    shape: list[int]
+    matrix: list[int]
+    rank: int
+
+
+class PairsDocument(RootModel[dict[str, list[PairedTensor]]]):
+    """The tensors that a transfer can pair, by the model."""
+
+
+class ArrayForm(Document):
+    """Type and shape of an array."""
+
+    dtype: str
+    shape: list[int]
+
+
+class ArraysDocument(Document):
+    """The arrays that were made of a data file."""
+
+    output: str
+    data: str
+    data_sha256: str
+    examples: int
+    arrays: dict[str, ArrayForm]
+
+
 class SourceCount(Document):
     """How many sources a method takes; ``most`` is None where there is no bound."""
 
@@ -291,6 +335,18 @@ class MethodDocument(Document):
 
 class MethodsDocument(RootModel[list[MethodDocument]]):
     """All merge methods."""
+
+
+class PullDocument(Document):
+    """A model that was downloaded."""
+
+    output: str
+
+
+class PushDocument(Document):
+    """A model that was uploaded, and the address of its commit."""
+
+    address: str
 
 
 class Machine(Document):

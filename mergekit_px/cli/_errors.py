@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 
 import typer
 
 from mergekit_px.cli._extras import extra_of
-from mergekit_px.errors import PxmergeError
+from mergekit_px.errors import PxmergeError, WriteError
+from mergekit_px.escaping import escaped_line
 
 PROGRAM = "pxmerge"
 INTERRUPTED = 130
@@ -27,6 +29,18 @@ _OTHER_NAMES = {
     "--test-data": "--test",
 }
 """What papers and other programs call an option -> what it is called here: no likeness of letters tells that."""
+
+
+_BOUND = re.compile(r"Invalid value for '(.+?)': Input should be (.+?)(?:, unable to parse .*)?")
+_BOUNDS = {
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+}
+"""The words of the parser of options -> those of all other messages."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,7 +65,7 @@ def explain(error: BaseException, words: Sequence[str], command: str = "") -> tu
     if isinstance(error, PxmergeError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, typer.TyperException):
-        text = _renamed(error) or " ".join(error.format_message().split()).replace("Value error, ", "")
+        text = _renamed(error) or _worded(" ".join(error.format_message().split()))
         usage = f"{PROGRAM} {command}".rstrip()
         return error.exit_code, f"error: {text.rstrip('.')}; see `{usage} --help`"
     if isinstance(error, Interrupted):
@@ -63,8 +77,22 @@ def explain(error: BaseException, words: Sequence[str], command: str = "") -> tu
             return 2, f"error: this needs the package {package}; pip install '{PROGRAM}[{extra}]'"
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{escaped_line(str(error.filename))}: " if error.filename is not None else ""
+        return WriteError.exit_code, f"error: {where}the system refuses: {error.strerror}"
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return 1, f"error: unexpected {' '.join(what.split())}; PXMERGE_DEBUG=1 shows the traceback"
+
+
+def _worded(text: str) -> str:
+    """A message of the parser of options, whose bounds speak of its input."""
+    found = _BOUND.fullmatch(text)
+    if found is None:
+        return text.replace("Value error, ", "")
+    bound = found[2]
+    for theirs, ours in _BOUNDS.items():
+        bound = bound.replace(theirs, ours)
+    return f"{found[1]} must be {bound}"
 
 
 def _renamed(error: typer.TyperException) -> str | None:

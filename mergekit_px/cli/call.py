@@ -13,7 +13,7 @@ from typing import Any
 from mergekit_px.errors import PxmergeError, RunError, UsageError
 
 
-def run_command(command: str, *arguments: Any, **options: Any) -> Any:
+def run_command(command: str = "", *arguments: Any, **options: Any) -> Any:
     """Run a command of ``pxmerge`` and return what it prints with ``--json``, as dicts and lists.
 
         px.run_command("average", "run", last=5, output="mean")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mergekit_px.cli._options import AllowPickle, Quiet
+from mergekit_px.cli._options import AllowPickle, Json, Quiet
 from mergekit_px.cli._output import output_for
 from mergekit_px.cli._progress import progress_on
 
@@ -20,7 +20,11 @@ LocalFolder = Annotated[
 
 
 def pull(
-    repository: Repository, output: LocalFolder = None, allow_pickle: AllowPickle = False, quiet: Quiet = False
+    repository: Repository,
+    output: LocalFolder = None,
+    allow_pickle: AllowPickle = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> int:
     """Download a model, pinned to the commit that its revision means now, and print the folder.
 
@@ -34,7 +38,7 @@ def pull(
     """
     from mergekit_px.hub.fetch import pull as fetch
 
-    sink = output_for(quiet=quiet)
+    sink = output_for(json=json, quiet=quiet)
     with progress_on(sink) as advance:
         folder = fetch(
             repository,
@@ -42,5 +46,6 @@ def pull(
             allow_pickle=allow_pickle,
             progress=partial(advance, "downloading"),
         )
+    sink.document({"output": str(folder)})
     sink.text(str(folder))
     return 0

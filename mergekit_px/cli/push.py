@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mergekit_px.cli._options import Quiet
+from mergekit_px.cli._options import Json, Quiet
 from mergekit_px.cli._output import output_for
 from mergekit_px.cli._progress import progress_on
 
@@ -25,6 +25,7 @@ def push(
     private: Private = False,
     revision: Revision = None,
     message: Message = "Upload with pxmerge",
+    json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Upload a folder to the Hub in one commit and print its address.
@@ -38,7 +39,7 @@ def push(
     """
     from mergekit_px.hub.publish import publish
 
-    sink = output_for(quiet=quiet)
+    sink = output_for(json=json, quiet=quiet)
     with progress_on(sink) as advance:
         address = publish(
             directory,
@@ -48,5 +49,6 @@ def push(
             message=message,
             progress=partial(advance, "uploading"),
         )
+    sink.document({"address": address})
     sink.text(address)
     return 0

@@ -19,7 +19,18 @@ _BOUNDS: Mapping[str, tuple[str, str, Callable[[float, float], bool]]] = {
 """Key of JSON Schema -> what pydantic calls a breach of it, its words, and whether a number keeps it. Lower bounds
 come first, as they are said."""
 
-_WORDS = {"int_parsing": "must be a whole number", "float_parsing": "must be a number"}
+_WORDS = {
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_type": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+}
 """pydantic's type of a finding -> what is said of it, where its own words are about its parser."""
 
 

@@ -23,9 +23,12 @@ def pick_device(text: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(text)
+    except RuntimeError:
+        raise UsageError(f"'{text}' is not a device", hint="write auto, cpu, cuda or cuda:1") from None
+    try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise UsageError(
             f"device '{text}' cannot be used: {reason}", hint="use --device cpu, or leave it out"
         ) from None

@@ -85,6 +85,10 @@ def begun(plan: Plan, progress: Report | None) -> Plan | RunResult:
     """The plan with its inputs on this machine; or its result, where the output is that already."""
     assert plan.output is not None
     started = time.perf_counter()
+    if plan.device not in ("auto", "cpu"):  # those two are everywhere, and torch may not be needed
+        from mergekit_px.execute.lane import pick_device
+
+        pick_device(plan.device)
     try:
         check_mode(plan.output, plan.options.mode, plan.hash)
         return fetch_inputs(plan, progress)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.errors import UsageError
 from mergekit_px.escaping import html_table
 from mergekit_px.inspection.source import fetch_source, open_source
+from mergekit_px.python_values import given_path, given_paths
 
 if TYPE_CHECKING:
     from mergekit_px.inspection.advice import Advice
@@ -50,7 +51,7 @@ def inspect(model: str | PathLike[str], *, allow_pickle: bool = False) -> dict[s
     """
     from mergekit_px.inspection.describe import describe
 
-    return describe(open_source(fspath(model), allow_pickle=allow_pickle))
+    return describe(open_source(given_path(model), allow_pickle=allow_pickle))
 
 
 def compare(
@@ -74,7 +75,9 @@ def compare(
     """
     from mergekit_px.inspection.compare import compare as measure
 
-    references = [fspath(model) for model in (*([] if base is None else [base]), *models)]
+    if len(models) == 1 and isinstance(models[0], (list, tuple)):
+        raise UsageError("models are given one by one, not as a list", hint="write compare(*models)")
+    references = given_paths([*([] if base is None else [base]), *models])
     if len(references) < 2:
         raise UsageError("one model alone cannot be compared", hint="give another, or base=")
     opened = [fetch_source(open_source(reference, allow_pickle=allow_pickle)) for reference in references]
@@ -104,10 +107,10 @@ def advise(
     from mergekit_px.plan.options import PlanOptions
     from mergekit_px.recipe.naming import model_names
 
-    references = [fspath(model) for model in models]
+    references = given_paths(models)
     return ask(
         dict(zip(model_names(references), references, strict=True)),
-        None if base is None else fspath(base),
+        None if base is None else given_path(base),
         options=PlanOptions(allow_pickle=allow_pickle),
         progress=progress or (lambda phase, done, total: None),
     )
@@ -121,4 +124,4 @@ def verify(folder: str | PathLike[str]) -> Verification:
     """
     from mergekit_px.inspection.verify import verify as check
 
-    return check(Path(folder))
+    return check(Path(given_path(folder, "a merge")))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit_px.checkpoint.destination import LOCK_FILE, destination
+from mergekit_px.checkpoint.destination import FILE_SUFFIX, LOCK_FILE, destination
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.index import LARGEST_INDEX, is_inside
 from mergekit_px.checkpoint.json_text import read_object, shown
@@ -73,7 +73,9 @@ def read_lock(directory: Path) -> dict[str, Any]:
     place = destination(directory)
     path = place.folder / place.lock_file
     if not (directory.is_dir() if place.file is None else directory.exists()):
-        raise InputNotFoundError(f"no such {'folder' if place.file is None else 'file'}", where=str(directory))
+        kind = "folder" if place.file is None else "file"
+        is_file = f"it is a file, and a merge is a folder or a {FILE_SUFFIX} file"
+        raise InputNotFoundError(is_file if directory.exists() else f"no such {kind}", where=str(directory))
     try:
         lock = read_object(path, folder=place.folder, limit=LARGEST_INDEX)
     except InputNotFoundError:

@@ -15,6 +15,7 @@ from mergekit_px.errors import UsageError
 from mergekit_px.learn.declare import REGISTRY, Learner
 from mergekit_px.located.nearest import hint_for
 from mergekit_px.plug_ins import load_plug_ins
+from mergekit_px.python_values import check_kind
 
 BUILT_IN = ("align", "ofasd", "tune", "search", "stats", "transfer", "acmap")
 """Where the learners of this package are declared, in the order in which they are listed."""
@@ -35,6 +36,7 @@ def load_learners() -> Mapping[str, Learner]:
 
 def find_learner(name: str) -> Learner:
     """The learner of that name. Raises ``UsageError`` with the nearest names where there is none."""
+    check_kind("a learner", name, str, "its name")
     called = name.replace("_", "-")
     if called in LEARNERS:
         importlib.import_module(LEARNERS[called].module)

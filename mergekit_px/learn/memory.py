@@ -69,7 +69,7 @@ def plan_memory(run: Run[Any], base: Checkpoint, kept: Mapping[str, int], ways: 
     if total > budget:
         less = [way for way, left in ways.items() if left]
         raise MemoryBudgetError(
-            f"it needs {total / 1e6:.0f} MB besides activations, {each}, and the budget is {budget / 1e6:.0f} MB",
+            f"it needs {total / 1e6:.0f} MB besides activations, {each}, and the budget is {budget / 1e6:g} MB",
             hint=f"{', or '.join([*less, ''])}raise --memory",
         )
     run.note(f"memory: {total / 1e6:.0f} MB besides activations, {each}")

@@ -16,6 +16,7 @@ from mergekit_px.declare.built_in import METHODS
 from mergekit_px.errors import UsageError
 from mergekit_px.methods.declare import REGISTRY, Method, Params, merge_method
 from mergekit_px.plug_ins import load_plug_ins
+from mergekit_px.python_values import check_kind
 
 __all__ = ["Method", "Params", "find_method", "load_methods", "merge_method"]
 
@@ -39,6 +40,7 @@ def find_method(name: str) -> Method:
     Raises:
         UsageError: no such method; the message has the nearest names.
     """
+    check_kind("a merge method", name, str, "its name")
     known = METHODS.get(name.replace("-", "_"))
     if known is not None:
         importlib.import_module(known.module)

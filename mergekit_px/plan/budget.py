@@ -142,7 +142,7 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
             if memory < BASELINE:
                 what = f"the program itself needs {BASELINE / 1e6:.0f} MB before any tensor is read"
             raise MemoryBudgetError(
-                f"{what}, and the budget is {memory / 1e6:.0f} MB",
+                f"{what}, and the budget is {memory / 1e6:g} MB",
                 hint=f"raise --memory to {budget.total / 1e6 + 1:.0f}MB",
             )
 

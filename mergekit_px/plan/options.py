@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from mergekit_px.errors import UsageError
+from mergekit_px.python_values import check_kind
 
 if TYPE_CHECKING:
     from mergekit_px.plan.lock import Lock
@@ -33,3 +36,16 @@ class PlanOptions:
     """Whether the lock file gets the sha256 of every local input file."""
     lock: Lock | None = None
     """What pins the inputs, in place of the lock that the recipe names."""
+
+    def __post_init__(self) -> None:
+        check_kind("output", self.output, Path, "a path")
+        check_kind("dtype", self.dtype, str, "the name of a dtype, as 'bfloat16'")
+        check_kind("shard_size", self.shard_size, (str, int), "a size, as '5GB'")
+        check_kind("device", self.device, str, "auto, cpu, cuda or cuda:1")
+        for name in ("memory", "threads"):
+            check_kind(name, getattr(self, name), int, "a whole number")
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for field in fields(self):
+            if isinstance(field.default, bool):
+                check_kind(field.name, getattr(self, field.name), bool, "True or False")

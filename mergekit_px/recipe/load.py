@@ -13,6 +13,7 @@ from mergekit_px.located.places import Places
 from mergekit_px.located.text import read_text
 from mergekit_px.located.validate import shown, validate, wanted
 from mergekit_px.located.yaml_text import Node, mapping, node_of, parse_documents, sequence
+from mergekit_px.python_values import check_kind, given_path
 from mergekit_px.recipe.catalog import MethodCatalog
 from mergekit_px.recipe.check import check_recipe
 from mergekit_px.recipe.dump import dump_recipe
@@ -40,7 +41,7 @@ def load_recipe(
     Raises:
         RecipeError: there is no such file, or it holds no recipe that can be meant.
     """
-    path = Path(path)
+    path = Path(given_path(path, "a recipe", "run_recipe and plan_recipe take a mapping too"))
     return parse_recipe(read_text(path, "recipe"), name=str(path), overrides=overrides, methods=methods, path=path)
 
 
@@ -57,6 +58,7 @@ def parse_recipe(
     Raises:
         RecipeError: it is no recipe that can be meant.
     """
+    check_kind("a recipe", text, str, "a text")
     roots = [root for root in parse_documents(text, name) if root.value is not None]
     if not roots:
         raise RecipeError("the recipe is empty", where=name)

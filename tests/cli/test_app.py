@@ -76,6 +76,8 @@ def test_underscores_in_a_command_are_dashes(run) -> None:
         (PxmergeError("a\n  b"), 1, "error: a b"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("x\ny"), 1, "error: unexpected ZeroDivisionError: x y; PXMERGE_DEBUG=1 shows the traceback"),
+        (OSError(28, "No space left on device"), 5, "error: the system refuses: No space left on device"),
+        (OSError(36, "File name too long", "x\ny"), 5, "error: x\\ny: the system refuses: File name too long"),
         (MemoryError(), 1, "error: unexpected MemoryError; PXMERGE_DEBUG=1 shows the traceback"),
     ],
 )

@@ -24,6 +24,7 @@ OPTIONS = {
         ("--weights 0.5 -0.3 .2 1e-3", "--weights=0.5 --weights=-0.3 --weights=.2 --weights=1e-3"),
         ("--weights 0.0,0.5,-0.3 1", "--weights=0.0,0.5,-0.3 --weights=1"),
         ("--weights 0.5 0.3 recipe.yaml", "--weights=0.5 --weights=0.3 recipe.yaml"),
+        ("--weights nan -Inf x", "--weights=nan --weights=-Inf x"),
         ("--set a=1 b=2 recipe.yaml", "--set=a=1 --set=b=2 recipe.yaml"),
         ("recipe.yaml --set a.b=[1,2]", "recipe.yaml --set=a.b=[1,2]"),
         ("--weights 1 --normalize 2", "--weights=1 --normalize 2"),
@@ -51,7 +52,7 @@ def test_numbers(word: str) -> None:
     assert is_numbers(word)
 
 
-@pytest.mark.parametrize("word", ["", "-", "--1", "a", "1a", "1,", ",1", "1e", "nan", "-o"])
+@pytest.mark.parametrize("word", ["", "-", "--1", "a", "1a", "1,", ",1", "1e", "nane", "-o"])
 def test_other_words(word: str) -> None:
     assert not is_numbers(word)
 

@@ -32,6 +32,7 @@ def test_pull_prints_the_folder(run, hub: FakeHub, models) -> None:
     outcome = run("pull", "org/math", "-o", "copy")
     assert (outcome.code, outcome.stdout) == (0, "copy\n")
     assert Path("copy/model.safetensors").read_bytes() == (models.math / "model.safetensors").read_bytes()
+    assert run("pull", "org/math", "-o", "again", "--json").document() == {"output": "again"}
     cached = run("pull", "org/math")
     assert (Path(cached.stdout.strip()) / "config.json").exists()
 

@@ -326,3 +326,20 @@ def test_a_plan_that_does_not_fit_on_this_disk_is_shown_and_said(run, models, re
     assert "a run here would be refused" in outcome.stderr and "100 are free" in outcome.stderr
     outcome = run("run", recipe, "-o", "out")
     assert outcome.code == 4 and "100 are free" in outcome.stderr and not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--device tpu", "'tpu' is not a device; write auto, cpu, cuda or cuda:1"),
+        ("--device xpu", "device 'xpu' cannot be used"),
+        ("--threads 0", "--threads must be at least 1"),
+        ("--threads x", "--threads must be a whole number"),
+        ("--memory 1KB", "the budget is 0.001 MB"),
+        ("--weights nan 1", "nan is not a finite number"),
+    ],
+)
+def test_options_that_cannot_be_meant_leave_nothing(run, models, options: str, message: str) -> None:
+    outcome = run("linear", "--sources", "math", "code", *options.split(), "-o", "out")
+    assert outcome.code in (2, 4) and message in outcome.stderr
+    assert not Path("out").exists()

@@ -9,7 +9,7 @@ from tools.docs.commands import built_in_module, command_pages, command_tables, 
 from tools.docs.errors import errors_page
 from tools.docs.markdown import fill
 from tools.docs.methods import methods_page
-from tools.docs.recipes import key_tables, schema_file
+from tools.docs.recipes import key_tables, output_schema_file, schema_file
 
 
 def generated_pages(root: Path) -> dict[Path, str]:
@@ -24,6 +24,7 @@ def generated_pages(root: Path) -> dict[Path, str]:
         root / "README.md": fill(_text(root / "README.md"), {"commands": command_tables("docs/cli/")}),
         docs / "recipe.md": fill(_text(docs / "recipe.md"), key_tables()),
         docs / "recipe.schema.json": schema_file(),
+        docs / "output.schema.json": output_schema_file(),
         docs / "methods.md": methods_page(),
         docs / "cli.md": commands_page(),
         **{docs / "cli" / name: page for name, page in command_pages().items()},

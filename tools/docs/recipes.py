@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from mergekit_px.cli.schema import json_schemas
 from mergekit_px.plan.method_catalog import method_catalog
 from mergekit_px.recipe import mixture, model
 from mergekit_px.recipe.schema import recipe_schema
@@ -35,3 +36,8 @@ def key_tables() -> dict[str, str]:
 
 def schema_file() -> str:
     return json.dumps(recipe_schema(method_catalog()), indent=2, ensure_ascii=False) + "\n"
+
+
+def output_schema_file() -> str:
+    """What commands print with ``--json``."""
+    return json.dumps(json_schemas(), indent=1, ensure_ascii=False) + "\n"
