@@ -60,7 +60,7 @@ def test_documents_hold_to_their_schemas(run, tmp_path: Path, monkeypatch: pytes
         config = tiny_llama_config(layers=1)
         write_checkpoint(name, fine_tune(base, seed) if seed else base, config=config, shards=2)
     Path("recipe.yaml").write_text(RECIPE)
-    np.savez("data.npz", input_ids=np.ones((2, 3), dtype=int), labels=np.ones(2, dtype=int))
+    np.savez("data.npz", input_ids=np.ones((2, 3), dtype=int), labels=np.arange(2))
     for line in LINES:
         done = run(*line, "--json")
         assert done.code == 0, (line, done.stderr)
