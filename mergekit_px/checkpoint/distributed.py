@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import zipfile
 from collections import Counter
@@ -38,8 +37,9 @@ from mergekit_px.checkpoint.header import Header
 from mergekit_px.checkpoint.index import LARGEST_INDEX, is_inside
 from mergekit_px.checkpoint.json_text import parse_json, shown
 from mergekit_px.checkpoint.pieces import Piece, check_pieces
+from mergekit_px.checkpoint.ranged import RangedFile, address_of, identity_now, open_ranged
 from mergekit_px.errors import InputError, MalformedCheckpointError
-from mergekit_px.small_files import open_regular, read_small_file
+from mergekit_px.small_files import read_small_file
 
 METADATA_FILE = ".metadata"
 SHARDING_KEY = "DCP_SHARDING_INFO"
@@ -47,8 +47,8 @@ SHARDING_KEY = "DCP_SHARDING_INFO"
 
 _SUFFIX = ".distcp"
 _SHARD = re.compile(r"shard-(\d+)-")
-_MODEL_FOLDERS = ("model", "model_and_optim", "pytorch_model_fsdp_0", "weights", "dist_ckpt")
-"""What trainers call the folder of the model in that of a step (OLMo, accelerate, NeMo)."""
+MODEL_PLACES = ("", "model/", "model_and_optim/", "pytorch_model_fsdp_0/", "weights/", "dist_ckpt/")
+"""Where trainers put the model in the folder of a step: there, or in a folder of its own (OLMo, accelerate, NeMo)."""
 
 _WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "app")
 """Keys under which trainers put the model's state dict."""
@@ -87,7 +87,7 @@ _OPTIMIZERS = ("optim", "optimizer", "optimizers")
 def distributed_place(folder: Path, names: Iterable[str]) -> str | None:
     """Where the metadata of a distributed checkpoint is: in the folder itself (``""``), or in that of its model."""
     held = set(names)
-    places = ["", *(f"{name}/" for name in _MODEL_FOLDERS if name in held)]
+    places = [place for place in MODEL_PLACES if place.rstrip("/") in ("", *held)]
     return next((place for place in places if (folder / place / METADATA_FILE).is_file()), None)
 
 
@@ -126,7 +126,7 @@ def open_distributed(folder: Path, place: str, label: str) -> Checkpoint:
     files: dict[str, CheckpointFile] = {}
     digest = hashlib.sha256(raw).hexdigest()
     own = place + METADATA_FILE
-    files[own] = CheckpointFile(own, len(raw), {}, digest, FileIdentity.of((folder / own).stat()))
+    files[own] = CheckpointFile(own, len(raw), {}, digest, identity_now(folder / own))
     tensors: dict[str, StoredTensor] = {}
     with closing(_Files(folder, place, label)) as opened:
         for key, name in names.items():
@@ -267,7 +267,7 @@ class _Files:
 
     def __post_init__(self) -> None:
         self.identities: dict[str, FileIdentity] = {}
-        self._files: dict[str, io.FileIO] = {}
+        self._files: dict[str, RangedFile] = {}
 
     def close(self) -> None:
         for file in self._files.values():
@@ -295,20 +295,21 @@ class _Files:
             )
         nbytes = _count(shape) * dtype.bits // 8
         try:
-            with zipfile.ZipFile(_Slice(file, offset, length)) as archive:
-                return name, offset + _array_start(archive, file, offset, dtype, shape, nbytes, where)
+            # Its parts lie together at both ends; from a store each read is a request.
+            with io.BufferedReader(_Slice(file, offset, length)) as piece, zipfile.ZipFile(piece) as archive:
+                return name, offset + _array_start(archive, piece, dtype, shape, nbytes, where)
         except (zipfile.BadZipFile, LookupError, EOFError, OSError, NotImplementedError, ValueError) as error:
             if length == nbytes:
                 return name, offset  # values alone, as the safetensors form of the format has them
             raise MalformedCheckpointError(f"{shown(name)} holds no tensor at {offset:,}", where=where) from error
 
-    def _open(self, name: str) -> io.FileIO:
+    def _open(self, name: str) -> RangedFile:
         if name not in self._files:
             if not is_inside(name):
                 raise MalformedCheckpointError(f"it names the file {shown(name)} outside its folder", where=self.label)
             path = self.folder / name
             try:
-                self._files[name] = os.fdopen(open_regular(path, str(path)), "rb", buffering=0)
+                self._files[name] = open_ranged(path, address_of(path))
             except FileNotFoundError:
                 raise MalformedCheckpointError(
                     f"{METADATA_FILE} names {shown(name)}, which is missing",
@@ -317,14 +318,14 @@ class _Files:
                 ) from None
             except OSError as error:
                 raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
-            self.identities[name] = FileIdentity.of(path.stat())
+            self.identities[name] = self._files[name].identity()
         return self._files[name]
 
 
 class _Slice(io.RawIOBase):
     """A part of a file as a file."""
 
-    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
+    def __init__(self, file: RangedFile, start: int, length: int) -> None:
         self._file, self._start, self._length, self._place = file, start, length, 0
 
     def readable(self) -> bool:
@@ -343,19 +344,16 @@ class _Slice(io.RawIOBase):
     def tell(self) -> int:
         return self._place
 
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self._length - self._place)
-        count = left if count is None or count < 0 else min(count, left)
-        self._file.seek(self._start + self._place)
-        data = self._file.read(count)
-        self._place += len(data)
-        return data
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer).cast("B")[: max(0, self._length - self._place)]
+        count = self._file.read_into(self._start + self._place, wanted)
+        self._place += count
+        return count
 
 
 def _array_start(
     archive: zipfile.ZipFile,
-    file: io.FileIO,
-    offset: int,
+    piece: io.BufferedIOBase,
     dtype: DType,
     shape: tuple[int, ...],
     nbytes: int,
@@ -382,8 +380,8 @@ def _array_start(
         raise InputError("a piece is stored transposed, which is not read", where=where)
     if info.compress_type != zipfile.ZIP_STORED or array.offset * width + nbytes > info.file_size:
         raise MalformedCheckpointError("the values of a piece are not stored as they are", where=where)
-    file.seek(offset + info.header_offset)
-    local = file.read(30)
+    piece.seek(info.header_offset)
+    local = piece.read(30)
     return (
         info.header_offset
         + 30

@@ -11,7 +11,7 @@ import importlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -91,19 +91,29 @@ class ObjectStore:
 
         Raises ``InputNotFoundError``, ``InputError``.
         """
-        objects: dict[str, StoredObject] = {}
-        folders = [self._path]
-        for number, folder in enumerate(folders):
-            with self._told("listing it"):
-                entries = patiently(functools.partial(self._files.ls, folder, detail=True))
-            for info in entries:
-                path = str(info["name"]).rstrip("/")
-                name = path.removeprefix(self._path).strip("/")
-                if info.get("type") == "file" and ".." not in name.split("/") and not path.endswith("/"):
-                    objects[name] = _described(self._files, path, info)
-                elif info.get("type") == "directory" and number == 0 and not name.startswith("."):
-                    folders.append(path)
+        objects, folders = self._listed(self._path)
+        for folder in folders:
+            objects |= self._listed(f"{self._path}/{folder}")[0]
         return dict(sorted(objects.items()))
+
+    def folders(self) -> Sequence[str]:
+        """The names of the folders directly there. Raises as ``list`` does."""
+        return sorted(self._listed(self._path)[1])
+
+    def _listed(self, folder: str) -> tuple[dict[str, StoredObject], Sequence[str]]:
+        """Objects and folders directly in a folder, by name relative to the address."""
+        objects: dict[str, StoredObject] = {}
+        folders = []
+        with self._told("listing it"):
+            entries = patiently(functools.partial(self._files.ls, folder, detail=True))
+        for info in entries:
+            path = str(info["name"]).rstrip("/")
+            name = path.removeprefix(self._path).strip("/")
+            if info.get("type") == "file" and ".." not in name.split("/") and not path.endswith("/"):
+                objects[name] = _described(self._files, path, info)
+            elif info.get("type") == "directory" and not name.startswith("."):
+                folders.append(name)
+        return objects, folders
 
     def status(self, name: str) -> StoredObject:
         """What the store says of an object now. Raises ``InputNotFoundError``, ``InputError``."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from mergekit_px.checkpoint.distributed import distributed_place
+from mergekit_px.checkpoint.distributed import METADATA_FILE, MODEL_PLACES, distributed_place
 from mergekit_px.checkpoint.index import LARGEST_INDEX
-from mergekit_px.checkpoint.json_text import read_object, shown
+from mergekit_px.checkpoint.json_text import parse_object, read_object, shown
+from mergekit_px.checkpoint.object_store import ObjectStore, store_scheme
 from mergekit_px.checkpoint.selection import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX, select_weights
 from mergekit_px.errors import InputError, InputNotFoundError
 
@@ -74,7 +75,7 @@ def training_run(references: Sequence[str]) -> TrainingRun:
             where=where,
             hint="give the folder that holds the checkpoints, a pattern such as 'run/checkpoint-*', or their names",
         )
-    checkpoints = [RunCheckpoint(name, _step(Path(name).expanduser())) for name in candidates]
+    checkpoints = [RunCheckpoint(name, _step(name)) for name in candidates]
     unknown = [checkpoint.reference for checkpoint in checkpoints if checkpoint.step is None]
     if unknown and (len(unknown) < len(checkpoints) or len(references) == 1) and len(checkpoints) > 1:
         raise InputError(
@@ -127,6 +128,9 @@ def _candidates(reference: str, one_of_several: bool, notes: list[str]) -> Itera
         matches = Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
         yield from _whole(sorted(map(str, matches)), notes)
         return
+    if store_scheme(reference) is not None:
+        yield from [reference] if one_of_several else _in_store(reference, notes)
+        return
     path = Path(reference).expanduser()
     if not path.exists():
         raise InputNotFoundError("no such file or folder", where=reference, hint="check the path")
@@ -147,6 +151,30 @@ def _candidates(reference: str, one_of_several: bool, notes: list[str]) -> Itera
     ]
     prefix = "./" if reference.startswith("./") else ""
     yield from _whole([name if name.startswith(("/", ".", "~")) else prefix + name for name in kept], notes)
+
+
+def _in_store(reference: str, notes: list[str]) -> Iterator[str]:
+    """The checkpoints in a place of a store, by the names of the objects there; the place itself where it is one."""
+    store = ObjectStore(reference)
+    if _are_weights([*store.list()]):
+        yield store.address
+        return
+    for folder in store.folders():
+        names = [*ObjectStore(store.where(folder)).list()]
+        if not _CHECKPOINT.search(folder) and TRAINER_STATE not in names:
+            continue
+        if _TEMPORARY.search(folder):
+            notes.append(f"{store.where(folder)} is skipped: by its name it is still being written")
+        elif not _are_weights(names):
+            notes.append(f"{store.where(folder)} is skipped: it holds no weights (yet)")
+        else:
+            yield store.where(folder)
+
+
+def _are_weights(names: Sequence[str]) -> bool:
+    """Whether objects, by their names in a folder, are those of a checkpoint; ``""`` is the folder itself."""
+    distributed = any(place + METADATA_FILE in names for place in MODEL_PLACES)
+    return names == [""] or distributed or select_weights(name for name in names if "/" not in name) is not None
 
 
 def _whole(names: Iterable[str], notes: list[str]) -> Iterator[str]:
@@ -173,17 +201,28 @@ def holds_weights(folder: Path) -> bool:
         return False
 
 
-def _step(path: Path) -> int | None:
-    recorded = path / TRAINER_STATE
-    if recorded.is_file():
-        step = read_object(recorded, str(recorded), strict=False, limit=LARGEST_INDEX).get("global_step")
-        if isinstance(step, int) and not isinstance(step, bool) and step >= 0:
-            return step
-    name = path.name
+def _step(reference: str) -> int | None:
+    step = _recorded(reference).get("global_step")
+    if isinstance(step, int) and not isinstance(step, bool) and step >= 0:
+        return step
+    name = Path(reference).name
     for suffix in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
         name = name.removesuffix(suffix)
     words = _STEP.findall(name) or re.findall(r"\d+", name)
     return int(words[-1]) if words else None
+
+
+def _recorded(reference: str) -> Mapping[str, object]:
+    """What the trainer noted beside a checkpoint, if it did."""
+    if store_scheme(reference) is not None:
+        store = ObjectStore(reference)
+        try:
+            size = min(store.status(TRAINER_STATE).size, LARGEST_INDEX)
+        except InputNotFoundError:
+            return {}
+        return parse_object(store.read(TRAINER_STATE, 0, size), store.where(TRAINER_STATE), strict=False)
+    path = Path(reference).expanduser() / TRAINER_STATE
+    return read_object(path, str(path), strict=False, limit=LARGEST_INDEX) if path.is_file() else {}
 
 
 def _refuse_doubles(checkpoints: Sequence[RunCheckpoint], where: str) -> None:

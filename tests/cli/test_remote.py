@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -172,3 +174,33 @@ def test_adapters_and_single_files_in_a_store(run, store: FakeStore) -> None:
     outcome = run("run", "there.yaml", "-o", "there")
     assert outcome.code == 0, outcome.stderr
     assert weights("here") == weights("there")
+
+
+def test_a_training_run_in_a_store_is_averaged_like_one_on_a_disk(run, store: FakeStore) -> None:
+    """Whole checkpoints, and pieces that processes wrote: in the folder of a step, or in that of its model."""
+    generator = torch.Generator().manual_seed(0)
+    for step, place in ((100, ""), (200, "/model"), (300, None)):
+        state = {f"layers.{number}.w": torch.randn(8, 6, generator=generator) for number in range(2)}
+        if place is None:
+            folder = Path(f"run/{step}")  # whose name tells nothing before its step is read
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_bytes(save(state))
+            (folder / "trainer_state.json").write_text('{"global_step": 300}')
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.save({"model": state}, checkpoint_id=f"run/step-{step}{place}", no_dist=True)
+    Path("run/tmp-checkpoint-400").mkdir()
+    Path("run/tmp-checkpoint-400/model.safetensors").write_bytes(b"half")
+    files = {str(path): path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    store.put("models", files)
+    assert run("average", "run", "-o", "here").code == 0
+    outcome = run("average", "s3://models/run", "-o", "there")
+    assert outcome.code == 0, outcome.stderr
+    assert "3 checkpoints, from step 100 to step 300" in outcome.stderr
+    assert "s3://models/run/tmp-checkpoint-400 is skipped" in outcome.stderr
+    assert weights("here") == weights("there")
+    store.put("models", {"run/step-200/model/__0_0.distcp": files["run/step-200/model/__0_0.distcp"][:64]})
+    outcome = run("average", "s3://models/run", "-o", "other")
+    assert outcome.code == 3 and "step-200" in outcome.stderr and "is cut short" in outcome.stderr
+    assert not Path("other").exists()
