@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,8 @@ TARGETS = "targets of the predictions"
 COUNTED = "predictions that count"
 TEACHER = "teacher log-probabilities"
 TEACHER_CLASSES = "classes of the teacher"
+_MASKED = frozenset(("input_ids", "attention_mask", "token_type_ids", LABELS))
+"""Arrays of sequences, of which only what the attention mask holds counts."""
 BESIDE = frozenset((LABELS, TARGETS, COUNTED, TEACHER, TEACHER_CLASSES))
 """Arrays that lie beside the inputs of a model. But for the labels, no forward pass has arguments of such names."""
 
@@ -107,6 +109,34 @@ def examples(arrays: Mapping[str, Tensor], where: str) -> Examples:
     kept = {**arrays, LABELS: labels if labels.is_floating_point() else labels.long()}
     _require_several_labels(kept[LABELS], where)
     return Examples(kept, where)
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The examples of several files, one after another; sequences that are shorter are filled up at their ends.
+
+    Raises:
+        InputError: arrays that are not in all of them, or of other shapes.
+    """
+    first, *others = parts
+    for part in others:
+        for name in sorted(first.arrays.keys() ^ part.arrays.keys()):
+            raise InputError(f"only one of it and {first.where} has the array {shown(name)}", where=part.where)
+    arrays = {name: _stacked(name, parts) for name in first.arrays}
+    return Examples(arrays, " ".join(part.where for part in parts))
+
+
+def _stacked(name: str, parts: Sequence[Examples]) -> Tensor:
+    arrays = [part.arrays[name] for part in parts]
+    first = arrays[0]
+    masked = first.ndim == 2 and name in _MASKED and "attention_mask" in parts[0].arrays
+    for array, part in zip(arrays, parts, strict=True):
+        if (array.dtype, array.ndim) != (first.dtype, first.ndim) or not (masked or array.shape[1:] == first.shape[1:]):
+            rows = f"{array.dtype} {list(array.shape[1:])} in a row, and {first.dtype} {list(first.shape[1:])}"
+            raise InputError(f"{shown(name)} is {rows} in {parts[0].where}", where=part.where)
+    if masked:
+        width, fill = max(array.shape[1] for array in arrays), IGNORED if name == LABELS else 0
+        arrays = [nn.functional.pad(array, (0, width - array.shape[1]), value=fill) for array in arrays]
+    return torch.cat(arrays)
 
 
 def load_examples(path: str | Path) -> Examples:

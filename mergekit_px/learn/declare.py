@@ -117,8 +117,13 @@ def _share(value: Any) -> Any:
     return share
 
 
+def _several(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
 Base = Annotated[str, Input("model"), Option(metavar="MODEL")]
 Sources = Annotated[tuple[str, ...], Input("source"), Option(metavar="MODEL...")]
+OneOrSeveral = Annotated[tuple[str, ...], BeforeValidator(_several)]
 Data = Annotated[str, Input("data"), Option(metavar="FILE")]
 Code = Annotated[str | None, Input("code"), Option(metavar="FILE.PY:FUNCTION")]
 Part = Annotated[float | str, BeforeValidator(_share), Input("data"), Option(metavar="SHARE|FILE")]

@@ -92,8 +92,12 @@ class Run(Generic[S]):
         return str(self.inputs.records[name][0].fingerprint)
 
     def data(self, name: str = "data", model: str = "base") -> Examples:
-        """The examples that a setting names, as the model takes them."""
-        return self._load(getattr(self.settings, name), model)
+        """The examples that a setting names, as the model takes them; those of several files together."""
+        from mergekit_px.learn.data import joined
+
+        files = getattr(self.settings, name)
+        parts = [self._load(file, model) for file in ([files] if isinstance(files, str) else files)]
+        return joined(parts) if len(parts) > 1 else parts[0]
 
     def parts(self, name: str = "data", model: str = "base") -> dict[str, Examples]:
         """``train``, and those of ``validation`` and ``test`` that there are: shares drawn by the seed, or files.

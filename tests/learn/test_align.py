@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergekit_px.cli import main
-from mergekit_px.errors import DivergedError, OutputError, PlanError, TensorMismatchError, UsageError
+from mergekit_px.errors import DivergedError, InputError, OutputError, PlanError, TensorMismatchError, UsageError
 from mergekit_px.learn.align.direct import gradfix, gradient_signs
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import Piece, find_pieces
@@ -389,6 +389,31 @@ def test_what_does_not_belong_together_is_refused(world: Path, tmp_path: Path) -
     with pytest.raises(PlanError, match="another base"):
         aligned(options(world, out, **vector, source_base=str(world / "small" / "further")))
     aligned(options(world, out, **vector, source_base=None, steps=0))
+
+
+def test_several_tasks_are_one_task_whose_vector_is_their_sum(world: Path, tmp_path: Path) -> None:
+    tasks = [str(world / "small" / name) for name in ("tuned", "further")]
+    rows = dict(np.load(world / "task.npz"))
+    for name, part in (("first", slice(0, 120)), ("second", slice(120, 300))):
+        np.savez(tmp_path / f"{name}.npz", **{key: array[part] for key, array in rows.items()})
+    files = [str(tmp_path / "first.npz"), str(tmp_path / "second.npz")]
+    report = aligned(options(world, tmp_path / "several", source_model=tasks, data=files))
+    base, *tuned = (load_file(Path(folder, "model.safetensors")) for folder in (world / "small" / "base", *tasks))
+    total = {name: base[name] + sum(one[name] - base[name] for one in tuned) for name in base}
+    write_checkpoint(tmp_path / "total", total)
+    single = aligned(options(world, tmp_path / "one", source_model=tmp_path / "total"))
+    assert report["examples"] == single["examples"] and report["test"] == single["test"]
+    vectors = [load_file(tmp_path / name / "task_vector" / "model.safetensors") for name in ("several", "one")]
+    for name, value in vectors[0].items():
+        torch.testing.assert_close(value, vectors[1][name], atol=1e-5, rtol=1e-4)
+    for task in tasks:
+        assert main(["subtract", task, str(world / "small" / "base"), "-o", str(tmp_path / Path(task).name), "-q"]) == 0
+    vectors_given = {"source_model": None, "task_vector": [str(tmp_path / Path(task).name) for task in tasks]}
+    again = aligned(options(world, tmp_path / "vectors", **vectors_given, data=files))
+    assert again["test"] == report["test"]
+    np.savez(tmp_path / "other.npz", x=rows["x"][:9, :3], labels=rows["labels"][:9])
+    with pytest.raises(InputError, match="in a row"):
+        aligned(options(world, tmp_path / "wrong", source_model=tasks, data=[files[0], str(tmp_path / "other.npz")]))
 
 
 @pytest.mark.parametrize("changes", [{}, {"parametrisation": "cayley", "sided": "two", "sites": "all"}])

@@ -61,9 +61,9 @@ def fit(run: Run[AlignTask]) -> AlignReport:
         UsageError, InputError, PlanError: what is asked cannot be done.
         DivergedError: a loss was not finite; the result of the best step before it is written.
     """
-    if run.settings.data is not None:
+    if run.settings.data:
         _plan_memory(run)
-    parts = run.parts() if run.settings.data is not None else {}
+    parts = run.parts() if run.settings.data else {}
     metadata = _metadata(run)
     with closing(open_deltas(run)) as deltas:
         return _with_data(run, parts, deltas, metadata) if parts else _without_data(run, deltas, metadata)
@@ -90,7 +90,7 @@ def _metadata(run: Run[AlignTask]) -> dict[str, str]:
     source = None
     if run.settings.source_base is not None:
         source = run.fingerprint("source_base")
-    elif run.settings.task_vector is not None:
+    elif run.settings.task_vector:
         source = base_fingerprint(run.checkpoint("task_vector"))
     return {TARGET_KEY: run.fingerprint("base"), **({SOURCE_KEY: source} if source is not None else {})}
 
@@ -105,7 +105,9 @@ def _with_data(
     dtype = model.dtype
     parts, reading = run.labelled(model, parts, dtype)
     if reading.kind == "values":
-        raise InputError("the labels are values, not classes", where=settings.data, hint="number the classes from 0")
+        raise InputError(
+            "the labels are values, not classes", where=" ".join(settings.data), hint="number the classes from 0"
+        )
     deltas = deltas.on(device, dtype)
     shapes = {site.name: tuple(site.target.shape) for site in sites}
     fitting = deltas.only([name for name, shape in deltas.shapes.items() if shapes.get(name) == shape])

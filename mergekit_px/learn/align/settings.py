@@ -18,6 +18,7 @@ from mergekit_px.learn.declare import (
     Input,
     LearnerSettings,
     Note,
+    OneOrSeveral,
     Option,
     Part,
     Rate,
@@ -119,13 +120,14 @@ class AlignTask(LearnerSettings, TextSettings, AlignSettings):
     """The model that receives."""
     source_base: Annotated[str | None, Input("model"), Option(metavar="MODEL")] = None
     """The model that the fine-tune began with; needed unless a task vector is given, and to compare both bases."""
-    source_model: Annotated[str | None, Input("source", of="source_base"), Option(metavar="MODEL")] = None
-    """The fine-tune whose change is transported; or:"""
-    task_vector: Annotated[str | None, Input("model"), Option(metavar="FILE")] = None
-    """The change itself, as `pxmerge subtract` writes it."""
-    data: Annotated[str | None, Input("data"), Option(metavar="FILE")] = Field(
-        default=None,
-        description=f"{DATA_HELP}: a few labelled examples of the task; needed unless nothing is learned from them.",
+    source_model: Annotated[OneOrSeveral, Input("source", of="source_base"), Option(metavar="MODEL...")] = ()
+    """The fine-tune whose change is transported, of several tasks the sum of the changes; or:"""
+    task_vector: Annotated[OneOrSeveral, Input("model"), Option(metavar="FILE...")] = ()
+    """The change itself, as `pxmerge subtract` writes it, or those that are added."""
+    data: Annotated[OneOrSeveral, Input("data"), Option(metavar="FILE...")] = Field(
+        default=(),
+        description=f"{DATA_HELP}: a few labelled examples of the task, or of each task;"
+        " needed unless nothing is learned from them.",
     )
     maps: Annotated[str | None, Input("file"), Option(metavar="FILE")] = None
     """What a former run transported with, or its folder; nothing is learned."""
@@ -134,17 +136,17 @@ class AlignTask(LearnerSettings, TextSettings, AlignSettings):
 
     def check(self) -> None:
         """Raise ``UsageError`` for settings that contradict one another."""
-        if (self.source_model is None) == (self.task_vector is None):
+        if bool(self.source_model) == bool(self.task_vector):
             raise UsageError("either a source model or a task vector is transported", hint="give one of them")
         compared = self.maps is None and self.route in ("theseus", "permutation")
-        if (self.source_model is not None or compared) and self.source_base is None:
+        if (self.source_model or compared) and self.source_base is None:
             raise UsageError("the source base is needed: the model that the fine-tune began with")
-        if self.data is None and self.route != "permutation" and self.maps is None:
+        if not self.data and self.route != "permutation" and self.maps is None:
             raise UsageError(
                 f"the route {self.route} needs labelled examples",
                 hint="give them with --data; --route permutation needs none",
             )
-        if self.data is None and isinstance(self.test, str):
+        if not self.data and isinstance(self.test, str):
             raise UsageError("test data goes with --data: the controls are trained on it")
         if self.project and self.parametrisation != "soft":
             raise UsageError(f"{self.parametrisation} matrices are orthogonal already", hint="project goes with soft")

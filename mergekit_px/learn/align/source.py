@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import PlanError, UsageError
 from mergekit_px.learn.align.settings import AlignTask
@@ -19,23 +20,29 @@ from mergekit_px.learn.sources import open_source
 
 
 class Differences(Mapping[str, Tensor]):
-    """The floating-point differences that a fine-tune or a file makes, read whenever one is asked for.
+    """The floating-point differences that fine-tunes or files make, added up; read whenever one is asked for.
 
     Attributes:
         shapes: by name.
     """
 
-    def __init__(self, tuned: Checkpoint, base: Checkpoint | None) -> None:
-        self._tuned, self._base = tuned, None if is_task_vector(tuned) else base
-        self._readers = [open_source(one) for one in (tuned, base) if one is not None]
+    def __init__(self, sources: Sequence[Checkpoint], base: Checkpoint | None) -> None:
+        full = [source for source in sources if not is_task_vector(source)]
+        terms = [(source, 1) for source in sources] + ([(base, -len(full))] if base is not None and full else [])
+        self._terms = [(checkpoint, open_source(checkpoint), factor) for checkpoint, factor in terms]
         self._device, self._dtype = torch.device("cpu"), torch.float32
-        self.shapes = {name: stored.shape for name, stored in tuned.tensors.items() if stored.dtype.arithmetic}
+        stored = {name: tensor for source in sources for name, tensor in source.tensors.items()}
+        self.shapes = {name: tensor.shape for name, tensor in stored.items() if tensor.dtype.arithmetic}
 
     def __getitem__(self, name: str) -> Tensor:
-        values = read_tensor(self._readers[0], self._tuned.tensors[name]).to(self._device, self._dtype)
-        if self._base is None:
-            return values
-        return values.sub_(read_tensor(self._readers[1], self._base.tensors[name]).to(self._device, self._dtype))
+        (_, first), *others = [
+            (factor, read_tensor(reader, checkpoint.tensors[name]).to(self._device, self._dtype))
+            for checkpoint, reader, factor in self._terms
+            if name in checkpoint.tensors
+        ]
+        for factor, values in others:
+            first.add_(values, alpha=factor)
+        return first
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
@@ -60,28 +67,37 @@ class Differences(Mapping[str, Tensor]):
 
     def close(self) -> None:
         """Release the files."""
-        for reader in self._readers:
+        for _, reader, _ in self._terms:
             reader.close()
 
 
 def open_deltas(run: Run[AlignTask]) -> Differences:
-    """The task vector that is transported.
+    """The task vector that is transported: that of one task, or the sum of several.
 
     Raises:
-        PlanError: the model is no fine-tune of the base, or the task vector was taken from another.
-        UsageError: the task vector is a full model.
+        PlanError: a model is no fine-tune of the base, or task vectors were taken from another, or of other shapes.
+        UsageError: a task vector is a full model.
     """
     base = None if run.settings.source_base is None else run.checkpoint("source_base")
-    if run.settings.task_vector is None:
+    if run.settings.source_model:
         assert base is not None
-        tuned = run.checkpoint("source_model")
-        check_sources(base, [tuned])
+        tuned = run.checkpoints("source_model")
+        check_sources(base, tuned)
         return Differences(tuned, base)
-    vector = run.checkpoint("task_vector")
-    if not is_task_vector(vector):
-        raise UsageError("it holds weights, not differences", where=vector.label, hint="give it as --source-model")
-    recorded = base_fingerprint(vector)
-    if base is not None and recorded is not None and run.fingerprint("source_base") != recorded:
-        what = f"the task vector was taken from another base than {base.label}"
-        raise PlanError(what, where=vector.label, hint="give the base that it was subtracted from")
-    return Differences(vector, None)
+    vectors = run.checkpoints("task_vector")
+    known = None if base is None else run.fingerprint("source_base")
+    for vector in vectors:
+        if not is_task_vector(vector):
+            raise UsageError("it holds weights, not differences", where=vector.label, hint="give it as --source-model")
+        recorded = base_fingerprint(vector)
+        if known is not None and recorded is not None and known != recorded:
+            other = base.label if base is not None else vectors[0].label
+            what = f"the task vector was taken from another base than {other}"
+            raise PlanError(what, where=vector.label, hint="give the base that it was subtracted from")
+        known = known or recorded
+        for name, stored in vector.tensors.items():
+            first = vectors[0].tensors.get(name, stored)
+            if first.shape != stored.shape:
+                shapes = f"{list(stored.shape)}, and {list(first.shape)} in {vectors[0].label}"
+                raise PlanError(f"{shown(name)} has shape {shapes}", where=vector.label)
+    return Differences(vectors, None)
