@@ -41,6 +41,7 @@ from mergekit_px.plan.views import refuse_quantised_by_config
 from mergekit_px.plan.vocabulary import ChosenVocabulary
 from mergekit_px.recipe.graph import references
 from mergekit_px.recipe.loaded import LoadedRecipe
+from mergekit_px.recipe.mergekit import advice
 from mergekit_px.recipe.model import Recipe
 
 _ROW_MIXTURES = ArtefactFile("row mixtures", read_row_mixtures)
@@ -64,7 +65,15 @@ def build_plan(
     if not isinstance(loaded, LoadedRecipe):
         what = f"a loaded recipe is planned, not {type(loaded).__name__}"
         raise UsageError(what, hint="plan_recipe takes files and mappings too")
-    options = options or PlanOptions()
+    try:
+        return _planned(loaded, options or PlanOptions(), inputs)
+    except PlanError as error:
+        if loaded.dialect == "mergekit" and error.hint is not None:
+            error.hint = advice(error.hint, loaded.recipe.steps)
+        raise
+
+
+def _planned(loaded: LoadedRecipe, options: PlanOptions, inputs: Mapping[str, ResolvedInput] | None) -> Plan:
     loaded, patterns = expanded(loaded)
     lock = options.lock or recipe_lock(loaded)
     loaded = loaded if lock is None else lock.pinned(loaded)

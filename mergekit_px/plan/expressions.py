@@ -26,7 +26,7 @@ from mergekit_px.plan.nodes import Apply, Kind, Leaf, Node
 from mergekit_px.plan.rules import by_source, idle_rules, matching, rules_outside, weights_by_rule
 from mergekit_px.plan.slices import slice_slots
 from mergekit_px.plan.slots import Namespace, Slot
-from mergekit_px.plan.tied import is_head, tied_copy, tied_source
+from mergekit_px.plan.tied import is_head, is_vocabulary, tied_copy, tied_source
 from mergekit_px.plan.tokenizers import Vocabularies
 from mergekit_px.plan.values import resolve_params, resolve_weight, varies
 from mergekit_px.plan.views import StoredView, first_rows, stored_view
@@ -424,7 +424,7 @@ class Expressions:
         if odd is None:
             return nodes
         other = nodes[odd].shape
-        rows_differ = len(shape) == len(other) >= 1 and shape[1:] == other[1:]
+        rows_differ = len(shape) == len(other) >= 1 and shape[1:] == other[1:] and is_vocabulary(slot.name)
         if step.vocabulary == "truncate" and all(
             len(node.shape) == len(shape) and node.shape[1:] == shape[1:] and isinstance(node, Leaf) for node in nodes
         ):
@@ -435,7 +435,8 @@ class Expressions:
             f"'{slot.name}' has shape {list(shape)} in '{labels[0]}' and {list(other)} in '{labels[odd]}'",
             where=where,
             hint=(
-                "set `vocabulary: truncate` to keep the common rows, or take it from one model by a rule"
+                "choose one tokenizer by --set tokenizer.from=union (or =MODEL), set `vocabulary: truncate` to keep "
+                "the common rows, or take it from one model by a rule"
                 if rows_differ
                 else "the models are of different architectures or sizes; take or drop the tensor by a rule"
             ),

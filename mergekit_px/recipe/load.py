@@ -24,6 +24,15 @@ _MERGEKIT_KEYS = frozenset(
     {"merge_method", "slices", "modules", "base_model", "experts", "gate_mode", "tokenizer_source", "out_dtype"}
 )
 _OWN_KEYS = frozenset({"pxmerge", "steps", "merge"})
+_OTHER_PROGRAMS = {
+    "genome": (
+        "a genome of mergekit-evolve",
+        "`pxmerge search` takes a config that merges, and what is searched by --over KEY=LOW:HIGH",
+    ),
+    "layer_slices": ("a config of bakllama", "write a merge_method: passthrough with slices"),
+}
+"""Keys that only files of mergekit's other programs have -> what the file is, and what serves instead."""
+
 _AFTER_TRANSLATION = ("output", "seed", "steps", "tokenizer.from", "tokenizer.base")
 """First keys of overrides that a mergekit config has no place for; they change its translation."""
 
@@ -88,6 +97,9 @@ def _build(
     for document in roots:
         if not isinstance(document.value, dict):
             raise RecipeError("a recipe is a mapping with models and steps", where=str(document.place))
+        for key in _OTHER_PROGRAMS.keys() & document.value.keys():
+            what, hint = _OTHER_PROGRAMS[key]
+            raise RecipeError(f"this is {what}", where=str(document.keys[key]), hint=hint)
         dialects.append("mergekit" if _is_mergekit(document.value) else "pxmerge")
     dialect = dialects[0]
     if len(roots) > 1 and "pxmerge" in dialects:

@@ -15,7 +15,11 @@ from mergekit_px.errors import (
     RecipeError,
     TensorMismatchError,
 )
+from mergekit_px.plan.build import build_plan
+from mergekit_px.plan.method_catalog import method_catalog
+from mergekit_px.plan.options import PlanOptions
 from mergekit_px.plan.report import plan_report
+from mergekit_px.recipe.load import parse_recipe
 from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 LINEAR = {"method": "linear", "sources": ["fine0", "fine1"]}
@@ -191,6 +195,12 @@ def test_shapes_that_differ_are_named_with_what_to_do(folder: Path, tmp_path: Pa
     with pytest.raises(TensorMismatchError, match=r"\[64, 32\] in 'fine0' and \[70, 32\] in 'fine1'") as caught:
         plan_of(recipe(folder, LINEAR), tmp_path / "out")
     assert "vocabulary: truncate" in str(caught.value)
+    models = [{"model": str(folder / name), "parameters": {"weight": 1}} for name in ("fine0", "fine1")]
+    config = json.dumps({"merge_method": "linear", "models": models})
+    with pytest.raises(TensorMismatchError) as caught:  # in the words of a config that has no such key
+        build_plan(parse_recipe(config, name="m.yml", methods=method_catalog()), PlanOptions(output=tmp_path / "out"))
+    assert "give --set steps.merge.vocabulary=truncate to keep" in str(caught.value)
+    assert "--set tokenizer.from=union" in str(caught.value) and "`pxmerge convert`" in str(caught.value)
     plan = plan_of(recipe(folder, {**LINEAR, "vocabulary": "truncate"}), tmp_path / "out")
     assert next(item.shape for item in plan.items if item.name == "lm_head.weight") == (64, 32)
 

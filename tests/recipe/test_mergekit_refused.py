@@ -25,6 +25,8 @@ def error(text: str) -> str:
         (SLERP + "chat_template: chatlm", "there is no chat template 'chatlm'; did you mean 'chatml'?"),
         (SLERP + "modules: {default: {models: []}}", "m.yml:3:1: either modules or models, not both"),
         ("merge_method: linear\nmodules: {}", "m.yml:2:10: 'modules' is empty"),
+        ("genome: {models: [a, b]}\ntasks: []", "m.yml:1:1: this is a genome of mergekit-evolve; `pxmerge search`"),
+        ("layer_slices: [{model: a, start: 0, end: 2}]", "m.yml:1:1: this is a config of bakllama"),
         (
             "merge_method: linear\nmodules: {default: {modls: []}}",
             "unknown key 'modls' in the module 'default'; did you",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 
 from mergekit_px.located.yaml_text import Node
 from mergekit_px.recipe.mergekit.entries import IdleKeys, entries_of
@@ -110,6 +111,17 @@ def method_differences(peer: PeerMethod, pieces: list[Piece], step: Node) -> lis
                 "the first slice has."
             )
     return told
+
+
+def advice(hint: str, steps: Collection[str]) -> str:
+    """What a hint about recipes asks for, as a config of mergekit or ``--set`` may say it."""
+    step = next(iter(steps)) if len(steps) == 1 else "STEP"
+    said = re.sub(r"\bset `(\w+): (\w+)`( or `\w+: \w+`)?", rf"give --set steps.{step}.\1=\2", hint)
+    said = re.sub(r"\bas (output\.\w+)", r"by --set \1=", said)
+    said = said.replace("{model: ..., adapter: ...}", "model+adapter").replace("(--base)", "(base_model)")
+    if re.search(r"\brules?\b|rename", said):
+        said += " (`pxmerge convert` makes a recipe of this config, which may have that)"
+    return said
 
 
 def _default_rescale(peer: PeerMethod) -> set[tuple[str, object]]:
