@@ -29,7 +29,8 @@ os.environ.update(
         "MPLCONFIGDIR": _HOME,
     }
 )
-for _name in ("HF_TOKEN", "PXMERGE_DEBUG"):
+# Without bytecode every process that a test starts would compile the package anew.
+for _name in ("HF_TOKEN", "PXMERGE_DEBUG", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(_name, None)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
