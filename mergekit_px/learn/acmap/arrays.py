@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -83,3 +84,15 @@ class ArrayFile:
                 return list(archive.files)
         except UNREADABLE_NPZ as error:
             raise InputError(f"not a readable .npz file: {shown(str(error))}", where=self.where) from None
+
+
+class MadeArrays(ArrayFile):
+    """Arrays that were made of texts or images, as those of a file."""
+
+    def __init__(self, arrays: Mapping[str, Tensor], where: str) -> None:
+        self.where = where
+        self.names = list(arrays)
+        self._arrays = arrays
+
+    def read(self, name: str) -> Tensor:
+        return self._arrays[name]

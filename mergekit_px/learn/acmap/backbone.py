@@ -22,6 +22,7 @@ from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.acmap.readout import Pool, Readout
 from mergekit_px.learn.data import Batch, require_arguments, to_device
 from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model, read_tensors
+from mergekit_px.learn.text_data import NO_TEXT, TextOptions
 
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError)
 
@@ -36,6 +37,7 @@ class ModelOptions:
         factory: ``file.py:function`` that makes the model.
         feature, pool: what is read, see `Readout`.
         batch: examples of one forward pass.
+        text: how texts are read, where they are the data.
     """
 
     base: str | None = None
@@ -47,6 +49,7 @@ class ModelOptions:
     allow_code: bool = False
     allow_pickle: bool = False
     allow_base_mismatch: bool = False
+    text: TextOptions = NO_TEXT
 
 
 class Backbone:

@@ -15,7 +15,6 @@ from torch import Tensor
 from mergekit_px._version import __version__
 from mergekit_px.adapters.acmap_file import locked
 from mergekit_px.adapters.acmap_stored import StoredState
-from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.acmap.arrays import ArrayFile
 from mergekit_px.learn.acmap.backbone import ModelOptions
@@ -27,6 +26,7 @@ from mergekit_px.learn.acmap.prototypes import Prototypes
 from mergekit_px.learn.acmap.sources import FeatureSource, Sources, Tell, class_means, labels_of, require_comparable
 from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import LABELS
+from mergekit_px.learn.data_files import data_sha256, needs_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +79,12 @@ def map_task(options: MapOptions, tell: Tell = lambda what, done, total: None) -
     if given is None or (options.features and options.data):
         raise UsageError("the task comes as features or as data", hint="give either --features or --data")
     for file in options.oracle:
-        if LABELS not in ArrayFile(file).names:
+        if not needs_model(file) and LABELS not in ArrayFile(file).names:
             raise InputError(f"it has no array {LABELS!r}, and an oracle is measured by class", where=file)
     with locked(options.state):
         stored = StoredState(options.state)
         table = Prototypes.of(stored)
-        digest = file_sha256(Path(given).expanduser())
+        digest = data_sha256(given)
         task = _task(options.task, table, digest, stored, given)
         current = stored.number(task)
         sources = Sources(stored, options.model)

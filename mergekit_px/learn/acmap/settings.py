@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from mergekit_px.errors import UsageError
-from mergekit_px.learn.declare import Aside, Code, Input, Line, Note, Option, Report, RunSettings, Table
+from mergekit_px.learn.declare import Aside, Code, Input, Line, Note, Option, Report, RunSettings, Table, TextSettings
 
 if TYPE_CHECKING:
     from mergekit_px.learn.acmap.backbone import ModelOptions
 
 
-class FeatureSettings(RunSettings):
+class FeatureSettings(RunSettings, TextSettings):
     """A state, and features as they are, or data and the model that computes them."""
 
     state: Annotated[str, Option(metavar="FILE")]
@@ -23,7 +23,7 @@ class FeatureSettings(RunSettings):
     features: Annotated[str | None, Input("file"), Option(metavar="FILE")] = None
     """A .npz or .safetensors file: features, labels, ..."""
     data: Annotated[str | None, Input("data"), Option(metavar="FILE")] = None
-    """Instead: arrays of the model's forward, and labels."""
+    """Instead: arrays of the model's forward, and labels; texts, or a folder of images by class."""
     base: Annotated[str | None, Option(metavar="MODEL")] = None
     """With data: the frozen model without adapters."""
     model: Code = None
@@ -68,6 +68,7 @@ class FeatureSettings(RunSettings):
             allow_code=self.allow_code,
             allow_pickle=self.allow_pickle,
             allow_base_mismatch=self.allow_base_mismatch,
+            text=self.text,
         )
 
 

@@ -5,7 +5,9 @@ The merged adapter of the first n tasks has the number n; number 0 is the model 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +16,16 @@ from torch import Tensor
 from mergekit_px.adapters.acmap_stored import StoredState
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import InputError
-from mergekit_px.learn.acmap.arrays import ArrayFile
+from mergekit_px.learn.acmap.arrays import ArrayFile, MadeArrays
 from mergekit_px.learn.acmap.backbone import Backbone, ModelOptions
 from mergekit_px.learn.acmap.class_means import ClassMeans
 from mergekit_px.learn.data import LABELS, Batch
+from mergekit_px.learn.data_files import data_arrays, needs_model
+from mergekit_px.learn.models import find_checkpoint
+from mergekit_px.learn.text_data import NO_TEXT
 
 FEATURES = "features"
+_OF_A_HEAD = ("architectures", "id2label", "label2id", "num_labels")
 _ROWS = 4096
 
 Tell = Callable[[str, int, int], None]
@@ -148,6 +154,8 @@ class ModelFeatures:
             "pool": options.pool,
             "base_fingerprint": backbone.fingerprint,
         }
+        if options.text != NO_TEXT:
+            self.how["text"] = dataclasses.asdict(options.text) | {"columns": dict(options.text.columns)}
 
     def require(self, numbers: Sequence[int]) -> None:
         pass
@@ -182,10 +190,21 @@ class Sources:
         if features is not None:
             return StoredFeatures(ArrayFile(features), current)
         assert data is not None
-        file = ArrayFile(data)
+        file = self._arrays(data)
         if self._backbone is None:
             self._backbone = Backbone(self._options, self._stored.adapter(current), self._stored.state.config)
         return ModelFeatures(file, self._stored, self._backbone, self._options)
+
+    def _arrays(self, data: str) -> ArrayFile:
+        """Arrays as they are, or made of texts or images for the model."""
+        options = self._options
+        if not needs_model(data) and options.text == NO_TEXT:
+            return ArrayFile(data)
+        base = None if options.base is None else find_checkpoint(options.base, allow_pickle=options.allow_pickle)
+        if base is not None and base.config is not None:
+            # Classes are numbered over all tasks, and no head of the model knows them.
+            base = replace(base, config={key: value for key, value in base.config.items() if key not in _OF_A_HEAD})
+        return MadeArrays(data_arrays(data, base, options.text), data)
 
 
 def require_comparable(

@@ -306,3 +306,33 @@ def test_a_teacher_with_another_vocabulary_is_refused(models_here: Path, capsys:
     assert main(["ofasd", "--base", "llama", "--sources", "other", "--data", "d.jsonl", "-o", "out"]) == 4
     assert "other: its vocabulary is another than that of llama: 12 tokens differ" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_prototypes_of_texts_are_those_of_the_arrays_made_of_them(models_here: Path) -> None:
+    """Classes go on over the tasks, which the head of a classifier has no names for."""
+    import peft
+
+    inner = transformers.BertModel(transformers.BertConfig(**SIZES), add_pooling_layer=False)
+    save(inner, models_here / "encoder")
+    tokenizer(models_here / "encoder", model_input_names=["input_ids", "attention_mask"])
+    wrapped = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    wrapped.save_pretrained("lora")
+    for state in ("texts", "arrays"):
+        assert main(["acmap", "merge", "lora", "--state", state, "-q"]) == 0
+    rows = [("the cat sat", 7), ("dog ran here now", 9), ("good cat", 7), ("bad dog there", 9)]
+    lines("task.jsonl", [{"text": text, "kind": kind} for text, kind in rows])
+    words = ["--columns", "label=kind"]
+    given = ["--base", "encoder", "--pool", "mean", "--device", "cpu"]
+    assert (
+        main(["acmap", "map", "--state", "texts", "--data", "task.jsonl", *words, *given, "-o", "t.safetensors"]) == 0
+    )
+    made = arrays("encoder", "task.jsonl", *words)
+    assert made["labels"].tolist() == [7, 9, 7, 9]
+    map_arrays = ["acmap", "map", "--state", "arrays", "--data", "arrays.safetensors", *given, "-o", "a.safetensors"]
+    assert main(map_arrays) == 0
+    texts, same = load_file("t.safetensors"), load_file("a.safetensors")
+    assert texts.keys() == same.keys() and all(torch.equal(texts[name], same[name]) for name in same)
+    classify = ["acmap", "classify", "--state", "texts", "--data", "task.jsonl", *words, *given]
+    assert main([*classify, "-o", "predictions.npz"]) == 0
+    assert main(["acmap", "map", "--state", "arrays", "--data", "arrays.safetensors", *words, *given]) == 2
