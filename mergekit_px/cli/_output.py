@@ -1,7 +1,8 @@
 """The one place that prints. Commands say what there is to say; this decides where and how.
 
-stdout carries data and nothing else: tables for people, or one JSON document with ``--json``. Everything else
-(notes, warnings, errors, progress) goes to stderr, and with ``--quiet`` only errors do.
+stdout carries data and nothing else: tables for people, or one JSON document with ``--json``; of a command that writes
+a file the path alone, so that a shell can take it. Everything else (notes, warnings, errors, progress, and what such a
+command says of its result) goes to stderr, and with ``--quiet`` only errors do.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ class Output:
     only the result itself.
     """
 
-    def __init__(self, mode: Mode = "human", *, notes: bool = True) -> None:
+    def __init__(self, mode: Mode = "human", *, notes: bool = True, writes: bool = False) -> None:
         self.mode = mode
+        self.writes = writes
+        """Whether the result is a path, beside which tables are no data."""
         self.has_notes = notes and mode != "quiet"
         """Whether anything but data and errors is said: notes, warnings, progress."""
 
@@ -105,7 +108,7 @@ class Output:
             self._draw(_table(columns, cells, essential))
         else:
             for row in cells:
-                self.text("\n".join(_record(columns, row, width)))
+                self._print("\n".join(_record(columns, row, width)) + "\n")
 
     def pairs(self, pairs: Iterable[tuple[str, object]]) -> None:
         """Names with their values, one to a line, in human mode only; None is left out."""
@@ -136,14 +139,18 @@ class Output:
         from rich.console import Console
 
         # A pipe has no width: every row stays on its line, for grep and the like.
-        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _ENDLESS
-        return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+        stream = sys.stderr if self.writes else sys.stdout
+        width = None if stream.isatty() or "COLUMNS" in os.environ else _ENDLESS
+        return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
     def _draw(self, *renderables: RenderableType) -> None:
         console = self._console()
         with console.capture() as capture:
             console.print(*renderables, sep="\n")
-        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+        self._print("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+
+    def _print(self, text: str) -> None:
+        (sys.stderr if self.writes else sys.stdout).write(text)
 
 
 def _can_write(text: str) -> bool:
@@ -182,9 +189,9 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequ
     return table
 
 
-def output_for(*, json: bool = False, quiet: bool = False) -> Output:
+def output_for(*, json: bool = False, quiet: bool = False, writes: bool = False) -> Output:
     """The sink for the flags ``--json`` and ``--quiet``; with both, the document is all that is printed."""
-    return Output("json" if json else "quiet" if quiet else "human", notes=not quiet)
+    return Output("json" if json else "quiet" if quiet else "human", notes=not quiet, writes=writes)
 
 
 def write_error_line(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mergekit_px.checkpoint.side_files import WEIGHTS
 from mergekit_px.cli._output import Column, Output
 from mergekit_px.cli._units import show_bytes, show_count, show_seconds
 from mergekit_px.errors import UsageError
@@ -130,6 +131,7 @@ def _tensors(report: Mapping[str, Any], output: Output) -> None:
 
 def _output(report: Mapping[str, Any], output: Output) -> None:
     output.heading("Output")
+    left_behind = {file: why for file, why in report["left_behind"].items() if why != WEIGHTS}
     shards = report["output"]["shards"]
     largest = max((shard["bytes"] for shard in shards), default=0)
     files = shards[0]["file"] if len(shards) == 1 else f"{len(shards)} shards, the largest {show_bytes(largest)}"
@@ -141,7 +143,7 @@ def _output(report: Mapping[str, Any], output: Output) -> None:
             ("config from", report["config_from"]),
             ("tokenizer from", report["tokenizer_from"]),
             ("also copied", _listed(list(report["side_files"])) or None),
-            ("left behind", _listed([f"{file} ({why})" for file, why in report["left_behind"].items()]) or None),
+            ("left behind", _listed([f"{file} ({why})" for file, why in left_behind.items()]) or None),
         ]
     )
 

@@ -89,7 +89,7 @@ def merge(
         raise UsageError("nothing would be written", hint="give -o, --state, or both")
     if resume and state is None:
         raise UsageError("--resume goes with --state", hint="name the state file")
-    sink = output_for(json=json, quiet=quiet)
+    sink = output_for(json=json, quiet=quiet, writes=True)
     if output is not None:
         _check_output(output, adapters[0], overwrite=overwrite or resume)
     checkpoints = [_open(adapter, allow_pickle) for adapter in adapters]

@@ -124,7 +124,7 @@ def extract(
         raise UsageError(f"--rest save: a file of {to} holds factors alone", hint="give --rest drop, or write peft")
     rest = rest or ("save" if to == "peft" else "error")
     options = ExtractOptions(rank=ranks, energy=energy, max_rank=max_rank, rest=rest, dtype=factor_dtype(dtype))
-    sink = output_for(json=json, quiet=quiet)
+    sink = output_for(json=json, quiet=quiet, writes=True)
     (require_new_folder if to == "peft" else require_new_file)(output, overwrite=overwrite, inputs=[base, tuned])
     if to != "peft" and base_name is not None:
         raise UsageError(f"--base-name has no place in a file of {to}", hint="leave it out")

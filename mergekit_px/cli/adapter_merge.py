@@ -166,7 +166,7 @@ def merge(
     else:
         for place in {output, folder}:
             require_new_folder(place, overwrite=replace, inputs=inputs)
-    sink = output_for(json=options.json, quiet=options.quiet)
+    sink = output_for(json=options.json, quiet=options.quiet, writes=True)
     opened = [find_adapter(adapter, allow_pickle=options.allow_pickle) for adapter in adapters]
     written = to or ("peft" if into is not None else common_format(opened))
     if is_file and written == "peft":

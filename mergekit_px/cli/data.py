@@ -43,7 +43,7 @@ def data(
     """
     from mergekit_px.learn.arrays_file import write_arrays
 
-    sink = output_for(json=json, quiet=quiet)
+    sink = output_for(json=json, quiet=quiet, writes=True)
     report = write_arrays(
         model, file, output, text.options(), overwrite=overwrite, allow_pickle=allow_pickle, note=sink.note
     )

@@ -139,6 +139,7 @@ def run_settings(learner: Learner, settings: RunSettings, sink: Output) -> Repor
     began = time.monotonic()
     with resumable():
         learned = live(learner, settings, sink.note, told(sink))
+    sink.writes = learned.output is not None
     show(learned.report.shown(), sink)
     if learner.form != "state":
         sink.note(show_seconds(time.monotonic() - began))

@@ -96,3 +96,12 @@ def test_a_reader_of_stderr_that_went_away_stops_nothing(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(sys, "stderr", Gone())
     write_error_line("hello")
+
+
+def test_what_is_said_of_a_written_result_leaves_stdout_to_its_path(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = Output(writes=True)
+    sink.table(COLUMNS, [("a", 1, "x")])
+    sink.text("folder")
+    printed = capsys.readouterr()
+    assert printed.out == "folder\n"
+    assert printed.err.split()[-3:] == ["a", "1", "x"]
