@@ -5,7 +5,7 @@
     │   └── RecipeError               2   an invalid recipe; carries file:line:column
     ├── InputError                    3   an input is missing, unreachable or malformed
     │   ├── InputNotFoundError        3
-    │   ├── MalformedCheckpointError  3   a file breaks the safetensors format or its index
+    │   ├── MalformedCheckpointError  3   a file breaks the safetensors format, its index, or its own encoding
     │   ├── AdapterError              3   an adapter that cannot be read or merged
     │   ├── HubError                  3   the Hub said no, or could not be reached
     │   └── ClusterError              3   a cluster that does not answer

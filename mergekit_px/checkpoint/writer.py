@@ -49,7 +49,7 @@ from mergekit_px.checkpoint.publish import (
     withdraw,
 )
 from mergekit_px.checkpoint.ranges import RangeSet
-from mergekit_px.errors import OutputError, RunError, WriteError
+from mergekit_px.errors import MalformedCheckpointError, OutputError, RunError, WriteError
 from mergekit_px.stages import timed
 
 _VERIFY_PIECE = 8 << 20
@@ -93,7 +93,7 @@ class CheckpointWriter:
         if self._place.file is not None and {self._place.file} != {shard.file for shard in layout.shards}:
             require_folder(directory)
         folder = self._place.folder
-        made_directory = not folder.exists()
+        self._made_directory = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not self._state.exists():
@@ -106,9 +106,6 @@ class CheckpointWriter:
         except BaseException as error:
             # What an earlier run left stays; what this one made goes.
             self._end(discard=self._disposable)
-            if made_directory:
-                with suppress(OSError):
-                    folder.rmdir()
             if isinstance(error, OSError):
                 raise cannot_use(directory, error) from error
             raise
@@ -293,11 +290,11 @@ class CheckpointWriter:
                 hint=_RESUME,
             )
 
-    def close(self) -> None:
-        """End the run and give the folder free. An unfinished run can be resumed; one without a finished byte
-        leaves nothing behind. A second call does nothing."""
+    def close(self, *, hopeless: bool = False) -> None:
+        """End the run and give the folder free. An unfinished run can be resumed; one without a finished byte, or that
+        cannot end well over the inputs that it began with, leaves nothing behind. A second call does nothing."""
         if self._journal is not None:
-            self._end(discard=self.finished_bytes == 0)
+            self._end(discard=self.finished_bytes == 0 or (self._disposable and hopeless))
 
     def __enter__(self) -> Self:
         return self
@@ -305,7 +302,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(hopeless=isinstance(error, MalformedCheckpointError))
 
     def _end(self, *, discard: bool) -> None:
         for follower in (self._flusher, self._hasher):
@@ -324,6 +321,8 @@ class CheckpointWriter:
         if not unfinished:
             with suppress(OSError):
                 self._state.rmdir()
+                if self._made_directory:
+                    self._place.folder.rmdir()
 
     def _discard(self) -> None:
         """Remove what an unfinished run consists of; the journal first, so that none is seen without its files."""

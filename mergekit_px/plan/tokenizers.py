@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mergekit_px.checkpoint.file_kind import LFS_POINTER
-from mergekit_px.checkpoint.json_text import parse_object
+from mergekit_px.checkpoint.json_text import parse_object, shown
 from mergekit_px.checkpoint.side_files import LARGEST_SIDE_FILE, is_tokenizer_file, side_files
 from mergekit_px.errors import InputError, MalformedCheckpointError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
@@ -109,6 +109,10 @@ def tokenizer_folders(source: ResolvedInput) -> list[str]:
 
 def _lists_tokens(name: str) -> bool:
     return name in LISTINGS or name.endswith(".tiktoken")
+
+
+def _may_list_tokens(name: str) -> bool:
+    return is_tokenizer_file(name) and not name.endswith((".json", ".jinja", ".py"))
 
 
 def file_names(source: ResolvedInput) -> Collection[str]:
@@ -248,9 +252,22 @@ class Vocabularies:
         donor = self.inputs[self.donor]
         if _listing(donor) is not None:
             refuse_pointers(source)
-        if _listing(source) is None or _listing(donor) is None or self.tokenizers.same_files(source, donor):
+        if _listing(source) is None or _listing(donor) is None:
+            self._tell_unread(source, donor)
+            return None, None
+        if self.tokenizers.same_files(source, donor):
             return None, None  # whatever they list
         return self.tokenizers.of(source), self.tokenizers.of(donor)
+
+    def _tell_unread(self, source: ResolvedInput, donor: ResolvedInput) -> None:
+        """Say which files that list tokens in a way that is not known differ."""
+        shared = [name for name in file_names(source) if name in file_names(donor) and _may_list_tokens(name)]
+        differing = [name for name in shared if side_file(source, name) != side_file(donor, name)]
+        if differing:
+            self.notes.append(
+                f"tokenizers of '{source.name}' and '{donor.name}' are in a format that is not read, and "
+                f"{shown(differing[0])} differs; their tokens are taken to be equal"
+            )
 
     def _refuse_task_vectors(self, source: ResolvedInput) -> None:
         vectors = [name for name, other in self.inputs.items() if other.is_task_vector]

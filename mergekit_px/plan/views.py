@@ -23,6 +23,7 @@ from mergekit_px.small_files import LARGEST_SMALL_FILE
 from mergekit_px.storage.integer_settings import SETTINGS_FILES
 from mergekit_px.storage.recognise import QuantisedTensors, quantised_tensors
 
+_PLAIN_BITS = 16
 _QUANTISATION_KEYS = ("quantization_config", "compression_config")
 QUANTISATION_FILES = (*SETTINGS_FILES, "hf_quant_config.json")
 """Side files that hold for quantised weights alone: AutoGPTQ's, AutoAWQ's and ModelOpt's."""
@@ -119,7 +120,7 @@ def refuse_quantised_by_config(items: Iterable[WorkItem], inputs: Mapping[str, R
         PlanError
     """
     packed = {
-        name: config["quantization_config"].get("quant_method", "quantized")
+        name: config["quantization_config"].get("quant_method", "unknown")
         for name, source in inputs.items()
         for config in source.checkpoint.configs.values()
         if isinstance(config.get("quantization_config"), dict)
@@ -133,10 +134,15 @@ def refuse_quantised_by_config(items: Iterable[WorkItem], inputs: Mapping[str, R
             continue
         for read in item.reads:
             if read.model in packed and read.model not in decoded:
+                source = inputs[read.model]
+                codes = [name for name, tensor in source.checkpoint.tensors.items() if tensor.dtype.bits < _PLAIN_BITS]
                 raise PlanError(
-                    f"'{read.model}' is stored quantized ({packed[read.model]}), "
-                    f"and '{item.name}' would be computed from it",
-                    hint="give the dequantized checkpoint",
+                    f"the config of '{read.model}' says that it is stored quantized ({packed[read.model]}), and "
+                    + (f"{shown(codes[0])} has no scales" if codes else "none of its tensors is stored so"),
+                    where=source.reference,
+                    hint="fetch the model again, or give the dequantized checkpoint"
+                    if codes
+                    else "take quantization_config out of its config.json if the weights are plain",
                 )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from mergekit_px.checkpoint.dtypes import DType
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import StoredTensor
-from mergekit_px.errors import InputError
+from mergekit_px.errors import MalformedCheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class Encoding(ABC):
         """Rows [begin, end) of the first axis, in float32.
 
         Raises:
-            InputError: scales or codes that the encoding forbids.
+            MalformedCheckpointError: scales or codes that the encoding forbids.
         """
 
     @property
@@ -84,11 +84,12 @@ class Encoding(ABC):
             and all(getattr(self, name) == getattr(other, name) for name in own)
         )
 
-    def error(self, what: str, hint: str | None = None) -> InputError:
-        return InputError(f"{shown(self.name)} ({self.title}): {what}", where=self.where, hint=hint)
+    def error(self, what: str, hint: str | None = None) -> MalformedCheckpointError:
+        return MalformedCheckpointError(f"{shown(self.name)} ({self.title}): {what}", where=self.where, hint=hint)
 
     def scales(self, read: ReadPart, role: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """A part of scales, in float32 and flat. Raises InputError for one that is zero, negative or not finite."""
+        """A part of scales, in float32 and flat. Raises MalformedCheckpointError for one that is zero, negative or not
+        finite."""
         import torch
 
         part = self.parts[role]
@@ -97,7 +98,7 @@ class Encoding(ABC):
         return values
 
     def check_scales(self, part: StoredTensor, values: torch.Tensor, valid: torch.Tensor, must: str) -> None:
-        """Raises InputError where not all of these scales are valid."""
+        """Raises MalformedCheckpointError where not all of these scales are valid."""
         if not bool(valid.all()):
             raise self.error(
                 f"its scales {shown(part.name)} must be {must}, and {float(values[~valid][0]):g} is among them",

@@ -137,6 +137,9 @@ class _Recognition:
             self.found.markers += tuple(markers)
         rest = [name for name in self.tensors if name not in self.found.parts and name not in self.found.refused]
         self.found.refused.update(unknown_codes(self.tensors, rest))
+        if any(encoding.parts["codes"].dtype.name in _FLOAT8 for encoding in self.found.encodings.values()):
+            codes = [name for name in rest if self.tensors[name].dtype.name in _FLOAT8 and self.tensors[name].shape[1:]]
+            self.found.refused.update(dict.fromkeys(codes, "fp8 codes without scales, which others of the model have"))
 
     @cached_property
     def settings(self) -> IntegerSettings:

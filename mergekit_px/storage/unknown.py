@@ -43,6 +43,9 @@ _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _NARROW = ("U8", "I8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2")
 """What codes are kept in. Tables of positions and masks, which models have too, are of 64 bits or booleans."""
 
+_WEIGHT = re.compile(r"(^|_)(weight|proj|blocks|scales|w\d|fc\d)$")
+"""Names of matrices, and of their codes and scales in MXFP4."""
+
 _TABLE = re.compile(r"position|relative|mask|token|tid2eid|num_batches|index$")
 _OTHER_SCALE = re.compile(
     r"(^|_)(input|output|activation|act|logit|logits|softmax|q|k|v|kv|prob|attn)_?scale|scale_input"
@@ -74,7 +77,7 @@ def unknown_codes(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> 
         if companion is not None and (leaf in _FORMATS or not _TABLE.search(leaf)):
             of = f"of {_FORMATS[leaf]}" if leaf in _FORMATS else f"that go with {shown(companion)}"
             found[name] = f"codes ({tensor.dtype}) {of}"
-        elif leaf == "weight" and tensor.dtype.name not in _FLOAT8:
+        elif _WEIGHT.search(leaf) and tensor.dtype.name not in _FLOAT8:
             found[name] = f"packed codes ({tensor.dtype}) of no known format"
     return found
 

@@ -201,7 +201,7 @@ def test_places_that_cannot_be_used(tmp_path) -> None:
 
 def test_a_run_without_a_finished_byte_leaves_nothing(tmp_path) -> None:
     CheckpointWriter(tmp_path / "out", sample_layout(), PLAN, mode="new").close()
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mount_point_counts_as_empty(tmp_path) -> None:

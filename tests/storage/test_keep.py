@@ -126,7 +126,9 @@ def test_every_scheme(tmp_path: Path) -> None:
 def test_scales_over_more_rows_than_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = ("tensor", "column", "block")
     a, b = (
-        write(tmp_path / name, {key: each for key, each in model(seed).items() if any(part in key for part in some)})
+        write(
+            tmp_path / name, {key: each for key, each in model(seed).items() if any(f".{part}" in key for part in some)}
+        )
         for seed, name in enumerate("ab")
     )
     words = ["ties", "--base", a, "--sources", b, "--density", "0.5", "--quantize", "keep"]

@@ -115,7 +115,8 @@ def test_the_config_loses_its_quantisation_and_names_the_dtype(tmp_path: Path) -
 def test_scales_must_be_positive_and_finite(tmp_path: Path, scale: float) -> None:
     codes = floats8(np.random.default_rng(9), (8, 8))
     with pytest.raises(InputError, match="must be positive and finite"):
-        merged(tmp_path, {W: codes, W + "_scale": torch.tensor(scale)})
+        merged(tmp_path, {W: codes, "norm": torch.ones(8), W + "_scale": torch.tensor(scale)})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("shape", [(3,), (8, 3), (2, 2, 2), (0,)])
@@ -138,6 +139,15 @@ def test_scales_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, .
         ({"a._weight_qdata": torch.ones(4, 8).to(torch.float8_e4m3fn), "a._weight_scale": torch.ones(4)}, "of torchao"),
         ({"a.codes": torch.ones(4, 8, 1).short(), "a.codebooks": torch.ones(1, 4, 1, 8)}, "of AQLM"),
         ({"a.bitmask": torch.ones(4, 1).byte(), "a.compressed": torch.ones(8)}, "sparse storage"),
+        ({"a.up_proj_blocks": torch.ones(2, 4, 1, 16).byte()}, "packed codes"),
+        (
+            {
+                "a.weight": torch.ones(4, 8).to(torch.float8_e4m3fn),
+                "a.weight_scale": torch.ones(4, 1),
+                "b.weight": torch.ones(4, 8).to(torch.float8_e4m3fn),
+            },
+            "b.weight of 'a': fp8 codes without scales",
+        ),
         ({"a.stuff": torch.ones(4, 8).int(), "a.amounts": torch.ones(4)}, "go with a.amounts"),
         (
             {
