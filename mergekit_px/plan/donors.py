@@ -21,7 +21,7 @@ from mergekit_px.plan.layers import is_embedding, stack_sizes
 from mergekit_px.plan.mixtures import BuiltMixture
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.sections import follow_parts
-from mergekit_px.plan.tied import is_head, is_vocabulary, stated_tie
+from mergekit_px.plan.tied import is_head, is_vocabulary, original_of, stated_tie
 from mergekit_px.plan.tokenizers import Vocabularies, adapter_tokenizer
 from mergekit_px.plan.views import QUANTISATION_FILES, has_decoded, plain_config
 from mergekit_px.plan.vocabulary import ChosenVocabulary
@@ -236,7 +236,11 @@ def _output_config(
     written = {item.name for item in items}
     if copies - written and config_edits.tie(config):
         notes.append("config: tie_word_embeddings -> true, as in all models that are merged")
-    apart = any(is_head(item.name) and item.applied for item in items)
+    givers = {item.name: _giver(item) for item in items}
+    apart = any(
+        is_head(name) and (giver is None or givers.get(original_of(name, stored) or "", giver) != giver)
+        for name, giver in givers.items()
+    )
     if (own_head or (apart and stated_tie(config))) and config_edits.untie(config):
         notes.append("config: tie_word_embeddings -> false")
     notes += _follow_vocabulary(config, stored, items)
@@ -247,6 +251,12 @@ def _output_config(
         config, said = mixture.followed(config)
         notes += said
     return config, processors, notes
+
+
+def _giver(item: WorkItem) -> str | None:
+    """The model of which a tensor is taken as it is."""
+    models = {read.model for read in item.reads}
+    return models.pop() if len(models) == 1 and not item.applied and not item.adapted else None
 
 
 def _mixtures(recipe: Recipe, target: str, expressions: Expressions) -> list[BuiltMixture | ChosenExperts]:

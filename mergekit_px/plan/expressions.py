@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError, UsageError
@@ -21,10 +21,10 @@ from mergekit_px.plan.expert_choice import ChosenExperts, with_choice
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import depth, is_derived, stack_sizes
 from mergekit_px.plan.mixtures import BuiltMixture, with_experts
-from mergekit_px.plan.names import bridge, difference, rename_hint, renamed
+from mergekit_px.plan.names import alone, bridge, difference, in_all_layers, rename_hint, renamed, respelled
 from mergekit_px.plan.nodes import Apply, Kind, Leaf, Node
 from mergekit_px.plan.rules import by_source, idle_rules, matching, rules_outside, weights_by_rule
-from mergekit_px.plan.slices import slice_slots
+from mergekit_px.plan.slices import slice_slots, stacked_models
 from mergekit_px.plan.slots import Namespace, Slot
 from mergekit_px.plan.tied import is_head, is_vocabulary, tied_copy, tied_source
 from mergekit_px.plan.tokenizers import Vocabularies
@@ -148,19 +148,23 @@ class Expressions:
         return nodes
 
     def _stacked(self, name: str, step: Step) -> list[Slot]:
-        stacked = slice_slots(name, step, self)
+        members = stacked_models(step)
+        bridged = {member: self._bridged(name, step, members[0], member) for member in members[1:]}
+        spelled = {member: in_all_layers(names, self.namespace(member)) for member, names in bridged.items()}
+        named = dict(self._namespaces)
+        named |= {(member, None): respelled(self.namespace(member), names) for member, names in spelled.items()}
+        stacked = slice_slots(name, step, replace(self, _namespaces=named))
         if not step.stack:  # other stacks keep their layers, so the config has nothing to follow
             self.layer_sources[name] = stacked.layer_sources
         self.untied.extend(head for head in stacked.untied if head not in self.untied)
-        return stacked.slots
+        return [slot.spelled(spelled) for slot in stacked.slots]
 
     def _is_copy(self, step: str, slot: Slot, slots: Mapping[str, Slot]) -> bool:
         """Whether a tensor is a copy of another one in all models that make it, and so follows that one.
 
         A rule that names a head and not its embedding wants them apart: the pair is then untied.
         """
-        members = [member for member in (slot.base, *slot.sources) if member is not None]
-        originals = {self._original(*member) for member in members if not self._is_change(member[0])}
+        originals = {self._original(member, slots) for member in slot.members if not self._is_change(member[0])}
         original = originals.pop() if len(originals) == 1 else None
         if original is None or original not in slots or slots[original].models != slot.models:
             return False
@@ -178,7 +182,13 @@ class Expressions:
     def _is_change(self, name: str) -> bool:
         return name in self.inputs and self.inputs[name].is_task_vector
 
-    def _original(self, member: str, tensor: str) -> str | None:
+    def _original(self, made: tuple[str, str], slots: Mapping[str, Slot]) -> str | None:
+        """The slot of the tensor of which a model's is a copy, whatever it is called there."""
+        if (original := self._original_there(*made)) is None:
+            return None
+        return next((slot.name for slot in slots.values() if (made[0], original) in slot.members), original)
+
+    def _original_there(self, member: str, tensor: str) -> str | None:
         if member not in self.inputs:
             return self.tied.get(member, {}).get(tensor)
         source = self.inputs[member]
@@ -227,20 +237,10 @@ class Expressions:
                 f"names of '{member}' are read as those of '{first}': {found.describe()}"
                 f" ({len(found.names)} of {len(own)} tensors)"
             )
-        common = len(found.names) + sum(name in reference for name in own)
-        if step.missing != "error":
-            fewer = min(len(reference), len(own))
-            if common <= fewer // 20:
-                raise TensorMismatchError(
-                    f"'{first}' and '{member}' have {common} of {fewer} names in common, so `missing: {step.missing}`"
-                    f" would merge nothing; {difference(reference, own)}",
-                    where=self.loaded.where("steps", step_name),
-                    hint=rename_hint(reference, own) or "check that the models fit together",
-                )
-            if left := len(reference) + len(own) - 2 * common:
-                self.notes.append(
-                    f"{left} tensors are only in one of '{first}' and '{member}' (`missing: {step.missing}`)"
-                )
+        if step.missing != "error" and step.slices is None:
+            where = self.loaded.where("steps", step_name)
+            left = alone((first, reference), (member, own), found, f"missing: {step.missing}", where)
+            self.notes += [left] if left else []
         return found.names
 
     def _node(self, step_name: str, step: Step, slot: Slot, sizes: Mapping[str, int], where: str) -> Node | None:

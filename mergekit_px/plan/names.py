@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mergekit_px.checkpoint.json_text import shown
-from mergekit_px.errors import RecipeError
+from mergekit_px.errors import RecipeError, TensorMismatchError
+from mergekit_px.plan.layers import split_layer
 from mergekit_px.plan.nodes import Node
 
 _RESPELLINGS = (
@@ -83,6 +84,45 @@ def bridge(reference: Mapping[str, Node], model: Mapping[str, Node]) -> Bridge:
         taken = set(pairs.values())
         surplus = [name for name in surplus if name not in taken]
     return Bridge(names, tuple(rules))
+
+
+def in_all_layers(names: Mapping[str, str], model: Mapping[str, Node]) -> dict[str, str]:
+    """How a model's names stand for those of another that has fewer layers; names: those that both have."""
+    known = {}
+    for name, own in names.items():
+        there, here = split_layer(name), split_layer(own)
+        if there is not None and here is not None:
+            known[here.stack, here.suffix] = there.stack, there.suffix
+    layers = [(name, found) for name in model if (found := split_layer(name)) is not None]
+    further = [(name, found.layer, known.get((found.stack, found.suffix))) for name, found in layers]
+    return {f"{new[0]}{layer}{new[1]}": name for name, layer, new in further if new is not None} | dict(names)
+
+
+def respelled(nodes: Mapping[str, Node], names: Mapping[str, str]) -> Mapping[str, Node]:
+    """Tensors under the names of another spelling; names: of that one -> of this."""
+    there = {own: name for name, own in names.items()}
+    return {there.get(name, name): node for name, node in nodes.items()}
+
+
+def alone(
+    one: tuple[str, Mapping[str, Node]], other: tuple[str, Mapping[str, Node]], found: Bridge, policy: str, where: str
+) -> str | None:
+    """What to say of tensors that only one of two models has, where a policy allows for that.
+
+    Raises:
+        TensorMismatchError: almost none is in both.
+    """
+    (first, reference), (second, own) = one, other
+    common, fewer = len(found.names) + sum(name in reference for name in own), min(len(reference), len(own))
+    if common <= fewer // 20:
+        raise TensorMismatchError(
+            f"'{first}' and '{second}' have {common} of {fewer} names in common, so `{policy}` would merge nothing; "
+            + difference(reference, own),
+            where=where,
+            hint=rename_hint(reference, own) or "check that the models fit together",
+        )
+    left = len(reference) + len(own) - 2 * common
+    return f"{left} tensors are only in one of '{first}' and '{second}' (`{policy}`)" if left else None
 
 
 def renamed(nodes: Mapping[str, Node], patterns: Mapping[str, str], where: str) -> dict[str, Node]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError
 from mergekit_px.plan.config import layer_count, layer_kinds
 from mergekit_px.plan.layers import is_embedding, position, split_layer, stack_sizes
@@ -73,6 +74,7 @@ def slice_slots(step_name: str, step: Step, namespaces: Namespaces) -> Stacked:
             layers.extend(_layer_slots(step, piece, part, own, len(sources_of_layers) - 1, place, namespaces))
     if not sources_of_layers:
         raise PlanError("the slices have no layers at all", where=where)
+    _refuse_other_names(layers, where)
     models = dict.fromkeys(model for own in sources_of_layers for model, _ in own)
     _refuse_other_sizes(models, step, where, namespaces)
     if step.stack:
@@ -148,6 +150,21 @@ def _refuse_other_sizes(models: Iterable[str], step: Step, where: str, namespace
                     where=where,
                     hint="stack models of one architecture and width",
                 )
+
+
+def _refuse_other_names(layers: Iterable[Slot], where: str) -> None:
+    """All layers of a model have one name but for their number."""
+    first: dict[str, Slot] = {}
+    for slot in layers:
+        found = split_layer(slot.name)
+        first.setdefault(found.stack if found is not None else "", slot)
+    if len(first) > 1:
+        one, other, *_ = first.values()
+        raise PlanError(
+            f"layers are called {shown(one.name)} in '{one.models[0]}' and {shown(other.name)} in '{other.models[0]}'",
+            where=where,
+            hint="give one of the models the names of the other by 'rename'",
+        )
 
 
 def _refuse_moved(layers: list[list[tuple[str, int]]], count: int, model: str, where: str) -> None:
@@ -301,6 +318,14 @@ def _heads_apart(step: Step, namespaces: Namespaces) -> dict[str, bool]:
         if tying and not stays_tied and (storing or tying & set(pieces[-1])):
             apart[head] = bool(storing)
     return apart
+
+
+def stacked_models(step: Step) -> list[str]:
+    """The models and steps that a step with slices is made of, that of the first layers first."""
+    pieces = step.slices or []
+    sources = [source.model for piece in pieces for source in piece.sources]
+    bases = [base for base in (step.base, *(piece.base for piece in pieces)) if base is not None]
+    return list(dict.fromkeys([*sources, *bases]))
 
 
 def _models(step: Step, piece: Slice) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mergekit_px.plan.inputs import ResolvedInput
@@ -62,4 +62,15 @@ class Slot:
     @property
     def models(self) -> list[str]:
         """The models and steps that make the tensor, the base last."""
-        return [member for member, _ in (*self.sources, *((self.base,) if self.base is not None else ()))]
+        return [member for member, _ in self.members]
+
+    @property
+    def members(self) -> tuple[tuple[str, str], ...]:
+        """Of each model and step, the base last, its name and that of its tensor."""
+        return self.sources if self.base is None else (*self.sources, self.base)
+
+    def spelled(self, names: Mapping[str, Mapping[str, str]]) -> Slot:
+        """The same with the tensors' names as models have them themselves; model -> name here -> name there."""
+        own = {member: (member[0], names.get(member[0], {}).get(member[1], member[1])) for member in self.members}
+        base = None if self.base is None else own[self.base]
+        return replace(self, sources=tuple(own[member] for member in self.sources), base=base)

@@ -39,6 +39,21 @@ def test_layers_are_renumbered_and_the_config_follows(folder: Path, tmp_path: Pa
     assert plan.config["num_hidden_layers"] == 6
 
 
+def test_names_of_stacked_models_are_bridged_or_refused(folder: Path, tmp_path: Path) -> None:
+    deeper = tiny_llama_tensors(layers=6, seed=5)
+    config = tiny_llama_config(layers=6)
+    write_checkpoint(folder / "wrapped", {f"module.{name}": value for name, value in deeper.items()}, config=config)
+    write_checkpoint(folder / "other", {name.replace("layers", "cells"): value for name, value in deeper.items()})
+    plan = plan_of(recipe(folder, stack(("fine0", "0-2"), ("wrapped", "2-3"))), tmp_path / "out")
+    origin = {item.name: item.reads[0].describe() for item in plan.items}
+    assert not any(name.startswith("module.") for name in origin)
+    last = "model.layers.{}.mlp.up_proj.weight"
+    assert origin[last.format(4)] == f"wrapped:module.{last.format(3)}"
+    assert origin["model.norm.weight"] == "wrapped:module.model.norm.weight"
+    with pytest.raises(PlanError, match=r"layers are called model\.layers\.0.* and model\.cells\.3"):
+        plan_of(recipe(folder, stack(("fine0", "0-2"), ("other", "2-3"))), tmp_path / "out")
+
+
 def test_embeddings_come_from_the_first_slice_and_the_head_from_the_last(folder: Path, tmp_path: Path) -> None:
     plan = plan_of(recipe(folder, stack(("fine0", "0-1"), ("fine1", "2-3"))), tmp_path / "out")
     origin = {item.name: item.reads[0].input for item in plan.items}

@@ -99,6 +99,23 @@ def test_a_rule_for_the_head_alone_unties_the_pair_and_the_config_follows(tmp_pa
     assert any("untied" in note for note in plan.notes)
 
 
+def test_a_head_of_another_model_is_no_copy_of_the_embedding(tmp_path: Path) -> None:
+    tied_models(tmp_path / "models", (True, True))
+    write_checkpoint(tmp_path / "models" / "m1", tiny_llama_tensors(seed=7), config=tiny_llama_config(tied=True))
+    step = {"method": "linear", "sources": ["m0", "m1"], "rules": [{"match": "lm_head*", "take": "m1"}]}
+    plan = plan_of(recipe(tmp_path / "models", step), tmp_path / "out")
+    assert plan.config is not None
+    assert plan.config["tie_word_embeddings"] is False
+
+
+def test_copies_are_known_under_names_that_are_bridged(tmp_path: Path) -> None:
+    tied_models(tmp_path / "models", (True, False))
+    tensors = {f"module.{name}": value for name, value in tiny_llama_tensors(tied=True, seed=1).items()}
+    write_checkpoint(tmp_path / "models" / "m1", tensors, config=tiny_llama_config(tied=True))
+    plan = plan_of(recipe(tmp_path / "models", {"method": "linear", "sources": ["m0", "m1"]}), tmp_path / "out")
+    assert "lm_head.weight" not in {item.name for item in plan.items}
+
+
 def test_two_values_under_a_config_that_ties_them_are_two_tensors(tmp_path: Path) -> None:
     for number in range(2):
         tensors = tiny_llama_tensors(seed=number)
