@@ -78,7 +78,7 @@ def main() -> None:
     }
     (options.work / "recipe.yaml").write_text(json.dumps(recipe))
     mixture, copies, log = options.work / "mixture", options.work / "copies", options.work / "log"
-    command = [sys.executable, "-m", "mergekit_px", "moe", "build", str(options.work / "recipe.yaml")]
+    command = [sys.executable, "-m", "mergekit_px", "moe", "build", str(options.work / "recipe.yaml"), "--json"]
     command += [
         "-o",
         str(mixture),
@@ -91,7 +91,9 @@ def main() -> None:
     for _ in range(options.rounds):
         shutil.rmtree(mixture, ignore_errors=True)
         (drop_from_cache if options.cache == "cold" else warm_cache)(models)
+        log.unlink(missing_ok=True)
         built = timed(command, log)
+        after_the_plan = json.loads("{" + log.read_text().partition("\n{")[2])["seconds"]
         size = sum(file.stat().st_size for file in mixture.glob("*.safetensors"))
         shutil.rmtree(mixture)
         (drop_from_cache if options.cache == "cold" else warm_cache)(models)
@@ -100,7 +102,8 @@ def main() -> None:
         ratios.append(built.seconds / copied.seconds)
         peaks.append(built.peak)
         print(
-            f"{size / 1e9:.2f} GB: built in {built.seconds:.1f} s with a peak of {built.peak / 1e6:.0f} MB,"
+            f"{size / 1e9:.2f} GB: built in {built.seconds:.1f} s, {after_the_plan:.1f} s of it after the plan,"
+            f" with a peak of {built.peak / 1e6:.0f} MB,"
             f" copied in {copied.seconds:.1f} s, ratio {ratios[-1]:.2f}",
             flush=True,
         )
