@@ -178,3 +178,36 @@ def test_nothing_to_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     words = ["linear", "--sources", str(a), "-o", str(tmp_path / "out"), "--quantize"]
     assert main([*words, "keep"]) == 4 and "not quantised" in capsys.readouterr().err
     assert main([*words, "fp8"]) == 2 and "must be keep" in capsys.readouterr().err
+
+
+def test_experts_in_mxfp4_load_in_transformers_as_they_are_decoded_here(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    wide = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.GptOssConfig(
+        **wide, num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1, head_dim=32, vocab_size=8
+    )
+    folders = []
+    for seed in range(2):
+        stored: dict[str, torch.Tensor] = {}
+        torch.manual_seed(seed)
+        for name, value in transformers.GptOssForCausalLM(config).bfloat16().state_dict().items():
+            if name.endswith(("gate_up_proj", "down_proj")):
+                experts, inside, out = value.shape
+                parts, _ = mxfp4(np.random.default_rng(seed), experts, out, inside)
+                stored |= of_module(parts, name)
+            else:
+                stored[name] = value
+        quantised = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+        written = {**config.to_dict(), "dtype": "bfloat16", "quantization_config": quantised}
+        folders.append(write(tmp_path / f"m{seed}", stored, written))
+    run("linear", "--sources", *folders, "--quantize", "keep", "-o", tmp_path / "out")
+    loaded, report = transformers.GptOssForCausalLM.from_pretrained(
+        tmp_path / "out",
+        quantization_config=transformers.Mxfp4Config(dequantize=True),
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    assert not any(report.values())
+    state = loaded.state_dict()
+    for name, value in plain(tmp_path / "out").items():
+        assert torch.equal(state[name].double(), value), name
