@@ -73,8 +73,8 @@ _OPTIONS: Mapping[str, Any] = {
     "tune_rate": TuneRate,
 }
 
-_EXAMPLES = """
-  pxmerge svd --sources ./a ./b ./c --top-k 64
+_FIRST_EXAMPLE = "Examples:\n  pxmerge svd --sources ./a ./b ./c --top-k 64\n"
+_MORE_EXAMPLES = """
   pxmerge svd --base ./base --sources ./math ./code --top-k 64 --as components -o ./pool
   pxmerge svd --into ./pool --sources ./law
   pxmerge svd --base ./base --sources ./math ./code --top-k 64 --tune few.jsonl -o ./tuned
@@ -123,7 +123,7 @@ def _command() -> Callable[..., int]:
             run = dataclasses.replace(run, output=Path(form))
         return _write(form, recipe, given["sources"], into, report, run)
 
-    command.__doc__ = f"{plain.__doc__}{_EXAMPLES}"
+    command.__doc__ = f"{plain.__doc__}{_MORE_EXAMPLES}".replace("Example:\n", _FIRST_EXAMPLE)
     signature = inspect.signature(plain)
     parameters = list(signature.parameters.values())
     place = next(number for number, parameter in enumerate(parameters) if parameter.name == "missing")

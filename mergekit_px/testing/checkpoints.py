@@ -42,18 +42,22 @@ def write_checkpoint(
     }
     header = dict(metadata) if metadata is not None else {"format": "pt"}
     if shards == 1:
-        save_file(converted, folder / "model.safetensors", header)
+        files = {"model.safetensors": list(converted)}
     else:
         names = list(converted)
-        weight_map = {}
-        for shard in range(shards):
-            file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-            chosen = names[len(names) * shard // shards : len(names) * (shard + 1) // shards]
-            save_file({name: converted[name] for name in chosen}, folder / file, header)
-            weight_map.update(dict.fromkeys(chosen, file))
+        files = {
+            f"model-{shard + 1:05d}-of-{shards:05d}.safetensors": names[
+                len(names) * shard // shards : len(names) * (shard + 1) // shards
+            ]
+            for shard in range(shards)
+        }
+        weight_map = {name: file for file, chosen in files.items() for name in chosen}
         size = sum(tensor.numel() * tensor.element_size() for tensor in converted.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for file, chosen in files.items():
+        save_file({name: converted[name] for name in chosen}, folder / file, header)
+        (folder / file).chmod(0o644)  # as a download has it; safetensors writes for the owner alone
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mergekit_px.artefacts.coefficients import COEFFICIENTS_FILE, CoefficientTable, write_table
-from mergekit_px.errors import WriteError
+from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.models import LearningModel
@@ -44,15 +44,10 @@ def _running_statistics(model: LearningModel) -> list[str]:
 
 
 def _write_buffers(run: Run[OfasdSettings], model: LearningModel, names: list[str]) -> None:
-    from safetensors.torch import save_file
-
-    folder = run.stage / BUFFERS
     tensors = model.tensors()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensors[name].contiguous() for name in names}, folder / "model.safetensors", {"format": "pt"})
-    except OSError as error:
-        raise WriteError(f"the disk refused: {error.strerror or error}", where=str(folder)) from error
+    folder = run.stage / BUFFERS
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", {name: tensors[name] for name in names}, {"format": "pt"})
 
 
 def _recipe(run: Run[OfasdSettings], learner: Learner, estimated: list[str]) -> str:
