@@ -343,7 +343,8 @@ def node_of(data: Any, origin: str) -> Node:
         if isinstance(value, Mapping):
             if odd := next((key for key in value if not isinstance(key, str)), None):
                 raise RecipeError(f"key {odd!r} is not text", where=path)
-            return mapping(place, {key: convert(inner, f"{path}: {key}", level + 1) for key, inner in value.items()})
+            under = {key: f"{path}: {key}" if path else key for key in value}  # a command line has no name
+            return mapping(place, {key: convert(inner, under[key], level + 1) for key, inner in value.items()})
         if isinstance(value, (list, tuple)):
             return sequence(place, [convert(inner, path, level + 1) for inner in value])
         raise RecipeError(f"a {type(value).__name__} cannot stand in a recipe", where=path)

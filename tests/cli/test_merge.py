@@ -336,7 +336,7 @@ def test_a_plan_that_does_not_fit_on_this_disk_is_shown_and_said(run, models, re
         ("--threads 0", "--threads must be at least 1"),
         ("--threads x", "--threads must be a whole number"),
         ("--memory 1KB", "the budget is 0.001 MB"),
-        ("--weights nan 1", "nan is not a finite number"),
+        ("--weights nan 1", "error: merge: sources: math: nan is not a finite number"),
     ],
 )
 def test_options_that_cannot_be_meant_leave_nothing(run, models, options: str, message: str) -> None:
