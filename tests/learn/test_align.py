@@ -482,5 +482,5 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([str(word) for word in words]) == 0
     shown = capsys.readouterr()
     for control in ("zero-shot", "naive", "sham", "few-shot fine-tune", "fine-tune from naive"):
-        assert control in shown.out
+        assert control in shown.err
     assert "300 test examples" in shown.err

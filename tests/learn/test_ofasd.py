@@ -365,4 +365,5 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert list(report["coefficients"]) == ["first", "bias", "other"]
     assert main([*map(str, words), "--allow-code", "--overwrite"]) == 0
     shown = capsys.readouterr()
-    assert "teacher" in shown.out and "weighted average" in shown.out and "recipe.yaml" in shown.err
+    assert "teacher" in shown.err and "weighted average" in shown.err and "recipe.yaml" in shown.err
+    assert shown.out == f"{tmp_path / 'out'}\n"
