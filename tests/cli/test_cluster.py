@@ -1,4 +1,4 @@
-"""A merge by the workers of a Ray cluster: two nodes on this machine, one of which is killed."""
+"""A merge by the workers of a Ray cluster: three nodes on this machine, one of which is killed; into a store too."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ from mergekit_px.plan.method_catalog import method_catalog
 from mergekit_px.plan.model import Plan
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.recipe.load import load_recipe
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from store_server import FakeStore, point_at
 
 RECIPE = """
 models: {base: base, math: math, code: code}
@@ -89,7 +93,7 @@ def guided(cluster: str, address: str = "") -> list[str]:
     return shlex.split(lines[0])[1:]
 
 
-def test_a_merge_goes_on_from_here_to_two_nodes_and_survives_one(run, monkeypatch) -> None:
+def test_a_merge_goes_on_from_here_to_three_nodes_and_survives_one(run, monkeypatch) -> None:
     pytest.importorskip("ray")
     if not Path("/proc/self/stat").exists():
         pytest.skip("needs /proc")
@@ -112,18 +116,29 @@ def test_a_merge_goes_on_from_here_to_two_nodes_and_survives_one(run, monkeypatc
 
     own = {"num_cpus": 1, "include_dashboard": False, "node_ip_address": "127.0.0.2"}
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
-    cluster = Cluster(initialize_head=True, head_node_args=own | {"_system_config": health})
-    try:
-        node = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.2")
-        watcher = soon(lambda: kill_at_work(cluster, node))
-        outcome = run(*guided("ray:", cluster.address), "--threads", 1, "--resume")
-        watcher.join()
-        assert outcome.code == 0, outcome.stderr
-        assert outcome.stdout == "merged\n"
-        assert "begun again" in outcome.stderr
-        assert contents("merged") == contents("whole")
-    finally:
-        cluster.shutdown()
+    server = FakeStore()
+    with server:
+        point_at(server, monkeypatch)  # before there are workers, which find the store by what they inherit
+        server.create("models")
+        cluster = Cluster(initialize_head=True, head_node_args=own | {"_system_config": health})
+        try:
+            node, _ = (cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{number}") for number in (2, 3))
+            watcher = soon(lambda: kill_at_work(cluster, node))
+            outcome = run(*guided("ray:", cluster.address), "--threads", 1, "--resume")
+            watcher.join()
+            assert outcome.code == 0, outcome.stderr
+            assert outcome.stdout == "merged\n"
+            assert "begun again" in outcome.stderr
+            assert contents("merged") == contents("whole")
+            words = ("run", "recipe.yaml", "--set", "output.shard_size=20000", "--cluster", f"ray:{cluster.address}")
+            assert run("run", "recipe.yaml", "--set", "output.shard_size=20000", "-o", "here/merged").code == 0
+            outcome = run(*words, "-o", "s3://models/merged")
+            assert outcome.code == 0, outcome.stderr
+            assert server.objects("models") == {
+                f"merged/{name}": data for name, data in contents("here/merged").items()
+            }
+        finally:
+            cluster.shutdown()
 
 
 class InThisProcess:
