@@ -9,6 +9,8 @@ from mergekit_px.errors import PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.sections import TEXT_SECTIONS
 
+_KIND_OF_LAYER = "the kind of layer "
+"""Before its number; of several layers the first is told."""
 _OTHER_PARTS = ("vision_config", "audio_config")
 _MEANING = (
     *("model_type", "position_embedding_type", "partial_rotary_factor"),
@@ -40,7 +42,8 @@ def disagreements(inputs: Mapping[str, ResolvedInput], used: Iterable[str], *, s
     lines = []
     for key, values in stated.items():
         first = next(iter(values.values()))
-        if any(value != first for value in values.values()):
+        told = key.startswith(_KIND_OF_LAYER) and any(_KIND_OF_LAYER in line for line in lines)
+        if any(value != first for value in values.values()) and not told:
             said = ", ".join(f"{value!r} in '{name}'" for name, value in values.items())
             lines.append(f"the configs disagree in {key}: {said}; the weights of these models do not mean the same")
     if lines and strict:
@@ -68,6 +71,9 @@ def _part(config: Mapping[str, Any]) -> dict[str, Any]:
             found["head_dim"] = config.get("head_dim") or width // heads
     if "sliding_window" in config:
         found["sliding_window"] = None if config.get("use_sliding_window") is False else config["sliding_window"]
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list):
+        found |= {f"{_KIND_OF_LAYER}{number}": kind for number, kind in enumerate(kinds)}
     return found | _rope(config)
 
 

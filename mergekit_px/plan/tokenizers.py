@@ -108,7 +108,7 @@ def tokenizer_folders(source: ResolvedInput) -> list[str]:
 
 
 def _lists_tokens(name: str) -> bool:
-    return name in LISTINGS or name.endswith(".tiktoken")
+    return name in LISTINGS or name.endswith(".tiktoken") or name.startswith("rwkv_vocab")
 
 
 def _may_list_tokens(name: str) -> bool:

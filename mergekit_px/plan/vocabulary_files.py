@@ -5,6 +5,7 @@ Tokens that stand for bytes are written as byte-level tokenizers write them, wha
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
 import json
@@ -26,7 +27,7 @@ SENTENCEPIECE = (
     *("sentencepiece.bpe.model", "sentencepiece.model", "spm_char.model", "vocab.spm"),
 )
 LISTINGS = (TOKENIZER, "vocab.json", "vocab.txt", TEKKEN, "encoder.json", "dict.txt", *SENTENCEPIECE)
-"""Files that list a whole vocabulary; the first that is there counts, then any ``*.tiktoken``."""
+"""Files that list a whole vocabulary; the first that is there counts, then any ``*.tiktoken`` or ``rwkv_vocab*``."""
 
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Of a configuration: the ids of tokens that go with a tokenizer rather than with a model."""
@@ -126,6 +127,9 @@ def _read(file: str, raw: bytes, place: str, settings: Mapping[str, Any], merged
         return _tokenizer_json(parse_object(raw, place, strict=False))
     if file == TEKKEN:
         return _tekken(parse_object(raw, place, strict=False))
+    if _RWKV.match(raw):
+        rows = (_RWKV.match(line) for line in raw.splitlines() if line.strip())
+        return Tokenizer(file, "RWKV", {int(row[1]): as_text(_literal(row[2])) for row in rows if row}, normalizer="")
     if file == "vocab.txt":
         lines = raw.decode("utf-8", "replace").rstrip("\r\n").split("\n")
         tokens = dict(enumerate(line.removesuffix("\r") for line in lines))
@@ -144,6 +148,15 @@ def _read(file: str, raw: bytes, place: str, settings: Mapping[str, Any], merged
         tokens = {int(rank): as_text(base64.b64decode(token, validate=True)) for token, rank in ranks}
         return Tokenizer(file, BYTE_LEVEL, tokens, normalizer=None)
     return _sentencepiece(file, raw)
+
+
+_RWKV = re.compile(rb"(\d+) (b?'.*'|b?\".*\") \d+\s*$", re.MULTILINE)
+"""A line of RWKV's lists: an id, a string or bytes as Python writes them, and how many bytes that are."""
+
+
+def _literal(written: bytes) -> bytes:
+    value = ast.literal_eval(written.decode())
+    return value if isinstance(value, bytes) else str(value).encode()
 
 
 def _tokenizer_json(content: Mapping[str, Any]) -> Tokenizer:

@@ -30,6 +30,11 @@ def notes_of(folder: Path, one: dict[str, Any], other: dict[str, Any], **options
         ({"hidden_act": "silu"}, {"hidden_act": "gelu"}, "hidden_act"),
         ({"text_config": {"rms_norm_eps": 1e-6}}, {"text_config": {"rms_norm_eps": 1e-5}}, "rms_norm_eps"),
         ({"vision_config": {"num_heads": 2}}, {"vision_config": {"num_heads": 4}}, "vision_config.num_heads"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            {"layer_types": ["full_attention", "full_attention"]},
+            "the kind of layer 1: 'sliding_attention' in 'one', 'full_attention' in 'other'",
+        ),
         ({"sliding_window": 8, "use_sliding_window": True}, {"sliding_window": 16}, "sliding_window"),
     ],
 )

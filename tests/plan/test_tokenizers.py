@@ -62,9 +62,9 @@ def test_a_tokenizer_that_is_only_a_pointer_is_not_taken_for_none(tmp_path: Path
 
 
 def test_lists_that_are_not_read_and_differ_are_told(tmp_path: Path) -> None:
-    models(tmp_path / "m", {"rwkv_vocab.txt": "1 'a' 1\n"}, {"rwkv_vocab.txt": "1 'b' 1\n"})
+    models(tmp_path / "m", {"my_vocab.txt": "a: 1\n"}, {"my_vocab.txt": "b: 1\n"})
     notes = plan_of(recipe(tmp_path / "m", LINEAR), tmp_path / "out").notes
-    assert any("a format that is not read, and rwkv_vocab.txt differs" in note for note in notes)
+    assert any("a format that is not read, and my_vocab.txt differs" in note for note in notes)
 
 
 def test_added_tokens_count(tmp_path: Path) -> None:

@@ -123,6 +123,12 @@ TEKKEN = {
         ("tokenizer.model", b"IGE= 0\nYg== 1\n", ["Ġa", "b"], "byte-level BPE"),
         ("tekken.json", json.dumps(TEKKEN).encode(), ["<SPECIAL_0>", "<s>", "Ġa", "b"], "byte-level BPE"),
         ("vocab.txt", b"[PAD]\na\n##b\n", ["[PAD]", "a", "##b"], "WordPiece"),
+        (
+            "rwkv_vocab_v20230424.txt",
+            b"0 '\\x00' 1\n1 ' a' 2\n2 b'\\xff' 1\n3 \"'\" 1\n",
+            ["Ā", "Ġa", "ÿ", "'"],
+            "RWKV",
+        ),
     ],
 )
 def test_formats_of_vocabularies(file: str, raw: bytes, tokens: list[str], kind: str) -> None:
