@@ -39,7 +39,7 @@ def disagreements(inputs: Mapping[str, ResolvedInput], used: Iterable[str], *, s
             continue
         for key, value in _meaning(source.config).items():
             stated.setdefault(key, {})[name] = value
-    lines = []
+    lines: list[str] = []
     for key, values in stated.items():
         first = next(iter(values.values()))
         told = key.startswith(_KIND_OF_LAYER) and any(_KIND_OF_LAYER in line for line in lines)
