@@ -130,6 +130,8 @@ def merge(loaded: LoadedRecipe, options: RunOptions, *, cluster: str | None = No
     for note in plan.notes:
         output.note(f"note: {note}")
     _note_lock(plan, output)
+    if plan.options.mode == "resume" and plan.store is None and plan.output is not None and not plan.output.exists():
+        output.note(f"note: no unfinished run is in {plan.output}, so --resume begins a new one")
     if cluster is not None:
         result = _run_on_cluster(plan, cluster, output)
     else:

@@ -255,7 +255,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(run, models, recipe: Path)
     assert stopped.stderr.splitlines()[-1] == "interrupted; to go on: pxmerge run recipe.yaml -o out --resume"
     assert not Path("out/model.safetensors").exists()
     assert run("run", recipe, "-o", "out").code == 4
-    assert run("run", recipe, "-o", "out", "--resume").code == 0
+    resumed = run("run", recipe, "-o", "out", "--resume")
+    assert resumed.code == 0 and "begins a new one" not in resumed.stderr
+    assert "begins a new one" in run("run", recipe, "-o", "anew", "--resume").stderr
     assert run("run", recipe, "-o", "whole").code == 0
     assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
 
