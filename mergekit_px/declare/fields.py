@@ -27,7 +27,7 @@ _WORDS = {
     "float_type": "must be a number",
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
-    "string_type": "must be a text",
+    "string_type": "must be text",
     "tuple_type": "must be a list",
     "list_type": "must be a list",
 }

@@ -130,8 +130,8 @@ def test_a_merge_goes_on_from_here_to_three_nodes_and_survives_one(run, monkeypa
             assert outcome.stdout == "merged\n"
             assert "begun again" in outcome.stderr
             assert contents("merged") == contents("whole")
-            words = ("run", "recipe.yaml", "--set", "output.shard_size=20000", "--cluster", f"ray:{cluster.address}")
-            assert run("run", "recipe.yaml", "--set", "output.shard_size=20000", "-o", "here/merged").code == 0
+            words = ("run", "recipe.yaml", "--set", "output.shard_size=60000", "--cluster", f"ray:{cluster.address}")
+            assert run("run", "recipe.yaml", "--set", "output.shard_size=60000", "-o", "here/merged").code == 0
             outcome = run(*words, "-o", "s3://models/merged")
             assert outcome.code == 0, outcome.stderr
             assert server.objects("models") == {

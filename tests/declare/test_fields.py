@@ -43,7 +43,7 @@ def test_references_are_written_out() -> None:
         ({"share": -1}, "must be from 0 to 1"),
         ({"steps": 10}, "must be at least 1 and below 10"),
         ({"many": [1, 3]}, "must be at most 2"),
-        ({"name": 3}, "must be a valid string"),
+        ({"name": 3}, "must be text"),
     ],
 )
 def test_a_breach_is_told_by_the_bounds_of_its_field(given: dict[str, object], problem: str) -> None:

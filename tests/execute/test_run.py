@@ -282,7 +282,7 @@ def test_a_long_tensor_stays_within_its_budget(tmp_path: Path) -> None:
     rows = 20_000
     for name in ("base", "fine0", "fine1"):
         write_checkpoint(tmp_path / "models" / name, {"w": torch.full((rows, 1000), 1.0, dtype=torch.bfloat16)})
-    for number, step in enumerate((STEPS["linear"], STEPS["slerp"], STEPS["ties"])):
+    for number, step in enumerate((STEPS["slerp"], STEPS["ties"])):
         sources = list(step["sources"])[:2]
         data = recipe(tmp_path / "models", {**step, "sources": sources})
         script = SCRIPT.replace("time.sleep(0.05)", "pass").replace("mode=mode", "mode=mode, memory=400_000_000")
@@ -361,7 +361,7 @@ def test_another_plan_may_not_resume(tmp_path: Path) -> None:
 
 def test_the_cost_of_tiny_tensors_grows_with_their_number(tmp_path: Path) -> None:
     seconds = []
-    for count in (2_000, 2_000, 10_000):
+    for count in (1_000, 1_000, 5_000):
         tensors = {f"layers.{n // 100}.experts.{n % 100}.w": torch.full((4,), float(n % 7)) for n in range(count)}
         folder = tmp_path / str(len(seconds))
         for name in ("fine0", "fine1"):

@@ -44,10 +44,10 @@ def test_values_of_one_source() -> None:
         ("ties", {"density": 0.5, "trim_scope": "tensor"}, []),
         ("ties", {"density": 1}, []),
         ("ties", {"density": 1.5}, [("density", "must be from 0 to 1")]),
-        ("ties", {"density": "0.5"}, [("density", "must be a valid number")]),
-        ("ties", {"density": True}, [("density", "must be a valid number")]),
+        ("ties", {"density": "0.5"}, [("density", "must be a number")]),
+        ("ties", {"density": True}, [("density", "must be a number")]),
         ("ties", {"trim_scope": "row"}, [("trim_scope", "must be 'model' or 'tensor'")]),
-        ("linear", {"normalize": 1}, [("normalize", "must be a valid boolean")]),
+        ("linear", {"normalize": 1}, [("normalize", "must be true or false")]),
         ("slerp", {"t": -0.1}, [("t", "must be from 0 to 1")]),
     ],
 )
