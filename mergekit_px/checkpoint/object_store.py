@@ -86,19 +86,18 @@ class ObjectStore:
         if not self._path.strip("/") or self._path.endswith(":"):
             raise UsageError("the address names no bucket", where=address, hint=f"write {scheme}://bucket/key")
 
-    def list(self) -> dict[str, StoredObject]:
-        """The objects up to one folder deep, by name relative to the address; ``""`` for the object that it is itself.
+    def list(self, depth: int = 1) -> dict[str, StoredObject]:
+        """The objects up to so many folders deep, by name relative to the address; ``""`` for what it is itself.
 
         Raises ``InputNotFoundError``, ``InputError``.
         """
         objects, folders = self._listed(self._path)
-        for folder in folders:
-            objects |= self._listed(f"{self._path}/{folder}")[0]
+        for _ in range(depth):
+            below = [self._listed(f"{self._path}/{folder}") for folder in folders]
+            folders = [folder for _, inside in below for folder in inside]
+            for found, _ in below:
+                objects |= found
         return dict(sorted(objects.items()))
-
-    def folders(self) -> Sequence[str]:
-        """The names of the folders directly there. Raises as ``list`` does."""
-        return sorted(self._listed(self._path)[1])
 
     def _listed(self, folder: str) -> tuple[dict[str, StoredObject], Sequence[str]]:
         """Objects and folders directly in a folder, by name relative to the address."""
@@ -111,7 +110,7 @@ class ObjectStore:
             name = path.removeprefix(self._path).strip("/")
             if info.get("type") == "file" and ".." not in name.split("/") and not path.endswith("/"):
                 objects[name] = _described(self._files, path, info)
-            elif info.get("type") == "directory" and not name.startswith("."):
+            elif info.get("type") == "directory" and not name.rpartition("/")[2].startswith("."):
                 folders.append(name)
         return objects, folders
 

@@ -156,11 +156,16 @@ def _candidates(reference: str, one_of_several: bool, notes: list[str]) -> Itera
 def _in_store(reference: str, notes: list[str]) -> Iterator[str]:
     """The checkpoints in a place of a store, by the names of the objects there; the place itself where it is one."""
     store = ObjectStore(reference)
-    if _are_weights([*store.list()]):
+    objects = store.list(depth=2)
+    if _are_weights([*objects]):
         yield store.address
         return
-    for folder in store.folders():
-        names = [*ObjectStore(store.where(folder)).list()]
+    folders: dict[str, list[str]] = {}
+    for object_name in objects:
+        folder, slash, name = object_name.partition("/")
+        if slash:
+            folders.setdefault(folder, []).append(name)
+    for folder, names in folders.items():
         if not _CHECKPOINT.search(folder) and TRAINER_STATE not in names:
             continue
         if _TEMPORARY.search(folder):

@@ -98,7 +98,7 @@ class FusedItems:
         """Whether nothing else is needed for an item."""
         if item.action == "copy" or not item.elements:
             return True
-        return self.trace(item, simple_statistics(item)) is not None
+        return self.trace(item, _simple_statistics(item)) is not None
 
     def routine(self, item: WorkItem) -> Routine[Any]:
         """Everything that makes an item that is covered."""
@@ -106,7 +106,7 @@ class FusedItems:
             nbytes = item.elements * item.dtype.bits // 8
             yield [Job(partial(self._copy, item, *span)) for span in self._left(item, nbytes, _COPY_BYTES, 1)]
             return
-        statistics = simple_statistics(item) or {}
+        statistics = _simple_statistics(item) or {}
         yield [Job(partial(self._write_or_fall_back, item, statistics, *chunk)) for chunk in self.left(item)]
 
     def left(self, item: WorkItem) -> Iterator[tuple[int, int]]:
@@ -326,7 +326,7 @@ def _limit(item: WorkItem, infinity: int) -> int:
         return min(infinity - 1, int(np.float32(largest).view(np.uint32)))
 
 
-def simple_statistics(item: WorkItem) -> dict[int, Any] | None:
+def _simple_statistics(item: WorkItem) -> dict[int, Any] | None:
     """The statistics of an item's methods where none of them looks at a value; else None."""
     found: dict[int, Any] = {}
     for node in item.applied:
@@ -379,7 +379,7 @@ def _traced(item: WorkItem, statistics: Mapping[int, Any], evaluate: Callable[[B
 
     class Recorder(Block):
         def _random(self, node: Apply, like: Any) -> RandomStream:
-            return TracedRandom(program, streams, node.step, node.source_indices)
+            return _TracedRandom(program, streams, node.step, node.source_indices)
 
     try:
         block = Recorder(item.name, 0, load, no_factors, statistics, 0, item.shape, item.elements)
@@ -393,7 +393,7 @@ def _traced(item: WorkItem, statistics: Mapping[int, Any], evaluate: Callable[[B
     return Trace(program, tuple(leaves), tuple(streams), results)
 
 
-class TracedRandom:
+class _TracedRandom:
     def __init__(self, program: Program, streams: list[tuple[str, int]], step: str, indices: Sequence[int]) -> None:
         self._program = program
         self._streams = streams

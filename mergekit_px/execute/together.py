@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mergekit_px.execute.fused import FusedItems, simple_statistics, write_together
+from mergekit_px.execute.fused import FusedItems, write_together
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.plan.budget import needs_whole, plan_budget, unit
 from mergekit_px.plan.model import Plan, WorkItem
@@ -95,7 +95,9 @@ def _is_shared(item: WorkItem) -> bool:
 
 
 def _write_chunk(members: Sequence[Member], start: int, stop: int, lane: Lane | None) -> None:
-    parts = [(member.output.fused, member.item, simple_statistics(member.item) or {}) for member in members]
+    parts: list[tuple[FusedItems, WorkItem, dict[int, Any]]] = [
+        (member.output.fused, member.item, {}) for member in members
+    ]
     if (lane is None or lane.device.type == "cpu") and write_together(parts, start, stop):
         return
     if lane is None:
