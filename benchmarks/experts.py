@@ -26,11 +26,13 @@ def make_model(folder: Path, layers: int, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(seed)
     shapes, config = llama(layers)
-    tensors = {
-        name: (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16) for name, shape in shapes.items()
-    }
+    # The same numbers again and again: to draw them all would take longer than the benchmark.
+    numbers = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(seed)) * 0.02).to(torch.bfloat16)
+    tensors = {}
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel()
+        tensors[name] = numbers.repeat(-(-size // len(numbers)))[:size].reshape(shape)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))

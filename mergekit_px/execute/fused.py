@@ -21,13 +21,13 @@ from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.values import Block
 from mergekit_px.kernels import native
-from mergekit_px.kernels.random import stream_key
+from mergekit_px.kernels.random import drawn, stream_key
 from mergekit_px.kernels.tracing import Program, Traced
 from mergekit_px.methods.declare import Extent, RandomStream
 from mergekit_px.methods.pruning import RankSweep
 from mergekit_px.plan.budget import BLOCK, needs_whole
 from mergekit_px.plan.model import WorkItem
-from mergekit_px.plan.nodes import Apply, Decoded, Leaf, Node, Read
+from mergekit_px.plan.nodes import Apply, Decoded, Drawn, Leaf, Node, Read
 from mergekit_px.stages import timed
 from mergekit_px.storage.scaled import Floats, Scaled
 
@@ -35,6 +35,9 @@ _PIECE = 1 << 16
 """Elements that are read and computed at a time: what stands between the file and the output stays in the cache."""
 
 _COPY_BYTES = 8 << 20
+
+_DRAWN_TYPE, _DRAWN_BYTES = "F32", 4
+"""What random numbers are before they are rounded."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _ALIGNMENT = 64
@@ -146,7 +149,7 @@ class FusedItems:
         largest magnitudes of inputs and output as bits. None where torch is to decode an input."""
         buffers: list[np.ndarray[Any, Any]] = []
         for place in trace.leaves:
-            held = pieces.of(item.leaves[place])
+            held = pieces.of(item.leaves[place], self.seed)
             if held is None:
                 return None
             buffers += held
@@ -235,8 +238,11 @@ class Pieces:
         self._scales: dict[Leaf, tuple[Floats, Floats]] = {}
         """Of decoded tensors: the scales of all their vectors, and where those of a piece will be."""
 
-    def of(self, leaf: Leaf) -> list[np.ndarray[Any, Any]] | None:
+    def of(self, leaf: Leaf, seed: int) -> list[np.ndarray[Any, Any]] | None:
         """Where the pieces of a leaf will be: elements as stored, and one scale for each vector of what is decoded."""
+        if isinstance(leaf, Drawn) and leaf not in self._stored:
+            buffer = self._items.buffers.bytes(f"read {len(self._stored)}", _PIECE * _DRAWN_BYTES)
+            self._stored[leaf] = partial(_draw, leaf, seed), _DRAWN_BYTES, buffer
         if leaf not in self._stored:
             read = leaf.parts[0] if isinstance(leaf, Decoded) else leaf
             assert isinstance(read, Read)
@@ -307,13 +313,22 @@ def write_together(members: Sequence[tuple[FusedItems, WorkItem, Mapping[int, An
     return True
 
 
+def _draw(leaf: Drawn, seed: int, start: int, buffer: memoryview) -> None:
+    """Random numbers as if they were stored."""
+    numbers = np.frombuffer(buffer, dtype=np.float32)
+    first = start // _DRAWN_BYTES
+    np.multiply(drawn(seed, leaf.stream, first, numbers.size, leaf.distribution), np.float32(leaf.scale), out=numbers)
+
+
 def _is_decoded_here(leaf: Leaf) -> bool:
     if isinstance(leaf, Decoded):
         return isinstance(leaf.encoding, Scaled) and _stored_type(leaf) in native.CODES
-    return isinstance(leaf, Read) and _stored_type(leaf) in native.LOADED
+    return isinstance(leaf, Drawn) or (isinstance(leaf, Read) and _stored_type(leaf) in native.LOADED)
 
 
 def _stored_type(leaf: Leaf) -> str:
+    if isinstance(leaf, Drawn):
+        return _DRAWN_TYPE
     return (leaf.encoding.parts["codes"] if isinstance(leaf, Decoded) else leaf).dtype.name
 
 
@@ -349,7 +364,7 @@ def _signature(node: Node, item: WorkItem, statistics: Mapping[int, Any], known:
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = len(known)
-    if isinstance(node, Read | Decoded):
+    if isinstance(node, Read | Decoded | Drawn):
         return _stored_type(node), type(node).__name__, node.kind
     assert isinstance(node, Apply)
     told = (item.name, item.shape) if node.method.arguments & {"name", "shape"} else None

@@ -14,7 +14,7 @@ import torch
 from mergekit_px.checkpoint.open import StoredTensor
 from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.execute.values import Block, LoadFactors
-from mergekit_px.kernels.random import RandomStream
+from mergekit_px.kernels.random import drawn
 from mergekit_px.plan.budget import BLOCK
 from mergekit_px.plan.nodes import Adapted, Decoded, Drawn, Joined, Leaf, Node, Read, RowMean, RowMixture, Rows, Section
 from mergekit_px.plan.rows import Indices
@@ -157,9 +157,8 @@ class ViewValues:
         return values
 
     def _drawn(self, node: Drawn, start: int, stop: int) -> torch.Tensor:
-        stream = RandomStream(self.seed, node.stream, start, stop - start)
-        drawn = stream.normal(0) if node.distribution == "normal" else stream.uniform(0).mul_(2).sub_(1)
-        return drawn.mul_(node.scale).to(self.dtype)
+        numbers = drawn(self.seed, node.stream, start, stop - start, node.distribution)
+        return torch.from_numpy(numbers).mul_(node.scale).to(self.dtype)
 
     def _mean(self, node: RowMean) -> Values:
         def values(start: int, stop: int) -> torch.Tensor:

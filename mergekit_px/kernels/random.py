@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +50,6 @@ class RandomStream:
         halves = words.view(torch.int32)[skip : skip + self._count]
         return halves.bitwise_and(2**_MANTISSA_BITS - 1).to(torch.float32).mul_(2.0**-_MANTISSA_BITS)
 
-    def normal(self, source: int) -> torch.Tensor:
-        """float32 normal numbers, shape (count,), fresh memory: Box and Muller's, of two words for each."""
-        angle = self.uniform(2 * source).mul_(2 * math.pi).cos_()
-        return self.uniform(2 * source + 1).neg_().add_(1.0).log_().mul_(-2.0).sqrt_().mul_(angle)
-
     def _words(self, source: int, first: int, count: int) -> torch.Tensor:
         """int64, shape (count,): each word serves two neighbouring elements."""
         import torch
@@ -62,6 +59,31 @@ class RandomStream:
         for shift, multiplier in _ROUNDS:
             words.bitwise_xor_(_shift_right(words, shift)).mul_(multiplier)
         return words.bitwise_xor_(_shift_right(words, _LAST_SHIFT))
+
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def drawn(seed: int, stream: str, start: int, count: int, distribution: Literal["normal", "uniform"]) -> Floats:
+    """float32 numbers, shape (count,): normal with a deviation of 1 (Box and Muller's, of two words for each), or
+    uniform in [-1, 1). By numpy, so that a merge that draws needs no torch."""
+    first = _uniform(stream_key(seed, stream, 0), start, count)
+    if distribution == "uniform":
+        return first * np.float32(2) - np.float32(1)
+    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - _uniform(stream_key(seed, stream, 1), start, count)))
+    return radius * np.cos(first * np.float32(2 * math.pi))
+
+
+def _uniform(key: int, start: int, count: int) -> Floats:
+    """What ``RandomStream.uniform`` gives."""
+    first, skip = divmod(start, 2)
+    words = np.arange(first, first + (skip + count + 1) // 2, dtype=np.int64).view(np.uint64)
+    words = words * np.uint64(_GAMMA % 2**64) + np.uint64(key % 2**64)
+    for shift, multiplier in _ROUNDS:
+        words = (words ^ (words >> np.uint64(shift))) * np.uint64(multiplier % 2**64)
+    words ^= words >> np.uint64(_LAST_SHIFT)
+    halves = words.view(np.uint32)[skip : skip + count] & np.uint32(2**_MANTISSA_BITS - 1)
+    return halves.astype(np.float32) * np.float32(2.0**-_MANTISSA_BITS)
 
 
 def stream_key(seed: int, name: str, source: int) -> int:

@@ -280,16 +280,6 @@ def _derived(config: Mapping[str, Any], part: Mapping[str, Any], count: int) -> 
     }
 
 
-def config_in_full(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
-    """A config with what its class takes for granted and the class of another model type would take otherwise."""
-    whole, other = _in_transformers(config), _in_transformers({"model_type": model_type})
-    if whole is None or other is None:
-        return dict(config)
-    own, theirs = whole.to_dict(), other.to_dict()
-    silent = [key for key in own if key not in config and key in theirs and own[key] != theirs[key]]
-    return {**config, **{key: own[key] for key in silent if not key.startswith("_")}}
-
-
 def _in_transformers(config: Mapping[str, Any]) -> Any:
     """The config as an object of transformers, from the JSON alone; None if it refuses or does not know it."""
     with contextlib.suppress(PlanError):

@@ -49,6 +49,8 @@ class Family:
     correction: str | None = None
     biases: tuple[str, ...] = ()
     bias_entry: str | None = None
+    window_switch: bool = False
+    """Whether its config says apart from a window's width if there is one, and in which layers."""
     shared_optional: bool = False
     """Whether it may be without its shared expert."""
     unloaded: bool = False
@@ -114,6 +116,7 @@ FAMILIES = (
         shared="mlp.shared_expert",
         shared_gate="mlp.shared_expert_gate.weight",
         entries={**_QWEN, "shared_expert_intermediate_size": _width},
+        window_switch=True,
         biases=("q_proj.bias", "k_proj.bias", "v_proj.bias"),
         bias_entry="qkv_bias",
     ),
@@ -124,11 +127,13 @@ FAMILIES = (
         module="mlp.experts",
         router="mlp.gate.weight",
         entries=_QWEN,
+        window_switch=True,
     ),
     _deepseek(
         model_type="dots1",
         architecture="Dots1ForCausalLM",
         dense=("qwen3",),
+        window_switch=True,
         correction="mlp.gate.e_score_correction_bias",
         entries=_DEEPSEEK,
     ),
@@ -179,6 +184,87 @@ FAMILIES = (
         unloaded=True,
     ),
 )
+
+
+_HEADS = "num_attention_heads"
+_UNSAID: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        _HEADS: 32,
+        "num_key_value_heads": _HEADS,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        _HEADS: 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        _HEADS: 32,
+        "num_key_value_heads": 32,
+    },
+    "qwen3": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        _HEADS: 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+    },
+    "granite": {"intermediate_size": 11008},
+    "deepseek_v2": {"intermediate_size": 11008},
+    "deepseek_v3": {"intermediate_size": 18432},
+}
+"""What transformers takes a dense config to mean where it does not say, and the mixtures made of it otherwise. A name
+is that of the entry whose value is taken."""
+
+
+def config_in_full(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """A dense model's config with what its class takes for granted and that of a mixture would take otherwise."""
+    found = dict(config)
+    for key, value in _UNSAID.get(str(config.get("model_type")), {}).items():
+        if key not in found and not (key == "rope_theta" and "rope_parameters" in config):
+            found[key] = found[value] if isinstance(value, str) else value
+    return found | _attention_windows(found, family)
+
+
+def _attention_windows(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Which layers attend within a window: all of a Mistral, and of the Qwen kinds only where that is switched on."""
+    kind = config.get("model_type")
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        return {}
+    switched = kind in ("qwen2", "qwen3") and config.get("use_sliding_window")
+    window = config.get("sliding_window", 4096) if kind == "mistral" or switched else None
+    if window is None and not {"sliding_window", "use_sliding_window"} & config.keys() and kind == "llama":
+        return {}
+    found: dict[str, Any] = {"sliding_window": window}
+    count = config.get("num_hidden_layers")
+    if family.window_switch:
+        found["use_sliding_window"] = window is not None
+    if family.window_switch and window is not None and isinstance(count, int) and "layer_types" not in config:
+        full = 0 if kind == "mistral" else config.get("max_window_layers", 28)
+        found["layer_types"] = ["full_attention"] * min(full, count) + ["sliding_attention"] * max(count - full, 0)
+    return found
 
 
 def fitting_families(model_type: str, *, shared: bool) -> list[Family]:

@@ -11,10 +11,16 @@ from typing import Any, Literal
 from mergekit_px.checkpoint.dtypes import parse_dtype
 from mergekit_px.errors import PlanError, RecipeError, TensorMismatchError
 from mergekit_px.located.nearest import hint_for
-from mergekit_px.plan.config import check_with_transformers, config_in_full
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import split_layer
-from mergekit_px.plan.mixture_families import DENSE_PARTS, FAMILIES, Family, family_named, fitting_families
+from mergekit_px.plan.mixture_families import (
+    DENSE_PARTS,
+    FAMILIES,
+    Family,
+    config_in_full,
+    family_named,
+    fitting_families,
+)
 from mergekit_px.plan.nodes import Apply, Drawn, Joined, Node, can_be_cut, combined
 from mergekit_px.plan.slots import Namespace, Namespaces
 from mergekit_px.recipe.mixture import FROM_PROMPTS, Expert, Mixture
@@ -43,14 +49,13 @@ class BuiltMixture:
     def followed(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The dense model's config as that of the mixture, with what to say of it."""
         family = self.family
-        found = {key: value for key, value in config_in_full(config, family.model_type).items() if key != "auto_map"}
+        found = {key: value for key, value in config_in_full(config, family).items() if key != "auto_map"}
         found |= {"model_type": family.model_type, "architectures": [family.architecture]}
-        found |= {key: entry(config, self.count, self.chosen) for key, entry in family.entries.items()}
+        found |= {key: entry(found, self.count, self.chosen) for key, entry in family.entries.items()}
         if not self.shared and family.shared_optional:
             found["n_shared_experts"] = None
         if family.bias_entry is not None:
             found[family.bias_entry] = self.biased
-        check_with_transformers(found, config)
         return found, [f"config: {family.model_type} with {self.count} experts, {self.chosen} for each token"]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from mergekit_px.cli import main
+from mergekit_px.plan.mixture_families import FAMILIES, Family
+from mergekit_px.plan.mixtures import BuiltMixture
 from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -203,3 +207,53 @@ def test_the_first_deepseek_layout(shared: dict[str, str], tmp_path: Path, capsy
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["n_routed_experts"], config["n_shared_experts"]) == (2, 1 if shared else None)
     assert (config["model_type"], config["first_k_dense_replace"]) == ("deepseek", 0)
+
+
+SAID: list[dict[str, Any]] = [
+    {},
+    {"num_attention_heads": 8, "hidden_size": 64, "num_hidden_layers": 3},
+    {"sliding_window": None},
+    {"sliding_window": 77, "use_sliding_window": True, "max_window_layers": 20},
+    {"sliding_window": 77, "use_sliding_window": False},
+    {"rope_theta": 5.0},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+]
+PAIRS = [(family, dense) for family in FAMILIES for dense in family.dense if not family.unloaded]
+
+
+@pytest.mark.parametrize(("family", "dense"), PAIRS, ids=[f"{dense}-{family.model_type}" for family, dense in PAIRS])
+def test_the_mixtures_config_means_what_the_dense_one_does(family: Family, dense: str, tmp_path: Path) -> None:
+    """What a config leaves unsaid is written down where the mixture's class would take something else for granted."""
+
+    def read(config: dict[str, Any]) -> dict[str, Any]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+        # No window is 0 in one of the classes; the width of a head is left to the model in others.
+        head = found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]
+        return found | {"sliding_window": found.get("sliding_window") or None, "head_dim": head}
+
+    follows = {"model_type", "architectures", "max_window_layers", "use_sliding_window", *family.entries}
+    if dense == "llama":  # which has no windows, whatever its config says of them
+        follows.add("sliding_window")
+    for said in SAID:
+        config = {"model_type": dense, **said}
+        mixture, _ = BuiltMixture(family, 4, 2, False, family.shared is not None).followed(config)
+        before, after = read(config), read(mixture)
+        assert not [key for key in before.keys() & after.keys() - follows if before[key] != after[key]]
+        assert dense != "llama" or after["sliding_window"] is None
+
+
+def test_a_mixture_whose_router_needs_no_prompts_is_built_without_torch(tmp_path: Path) -> None:
+    for number in range(3):
+        small(tmp_path / f"m{number}", number)
+    file = recipe(tmp_path, {"experts": ["m1", {"model": "m2", "noise": 0.1}]}, models=3)
+    code = (
+        "import sys\n"
+        "from mergekit_px.cli import main\n"
+        f"assert main(['moe', 'build', {str(file)!r}, '-o', 'out']) == 0\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    built = load_file(tmp_path / "out/model.safetensors")
+    router = built["model.layers.0.block_sparse_moe.gate.weight"].float()
+    assert 0.01 < router.std() < 0.03 and router.shape[0] == 2
