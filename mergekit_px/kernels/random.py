@@ -71,7 +71,8 @@ def drawn(seed: int, stream: str, start: int, count: int, distribution: Literal[
     if distribution == "uniform":
         return first * np.float32(2) - np.float32(1)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - _uniform(stream_key(seed, stream, 1), start, count)))
-    return radius * np.cos(first * np.float32(2 * math.pi))
+    numbers: Floats = radius * np.cos(first * np.float32(2 * math.pi))
+    return numbers
 
 
 def _uniform(key: int, start: int, count: int) -> Floats:
@@ -83,7 +84,8 @@ def _uniform(key: int, start: int, count: int) -> Floats:
         words = (words ^ (words >> np.uint64(shift))) * np.uint64(multiplier % 2**64)
     words ^= words >> np.uint64(_LAST_SHIFT)
     halves = words.view(np.uint32)[skip : skip + count] & np.uint32(2**_MANTISSA_BITS - 1)
-    return halves.astype(np.float32) * np.float32(2.0**-_MANTISSA_BITS)
+    numbers: Floats = halves.astype(np.float32) * np.float32(2.0**-_MANTISSA_BITS)
+    return numbers
 
 
 def stream_key(seed: int, name: str, source: int) -> int:
