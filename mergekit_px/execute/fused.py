@@ -18,16 +18,18 @@ import numpy as np
 
 from mergekit_px.checkpoint.open import StoredTensor
 from mergekit_px.checkpoint.reader import TensorReader
+from mergekit_px.execute.recording import Trace, recorded, signature, stored_type, value_of
 from mergekit_px.execute.scheduler import Job, Routine
-from mergekit_px.execute.values import Block
+from mergekit_px.execute.sweeps import Totals, statistics_generator
 from mergekit_px.kernels import native
 from mergekit_px.kernels.random import drawn, stream_key
-from mergekit_px.kernels.tracing import Program, Traced
-from mergekit_px.methods.declare import Extent, RandomStream
+from mergekit_px.kernels.reduction import ROW, gram_of_rows
+from mergekit_px.methods.declare import Sweep
 from mergekit_px.methods.pruning import RankSweep
+from mergekit_px.methods.sphere import DotProducts
 from mergekit_px.plan.budget import BLOCK, needs_whole
 from mergekit_px.plan.model import WorkItem
-from mergekit_px.plan.nodes import Apply, Decoded, Drawn, Leaf, Node, Read
+from mergekit_px.plan.nodes import Apply, Decoded, Drawn, Leaf, Read
 from mergekit_px.stages import timed
 from mergekit_px.storage.scaled import Floats, Scaled
 
@@ -36,11 +38,14 @@ _PIECE = 1 << 16
 
 _COPY_BYTES = 8 << 20
 
-_DRAWN_TYPE, _DRAWN_BYTES = "F32", 4
-"""What random numbers are before they are rounded."""
+_DRAWN_BYTES = 4
+"""Of a random number before it is rounded."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _ALIGNMENT = 64
+
+_MOST_SUMMED = 8
+"""Sources whose dot products are summed here: the sums of their 36 pairs take 1.2 MB, which a core's cache holds."""
 
 
 class Sink(Protocol):
@@ -49,6 +54,16 @@ class Sink(Protocol):
     def done(self, name: str, start: int, stop: int) -> bool: ...
 
     def write(self, name: str, start: int, buffer: memoryview) -> None: ...
+
+
+class ByTorch(Protocol):
+    """What makes items of every kind."""
+
+    def write_chunk(self, item: WorkItem, start: int, stop: int, lane: Any) -> None: ...
+
+    def sweep_chunk(
+        self, item: WorkItem, node: Apply, sweep: Sweep, start: int, stop: int, number: int, sums: Totals, lane: Any
+    ) -> None: ...
 
 
 class Buffers(threading.local):
@@ -71,17 +86,6 @@ _SPARE = native.LANES * 8
 """Room behind the elements of a buffer for the rest of a vector."""
 
 
-@dataclass(frozen=True)
-class Trace:
-    program: Program
-    leaves: tuple[int, ...]
-    """Which leaves of the item the program reads, in its order."""
-    streams: tuple[tuple[str, int], ...]
-    """Step and source of each stream of random numbers."""
-    results: tuple[int, ...]
-    """Where the program's values are."""
-
-
 @dataclass
 class FusedItems:
     """The items of a run that can be made so, and how. Arguments are those of ``Execution``."""
@@ -92,8 +96,8 @@ class FusedItems:
     seed: int
     allow_nonfinite: bool
     advance: Callable[[str, int], None]
-    fall_back: Callable[[WorkItem, int, int], None]
-    """Writes elements of an item that is covered in another way."""
+    by_torch: Callable[[Mapping[int, Any]], tuple[ByTorch, Any]]
+    """Makes what does the same by torch, with statistics that are known, and its lane."""
     _traces: dict[Any, Trace | None] = field(default_factory=dict)
     buffers: Buffers = field(default_factory=Buffers)
 
@@ -101,7 +105,8 @@ class FusedItems:
         """Whether nothing else is needed for an item."""
         if item.action == "copy" or not item.elements:
             return True
-        return self.trace(item, _simple_statistics(item)) is not None
+        supposed = self._supposed_statistics(item)
+        return supposed is not None and self.trace(item, supposed) is not None
 
     def routine(self, item: WorkItem) -> Routine[Any]:
         """Everything that makes an item that is covered."""
@@ -109,8 +114,46 @@ class FusedItems:
             nbytes = item.elements * item.dtype.bits // 8
             yield [Job(partial(self._copy, item, *span)) for span in self._left(item, nbytes, _COPY_BYTES, 1)]
             return
-        statistics = _simple_statistics(item) or {}
-        yield [Job(partial(self._write_or_fall_back, item, statistics, *chunk)) for chunk in self.left(item)]
+        if chunks := list(self.left(item)):
+            statistics = yield from self._statistics(item)
+            yield [Job(partial(self._write_or_fall_back, item, statistics, *chunk)) for chunk in chunks]
+
+    def _statistics(self, item: WorkItem) -> Generator[Sequence[Job[Any]], list[Any], dict[int, Any]]:
+        """Those of the methods of an item that is covered, by node."""
+        found: dict[int, Any] = {}
+        for node in _with_statistics(item):
+            generator, total = statistics_generator(node, item.elements), None
+            try:
+                while True:
+                    sweep, sums = generator.send(total), Totals()
+                    yield [
+                        Job(partial(self._sweep_or_fall_back, item, node, sweep, found, sums, *chunk))
+                        for chunk in self._chunks(item)
+                    ]
+                    total = sums.array()
+            except StopIteration as finished:
+                found[id(node)] = finished.value
+        return found
+
+    def _supposed_statistics(self, item: WorkItem) -> dict[int, Any] | None:
+        """Statistics as they might be; None where a method asks for a sweep that torch has to do."""
+        supposed: dict[int, Any] = {}
+        for node in _with_statistics(item):
+            generator, total = statistics_generator(node, item.elements), None
+            try:
+                while True:
+                    sweep = generator.send(total)
+                    if not (isinstance(sweep, DotProducts) and self._summed(item, node, sweep, supposed)):
+                        return None
+                    total = np.eye(len(node.sources))
+            except StopIteration as finished:
+                supposed[id(node)] = finished.value
+        return supposed
+
+    def _chunks(self, item: WorkItem) -> Iterator[tuple[int, int]]:
+        """All chunks of an item, in elements."""
+        length = max(self.chunk // BLOCK, 1) * BLOCK
+        return ((start, min(start + length, item.elements)) for start in range(0, item.elements, length))
 
     def left(self, item: WorkItem) -> Iterator[tuple[int, int]]:
         """The chunks of an item, in elements, that are still to be written; the others are told as progress."""
@@ -136,7 +179,23 @@ class FusedItems:
         self, item: WorkItem, statistics: Mapping[int, Any], start: int, stop: int, lane: Any
     ) -> None:
         if not self.write(item, start, stop, statistics):
-            self.fall_back(item, start, stop)
+            execution, lane = self.by_torch(statistics)
+            execution.write_chunk(item, start, stop, lane)
+
+    def _sweep_or_fall_back(
+        self,
+        item: WorkItem,
+        node: Apply,
+        sweep: Sweep,
+        statistics: Mapping[int, Any],
+        sums: Totals,
+        start: int,
+        stop: int,
+        lane: Any,
+    ) -> None:
+        if not self.sweep(item, node, sweep, start, stop, statistics, 0, sums):
+            execution, lane = self.by_torch(statistics)
+            execution.sweep_chunk(item, node, sweep, start, stop, 0, sums, lane)
 
     def write(self, item: WorkItem, start: int, stop: int, statistics: Mapping[int, Any]) -> bool:
         """Write elements [start, stop) of an item; False, and nothing is written, where that is not for this class."""
@@ -168,10 +227,63 @@ class FusedItems:
 
         return run
 
-    def count(
+    def sweep(
+        self,
+        item: WorkItem,
+        node: Apply,
+        sweep: Sweep,
+        start: int,
+        stop: int,
+        statistics: Mapping[int, Any],
+        number: int,
+        sums: Totals,
+    ) -> bool:
+        """Add what a sweep finds on elements [start, stop) of an item; False, and nothing is, where torch has to."""
+        found: Mapping[int, Any] | None = None
+        if isinstance(sweep, RankSweep):
+            found = self._counts(item, node, sweep, start, stop, statistics)
+        elif isinstance(sweep, DotProducts):
+            found = self._products(item, node, sweep, start, stop, statistics)
+        for begin, value in (found or {}).items():
+            sums.add((number, begin), value)
+        return found is not None
+
+    def _summed(self, item: WorkItem, node: Apply, sweep: DotProducts, statistics: Mapping[int, Any]) -> Trace | None:
+        """The program of what is multiplied; None where torch is to do it."""
+        if item.wide or not self._takes(item) or len(node.sources) > _MOST_SUMMED:
+            return None
+        trace = recorded(item, statistics, lambda block: sweep.values(block.operands(node)))
+        return None if trace is None or trace.streams else trace
+
+    def _products(
+        self, item: WorkItem, node: Apply, sweep: DotProducts, start: int, stop: int, statistics: Mapping[int, Any]
+    ) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]] | None:
+        """The Gram matrices of blocks, by their first elements."""
+        trace = self._summed(item, node, sweep, statistics)
+        if trace is None or start % BLOCK:
+            return None
+        kernel = native.compiled(trace.program, native.Summing(trace.results))
+        pieces = Pieces(self, start, stop)
+        run = self.runner(item, trace, kernel, pieces)
+        if run is None:
+            return None
+        count = len(trace.results)
+        sums = np.empty((count * (count + 1) // 2, ROW))
+        found = {}
+        for block in range(start, stop, BLOCK):
+            sums[:] = 0
+            for begin in range(block, min(block + BLOCK, stop), _PIECE):
+                elements = min(_PIECE, stop - begin)
+                pieces.read(begin, elements, repeat=False)
+                if run(begin, elements, sums.ctypes.data)[0] >= kernel.limit:
+                    return None
+            found[block] = gram_of_rows(sums, count)
+        return found
+
+    def _counts(
         self, item: WorkItem, node: Apply, sweep: RankSweep, start: int, stop: int, statistics: Mapping[int, Any]
-    ) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-        """What a sweep of a search for ranks counts over elements [start, stop); None where torch is to do it."""
+    ) -> dict[int, np.ndarray[Any, np.dtype[np.int64]]] | None:
+        """What a sweep of a search for ranks counts."""
         if (
             item.wide
             or start % native.LANES
@@ -179,15 +291,15 @@ class FusedItems:
             or getattr(sweep.search.dtype, "itemsize", 4) != 4
         ):
             return None
-        traced = _traced(item, statistics, lambda block: sweep.values(block.operands(node)))
-        if traced is None or traced.streams:
+        trace = recorded(item, statistics, lambda block: sweep.values(block.operands(node)))
+        if trace is None or trace.streams:
             return None
         shift, size = sweep.search.digits()
         targets = list(dict.fromkeys((target.source, target.prefix >> shift) for target in sweep.search.targets))
-        counting = native.Counting(tuple(traced.results[source] for source, _ in targets), shift, size)
-        kernel = native.compiled(traced.program, counting)
+        counting = native.Counting(tuple(trace.results[source] for source, _ in targets), shift, size)
+        kernel = native.compiled(trace.program, counting)
         pieces = Pieces(self, start, stop)
-        run = self.runner(item, traced, kernel, pieces, [prefix for _, prefix in targets])
+        run = self.runner(item, trace, kernel, pieces, [prefix for _, prefix in targets])
         if run is None:
             return None
         counts, last = np.zeros((2, len(targets), size + 1), dtype=np.int32)
@@ -203,19 +315,19 @@ class FusedItems:
             counts -= last // native.LANES * spare
         rows = {target: row[:size] for target, row in zip(targets, counts, strict=True)}
         found = [rows[target.source, target.prefix >> shift] for target in sweep.search.targets]
-        return np.concatenate([*found, [stop - start, 0]]).astype(np.int64)
+        return {start: np.concatenate([*found, [stop - start, 0]]).astype(np.int64)}
 
     def trace(self, item: WorkItem, statistics: Mapping[int, Any] | None) -> Trace | None:
         """How the item's value is made; None where it cannot be told, or not so."""
         if statistics is None or not self._takes(item):
             return None
         try:
-            key = (_signature(item.node, item, statistics, {}), item.dtype.name, item.wide)
+            key = (signature(item.node, item, statistics, {}), item.dtype.name, item.wide)
             if key not in self._traces:
-                self._traces[key] = _traced(item, statistics, _value(item))
+                self._traces[key] = recorded(item, statistics, value_of(item))
             return self._traces[key]
         except TypeError:  # parameters that cannot be compared
-            return _traced(item, statistics, _value(item))
+            return recorded(item, statistics, value_of(item))
 
     def _takes(self, item: WorkItem) -> bool:
         """Whether all that is read is decoded here, and may be cut anywhere once statistics are known."""
@@ -269,14 +381,14 @@ class Pieces:
         assert isinstance(leaf.encoding, Scaled)
         return leaf.encoding.vector_scales(read, self._start, self._stop, native.LANES)
 
-    def read(self, begin: int, count: int) -> None:
-        """Read ``count`` elements of each from ``begin`` on."""
+    def read(self, begin: int, count: int, *, repeat: bool = True) -> None:
+        """Read ``count`` elements of each from ``begin`` on; copies of the last one, or zeros, fill its vector."""
         spare = -count % native.LANES
         for read, width, buffer in self._stored.values():
             stop = count * width
             read(begin * width, buffer[:stop].data)
-            if spare:  # the last element fills its vector
-                buffer[stop : stop + spare * width] = np.tile(buffer[stop - width : stop], spare)
+            if spare:
+                buffer[stop : stop + spare * width] = np.tile(buffer[stop - width : stop], spare) if repeat else 0
         first = (begin - self._start) // native.LANES
         for scales, held in self._scales.values():
             some = scales[first : first + -(-count // native.LANES)]
@@ -322,14 +434,8 @@ def _draw(leaf: Drawn, seed: int, start: int, buffer: memoryview) -> None:
 
 def _is_decoded_here(leaf: Leaf) -> bool:
     if isinstance(leaf, Decoded):
-        return isinstance(leaf.encoding, Scaled) and _stored_type(leaf) in native.CODES
-    return isinstance(leaf, Drawn) or (isinstance(leaf, Read) and _stored_type(leaf) in native.LOADED)
-
-
-def _stored_type(leaf: Leaf) -> str:
-    if isinstance(leaf, Drawn):
-        return _DRAWN_TYPE
-    return (leaf.encoding.parts["codes"] if isinstance(leaf, Decoded) else leaf).dtype.name
+        return isinstance(leaf.encoding, Scaled) and stored_type(leaf) in native.CODES
+    return isinstance(leaf, Drawn) or (isinstance(leaf, Read) and stored_type(leaf) in native.LOADED)
 
 
 def _limit(item: WorkItem, infinity: int) -> int:
@@ -341,80 +447,5 @@ def _limit(item: WorkItem, infinity: int) -> int:
         return min(infinity - 1, int(np.float32(largest).view(np.uint32)))
 
 
-def _simple_statistics(item: WorkItem) -> dict[int, Any] | None:
-    """The statistics of an item's methods where none of them looks at a value; else None."""
-    found: dict[int, Any] = {}
-    for node in item.applied:
-        if node.method.statistics is None:
-            continue
-        extent = Extent(len(node.sources), item.elements, node.weights, node.params)
-        generator: Generator[Any, Any, Any] = node.method.statistics(extent)
-        try:
-            next(generator)
-        except StopIteration as finished:
-            found[id(node)] = finished.value
-        else:
-            generator.close()
-            return None
-    return found
-
-
-def _signature(node: Node, item: WorkItem, statistics: Mapping[int, Any], known: dict[int, int]) -> Any:
-    """What an expression's program follows from; equal for tensors that are treated alike."""
-    if id(node) in known:
-        return known[id(node)]
-    known[id(node)] = len(known)
-    if isinstance(node, Read | Decoded | Drawn):
-        return _stored_type(node), type(node).__name__, node.kind
-    assert isinstance(node, Apply)
-    told = (item.name, item.shape) if node.method.arguments & {"name", "shape"} else None
-    operands = tuple(_signature(operand, item, statistics, known) for operand in node.operands)
-    made = statistics.get(id(node))
-    hash(made)
-    parts = (node.step, node.method.name, node.params, node.weights, node.source_indices, node.kind, made, told)
-    return *parts, node.base is None, operands
-
-
-def _value(item: WorkItem) -> Callable[[Block], Any]:
-    return lambda block: [block.value(item.node)]
-
-
-def _traced(item: WorkItem, statistics: Mapping[int, Any], evaluate: Callable[[Block], Any]) -> Trace | None:
-    """The program of what is evaluated on a block of an item; None where it cannot be recorded."""
-    program = Program("double" if item.wide else "float")
-    leaves: list[int] = []
-    streams: list[tuple[str, int]] = []
-
-    def load(leaf: Leaf) -> Any:
-        leaves.append(item.leaves.index(leaf))
-        return (program.scaled if isinstance(leaf, Decoded) else program.input)(_stored_type(leaf))
-
-    def no_factors(node: Any) -> Any:
-        raise NotImplementedError
-
-    class Recorder(Block):
-        def _random(self, node: Apply, like: Any) -> RandomStream:
-            return _TracedRandom(program, streams, node.step, node.source_indices)
-
-    try:
-        block = Recorder(item.name, 0, load, no_factors, statistics, 0, item.shape, item.elements)
-        values = list(evaluate(block))
-        results = tuple(value.place for value in values if isinstance(value, Traced) and value.kind == program.type)
-    except Exception:  # whatever a method does that cannot be recorded; torch will do it, or word the error
-        return None
-    if len(results) != len(values):
-        return None
-    program.result = results[0]
-    return Trace(program, tuple(leaves), tuple(streams), results)
-
-
-class _TracedRandom:
-    def __init__(self, program: Program, streams: list[tuple[str, int]], step: str, indices: Sequence[int]) -> None:
-        self._program = program
-        self._streams = streams
-        self._step = step
-        self._indices = indices
-
-    def uniform(self, source: int) -> Any:
-        self._streams.append((self._step, self._indices[source]))
-        return self._program.uniform(0)
+def _with_statistics(item: WorkItem) -> list[Apply]:
+    return [node for node in item.applied if node.method.statistics is not None]

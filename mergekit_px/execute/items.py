@@ -20,7 +20,6 @@ from mergekit_px.execute.sweeps import Totals, driven, replayed, statistics_gene
 from mergekit_px.execute.values import Block, WholeTensor, check_finite
 from mergekit_px.execute.views import RowMeans, ViewValues
 from mergekit_px.methods.declare import Sweep
-from mergekit_px.methods.pruning import RankSweep
 from mergekit_px.plan.budget import BLOCK, needs_whole, ranged, row_length, unit, whole_bytes
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Adapted, Apply, Leaf, Node, Read, View
@@ -146,7 +145,7 @@ class Execution:
     ) -> Iterator[Job[Lane]]:
         item, node = member
         for start, stop in self.chunks(item):
-            yield self._job(self._sweep_chunk, item, node, sweep, start, stop, number, sums)
+            yield self._job(self.sweep_chunk, item, node, sweep, start, stop, number, sums)
 
     def _length(self, item: WorkItem) -> int:
         """Elements of an item's chunks."""
@@ -284,7 +283,7 @@ class Execution:
         lane.release()
         self.put(item, spans(item, 0, item.elements), hosts)
 
-    def _sweep_chunk(
+    def sweep_chunk(
         self,
         item: WorkItem,
         node: Apply,
@@ -295,11 +294,11 @@ class Execution:
         sums: Totals,
         lane: Lane,
     ) -> None:
-        if lane.device.type == "cpu" and isinstance(sweep, RankSweep):
-            counts = self.fused.count(item, node, sweep, start, stop, self.statistics)
-            if counts is not None:
-                sums.add((number, start), torch.from_numpy(counts))
-                return
+        """What a sweep finds on elements [start, stop) of an item, which is that ``number`` of all its items."""
+        if lane.device.type == "cpu" and self.fused.sweep(
+            item, node, sweep, start, stop, self.statistics, number, sums
+        ):
+            return
         with lane.computing():
             leaves = [leaf for leaf in item.leaves if _uses(node, leaf)]
             self._sweep(item, node, sweep, self.read(item, leaves, start, stop, lane), start, stop, number, sums)

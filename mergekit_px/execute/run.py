@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.destination import RECIPE_FILE, check_mode, destination
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from mergekit_px.execute.items import Execution
+    from mergekit_px.execute.lane import Lane
     from mergekit_px.execute.sweeps import Totals
 
 
@@ -274,10 +275,12 @@ def execute_together(
 def _fused(
     plan: Plan, readers: Mapping[str, TensorReader], sink: Sink, advance: Callable[[str, int], None]
 ) -> FusedItems:
-    def by_torch(item: WorkItem, start: int, stop: int) -> None:
+    def by_torch(statistics: Mapping[int, Any]) -> tuple[Execution, Lane]:
         from mergekit_px.execute.lane import Lane, pick_device
 
-        _execution(plan, fused).write_chunk(item, start, stop, Lane(pick_device("cpu")))
+        execution = _execution(plan, fused)
+        execution.statistics.update(statistics)
+        return execution, Lane(pick_device("cpu"))
 
     fused = FusedItems(
         readers=readers,
@@ -286,7 +289,7 @@ def _fused(
         seed=plan.seed,
         allow_nonfinite=plan.options.allow_nonfinite,
         advance=advance,
-        fall_back=by_torch,
+        by_torch=by_torch,
     )
     return fused
 

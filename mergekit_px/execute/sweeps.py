@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from mergekit_px.methods.declare import Extent, Sweep
 from mergekit_px.plan.nodes import Apply
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
 
 
 class Totals:
@@ -20,17 +24,17 @@ class Totals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._integers: torch.Tensor | None = None
+        self._integers: NDArray[np.integer[Any]] | None = None
         # As lists: small tensors that stay between the large ones of a worker would keep its heap from shrinking.
         self._floats: dict[tuple[int, int], Any] = {}
 
-    def add(self, order: tuple[int, int], partial_sum: torch.Tensor) -> None:
-        on_host = partial_sum.cpu()
+    def add(self, order: tuple[int, int], partial_sum: torch.Tensor | NDArray[Any]) -> None:
+        on_host = partial_sum if isinstance(partial_sum, np.ndarray) else partial_sum.cpu().numpy()
         with self._lock:
-            if on_host.is_floating_point():
+            if on_host.dtype.kind == "f":
                 self._floats[order] = on_host.tolist()
             elif self._integers is None:
-                self._integers = on_host.clone()
+                self._integers = on_host.copy()
             else:
                 self._integers += on_host
 
@@ -40,21 +44,26 @@ class Totals:
         if others._integers is not None:
             self.add((0, 0), others._integers)
 
-    def __getstate__(self) -> tuple[torch.Tensor | None, dict[tuple[int, int], Any]]:
+    def __getstate__(self) -> tuple[Any, dict[tuple[int, int], Any]]:
         return self._integers, self._floats
 
-    def __setstate__(self, state: tuple[torch.Tensor | None, dict[tuple[int, int], Any]]) -> None:
+    def __setstate__(self, state: tuple[Any, dict[tuple[int, int], Any]]) -> None:
         self.__init__()  # type: ignore[misc]
         self._integers, self._floats = state
 
-    def total(self) -> torch.Tensor:
+    def array(self) -> NDArray[Any]:
         if not self._floats:
-            return self._integers if self._integers is not None else torch.zeros((), dtype=torch.int64)
+            return self._integers if self._integers is not None else np.zeros((), dtype=np.int64)
         parts = iter(sorted(self._floats.items()))
-        result = torch.tensor(next(parts)[1], dtype=torch.float64)
+        result = np.array(next(parts)[1], dtype=np.float64)
         for _, part in parts:
-            result += torch.tensor(part, dtype=torch.float64)
+            result += np.array(part, dtype=np.float64)
         return result
+
+    def total(self) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.array())
 
 
 def statistics_generator(node: Apply, elements: int) -> Any:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from mergekit_px.kernels.reduction import ROW, pairs_of
 from mergekit_px.kernels.tracing import Program, Type
 
 LANES = 16
@@ -55,6 +56,17 @@ class Counting:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Summing:
+    """In the place of a storage type: add the products of all pairs of the program's ``results`` in float64.
+
+    The output is :data:`~mergekit_px.kernels.reduction.ROW` sums for each pair, to which one row of elements after
+    another is added.
+    """
+
+    results: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A compiled program.
@@ -84,8 +96,9 @@ _kernels: dict[Any, Kernel] = {}
 _lock = threading.Lock()
 
 
-def compiled(program: Program, output: str | Counting) -> Kernel:
-    """The code of a program whose result is stored as ``output``, a safetensors type of :data:`STORED`, or counted."""
+def compiled(program: Program, output: str | Counting | Summing) -> Kernel:
+    """The code of a program whose result is stored as ``output``, a safetensors type of :data:`STORED`, or what is
+    counted or summed instead."""
     key = (program.structure, output)
     with _lock:
         if key not in _kernels:
@@ -110,7 +123,7 @@ def _machine() -> Any:
     return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3)
 
 
-def _compiled(program: Program, output: str | Counting) -> Kernel:
+def _compiled(program: Program, output: str | Counting | Summing) -> Kernel:
     from llvmlite import binding
 
     module = binding.parse_assembly(_assembly(program, output))
@@ -149,7 +162,7 @@ class _Code:
         self.lines.append(f"  {instruction}")
 
 
-def _assembly(program: Program, output: str | Counting) -> str:
+def _assembly(program: Program, output: str | Counting | Summing) -> str:
     """The program as a function in LLVM's language."""
     kind = program.type
     bits = _vector(_BITS[kind])
@@ -176,6 +189,8 @@ def _assembly(program: Program, output: str | Counting) -> str:
     if isinstance(output, Counting):
         for number, place in enumerate(output.results):
             _count(entry, loop, output, number, len(program.keys) + number, values[place])
+    elif isinstance(output, Summing):
+        _sum_products(loop, [values[place] for place in output.results])
     else:
         result = _larger(loop, result, values[program.result], kind)
         _encode(loop, output, values[program.result], kind)
@@ -332,6 +347,18 @@ def _count(entry: _Code, loop: _Code, output: Counting, number: int, key: int, v
         loop.do(f"store i32 {loop.put(f'add i32 {count}, 1')}, ptr {counter}")
     loop.do(f"br label %counted{number}")
     loop.lines.append(f"counted{number}:")
+
+
+def _sum_products(loop: _Code, values: Sequence[str]) -> None:
+    """Add the products of pairs of float32 values, which float64 holds exactly, to the sums of their place in a row."""
+    vector = _vector("double")
+    doubles = [loop.put(f"fpext {_vector('float')} {value} to {vector}") for value in values]
+    lane = loop.put(f"and i64 %place, {ROW - 1}")
+    for pair, (row, column) in enumerate(pairs_of(len(values))):
+        address = loop.put(f"getelementptr double, ptr %out, i64 {loop.put(f'add i64 {lane}, {pair * ROW}')}")
+        total = loop.put(f"load {vector}, ptr {address}, align 8")
+        product = loop.put(f"fmul {vector} {doubles[row]}, {doubles[column]}")
+        loop.do(f"store {vector} {loop.put(f'fadd {vector} {total}, {product}')}, ptr {address}, align 8")
 
 
 def _larger(loop: _Code, largest: str, value: str, kind: Type) -> str:

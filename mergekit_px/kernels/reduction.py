@@ -7,16 +7,19 @@ cannot change them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
-_ROW = 4096
-_ROWS_IN_CACHE = 16
+ROW = 4096
+"""Elements of a row of sums over elements."""
+
 _LARGEST_INTEGER = 2**12
 
 
@@ -69,8 +72,8 @@ def element_sum(values: torch.Tensor) -> torch.Tensor:
     import torch
 
     flat = values.reshape(-1)
-    whole = flat.numel() // _ROW * _ROW
-    rows = flat[:whole].view(-1, _ROW).sum(dim=1, dtype=torch.float64)
+    whole = flat.numel() // ROW * ROW
+    rows = flat[:whole].view(-1, ROW).sum(dim=1, dtype=torch.float64)
     return rows.sum() + flat[whole:].sum(dtype=torch.float64)
 
 
@@ -82,24 +85,41 @@ def absolute_sum(values: torch.Tensor) -> torch.Tensor:
 def gram(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """float64 dot products of all pairs of flattened tensors, shape (k, k), symmetric.
 
-    Products of float32 values are exact in float64. The sums are those of :func:`element_sum`; a few rows at a time,
-    so that doubles and products stay in the cache.
+    Products of float32 values are exact in float64. On a CPU they are summed in the order of :func:`gram_of_rows`.
     """
     import torch
 
     flat = [tensor.reshape(-1) for tensor in tensors]
-    rows, count = flat[0].numel() // _ROW, len(flat)
-    sums = torch.empty(count, count, rows, dtype=torch.float64, device=flat[0].device)
-    for begin in range(0, rows, _ROWS_IN_CACHE):
-        end = min(begin + _ROWS_IN_CACHE, rows)
-        doubles = [values[begin * _ROW : end * _ROW].to(torch.float64).view(-1, _ROW) for values in flat]
-        for row, left in enumerate(doubles):
-            for column, right in enumerate(doubles[: row + 1]):
-                torch.sum(left * right, dim=1, out=sums[row, column, begin:end])
-    rest = [values[rows * _ROW :].to(torch.float64) for values in flat]
-    result = torch.empty(count, count, dtype=torch.float64, device=flat[0].device)
-    for row in range(count):
-        for column in range(row + 1):
-            total = sums[row, column].sum() + (rest[row] * rest[column]).sum()
-            result[row, column] = result[column, row] = total
+    pairs = list(pairs_of(len(flat)))
+    if flat[0].device.type != "cpu":
+        result = flat[0].new_empty(len(flat), len(flat), dtype=torch.float64)
+        for row, column in pairs:
+            result[row, column] = result[column, row] = torch.dot(flat[row].double(), flat[column].double())
+        return result
+    sums = torch.zeros(len(pairs), ROW, dtype=torch.float64)
+    for begin in range(0, flat[0].numel(), ROW):
+        doubles = [values[begin : begin + ROW].to(torch.float64) for values in flat]
+        for total, (row, column) in zip(sums, pairs, strict=True):
+            total[: len(doubles[row])].addcmul_(doubles[row], doubles[column])
+    return torch.from_numpy(gram_of_rows(sums.numpy(), len(flat)))
+
+
+def pairs_of(count: int) -> Iterator[tuple[int, int]]:
+    """The places of a symmetric matrix that say everything, in order."""
+    return ((row, column) for row in range(count) for column in range(row + 1))
+
+
+def gram_of_rows(sums: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """The Gram matrix, (k, k), of sums over rows of :data:`ROW` elements, (pairs, ROW), one row after another.
+
+    The sums of a row are added half to half, so that the order is the same whoever made them.
+    """
+    import numpy as np
+
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    result = np.empty((count, count))
+    for total, (row, column) in zip(sums[:, 0], pairs_of(count), strict=True):
+        result[row, column] = result[column, row] = total
     return result

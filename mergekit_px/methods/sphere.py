@@ -6,6 +6,8 @@ All that they return is a combination of the sources, so that two sweeps of any 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_px.methods.declare import Operands
@@ -16,11 +18,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def dots(operands: Operands) -> torch.Tensor:
-    """A sweep: the Gram matrix of the sources, float64, shape (k, k)."""
-    from mergekit_px.kernels.reduction import gram
+@dataclass(frozen=True)
+class DotProducts:
+    """A sweep: the Gram matrix of the sources, float64, shape (k, k). Its total may be a tensor or an array."""
 
-    return gram(operands.tensors)
+    def values(self, operands: Operands) -> Sequence[torch.Tensor]:
+        return operands.tensors
+
+    def __call__(self, operands: Operands) -> torch.Tensor:
+        from mergekit_px.kernels.reduction import gram
+
+        return gram(self.values(operands))
+
+
+dots = DotProducts()
 
 
 def cosine_of(gram: torch.Tensor) -> float:
@@ -39,7 +50,7 @@ class Directions:
     def __init__(self, gram: torch.Tensor) -> None:
         import numpy as np
 
-        products = gram.numpy()
+        products = np.asarray(gram)
         self.norms: NDArray[np.float64] = np.sqrt(products.diagonal())
         self._inverse = np.divide(1.0, self.norms, out=np.zeros_like(self.norms), where=self.norms > 0)
         self._metric = products * self._inverse * self._inverse[:, None]
