@@ -8,19 +8,14 @@ order that does not depend on them. A task that is lost with its worker is begun
 from __future__ import annotations
 
 import importlib
-import os
-import pickle
 import shutil
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_px._version import __version__
 from mergekit_px.checkpoint.destination import (
     STATE_FOLDER,
     cannot_use,
@@ -31,10 +26,10 @@ from mergekit_px.checkpoint.destination import (
 )
 from mergekit_px.checkpoint.lock import DirectoryLock
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.errors import InputError, OutputError, OutputLockedError, PlanError, UsageError
+from mergekit_px.errors import OutputError, OutputLockedError, UsageError
 from mergekit_px.execute.array import array_folder, part_counts, partition, publish_parts, run_part
 from mergekit_px.execute.events import Progress, Report, RunResult
-from mergekit_px.execute.ray_tasks import RayTasks, parse_cluster
+from mergekit_px.execute.ray_tasks import RayTasks, SharedFolders, parse_cluster, same_inputs
 from mergekit_px.execute.run import begun, partial_sums, peak_memory, plan_checkpoints
 from mergekit_px.execute.store_output import StoreOutput
 from mergekit_px.plan.build import build_plan
@@ -55,44 +50,24 @@ _PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """What all tasks of a merge are told.
-
-    Attributes:
-        folder: that relative paths are relative to.
-        witness: a file in the output's folder and what it holds, where the workers write to a folder.
-    """
+class MergeAssignment:
+    """What all tasks of a merge are told."""
 
     loaded: LoadedRecipe
     options: PlanOptions
-    folder: str
+    folders: SharedFolders
     plan_hash: str
-    witness: tuple[str, bytes] | None
 
-    def plan(self) -> Plan:
+    def begin(self) -> Plan:
         """The plan of the whole merge, on this worker. Raises ``PlanError`` where it does not see what it must."""
-        host = socket.gethostname()
-        shared = "run in a folder, and write to one, that all machines share"
-        try:
-            os.chdir(self.folder)
-        except OSError:
-            raise PlanError(f"the worker on {host} does not see the folder {self.folder}", hint=shared) from None
-        if self.witness is not None:
-            path, content = self.witness
-            seen = None
-            with suppress(OSError):
-                seen = Path(path).read_bytes()
-            if seen != content:
-                output = Path(path).parents[1]
-                raise PlanError(f"the worker on {host} does not see the output folder {output}", hint=shared)
-        others = "give inputs that all machines see, on a shared file system or in a store"
-        try:
+        self.folders.enter()
+        with same_inputs() as require_equal:
             plan = build_plan(self.loaded, self.options)
-        except InputError as error:
-            raise PlanError(f"the worker on {host} cannot read an input: {error}", hint=others) from error
-        if plan.hash != self.plan_hash:
-            raise PlanError(f"the worker on {host} sees other inputs than this machine", hint=others)
+            require_equal(plan.hash, self.plan_hash)
         return plan
+
+    def stop(self) -> None:
+        """A part goes on from its journal, so nothing is to be ended."""
 
 
 def run_on_cluster(plan: Plan, cluster: str, *, progress: Report | None = None) -> RunResult:
@@ -115,10 +90,10 @@ def run_on_cluster(plan: Plan, cluster: str, *, progress: Report | None = None) 
         if isinstance(ready, RunResult):
             return ready
         plan = ready
-        tasks = stack.enter_context(RayTasks.connected(address, plan))
+        tasks = stack.enter_context(RayTasks.connected(address, plan, plan.device))
         options = replace(plan.options, threads=tasks.threads, device=tasks.device, require_room=False, lock=plan.lock)
-        assignment = Assignment(plan.loaded, options, str(Path.cwd()), plan.hash, output.witness)
-        tasks.begin(__version__, pickle.dumps(assignment))
+        folders = SharedFolders(str(Path.cwd()), str(plan.output), output.witness)
+        tasks.begin(MergeAssignment(plan.loaded, options, folders, plan.hash))
         there = output.finished()
         sizes = {shard.file: shard.size for shard in plan.layout.shards}
         missing = {
@@ -210,13 +185,6 @@ def write_part(plan: Plan, number: int, size: int, totals: Totals, report: Repor
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
-
-
-@lru_cache(maxsize=1)
-def assigned_plan(assignment: bytes) -> Plan:
-    """The plan of an assignment, made once by a worker."""
-    found: Assignment = pickle.loads(assignment)
-    return found.plan()
 
 
 class FolderParts:

@@ -5,17 +5,28 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import pickle
 import queue
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mergekit_px._version import __version__
-from mergekit_px.errors import ClusterError, MemoryBudgetError, PlanError, PxmergeError, RunError, UsageError
+from mergekit_px.errors import (
+    ClusterError,
+    InputError,
+    MemoryBudgetError,
+    PlanError,
+    PxmergeError,
+    RunError,
+    UsageError,
+)
 from mergekit_px.execute.events import Progress
 from mergekit_px.plan.budget import plan_budget
 from mergekit_px.plan.model import Plan
@@ -27,6 +38,10 @@ _ANSWER = 5.0
 """Seconds in which a cluster must answer."""
 _ALONE = 60.0
 """Seconds for which no machine may be there that fits a task."""
+_LOOK = 1.0
+"""Seconds between two looks at tasks that run."""
+_FAREWELL = 3.0
+"""Seconds in which a task that was asked to end does so."""
 _TOLD = 0.5
 """Seconds between two reports of a task."""
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -36,8 +51,67 @@ what does not (RFC 9113, 3.4)."""
 Work = Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class SharedFolders:
+    """What all machines must see.
+
+    Attributes:
+        current: that relative paths are relative to.
+        output: what messages call the output.
+        witness: a file in the output's folder and what it holds, where the workers use a folder.
+    """
+
+    current: str
+    output: str
+    witness: tuple[str, bytes] | None
+
+    def enter(self) -> None:
+        """Go there, on this worker. Raises ``PlanError`` where it does not see what it must."""
+        host = socket.gethostname()
+        shared = "run in a folder, and write to one, that all machines share"
+        try:
+            os.chdir(self.current)
+        except OSError:
+            raise PlanError(f"the worker on {host} does not see the folder {self.current}", hint=shared) from None
+        if self.witness is not None:
+            path, content = self.witness
+            seen = None
+            with suppress(OSError):
+                seen = Path(path).read_bytes()
+            if seen != content:
+                raise PlanError(f"the worker on {host} does not see the output folder {self.output}", hint=shared)
+
+
+@contextmanager
+def same_inputs() -> Iterator[Callable[[object, object], None]]:
+    """Inside, an input that a worker cannot read is said to be that; and a function for what must be equal there.
+
+    Raises ``PlanError``.
+    """
+    host, others = socket.gethostname(), "give inputs that all machines see, on a shared file system or in a store"
+
+    def require_equal(here: object, there: object) -> None:
+        if here != there:
+            raise PlanError(f"the worker on {host} sees other inputs than this machine", hint=others)
+
+    try:
+        yield require_equal
+    except InputError as error:
+        raise PlanError(f"the worker on {host} cannot read an input: {error}", hint=others) from error
+
+
+class Assignment(Protocol):
+    """What all tasks are told."""
+
+    def begin(self) -> Any:
+        """What they work with, on this worker. Raises ``PlanError`` where it cannot do what is asked."""
+
+    def stop(self) -> None:
+        """End at once what a task of this worker began."""
+
+
 class RayTasks:
-    """The tasks of one merge.
+    """Tasks of one kind.
 
     Attributes:
         threads: of each task.
@@ -46,14 +120,14 @@ class RayTasks:
         lost: how many were begun again.
     """
 
-    def __init__(self, ray: Any, plan: Plan) -> None:
+    def __init__(self, ray: Any, plan: Plan, device: str, beside: int) -> None:
         self._ray = ray
         self.lost = 0
         options = plan.options
         cores = [_cores(node) for node in self._machines(1, 0)] or [1]
         self.threads = options.threads or max(1, min(_MOST_THREADS, *cores))
-        self._memory = plan_budget(plan.items, memory=options.memory, threads=self.threads).total
-        self.device = "cuda" if plan.device.startswith("cuda") else plan.device
+        self._memory = plan_budget(plan.items, memory=options.memory, threads=self.threads).total + beside
+        self.device = "cuda" if device.startswith("cuda") else device
         self._check_machines(max(cores))
         fitting = self._machines(self.threads, self._memory)
         self.places = sum(
@@ -69,11 +143,17 @@ class RayTasks:
         )(on_worker)
         self._common: tuple[Any, ...] = ()
         self._prepared: list[Any] = []
+        self._stopped = False
 
     @classmethod
     @contextmanager
-    def connected(cls, address: str | None, plan: Plan) -> Iterator[RayTasks]:
+    def connected(cls, address: str | None, plan: Plan, device: str, beside: int = 0) -> Iterator[RayTasks]:
         """Tasks on the cluster at an address; without one, on one that is begun here and ends with the block.
+
+        Args:
+            plan: of a merge that a task is, or is a part of.
+            device: that each computes on.
+            beside: bytes that a task needs beside those of the merge.
 
         Raises:
             ClusterError: it does not answer.
@@ -103,23 +183,25 @@ class RayTasks:
                     hint="join a cluster from one of its machines, with the versions of Python and Ray that it has",
                 ) from error
             try:
-                yield cls(ray, plan)
+                yield cls(ray, plan, device, beside)
             finally:
                 ray.shutdown()
 
-    def begin(self, version: str, assignment: bytes) -> None:
+    def begin(self, assignment: Assignment) -> None:
         """What all tasks are told."""
-        self._common = (version, self._ray.put(assignment))
+        self._common = (__version__, self._ray.put(pickle.dumps(assignment)))
 
     def prepare(self, work: Work) -> None:
-        """Begin ``work(plan, number, None, [], report)`` in each place, and do not wait for it."""
+        """Begin ``work(begun, number, None, [], report)`` in each place, and do not wait for it."""
         self._prepared = [self._submit(work, number, None, []) for number in range(self.places)]
 
     def _submit(self, work: Work, number: int, argument: Any, shared: Any) -> Any:
-        return self._task.remote(*self._common, work.__name__, number, argument, shared)
+        return self._task.remote(*self._common, pickle.dumps(work), number, argument, shared)
 
     def run(self, work: Work, arguments: Mapping[int, Any], shared: Any, tell: Callable[[int, Progress], None]) -> Any:
-        """``work(plan, number, argument, shared, report)`` for each; number -> what it returned.
+        """``work(begun, number, argument, shared, report)`` for each; number -> what it returned.
+
+        Several threads may run their own at once.
 
         Raises what the first of them raised that failed, ``RunError`` for one that was lost too often.
         """
@@ -135,7 +217,9 @@ class RayTasks:
         seen = time.monotonic()
         try:
             while running:
-                ready, _ = self._ray.wait(list(running), timeout=1.0, fetch_local=False)
+                ready, _ = self._ray.wait(list(running), timeout=_LOOK, fetch_local=False)
+                if self._stopped:
+                    raise RunError("it was stopped")
                 if self._machines(self.threads, self._memory):
                     seen = time.monotonic()
                 elif time.monotonic() > seen + _ALONE:
@@ -160,9 +244,25 @@ class RayTasks:
                     else:
                         results[number] = found[0]
         finally:
-            for stream in running:
-                self._ray.cancel(stream, force=True)
+            self._end(list(running))
         return results
+
+    def stop(self) -> None:
+        """End what other threads run."""
+        self._stopped = True
+
+    def _end(self, streams: list[Any]) -> None:
+        """End tasks: asked first, so that they end what they began, then by force."""
+        for force in (False, True):
+            for stream in streams:
+                self._ray.cancel(stream, force=force)
+            if streams and not force:
+                self._ray.wait(
+                    [stream.completed() for stream in streams],
+                    num_returns=len(streams),
+                    timeout=_FAREWELL,
+                    fetch_local=False,
+                )
 
     def _machines(self, cores: int, memory: int) -> list[Mapping[str, Any]]:
         """Those that fit a task."""
@@ -217,27 +317,39 @@ def _check_answer(ray: Any, address: str) -> None:
         )
 
 
-def on_worker(version: str, assignment: bytes, work: str, number: int, argument: Any, shared: Any) -> Iterator[Any]:
+@lru_cache(maxsize=1)
+def _begun(assignment: bytes) -> tuple[Assignment, Any]:
+    """An assignment, and what tasks work with, made once by a worker."""
+    told: Assignment = pickle.loads(assignment)
+    return told, told.begin()
+
+
+def on_worker(version: str, assignment: bytes, work: bytes, number: int, argument: Any, shared: Any) -> Iterator[Any]:
     """What a worker does: reports as it goes on, and its result as the one entry of a tuple."""
     if version != __version__:
         raise PlanError(
             f"the worker on {socket.gethostname()} has pxmerge {__version__}, and this machine has {version}",
             hint="install the same version on all machines",
         )
-    cluster = importlib.import_module("mergekit_px.execute.cluster")
-    states: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    states: queue.Queue[Any] = queue.Queue()
 
     def run() -> None:
         try:
-            plan = cluster.assigned_plan(assignment)
-            states.put((getattr(cluster, work)(plan, number, argument, shared, states.put),))
+            _, begun = _begun(assignment)
+            states.put((pickle.loads(work)(begun, number, argument, shared, states.put),))
         except BaseException as error:
             states.put(error)
 
     threading.Thread(target=run, daemon=True).start()
     told = 0.0
     while True:
-        state = states.get()
+        try:
+            state = states.get(timeout=_LOOK)
+        except queue.Empty:
+            continue
+        except KeyboardInterrupt:  # it was asked to end
+            pickle.loads(assignment).stop()
+            os._exit(1)
         if isinstance(state, BaseException):
             raise state
         if not isinstance(state, Progress):
@@ -266,7 +378,7 @@ def _lost(error: Exception) -> RunError:
         "OutOfMemoryError": "their machines ran out of memory; lower --memory or --threads",
         "NodeDiedError": "their machines are gone",
     }.get(type(error).__name__, "their processes ended")
-    return RunError(f"the workers of a file were lost {_TRIES} times: {reason}", hint="go on with --resume")
+    return RunError(f"the workers of a task were lost {_TRIES} times: {reason}", hint="go on with --resume")
 
 
 def _cores(node: Mapping[str, Any]) -> int:

@@ -1,8 +1,10 @@
-"""A merge by the workers of a Ray cluster: three nodes on this machine, one of which is killed; into a store too."""
+"""A merge by the workers of a Ray cluster: three nodes on this machine, one of which is killed; into a store too, and
+trials of a search, one of which loses its worker."""
 
 from __future__ import annotations
 
 import _thread
+import json
 import os
 import pickle
 import shlex
@@ -20,8 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_px.errors import NonFiniteError, PlanError
 from mergekit_px.execute.array import publish_parts
-from mergekit_px.execute.cluster import Assignment, sweep_share, swept, write_part
-from mergekit_px.execute.ray_tasks import on_worker, raise_own
+from mergekit_px.execute.cluster import MergeAssignment, sweep_share, swept, write_part
+from mergekit_px.execute.ray_tasks import SharedFolders, on_worker, raise_own
+from mergekit_px.learn.inputs import open_inputs
+from mergekit_px.learn.search.cluster import SearchAssignment
+from mergekit_px.learn.search.settings import SearchSettings
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.method_catalog import method_catalog
 from mergekit_px.plan.model import Plan
@@ -36,6 +41,22 @@ RECIPE = """
 models: {base: base, math: math, code: code}
 merge: {method: linear, sources: [math, code]}
 output: {shard_size: 700}
+"""
+SEARCHED = """
+models: {base: base, a: math, b: code}
+merge: {method: linear, sources: {a: 0.5, b: 0.5}}
+"""
+SCORE = """
+import os, pathlib, signal, sys, time
+weights = b"".join(path.read_bytes() for path in pathlib.Path(sys.argv[1]).glob("*.safetensors"))
+doomed = pathlib.Path("doomed")  # the worker of the second trial
+if doomed.exists() and not doomed.read_text():
+    doomed.write_text("by the next")
+elif doomed.exists():
+    doomed.unlink()
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+print(sum(weights) % 1009)
 """
 
 
@@ -85,9 +106,9 @@ def kill_at_work(cluster, node) -> bool:
     return False
 
 
-def guided(cluster: str, address: str = "") -> list[str]:
-    """The command of the guide for a kind of cluster, whose address there is replaced by another."""
-    guide = (Path(__file__).parents[2] / "docs" / "parts.md").read_text().replace("10.0.0.1:6379", address)
+def guided(cluster: str, address: str = "", page: str = "parts.md") -> list[str]:
+    """The command of a guide for a kind of cluster, whose address there is replaced by another."""
+    guide = (Path(__file__).parents[2] / "docs" / page).read_text().replace("10.0.0.1:6379", address)
     lines = [line for line in guide.splitlines() if line.endswith(f"--cluster {cluster}{address}")]
     assert len(lines) == 1
     return shlex.split(lines[0])[1:]
@@ -137,6 +158,20 @@ def test_a_merge_goes_on_from_here_to_three_nodes_and_survives_one(run, monkeypa
             assert server.objects("models") == {
                 f"merged/{name}": data for name, data in contents("here/merged").items()
             }
+            Path("score.py").write_text(SCORE)
+            Path("score.sh").write_text(f"#!/bin/sh\nexec {sys.executable} -S score.py $1")
+            Path("score.sh").chmod(0o755)
+            Path("recipe.yaml").write_text(SEARCHED)
+            words = guided("ray:", cluster.address, "learn-search.md")
+            alone = run(*words[:-2], "--json", "-o", "alone")
+            assert alone.code == 0, alone.stderr
+            Path("doomed").touch()
+            outcome = run(*words, "--json", "--threads", 1)
+            assert outcome.code == 0, outcome.stderr
+            assert "of the workers were lost, and their trials were begun again" in outcome.stderr
+            one, other = (json.loads(found.stdout) for found in (alone, outcome))
+            assert {**one, "output": 0} == {**other, "output": 0} and one["trials"] == 3
+            assert contents("found/model") == contents("alone/model") and not Path("found/.pxmerge").exists()
         finally:
             cluster.shutdown()
 
@@ -255,17 +290,28 @@ def test_what_a_worker_must_see(tmp_path: Path, models) -> None:
     witness = tmp_path / "out" / ".pxmerge" / "cluster"
     witness.parent.mkdir(parents=True)
     witness.write_bytes(b"1\n")
-    good = Assignment(plan.loaded, plan.options, str(tmp_path), plan.hash, (str(witness), b"1\n"))
-    assert pickle.loads(pickle.dumps(good)).plan().hash == plan.hash
+    folders = SharedFolders(str(tmp_path), "out", (str(witness), b"1\n"))
+    good = MergeAssignment(plan.loaded, plan.options, folders, plan.hash)
+    assert pickle.loads(pickle.dumps(good)).begin().hash == plan.hash
     for change, message in (
-        ({"folder": "/no/such"}, "does not see the folder /no/such"),
-        ({"witness": (str(witness), b"2\n")}, f"does not see the output folder {tmp_path / 'out'}"),
+        ({"folders": replace(folders, current="/no/such")}, "does not see the folder /no/such"),
+        ({"folders": replace(folders, witness=(str(witness), b"2\n"))}, "does not see the output folder out"),
         ({"plan_hash": "0"}, "sees other inputs than this machine"),
     ):
         with pytest.raises(PlanError, match=message):
-            replace(good, **change).plan()
+            replace(good, **change).begin()
+    settings = SearchSettings(recipe="recipe.yaml", over=["merge.sources.math=0,1"], score="./score.sh {}")
+    search = SearchAssignment(settings, folders, open_inputs(settings).prints(), "cpu", 1, tmp_path)
+    for change, message in (
+        ({}, r"cannot score: ./score.sh: no such program"),
+        ({"prints": {}}, "sees other inputs than this machine"),
+        ({"settings": settings.model_copy(update={"scratch": "/no/such"})}, "has no folder /no/such"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            replace(search, **change).begin()
     Path("code").rename("elsewhere")
-    with pytest.raises(PlanError, match=r"cannot read an input: .*code"):
-        good.plan()
+    for assignment in (good, search):
+        with pytest.raises(PlanError, match=r"cannot read an input: .*code"):
+            assignment.begin()
     with pytest.raises(PlanError, match=r"has pxmerge .* and this machine has 0.0"):
-        next(on_worker("0.0", b"", "write_part", 1, 0, []))
+        next(on_worker("0.0", b"", b"", 1, 0, []))

@@ -12,17 +12,16 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mergekit_px.errors import NonFiniteError, RunError
 from mergekit_px.learn.life import Run
+from mergekit_px.learn.search.bench import Bench, begun_bench
 from mergekit_px.learn.search.merges import Merges
 from mergekit_px.learn.search.objectives import BALANCED, Metrics, most_balanced, non_dominated, require_objectives
-from mergekit_px.learn.search.scorers import Scorers, result_of
-from mergekit_px.learn.search.scratch import scratch_folder
+from mergekit_px.learn.search.scorers import result_of
 from mergekit_px.learn.search.settings import SearchReport, SearchSettings, parse_time
 from mergekit_px.learn.search.space import overrides
 from mergekit_px.learn.search.start import start_points
@@ -44,21 +43,20 @@ def fit(run: Run[SearchSettings]) -> SearchReport:
     strategy = StrategyOptions(points=settings.points, tolerance=settings.tolerance, seed=settings.seed)
     begin_search(settings.how, variables, strategy).close()
     start = [] if settings.start_from is None else start_points(settings.start_from, variables, run.note)
-    with closing(Scorers(settings, run.device)) as scorers:
-        merges = Merges(run)
-        log = _log(run, hashlib.sha256(f"{run.identity} {merges.first.hash}".encode()).hexdigest())
-        try:
-            nbytes = merges.first.bytes_written * (settings.jobs + merges.folders)
-            with scratch_folder(settings.scratch, run.work, nbytes, run.note) as scratch:
-                trials = _Trials(run, merges, scorers, log, scratch)
-                (as_written,) = trials.of([()])
-                stopped = _search(run, strategy, trials, start)
-                best, front = _chosen(settings, list(trials.tried.values()), run.work / LOG)
-                tests = [trials.test(trial) for trial in (as_written, best)] if scorers.tests else []
-            merges.publish(best.values, MODEL)
-        finally:
-            if not log.trials:  # nothing to go on with
-                log.remove()
+    merges = Merges(settings)
+    keeps = merges.keeps()
+    log = _log(run, hashlib.sha256(f"{run.identity} {merges.first.hash}".encode()).hexdigest())
+    try:
+        with begun_bench(run, merges, keeps) as bench:
+            trials = _Trials(run, merges, bench, log)
+            (as_written,) = trials.of([()])
+            stopped = _search(run, strategy, trials, start)
+            best, front = _chosen(settings, list(trials.tried.values()), run.work / LOG)
+            tests = [trials.test(trial) for trial in (as_written, best)] if settings.tested else []
+        merges.publish(best.values, run.output / MODEL, run.stage / MODEL)
+    finally:
+        if not log.trials:  # nothing to go on with
+            log.remove()
     log.write_ordered(run.stage / LOG)
     names = [objective.name for objective in settings.objectives]
     return SearchReport(
@@ -155,20 +153,17 @@ def _chosen(settings: SearchSettings, tried: Sequence[Trial], log: Path) -> tupl
 
 
 class _Trials:
-    """Merges what is asked for, one at a time, and has it scored, several at once. Results come in the order of the
-    asking, whichever ends first, so they do not depend on it.
+    """Has what is asked for merged and scored, several at once. Results come in the order of the asking, whichever
+    ends first, so they do not depend on it.
 
     Attributes:
         tried: those that were asked for, by their number, as written first.
     """
 
-    def __init__(
-        self, run: Run[SearchSettings], merges: Merges, scorers: Scorers, log: TrialLog, scratch: Path
-    ) -> None:
-        self._run, self._merges, self._scorers, self._log = run, merges, scorers, log
+    def __init__(self, run: Run[SearchSettings], merges: Merges, bench: Bench, log: TrialLog) -> None:
+        self._run, self._merges, self._bench, self._log = run, merges, bench, log
         self._ends = time.monotonic() + (math.inf if run.settings.time is None else parse_time(run.settings.time))
-        self._running: dict[Future[Metrics], tuple[Values, int, Path, float]] = {}
-        self._free = [scratch / (f"trial-{number}" if number else "trial") for number in range(run.settings.jobs)]
+        self._running: dict[Future[Metrics], tuple[Values, int, float]] = {}
         self.tried: dict[int, Trial] = {}
         self._numbers: dict[Values, int] = {}
 
@@ -196,10 +191,8 @@ class _Trials:
 
     def test(self, trial: Trial) -> Metrics:
         """The test scores of a trial; nothing where its merge is not finite."""
-        folder = self._free[0]
         try:
-            self._merges.make(self._merges.plan(trial.values), folder)
-            metrics = result_of(self._scorers.submit(folder, "test"))
+            metrics = result_of(self._bench.begin(trial.values, self._merges.plan(trial.values), "test"))
         except NonFiniteError:
             return {}
         require_objectives(metrics, self._run.settings.objectives, "the test")
@@ -222,17 +215,9 @@ class _Trials:
             found[values] = known
             self._say(known, " (from the log)")
             return True
-        while not self._free:
-            found |= self._collect()
-        folder, began = self._free.pop(0), time.monotonic()
-        try:
-            self._merges.make(plan, folder)
-        except NonFiniteError:
-            self._free.insert(0, folder)
-            found[values] = self._keep(values, number, None, began)
-            return True
-        self._running[self._scorers.submit(folder)] = (values, number, folder, began)
-        if not self._free:
+        places, began = self._bench.places, time.monotonic()
+        self._running[self._bench.begin(values, plan, "validation")] = (values, number, began)
+        while len(self._running) >= places:
             found |= self._collect()
         return True
 
@@ -241,8 +226,7 @@ class _Trials:
         found: dict[Values, Trial] = {}
         failed: Future[Metrics] | None = None
         for future in wait(self._running, return_when=FIRST_COMPLETED).done:
-            values, number, folder, began = self._running.pop(future)
-            self._free.append(folder)
+            values, number, began = self._running.pop(future)
             error = future.exception()
             if error is None or isinstance(error, NonFiniteError):
                 metrics = None if error is not None else future.result()

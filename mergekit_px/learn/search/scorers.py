@@ -29,7 +29,7 @@ def make_scores(settings: SearchSettings, device: torch.device) -> Scores:
     """
     if settings.data is not None:
         scores = DataScore(settings, device)
-        parts = PARTS if settings.test != 0 else PARTS[:1]
+        parts = PARTS if settings.tested else PARTS[:1]
         return {part: scores.score(part) for part in parts}
     named: dict[Part, str | None]
     if settings.evaluate is not None:
@@ -46,16 +46,12 @@ class Scorers:
         self._scores = make_scores(settings, device)
         self._pool: Executor | None = None
         self._asked: list[Future[Metrics]] = []
-        if settings.jobs > 1 and settings.score is not None:
-            self._pool = ThreadPoolExecutor(settings.jobs)
-        elif settings.jobs > 1:
+        jobs = settings.jobs or 1
+        if jobs > 1 and settings.score is not None:
+            self._pool = ThreadPoolExecutor(jobs)
+        elif jobs > 1:
             context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork, nor do threads
-            self._pool = ProcessPoolExecutor(settings.jobs, context, _begin_worker, (settings, device))
-
-    @property
-    def tests(self) -> bool:
-        """Whether there is a test."""
-        return "test" in self._scores
+            self._pool = ProcessPoolExecutor(jobs, context, _begin_worker, (settings, device))
 
     def submit(self, folder: Path, part: Part = "validation") -> Future[Metrics]:
         """The numbers of a model, now or later."""
@@ -102,7 +98,7 @@ _worker: Scores = {}
 
 
 def _begin_worker(settings: SearchSettings, device: torch.device) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // settings.jobs))
+    torch.set_num_threads(max(1, torch.get_num_threads() // (settings.jobs or 1)))
     _worker.update(make_scores(settings, device))
 
 

@@ -74,8 +74,10 @@ class SearchSettings(LearnerSettings, TextSettings):
     """Score at most so many merges, the recipe as written aside."""
     time: Annotated[str | None, Aside(), Option(metavar="30m", unset="no limit")] = None
     """Begin no trial after so long."""
-    jobs: Annotated[int, Field(ge=1), Aside()] = 1
+    jobs: Annotated[int | None, Field(ge=1), Aside(), Option(unset="1; on a cluster, as many as have room")] = None
     """Score so many models at once."""
+    cluster: Annotated[str | None, Aside(), Option(metavar="CLUSTER", panel="Run")] = None
+    """Hand trials out to Ray: ray begins it here, ray:HOST:PORT joins one."""
     scratch: Annotated[str | None, Aside(), Option(metavar="DIR", unset="memory if it has room")] = None
     """Where the models of trials are."""
     points: Annotated[int, Field(ge=2)] = 5
@@ -110,8 +112,17 @@ class SearchSettings(LearnerSettings, TextSettings):
         """What the result is chosen by: the name of an objective, or ``balanced``."""
         return self.pick or self.objectives[0].name
 
+    @property
+    def tested(self) -> bool:
+        """Whether there is a test of the result."""
+        return self.test != 0 if self.data is not None else (self.test_score or self.test_evaluate) is not None
+
     def check(self) -> None:
         """Raise ``UsageError`` for settings that contradict one another."""
+        if self.cluster is not None:
+            from mergekit_px.execute.ray_tasks import parse_cluster
+
+            parse_cluster(self.cluster)
         given = [flag for flag, value in zip(_SCORES, (self.score, self.data, self.evaluate), strict=True) if value]
         if len(given) != 1:
             what = "a search needs one score"
