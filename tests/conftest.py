@@ -33,6 +33,8 @@ os.environ.update(
 for _name in ("HF_TOKEN", "PXMERGE_DEBUG", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(_name, None)
 
+from published_documents import hold_to_the_schema  # noqa: E402
+
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
@@ -58,6 +60,8 @@ def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_refuse_network)
+
+hold_to_the_schema()
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,7 @@ def merge(loaded: LoadedRecipe, options: RunOptions, *, cluster: str | None = No
             "--report and --push are for an output on this machine", hint="leave them out, or give a folder"
         )
     if options.report is not None and plan.output is not None:
-        check_page(options.report, plan.output)
+        check_page(options.report, plan.output, [source.reference for source in plan.inputs.values()])
     push = plan.loaded.recipe.output.push
     if push is not None:
         _check_push(push)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_px.checkpoint.replacement import require_writable
 from mergekit_px.cli._output import Output
 from mergekit_px.cli._progress import progress_on
 from mergekit_px.errors import UsageError, WriteError
@@ -34,14 +36,16 @@ def report_run(plan: Plan, result: RunResult, path: Path, output: Output) -> Non
     output.note(f"report: {path}")
 
 
-def check_page(path: Path, directory: Path) -> None:
-    """Raises ``UsageError`` for a page that is not called one, or that would make the merge fail its verification."""
+def check_page(path: Path, directory: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises ``UsageError`` for a page that is not called one, or that would make the merge fail its verification;
+    ``OutputError`` where none can be written."""
     if path.suffix.lower() not in _SUFFIXES:
         raise UsageError(f"the report is an HTML page, and '{path.name}' is not called one", hint="name a .html file")
     if directory.resolve() in path.resolve().parents:
         raise UsageError(
             f"{path} would be inside the merge, whose lock file does not list it", hint="write it beside the folder"
         )
+    require_writable(path, inputs)
 
 
 def write_page(path: Path, page: str) -> None:

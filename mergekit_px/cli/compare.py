@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mergekit_px.checkpoint.replacement import require_writable
 from mergekit_px.cli._options import AllowPickle, Json, Quiet
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli._progress import progress_on
@@ -70,7 +71,7 @@ def compare(
     if len(models) < 2 and base is None:
         raise UsageError("one model alone cannot be compared", hint="give another, or --base")
     if picture is not None:
-        _check_picture(picture)
+        _check_picture(picture, models if base is None else [base, *models])
     output = output_for(json=json, quiet=quiet)
     references = models if base is None else [base, *models]
     opened = [open_source(reference, allow_pickle=allow_pickle) for reference in references]
@@ -102,9 +103,10 @@ def compare(
     return 0
 
 
-def _check_picture(path: Path) -> None:
+def _check_picture(path: Path, inputs: list[str]) -> None:
     if path.suffix not in (".png", ".svg"):
         raise UsageError(f"a picture is a .png or .svg file, not '{path.name}'", hint="--picture differences.svg")
+    require_writable(path, inputs)
     import matplotlib  # noqa: F401  # before the models are read
 
 

@@ -55,6 +55,7 @@ def lock(
       pxmerge run recipe.yaml --locked
     """
     from mergekit_px.checkpoint.destination import LOCK_FILE
+    from mergekit_px.checkpoint.replacement import require_writable
     from mergekit_px.execute.locking import lock_recipe
     from mergekit_px.plan.method_catalog import method_catalog
     from mergekit_px.recipe.load import load_recipe
@@ -63,6 +64,7 @@ def lock(
     loaded = load_recipe(recipe, overrides=assignments or (), methods=method_catalog())
     named = Path(loaded.recipe.lock or LOCK_FILE).expanduser()
     path = output or Path(recipe).parent / named
+    require_writable(path)
     before = _earlier(path, upgrade or ())
     made = lock_recipe(loaded, path, before, upgrade or (), allow_pickle=allow_pickle)
     moved = before.moved_to(made) if before is not None else []

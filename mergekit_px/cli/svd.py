@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mergekit_px.checkpoint.replacement import require_writable
 from mergekit_px.cli._documents import PoolDocument
 from mergekit_px.cli._merge import load_mapping, merge_mapping
 from mergekit_px.cli._options import RunOptions
@@ -100,6 +101,8 @@ def _command() -> Callable[..., int]:
             run = dataclasses.replace(run, report=None)
         text: TextColumns = given.pop("text")
         _check(form, into, report, run)
+        for path in (report, report.with_suffix(".png")) if report is not None else ():
+            require_writable(path, [*(given["sources"] or ()), *([given["base"]] if given["base"] else [])])
         _check_tuning(own, text, run, report)
         if into is not None:
             _complete(given, into)

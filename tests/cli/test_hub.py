@@ -66,7 +66,7 @@ def test_a_push_that_cannot_work_is_refused_before_the_merge(run, hub: FakeHub) 
 
 
 def test_push_prints_the_address(run, hub: FakeHub) -> None:
-    outcome = run("push", "math", "org/again", "--message", "Once more")
+    outcome = run("push", "math", "org/again", "--message", "Once more", "--json")
     assert outcome.code == 0, outcome.stderr
     assert "org/again" in outcome.stdout
     assert hub.history("org/again")[0].message == "Once more"

@@ -23,9 +23,8 @@ def test_a_tokenizer_is_transplanted(tmp_path: Path, capsys: pytest.CaptureFixtu
     one = model(tmp_path / "one", [f"t{number}" for number in range(64)], 1)
     model(tmp_path / "other", [*(f"t{number}" for number in range(62, -1, -1)), "t1t2"], 2)
     out = str(tmp_path / "out")
-    assert (
-        main(["tokens", "transplant", str(tmp_path / "one"), "--tokenizer-of", str(tmp_path / "other"), "-o", out]) == 0
-    )
+    words = ["tokens", "transplant", str(tmp_path / "one"), "--tokenizer-of", str(tmp_path / "other"), "-o", out]
+    assert main([*words, "--json"]) == 0
     embedding = "model.embed_tokens.weight"
     result = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(result[embedding][:63], one[embedding][:63].flip(0))
