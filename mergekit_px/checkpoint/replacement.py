@@ -1,4 +1,4 @@
-"""Single files that are written whole: under another name first, forced to disk, then renamed; and whether they can be."""
+"""Single files that are written whole: under another name first, then renamed. And whether they can be written."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def require_writable(path: Path, inputs: Iterable[str | Path] = ()) -> None:
         raise OutputError("a file is to be written, and this is a folder", where=str(path), hint="name a file in it")
     try:
         if path.exists():
-            with open(path, "r+b"):
+            with path.open("r+b"):
                 return
         home = place.parent
         while not os.path.lexists(home):

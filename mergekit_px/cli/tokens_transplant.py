@@ -13,6 +13,7 @@ from mergekit_px.cli._merge import load_mapping, merge_mapping
 from mergekit_px.cli._options import RunOptions
 from mergekit_px.cli._output import output_for
 from mergekit_px.cli._progress import progress_on
+from mergekit_px.errors import PlanError
 from mergekit_px.recipe.naming import model_names
 
 if TYPE_CHECKING:
@@ -78,9 +79,14 @@ def transplant(
         "merge": {"method": "passthrough", "sources": [name]},
         "tokenizer": tokenizer,
     }
-    if fitted and not options.dry_run:
-        tokenizer["rows"] = str(_fitted(recipe, donor, method, neighbours, options))
-    return merge_mapping(recipe, options)
+    try:
+        if fitted and not options.dry_run:
+            tokenizer["rows"] = str(_fitted(recipe, donor, method, neighbours, options))
+        return merge_mapping(recipe, options)
+    except PlanError as error:
+        if "tokenizer.from" in (error.hint or ""):  # the way out of a recipe, which is not what was typed
+            error.hint = "give another model by --tokenizer-of"
+        raise
 
 
 def _fitted(recipe: dict[str, Any], donor: str, method: Absent, count: int, options: RunOptions) -> Path:

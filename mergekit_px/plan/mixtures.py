@@ -170,7 +170,8 @@ class _Builder:
                 hint="run the recipe by `pxmerge moe build`",
             )
         if self.mixture.experts_per_token > count:
-            what = f"{self.mixture.experts_per_token} experts for each token, and {count} are given"
+            given = "1 is" if count == 1 else f"{count} are"
+            what = f"{self.mixture.experts_per_token} experts for each token, and {given} given"
             raise RecipeError(what, where=self._where("experts_per_token"))
 
     def _check_names(self, layers: Mapping[str, Mapping[str, Node]]) -> None:

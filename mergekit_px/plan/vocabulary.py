@@ -192,8 +192,8 @@ class ChosenVocabulary:
         if not self.is_union:
             return
         shown = ", ".join(repr(token) for token in [*brought][:_SHOWN])
-        more = f"and {len(brought)} tokens that only others have ({shown}{' ...' if len(brought) > _SHOWN else ''})"
-        self.notes.append(f"tokenizer: that of '{self.donor}' {more if brought else ', which has all tokens'}")
+        more = f" and {len(brought)} tokens that only others have ({shown}{' ...' if len(brought) > _SHOWN else ''})"
+        self.notes.append(f"tokenizer: that of '{self.donor}'{more if brought else ', which has all tokens'}")
         if plain := sum(flags is None for flags in brought.values()):
             self.notes.append(
                 f"{plain} of them are ordinary tokens of other models, which come in as added tokens: they are matched "

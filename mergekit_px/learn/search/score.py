@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -58,6 +59,8 @@ class CommandScore:
             exists = Path(self._words[0]).exists()
             what = "it is no program that may be run" if exists else "no such program"
             hint = f"chmod +x {self._words[0]}, or name what reads it" if exists else None
+            if re.match(r"lm[-_]eval\b", self._words[0]):
+                hint = "tasks of lm-eval are given by --evaluate lm_eval:TASK,TASK"
             raise InputNotFoundError(what, where=self._words[0], hint=hint)
         if not any(PLACE in word for word in self._words):
             self._words.append(PLACE)
