@@ -3,12 +3,14 @@
     python benchmarks/learning.py                        # all tables
     python benchmarks/learning.py coefficients --clients 2 8 --steps 10
     python benchmarks/learning.py stream --clients 2 16
+    python benchmarks/learning.py reads --clients 2 8
     python benchmarks/learning.py tune --sources 2 16
     python benchmarks/learning.py sizes --layers 8 36
 
 Makes a BERT classifier of about 120 MB in float32 and clients beside it.
 
 ``stream``: peak resident memory of `pxmerge ofasd --stream` for few and for many clients.
+``reads``: bytes that a step of `pxmerge ofasd --stream` reads, as a multiple of base and clients (Linux).
 ``tune``: seconds of a step of `pxmerge tune` on components of few and of many models, as many values in each.
 ``sizes``: bytes for each parameter that `ofasd --stream`, `tune`, `stats` (Fisher) and `align` need, from their peaks
 on bfloat16 models of Llama's shapes with few and with many layers: the difference leaves out what does not grow.
@@ -212,6 +214,28 @@ def stream(work: Path, options: argparse.Namespace) -> None:
     print(f"\n{counts[-1]} clients: {peaks[-1] / peaks[0]:.2f} times the memory of {counts[0]}")
 
 
+def reads(work: Path, options: argparse.Namespace) -> None:
+    print("\n| clients | coefficients | MB read a step | of base and clients |\n| --- | --- | --- | --- |")
+    size = (work / "base" / "model.safetensors").stat().st_size
+    for clients in options.clients or [2, 8]:
+        for what in ("tensor", "model"):
+            few, many = (
+                _bytes_read([*ours(work, clients, steps, stream=True), "--granularity", what])
+                for steps in (options.steps, 2 * options.steps)
+            )
+            step = (many - few) / options.steps
+            print(f"| {clients} | a {what} | {step / 1e6:.0f} | {step / size / (clients + 1):.2f} |", flush=True)
+
+
+def _bytes_read(command: list[str]) -> int:
+    code = (
+        "import sys; from mergekit_px.cli import main; failed = main(sys.argv[1:]);"
+        "print(open('/proc/self/io').read().split()[1]); sys.exit(failed)"
+    )
+    line = [sys.executable, "-c", code, *command[command.index("ofasd") :]]
+    return int(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
 def tune(work: Path, options: argparse.Namespace) -> None:
     print("\n| models merged | s a step | processor s a step | s in all | peak MB | values trained |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -304,7 +328,7 @@ def sizes(work: Path, options: argparse.Namespace) -> None:
         print(f"| {name} | {small / 1e6:.0f} | {large / 1e6:.0f} | {slope:.1f} |", flush=True)
 
 
-TABLES = {"sizes": sizes, "stream": stream, "tune": tune, "coefficients": coefficients}
+TABLES = {"sizes": sizes, "stream": stream, "reads": reads, "tune": tune, "coefficients": coefficients}
 
 
 def main() -> None:

@@ -94,6 +94,10 @@ class Training:
         penalty: what is added to the loss once in a step.
         after_step: what is done to ``free`` after each step. May raise ``DivergedError``.
         context: around forward and backward passes.
+        optimizer: of ``free``; AdamW by the schedule if left out.
+
+    Attributes:
+        last_pass: whether the backward pass that runs is the last one of its step.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Training:
         penalty: Callable[[], Tensor | float] = lambda: 0.0,
         after_step: Callable[[], None] = lambda: None,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.free = free
         self.best = {name: one.detach().clone() for name, one in free.items()}
@@ -118,9 +123,10 @@ class Training:
         self._schedule = schedule
         self._batch, self._device, self._dtype = batch, device, dtype
         self._penalty, self._after_step, self._context = penalty, after_step, context
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = optimizer or torch.optim.AdamW(
             list(free.values()), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
         )
+        self.last_pass = False
 
     def run(self, state: Path, identity: str, tell: Tell = silent) -> Progress:
         """Train to the end, from a saved state if there is one; then ``free`` is as it was best.
@@ -154,22 +160,22 @@ class Training:
         """One step on the next batches; returns the loss. Raises ``DivergedError``."""
         progress, schedule = self.progress, self._schedule
         place = f"at step {progress.step + 1}"
+        fall = 0.5 * (1 + math.cos(math.pi * progress.step / schedule.steps)) if schedule.cosine else 1.0
+        self._optimizer.param_groups[0]["lr"] = schedule.learning_rate * fall
         self._optimizer.zero_grad()
-        value = 0.0
+        drawn = [(loss_of, stream.next()) for stream, loss_of in self._losses]
+        passes = [(loss_of, part, whole) for loss_of, whole in drawn for part in parts_of(whole, self._batch)]
+        value = _descended(self._penalty())
         with self._context():
-            for stream, loss_of in self._losses:
-                whole = stream.next()
-                for part in parts_of(whole, self._batch):
-                    value += _descended(loss_of(to_device(part, self._device, self._dtype), whole))
-            value += _descended(self._penalty())
+            for number, (loss_of, part, whole) in enumerate(passes, start=1):
+                self.last_pass = number == len(passes)
+                value += _descended(loss_of(to_device(part, self._device, self._dtype), whole))
         if not math.isfinite(value):
             raise DivergedError(f"the loss is {value} {place}")
         free = list(self.free.values())
         norm = nn.utils.clip_grad_norm_(free, math.inf if schedule.clip is None else schedule.clip)
         if not bool(norm.isfinite()):
             raise DivergedError(f"the gradient is not finite {place}")
-        fall = 0.5 * (1 + math.cos(math.pi * progress.step / schedule.steps)) if schedule.cosine else 1.0
-        self._optimizer.param_groups[0]["lr"] = schedule.learning_rate * fall
         take_step(self._optimizer, place)
         progress.step += 1
         with torch.no_grad():

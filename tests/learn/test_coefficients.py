@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import mergekit_px.learn.ofasd.blend as blends
 from mergekit_px.artefacts.coefficients import group_numbers
+from mergekit_px.checkpoint.contents import StoredTensor
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import PlanError, TensorMismatchError, UsageError
 from mergekit_px.learn.data import IGNORED, LABELS, Examples, shuffled
 from mergekit_px.learn.labels import read_labels
-from mergekit_px.learn.models import load_model
+from mergekit_px.learn.models import load_model, read_elements
 from mergekit_px.learn.objective import cross_entropy
 from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, parameters_of
 from mergekit_px.learn.ofasd.blocks import Parameter, make_blocks
@@ -179,43 +183,62 @@ def test_one_value_everywhere_is_that_value_for_the_whole_model(folders: list[Pa
                 torch.testing.assert_close(module.state_dict()[name], tensor, rtol=1e-14, atol=1e-15)
 
 
-def test_learning_is_that_of_a_plain_loop_with_all_task_vectors_resident(folders: list[Path]) -> None:
+@pytest.mark.parametrize(("clip", "stream", "granularity", "reads"),
+                         [(1e3, True, "tensor", 1), (0.05, True, "tensor", 2), (1e3, False, "tensor", 0),
+                          (1e3, True, "model", 2)])  # fmt: skip
+def test_learning_is_that_of_a_plain_loop_with_all_task_vectors_resident(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch, clip: float, stream: bool, granularity: str, reads: int
+) -> None:
     inputs, _, labels = losses()
     given = Examples({"x": inputs, LABELS: labels}, "data")
-    settings = Settings(objective="cross-entropy", batch=3, steps=12, learning_rate=0.1, clip=0.05, batch_norm="mean")
+    options: dict[str, Any] = {"granularity": granularity, "clip": clip, "batch_norm": "mean"}
+    settings = Settings(objective="cross-entropy", batch=3, steps=12, learning_rate=0.1, **options)
     base, *tuned = map(stored, folders)
-    with blended(folders, settings) as (blend, module):
+    read: Counter[str] = Counter()
+
+    def counting(reader: Any, tensor: StoredTensor, piece: slice, memory: Tensor) -> Tensor:
+        read[tensor.name] += piece.stop - piece.start
+        return read_elements(reader, tensor, piece, memory)
+
+    monkeypatch.setattr(blends, "read_elements", counting)
+    with blended(folders, settings, stream=stream) as (blend, module):
         data, _ = read_labels(module, given, torch.device("cpu"), inputs.dtype)
         start = torch.zeros(3, len(blend.blocks.names), dtype=torch.float64)
         filled = settings.filled(labelled=True)
         parts = {"train": data, "validation": data}
         learner = Learner(blend, module, parts, start, filled, torch.device("cpu"))
         blend.assemble(start)
-        stream = shuffled(data, 3, settings.seed, "train")
+        batches = shuffled(data, 3, settings.seed, "train")
         names = [site.name for site in blend.sites if site.is_parameter]
-        free = torch.zeros(3, len(names), dtype=torch.float64, requires_grad=True)
+        columns = [blend.blocks.tensors[name][0] for name in names]
+        free = torch.zeros(3, sum(blend.blocks.learned), dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.AdamW([free], lr=0.1, weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
         other = double_net().eval()
         other.load_state_dict({**base, "head.weight": base["layers.0.weight"]})
         for _ in range(12):
-            with blend.gradients(learner.values):
+            read.clear()
+            with blend.gradients(learner.values, learner.advance):
                 found = learner.training.learn()
-            batch = stream.next()
+            assert {name: read[name] for name in names} == {name: 4 * reads * base[name].numel() for name in names}
+            batch = batches.next()
             merged = {
                 name: base[name] + sum(free[row, column] * (one[name] - base[name]) for row, one in enumerate(tuned))
-                for column, name in enumerate(names)
+                for column, name in zip(columns, names, strict=True)
             }
             loss = nn.functional.cross_entropy(functional_call(other, merged, batch["x"]), batch[LABELS])
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_([free], 0.05)
+            nn.utils.clip_grad_norm_([free], clip)
             optimizer.step()
             schedule.step()
             assert found == pytest.approx(float(loss.detach()), rel=1e-6)
-            columns = [blend.blocks.tensors[name][0] for name in names]
-            torch.testing.assert_close(learner.values.detach()[:, columns], free.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(learner.values.detach()[:, : len(free[0])], free.detach(), rtol=1e-5, atol=1e-6)
         assert free.abs().max() > 0.1
+        exact = {name: module.state_dict()[name].clone() for name in names}
+        blend.assemble(start)
+        blend.assemble(learner.values.detach())
+        assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in exact.items())
 
 
 def losses() -> tuple[Tensor, Tensor, Tensor]:

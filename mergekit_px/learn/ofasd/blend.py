@@ -1,13 +1,15 @@
 """Base plus scaled task vectors, in a model's own parameters, and the gradient of the scales.
 
-With ``theta = theta_0 + sum_i c_ij tau_i`` in block j, ``dL/dc_ij = <dL/dtheta_j, tau_ij>``: after one backward pass
-each task vector is needed once more and only tensor by tensor, so that they never have to be in memory together.
+With ``theta = theta_0 + sum_i c_ij tau_i`` in block j, ``dL/dc_ij = <dL/dtheta_j, tau_ij>``: each task vector is needed
+only tensor by tensor, so that they never have to be in memory together. Where a coefficient can take its step as soon
+as its gradient is known, the tensor is summed up anew while its task vectors are there: they are read once a step.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +24,17 @@ from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import PlanError, TensorMismatchError
-from mergekit_px.kernels.reduction import weighted_sum
+from mergekit_px.kernels.reduction import integer_ratio, weighted_sum
 from mergekit_px.learn.models import LearningModel, read_elements, read_tensor
 from mergekit_px.learn.ofasd.blocks import Blocks, Parameter
 from mergekit_px.learn.sources import open_source
 
 _PIECE = 1 << 21
-"""Elements of a tensor that are read and computed at a time."""
+"""Elements of a tensor that are computed at a time."""
+
+Advance = Callable[[int, slice], Tensor | None]
+"""Lets the coefficients of a source in some columns take their step and returns them, float64; None before the last
+backward pass of a step."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,8 @@ def check_sources(base: Checkpoint, sources: Sequence[Checkpoint]) -> None:
 class Blend:
     """A model whose parameters are the base plus scaled task vectors.
 
-    Nothing that is computed is larger than a piece of a tensor.
+    Nothing that is computed is larger than a piece of a tensor. What the parameters are set to is remembered, so that
+    only those are summed up whose coefficients changed.
 
     Args:
         sites: of the model, on the device.
@@ -123,7 +130,10 @@ class Blend:
     ) -> None:
         self.sites = sites
         self.blocks = blocks
-        self._base, *self._sources = (_Values(one, sites, keep=not stream) for one in (base, *sources))
+        self._base = _Values(base, sites, _Room(), keep=not stream)
+        room = _Room()
+        self._sources = [_Values(one, sites, room, keep=not stream) for one in sources]
+        self._held: dict[str, Tensor] = {}
 
     def with_blocks(self, blocks: Blocks) -> Blend:
         """The same model, task vectors and files with other blocks."""
@@ -148,11 +158,13 @@ class Blend:
         The sums are those of the method ``anisotropic``, term by term.
         """
         for site in self.sites:
-            first, count = self.blocks.tensors[site.name]
-            rows = coefficients[:, first : first + count]
+            rows = coefficients[:, self._columns(site)]
+            if site.is_parameter and self._holds(site, rows):
+                continue
+            self._held[site.name] = rows.clone()
             used = rows.any(dim=1).nonzero().flatten().tolist()
             rows = rows[used]
-            groups = None if count == 1 else self._groups(site, count)
+            groups = self._groups(site)
             target = site.target.detach().view(-1)
             for piece in _pieces(site):
                 base = self._base.read(site, piece)
@@ -169,17 +181,21 @@ class Blend:
                 target[piece].copy_(total.add_(base))
 
     @contextmanager
-    def gradients(self, values: Tensor) -> Iterator[None]:
+    def gradients(self, values: Tensor, advance: Advance = lambda source, columns: None) -> Iterator[None]:
         """Inside, backward passes add the gradient of the coefficients to ``values.grad``, tensor by tensor as the
-        gradients of the parameters come, which keep none."""
+        gradients of the parameters come, which keep none.
+
+        A tensor whose coefficients are its own, and take their step by ``advance``, is set to the new ones at once.
+        """
+        users = Counter(self._columns(site).start for site in self.sites)
 
         def hook(site: Site, parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 return
-            first, count = self.blocks.tensors[site.name]
             values.grad = torch.zeros_like(values) if values.grad is None else values.grad
-            values.grad[:, first : first + count] += self._slopes(site, gradient, count).to(values)
+            own = users[self._columns(site).start] == 1
+            self._descend(site, gradient.flatten(), values.grad, advance if own else lambda source, columns: None)
 
         hooks = [
             site.target.register_post_accumulate_grad_hook(partial(hook, site))
@@ -193,55 +209,113 @@ class Blend:
                 handle.remove()
 
     @torch.no_grad()
-    def _slopes(self, site: Site, gradient: Tensor, count: int) -> Tensor:
-        """The gradient of the coefficients of a tensor, (sources, its blocks), float64."""
-        groups = None if count == 1 else self._groups(site, count)
-        slope = gradient.flatten()
-        found = torch.zeros(len(self._sources), count, dtype=torch.float64, device=slope.device)
-        for piece in _pieces(site):
-            base = self._base.read(site, piece)
-            for row, delta in enumerate(self._deltas(site, piece, base, range(len(self._sources)))):
-                if groups is None:
-                    found[row] += torch.dot(slope[piece], delta)
-                else:
-                    found[row] += torch.bincount(groups[piece], (slope[piece] * delta).double(), count)
-        return found
+    def _descend(self, site: Site, gradient: Tensor, slopes: Tensor, advance: Advance) -> None:
+        """Add the gradients of a tensor's coefficients to ``slopes``; where they then advance, set the tensor anew.
 
-    def _groups(self, site: Site, count: int) -> Tensor:
+        The new sum is that of `assemble`, term by term. It overwrites the tensor, which nothing needs after its
+        gradient is there.
+        """
+        columns, groups = self._columns(site), self._groups(site)
+        target = site.target.detach().view(-1)
+        whole = slice(0, target.numel())
+        base = self._base.read(site, whole)
+        rows: list[Tensor] = []
+        for number in range(len(self._sources)):
+            values = self._sources[number].read(site, whole)
+            slope = slopes[number, columns]
+            for piece in _pieces(site):
+                delta = self._delta(number, values[piece], base[piece], target)
+                if groups is None:
+                    slope += torch.dot(gradient[piece], delta)
+                else:
+                    products = (gradient[piece] * delta).double()
+                    slope += torch.bincount(groups[piece], products, len(slope))
+            row = advance(number, columns)
+            if row is None or not bool(row.to(target.dtype).isfinite().all()):
+                continue
+            if not rows:
+                self._held.pop(site.name, None)
+            begun = any(bool(one.any()) for one in rows)
+            rows.append(row.clone())
+            for piece in _pieces(site) if bool(row.any()) else ():
+                delta = self._delta(number, values[piece], base[piece], target)
+                if groups is not None:
+                    start = target[piece] if begun else target[piece].zero_()
+                    start.addcmul_(delta, row.to(delta)[groups[piece]])
+                elif begun:
+                    target[piece].add_(delta, alpha=float(row))
+                else:
+                    torch.mul(delta, float(row), out=target[piece])
+        if len(rows) < len(self._sources):
+            return
+        used = [row for row in rows if bool(row.any())]
+        if used:
+            target.add_(base)
+        else:
+            target.copy_(base)
+        if not used or groups is not None or integer_ratio(tuple(map(float, used)))[1] == 1:
+            # `assemble` rounds other sums in another way
+            self._held[site.name] = torch.stack(rows)
+
+    def _columns(self, site: Site) -> slice:
+        first, count = self.blocks.tensors[site.name]
+        return slice(first, first + count)
+
+    def _holds(self, site: Site, rows: Tensor) -> bool:
+        held = self._held.get(site.name)
+        return held is not None and torch.equal(held, rows)
+
+    def _groups(self, site: Site) -> Tensor | None:
+        """The number of each element's block, where a tensor has several."""
+        _, count = self.blocks.tensors[site.name]
+        if count == 1:
+            return None
         return group_numbers(self.blocks.seed, site.name, site.target.numel(), count, site.target.device)
 
     def _deltas(self, site: Site, piece: slice, base: Tensor, sources: Iterable[int]) -> Iterator[Tensor]:
         """Pieces of the task vectors of some sources, one after another; each only until the next is taken."""
-        delta = torch.empty(piece.stop - piece.start, dtype=site.target.dtype, device=site.target.device)
         for number in sources:
-            source = self._sources[number]
-            delta.copy_(source.read(site, piece))
-            yield delta if source.are_differences else delta.sub_(base)
+            yield self._delta(number, self._sources[number].read(site, piece), base, site.target)
+
+    def _delta(self, number: int, values: Tensor, base: Tensor, like: Tensor) -> Tensor:
+        """A piece of a task vector, in fresh memory."""
+        delta = values.to(like.dtype, copy=True)
+        return delta if self._sources[number].are_differences else delta.sub_(base)
+
+
+class _Room:
+    """Memory that is used again: fresh pages cost more than the bytes that fill them."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        if len(self._memory) < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory
 
 
 class _Values:
     """What a checkpoint holds at the sites of a model, as it is stored: in memory, or in its files."""
 
-    def __init__(self, checkpoint: Checkpoint, sites: Sequence[Site], *, keep: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, sites: Sequence[Site], room: _Room, *, keep: bool) -> None:
         self.are_differences = is_task_vector(checkpoint)
         self._tensors = checkpoint.tensors
         self._reader = open_source(checkpoint)
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._room = room
         self._kept: dict[str, Tensor] = {}
         for site in sites if keep else ():
             stored = self._tensors[site.name]
             self._kept[site.name] = read_tensor(self._reader, stored).to(site.target.device).flatten()
 
     def read(self, site: Site, piece: slice) -> Tensor:
-        """Some elements, in row order; until the next are read."""
+        """Some elements, in row order; until the next are read into the same room."""
         if site.name in self._kept:
             found = self._kept[site.name][piece]
         else:
             stored = self._tensors[site.name]
-            room = (piece.stop - piece.start) * stored.dtype.bits // 8
-            if len(self._memory) < room:  # fresh pages cost more than the bytes that fill them
-                self._memory = torch.empty(room, dtype=torch.uint8)
-            found = read_elements(self._reader, stored, piece, self._memory).to(site.target.device)
+            memory = self._room.of((piece.stop - piece.start) * stored.dtype.bits // 8)
+            found = read_elements(self._reader, stored, piece, memory).to(site.target.device)
         return found if found.element_size() > 1 else found.to(site.target.dtype)
 
     def close(self) -> None:

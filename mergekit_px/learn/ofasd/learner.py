@@ -17,6 +17,7 @@ from mergekit_px.learn.life import Tell
 from mergekit_px.learn.objective import cross_entropy, right_predictions
 from mergekit_px.learn.ofasd.batch_norm import batch_norms, batch_statistics, reestimate
 from mergekit_px.learn.ofasd.blend import Blend
+from mergekit_px.learn.ofasd.entrywise import EntrywiseAdamW
 from mergekit_px.learn.ofasd.objective import counted, distillation_from, entropy, penalty
 from mergekit_px.learn.ofasd.settings import CoefficientSettings
 from mergekit_px.learn.outputs import predict
@@ -58,6 +59,7 @@ class Learner:
         """The coefficients; after learning those that were best."""
         self._control_goal: float | None = None
         assert settings.learning_rate is not None and settings.weight_decay is not None and settings.steps is not None
+        self._optimizer = EntrywiseAdamW(self.values, settings.learning_rate, settings.weight_decay)
         self.training = Training(
             {"values": self.values},
             [(self._stream(part), loss) for part, loss in self._losses()],
@@ -77,6 +79,7 @@ class Learner:
             penalty=lambda: penalty(self.values, initial, self._learned, settings.penalty, settings.penalty_norm),
             after_step=self._after_step,
             context=lambda: batch_statistics(self.module) if self._estimates else nullcontext(),
+            optimizer=self._optimizer,
         )
 
     @property
@@ -95,7 +98,7 @@ class Learner:
             self.settle(torch.zeros_like(self._initial))
             self._control_goal = self.settings.control_share * self._accuracy("control_validation")
         self.blend.assemble(self.values.detach())
-        with self.blend.gradients(self.values):
+        with self.blend.gradients(self.values, self.advance):
             return self.training.run(state, identity, tell)
 
     def predict(self, batch: Batch) -> Tensor:
@@ -119,6 +122,14 @@ class Learner:
             said = distillation_from(batch, counted(logits, batch), self.settings.temperature)
             loss = loss + (1 - share) * of_predictions * said
         return loss + share * of_labels * cross_entropy(logits, batch[TARGETS]) if share > 0 else loss
+
+    @torch.no_grad()
+    def advance(self, source: int, columns: slice) -> Tensor | None:
+        """Let some coefficients take their step, if their gradient is whole, and return them."""
+        if not self.training.last_pass:
+            return None
+        self._optimizer.advance((source, columns))
+        return self._bounded(self.values.detach()[source, columns])
 
     def settle(self, coefficients: Tensor) -> None:
         """Set the model to coefficients as it would be used: running statistics estimated anew where asked.
@@ -147,12 +158,14 @@ class Learner:
 
         Raises ``DivergedError`` where a coefficient leaves the range of the model's dtype.
         """
-        if self.settings.bounds is not None:
-            self.values.clamp_(*self.settings.bounds)
+        self._bounded(self.values)
         self.values.copy_(torch.where(self._learned, self.values, self._initial))
         if not bool(self.values.to(self._dtype).isfinite().all()):
             raise DivergedError(f"a coefficient is not finite after step {self.training.progress.step}")
         self.blend.assemble(self.values.detach())
+
+    def _bounded(self, values: Tensor) -> Tensor:
+        return values if self.settings.bounds is None else values.clamp_(*self.settings.bounds)
 
     @torch.no_grad()
     def _score(self) -> Scores:
