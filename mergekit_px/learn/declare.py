@@ -243,15 +243,20 @@ class LabelledSettings(TextSettings):
     """Draws the parts of the data and their order."""
 
 
-class ModelSettings(Settings):
+class MemorySettings(Settings):
+    """What may be kept in memory."""
+
+    memory: Annotated[str | None, Aside(), Option(metavar="SIZE", panel="Run")] = None
+    """Start only if all but activations fits in it, as 40GB."""
+
+
+class ModelSettings(MemorySettings):
     """The model that learns."""
 
     model: Code = None
     """Makes the model, if config.json names no class; needs --allow-code."""
     precision: Precision = "float32"
     """Of forward and backward passes; nothing else is rounded."""
-    memory: Annotated[str | None, Aside(), Option(metavar="SIZE", panel="Run")] = None
-    """Start only if all but activations fits in it, as 40GB."""
 
 
 class TrainingSettings(ModelSettings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
@@ -45,31 +45,32 @@ def narrow_bytes(checkpoint: Checkpoint) -> int:
     return stored_bytes(checkpoint) if is_narrow(checkpoint) else COMPUTED * numbers(floating(checkpoint))
 
 
-def plan_memory(run: Run[Any], base: Checkpoint, kept: Mapping[str, int], ways: Mapping[str, bool]) -> None:
+def plan_memory(
+    run: Run[Any], tensors: Sequence[StoredTensor], kept: Mapping[str, int], ways: Mapping[str, bool]
+) -> None:
     """Where there is a budget, say what will be kept, or refuse.
 
     Args:
-        base: the model, whose parameters count.
+        tensors: of the models, whose parameters count; none where there is no model.
         kept: bytes, by what they are for.
         ways: what needs less -> whether that is left to do.
 
     Raises:
         MemoryBudgetError: more than ``--memory``.
     """
-    tensors = floating(base)
     parameters = max(numbers(tensors), 1)
     largest = max((math.prod(stored.shape) for stored in tensors), default=0)
     kept = {**kept, "one layer": _COPIES * COMPUTED * largest}
     total = _LIBRARIES + sum(kept.values())
     said = ", ".join(f"{name} {size / parameters:.1f}" for name, size in kept.items() if size)
-    each = f"{sum(kept.values()) / parameters:.1f} bytes a parameter ({said})"
+    each = f", {sum(kept.values()) / parameters:.1f} bytes a parameter ({said})" if tensors else ""
     if run.settings.memory is None:
         return
     budget = parse_size(run.settings.memory, "--memory")
     if total > budget:
         less = [way for way, left in ways.items() if left]
         raise MemoryBudgetError(
-            f"it needs {total / 1e6:.0f} MB besides activations, {each}, and the budget is {budget / 1e6:g} MB",
+            f"it needs {total / 1e6:.0f} MB besides activations{each}, and the budget is {budget / 1e6:g} MB",
             hint=f"{', or '.join([*less, ''])}raise --memory",
         )
-    run.note(f"memory: {total / 1e6:.0f} MB besides activations, {each}")
+    run.note(f"memory: {total / 1e6:.0f} MB besides activations{each}")

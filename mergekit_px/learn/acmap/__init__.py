@@ -46,6 +46,7 @@ def map_(run: Run[MapSettings]) -> MapReport:
     from mergekit_px.learn.acmap.export import require_new
     from mergekit_px.learn.acmap.mapping import MapOptions, map_task
     from mergekit_px.learn.acmap.settings import MapReport
+    from mergekit_px.learn.acmap.sources import plan_features
 
     settings = run.settings
     output = None if settings.output is None else Path(settings.output)
@@ -63,6 +64,7 @@ def map_(run: Run[MapSettings]) -> MapReport:
         resume=settings.resume,
         output=output,
     )
+    plan_features(run)
     found = map_task(options, run.tell)
     return MapReport(**{name: value for name, value in found.items() if name != "versions"})
 
@@ -83,6 +85,7 @@ def classify_(run: Run[ClassifySettings]) -> ClassifyReport:
     from mergekit_px.learn.acmap.classify import classify as classified
     from mergekit_px.learn.acmap.export import require_new
     from mergekit_px.learn.acmap.settings import ClassifyReport
+    from mergekit_px.learn.acmap.sources import plan_features
 
     settings = run.settings
     if settings.output is not None:
@@ -95,6 +98,7 @@ def classify_(run: Run[ClassifySettings]) -> ClassifyReport:
         mapped=settings.mapping,
         model=settings.options(),
     )
+    plan_features(run)
     found = classified(options, run.tell)
     if settings.output is not None:
         write_predictions(found, Path(settings.output))

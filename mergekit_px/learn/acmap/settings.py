@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from mergekit_px.errors import UsageError
-from mergekit_px.learn.declare import Aside, Code, Input, Line, Note, Option, Report, RunSettings, Table, TextSettings
+from mergekit_px.learn.declare import (
+    Aside,
+    Code,
+    Input,
+    Line,
+    MemorySettings,
+    Note,
+    Option,
+    Report,
+    RunSettings,
+    Table,
+    TextSettings,
+)
 
 if TYPE_CHECKING:
     from mergekit_px.learn.acmap.backbone import ModelOptions
 
 
-class FeatureSettings(RunSettings, TextSettings):
+class FeatureSettings(RunSettings, TextSettings, MemorySettings):
     """A state, and features as they are, or data and the model that computes them."""
 
     state: Annotated[str, Option(metavar="FILE")]

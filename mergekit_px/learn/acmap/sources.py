@@ -8,21 +8,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mergekit_px.adapters.acmap_stored import StoredState
 from mergekit_px.checkpoint.json_text import shown
-from mergekit_px.errors import InputError
+from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.acmap.arrays import ArrayFile, MadeArrays
 from mergekit_px.learn.acmap.backbone import Backbone, ModelOptions
 from mergekit_px.learn.acmap.class_means import ClassMeans
 from mergekit_px.learn.data import LABELS, Batch
 from mergekit_px.learn.data_files import data_arrays, needs_model
+from mergekit_px.learn.life import Run
+from mergekit_px.learn.memory import COMPUTED, floating, numbers, plan_memory
 from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.text_data import NO_TEXT
+
+if TYPE_CHECKING:
+    from mergekit_px.learn.acmap.settings import FeatureSettings
 
 FEATURES = "features"
 _OF_A_HEAD = ("architectures", "id2label", "label2id", "num_labels")
@@ -205,6 +211,28 @@ class Sources:
             # Classes are numbered over all tasks, and no head of the model knows them.
             base = replace(base, config={key: value for key, value in base.config.items() if key not in _OF_A_HEAD})
         return MadeArrays(data_arrays(data, base, options.text), data)
+
+
+def plan_features(run: Run[Any]) -> None:
+    """Where there is a budget, say what will be kept besides the data and activations, or refuse.
+
+    Raises:
+        MemoryBudgetError: more than ``--memory``.
+        UsageError: a model that only its function knows.
+    """
+    settings: FeatureSettings = run.settings
+    if settings.memory is None:
+        return
+    if settings.features is not None:
+        plan_memory(run, [], {"features": Path(settings.features).stat().st_size}, {})
+        return
+    if settings.base is None:
+        what = "the size of the model is known only when its function has made it"
+        raise UsageError(what, where="--memory", hint="give its checkpoint by --base, or leave out --memory")
+    tensors = floating(find_checkpoint(settings.base, allow_pickle=settings.allow_pickle))
+    is_peft = StoredState(Path(settings.state)).state.config is not None  # else adapters are tensors of the model
+    adapted = numbers(one for one in tensors if len(one.shape) > 1) if is_peft else 0
+    plan_memory(run, tensors, {"weights": COMPUTED * numbers(tensors), "adapted matrices": COMPUTED * adapted}, {})
 
 
 def require_comparable(

@@ -82,7 +82,7 @@ def _plan_memory(run: Run[AlignTask]) -> None:
         "fine-tune controls": tuned,
     }
     ways = {"use --controls cheap": bool(tuned), "store the base in bfloat16": not is_narrow(base)}
-    plan_memory(run, base, kept, ways)
+    plan_memory(run, floating(base), kept, ways)
 
 
 def _metadata(run: Run[AlignTask]) -> dict[str, str]:

@@ -42,7 +42,7 @@ def fit(run: Run[OfasdSettings]) -> OfasdReport:
     base, sources, device = run.checkpoint("base"), run.checkpoints("sources"), run.device
     resident = 0 if run.settings.stream else stored_bytes(base) + sum(map(stored_bytes, sources))
     needed = {"weights": COMPUTED * numbers(floating(base)), "base and sources": resident}
-    plan_memory(run, base, needed, {"use --stream": bool(resident)})
+    plan_memory(run, floating(base), needed, {"use --stream": bool(resident)})
     data, labelled = load_data_and_labels(run.settings.data, base, run.settings.text, run.note)
     settings = run.settings = run.settings.filled(labelled=labelled)
     control = _control(run)

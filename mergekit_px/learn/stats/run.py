@@ -53,7 +53,7 @@ def fit(run: Run[StatsSettings]) -> StatsReport:
         "measure one of them at a time (--what)": fisher and gram,
         "store the model in bfloat16": not is_narrow(checkpoint),
     }
-    plan_memory(run, checkpoint, kept, ways)
+    plan_memory(run, floating(checkpoint), kept, ways)
     model = run.model("checkpoint", narrow=True)
     examples = run.data("data", "checkpoint")
     if settings.examples is not None and settings.examples < len(examples):

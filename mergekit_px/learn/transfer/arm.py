@@ -19,11 +19,12 @@ from mergekit_px.errors import DivergedError, PlanError
 from mergekit_px.learn.data import Examples, derived_seed, seeded
 from mergekit_px.learn.models import LearningModel, load_model, read_tensors
 from mergekit_px.learn.state import Tensors, load_state, save_state, under
+from mergekit_px.learn.transfer.adapter import AdapterStack
 from mergekit_px.learn.transfer.digits import BUILT_IN_MODELS
 from mergekit_px.learn.transfer.exchange import Exchange, Link, all_finite, planned_transfers, sham_matrix
 from mergekit_px.learn.transfer.factors import Factors
 from mergekit_px.learn.transfer.plan import Control, Model, Pair, Transfer
-from mergekit_px.learn.transfer.ranks import chosen_rank, pair_ranks
+from mergekit_px.learn.transfer.ranks import chosen_rank, matrix_shape, pair_ranks
 from mergekit_px.learn.transfer.side import Side, side_data
 from mergekit_px.learn.transfer.state import (
     exchange_state,
@@ -338,6 +339,27 @@ class Arm:
         rank = chosen_rank(pair_ranks(pair, where)[1], tuple(tensor.shape), where)
         label = f"{source.name}/{pair.source}"
         return Factors(tensor.to(self.trial.device), rank, residual=True, label=label, seed=self._seed)
+
+
+def stack_sizes(trial: Trial) -> Iterator[int]:
+    """Parameters of each adapter, by the headers of both models; pairs that do not fit are refused elsewhere."""
+    transfer = trial.transfer
+    for number, pair in enumerate(transfer.pairs):
+        where = trial.where("transfers", trial.name, "pairs", number)
+        shapes = []
+        for entrant, name, rank in zip(
+            (trial.target, trial.source), (pair.target, pair.source), pair_ranks(pair, where), strict=True
+        ):
+            if entrant.checkpoint is None or name not in entrant.checkpoint.tensors:
+                break
+            shape = entrant.checkpoint.tensors[name].shape
+            rows, columns = matrix_shape(shape)
+            shapes.append((chosen_rank(rank, shape, where) or rows, columns))
+        else:
+            for receiver, giver in [shapes, shapes[::-1]][: 2 if transfer.mode == "mutual" else 1]:
+                with torch.device("meta"):
+                    stack = AdapterStack(receiver, giver, transfer.adapter, seed=0, label="")
+                yield sum(one.numel() for one in stack.parameters())
 
 
 def fresh_model(entrant: Entrant, seed: int, *, allow_code: bool) -> LearningModel:

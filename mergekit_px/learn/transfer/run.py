@@ -9,24 +9,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.index import LARGEST_INDEX
-from mergekit_px.errors import DivergedError, InputError
+from mergekit_px.errors import DivergedError, InputError, UsageError
 from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.data import Examples
 from mergekit_px.learn.declare import InputRecord
 from mergekit_px.learn.inputs import Inputs, file_record, open_inputs
 from mergekit_px.learn.life import Run
+from mergekit_px.learn.memory import COMPUTED, floating, numbers, plan_memory
 from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.output import write_model
 from mergekit_px.learn.sources import source_fingerprint
-from mergekit_px.learn.transfer.arm import Arm, ArmResult, Entrant, Kind, Trial
+from mergekit_px.learn.transfer.arm import Arm, ArmResult, Entrant, Kind, Trial, stack_sizes
 from mergekit_px.learn.transfer.load import LoadedTransferPlan
 from mergekit_px.learn.transfer.plan import Model, Transfer
 from mergekit_px.learn.transfer.presets import filled_model, filled_transfer
@@ -36,6 +37,8 @@ from mergekit_px.small_files import read_small_file
 
 PLAN_FILE = "plan.yaml"
 LAST_GOOD = "last-good"
+_TRAINED = 4
+"""Numbers kept of a parameter of an adapter: itself, its gradient, two moments."""
 
 
 def open_plan(settings: TransferSettings) -> Inputs:
@@ -79,10 +82,44 @@ def fit(run: Run[TransferSettings]) -> TransferReport:
     seeds = [first + number for number in range(loaded.plan.seeds if settings.seeds is None else settings.seeds)]
     checkpoints = {name: found[0] for name, found in run.inputs.checkpoints.items()}
     trials = trials_of(loaded, checkpoints, run.identity, run.device, allow_code=settings.allow_code)
+    if settings.memory is not None:
+        _plan_memory(run, trials)
     with _threads(settings.threads):
         results = [Results(trial, _run_trial(run, trial, seeds)) for trial in trials]
     write_text(run.stage / PLAN_FILE, loaded.text)
     return write_report(run.stage, seeds, results)
+
+
+def _plan_memory(run: Run[TransferSettings], trials: Sequence[Trial]) -> None:
+    """Plan for the run that needs most; they follow one another.
+
+    Raises:
+        MemoryBudgetError: more than ``--memory``.
+        UsageError: a model that only its function knows.
+    """
+
+    def needs(trial: Trial) -> tuple[list[StoredTensor], dict[str, int]]:
+        learners = [trial.target, *([trial.source] if trial.transfer.mode in ("joint", "mutual") else [])]
+        sizes, tensors = {"weights": 0, "gradients and moments": 0}, []
+        for one in learners:
+            if one.checkpoint is None:
+                what = f"the size of '{one.name}' is known only when its function has made it"
+                raise UsageError(what, where="--memory", hint="give it weights, or leave out --memory")
+            tensors += floating(one.checkpoint)
+            count = COMPUTED * numbers(floating(one.checkpoint))
+            sizes["weights"] += count
+            sizes["gradients and moments"] += (3 if one.settings.optimizer.name == "adamw" else 2) * count
+        sizes["best weights"] = sizes["weights"] if trial.transfer.select == "best" else 0
+        sizes["adapters"] = _TRAINED * COMPUTED * sum(stack_sizes(trial))
+        return tensors, sizes
+
+    tensors, kept = max(map(needs, trials), key=lambda found: sum(found[1].values()))
+    ways = {
+        "select: last": bool(kept["best weights"]),
+        "mode: frozen": any(trial.transfer.mode in ("joint", "mutual") for trial in trials),
+        "lower ranks or adapter.max_width": bool(kept["adapters"]),
+    }
+    plan_memory(run, tensors, kept, {f"write {way}": left for way, left in ways.items()})
 
 
 def _run_trial(run: Run[TransferSettings], trial: Trial, seeds: list[int]) -> dict[str, list[ArmResult]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from mergekit_px.learn.declare import Aside, Input, LearnerSettings, Note, Option, Report, Table
+from mergekit_px.learn.declare import Aside, Input, LearnerSettings, MemorySettings, Note, Option, Report, Table
 
 if TYPE_CHECKING:
     from mergekit_px.learn.transfer.load import LoadedTransferPlan
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mergekit_px.pictures.heat_map import HeatMap
 
 
-class TransferSettings(LearnerSettings):
+class TransferSettings(LearnerSettings, MemorySettings):
     """A plan names models, data and which tensors are paired."""
 
     plan: Annotated[str, Input("file"), Option(metavar="PLAN", by_place=True)]

@@ -15,7 +15,7 @@ from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import DivergedError, InputError
 from mergekit_px.learn.data import Batch, Examples
 from mergekit_px.learn.life import Run
-from mergekit_px.learn.memory import is_narrow, narrow_bytes, plan_memory
+from mergekit_px.learn.memory import floating, is_narrow, narrow_bytes, plan_memory
 from mergekit_px.learn.objective import evaluate, loss_function
 from mergekit_px.learn.output import write_model
 from mergekit_px.learn.precision import passes
@@ -43,7 +43,9 @@ def fit(run: Run[TuneSettings]) -> TuneReport:
     pool = Path(settings.components).expanduser()
     size = sum(one.stat().st_size for one in (pool.glob("*.safetensors") if pool.is_dir() else [pool]))
     kept = {"weights": narrow_bytes(base), "components": 2 * size}
-    plan_memory(run, base, kept, {"store the base in bfloat16": not is_narrow(base), "pool fewer components": True})
+    plan_memory(
+        run, floating(base), kept, {"store the base in bfloat16": not is_narrow(base), "pool fewer components": True}
+    )
     components = read_components(settings.components)
     base_print = run.fingerprint("base")
     if components.base_fingerprint not in (None, base_print) and not settings.allow_base_mismatch:

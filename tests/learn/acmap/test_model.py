@@ -400,3 +400,17 @@ def test_a_peft_adapter_needs_a_base(problem) -> None:
     features = problem.inputs[0] @ weight.T + base["body.bias"].double().numpy()
     expected = features[problem.labels[0] == 0].mean(axis=0)
     np.testing.assert_allclose(table_of(problem.state).vectors[0].numpy(), expected, atol=1e-5)
+
+
+def test_memory_is_planned_from_headers(problem, capsys) -> None:
+    data = problem.write_data(1)
+    words = ["acmap", "map", "--state", str(problem.state), "--device", "cpu", "--allow-code"]
+    model = ["--data", str(data), "--model", problem.model]
+    assert main([*words, *model, "--memory", "1GB"]) == 2
+    assert "give its checkpoint by --base, or leave out --memory" in capsys.readouterr().err
+    model += ["--base", str(problem.folder / "base")]
+    assert main([*words, *model, "--memory", "100MB"]) == 4
+    assert "bytes a parameter (weights 4.0, one layer " in capsys.readouterr().err
+    assert not StoredState(problem.state).state.count or not table_of(problem.state).records
+    assert main([*words, *model, "--memory", "1GB"]) == 0
+    assert "memory: 500 MB besides activations, " in capsys.readouterr().err

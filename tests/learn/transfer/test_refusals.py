@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from mergekit_px.learn.transfer.adapter import AdapterStack
+from mergekit_px.learn.transfer.load import load_transfer_plan
 
 
 @pytest.mark.parametrize(
@@ -79,3 +83,25 @@ def test_code_needs_leave(place, capsys: pytest.CaptureFixture[str]) -> None:
     Path("plan.yaml").write_text(json.dumps(place.plan))
     assert main(["transfer", "plan.yaml"]) == 2
     assert "allow it with --allow-code" in capsys.readouterr().err
+
+
+def test_memory_is_planned_from_headers(place) -> None:
+    place.transfer["mode"] = "mutual"
+    assert "--memory: the size of 'kernels' is known only when its function" in place.fails("--memory", "2GB", code=2)
+    for name in ("wide", "kernels"):
+        place.plan["models"][name]["weights"] = str(place.checkpoint(f"{name}-weights", name))
+    message = place.fails("--memory", "400MB", code=4)
+    # 353 numbers of kernels with two moments, 263 of wide with one (sgd), one adapter for each direction
+    found = re.search(
+        r"bytes a parameter \(weights 4.0, gradients and moments (\S+), adapters (\S+), one layer", message
+    )
+    assert found is not None, message
+    assert float(found[1]) == round(4 * (3 * 353 + 2 * 263) / (353 + 263), 1)
+    assert "write mode: frozen, or write lower ranks or adapter.max_width, or raise --memory" in message
+    assert not Path("out").exists()
+    adapters = float(found[2]) * (353 + 263) / 16
+    shapes = [((3, 36), (4, 16)), ((4, 16), (3, 36))]
+    settings = load_transfer_plan("plan.yaml").plan.transfers["transfer"].adapter.model_copy(update={"layers": 2})
+    stacks = [AdapterStack(*pair, settings, seed=0, label="") for pair in shapes]
+    assert adapters == pytest.approx(sum(one.numel() for stack in stacks for one in stack.parameters()), rel=1e-2)
+    place.run("--memory", "2GB")
