@@ -88,6 +88,10 @@ METHODS: Mapping[str, Declared] = {
         "mergekit_px.methods.emr",
         "Element-wise largest change in the direction that the sources agree on (EMR-Merging, elected vector).",
     ),
+    "esm": Declared(
+        "mergekit_px.methods.esm",
+        "Merge the directions in which sources change a layer's outputs on their own inputs (ESM, essential subspaces).",
+    ),
     "expo": Declared(
         "mergekit_px.methods.expo",
         "Extrapolate from a base beyond one model that was aligned from it (ExPO, model extrapolation).",
