@@ -88,7 +88,8 @@ def _esm(case: Case, params: EsmParams, gram: Callable[[int], torch.Tensor]) -> 
     stack = torch.cat([one * (norm / mean) ** params.polarise for one, norm in zip(right, norms, strict=True)])
     columns = stack.norm(dim=0)
     stack *= (columns / _above_zero(columns.mean())) ** params.polarise
-    return params.gain * _levelled(torch.cat(left, dim=1), case.label) @ _levelled(stack, case.label)
+    outputs, inputs = (min(side, rank * case.count) for side in case.shape)
+    return params.gain * _levelled(torch.cat(left, dim=1), outputs, case.label) @ _levelled(stack, inputs, case.label)
 
 
 def _root(gram: torch.Tensor, label: str) -> torch.Tensor:
@@ -100,15 +101,18 @@ def _root(gram: torch.Tensor, label: str) -> torch.Tensor:
     if not bool(torch.isfinite(gram).all()):
         raise NonFiniteError("a NaN or an infinity in a Gram matrix", where=label)
     values, vectors = torch.linalg.eigh(gram.double())
-    return vectors * values.clamp_min(0).sqrt()
+    root: torch.Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
 
 
-def _levelled(matrix: torch.Tensor, label: str) -> torch.Tensor:
-    """The polar factor, times the mean of the singular values."""
+def _levelled(matrix: torch.Tensor, size: int, label: str) -> torch.Tensor:
+    """The polar factor, times the mean of so many singular values, of which those that are zero may be missing."""
     from mergekit_px.kernels.polar import polar_factor
 
+    if not matrix.numel():
+        return matrix
     polar = polar_factor(matrix, label=label)
-    return polar.factor * (polar.nuclear_norm / min(matrix.shape))
+    return polar.factor * (polar.nuclear_norm / size)
 
 
 def _above_zero(value: torch.Tensor) -> torch.Tensor:

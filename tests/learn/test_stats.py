@@ -196,6 +196,8 @@ def test_the_file_merges(made: Made, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main([method, "--sources", *map(str, twice), "-o", str(merged), "-q"]) == 0
         for name, tensor in load_file(merged / "model.safetensors").items():
             torch.testing.assert_close(tensor, load_file(made[1] / "model.safetensors")[name])
+    output = tmp_path / "esm"
+    assert main(["esm", "--base", str(made[1]), "--sources", *map(str, twice), "-o", str(output)]) == 0
 
 
 def test_equal_commands_give_equal_files_and_nothing_is_replaced_unasked(made: Made, tmp_path: Path, capsys) -> None:
