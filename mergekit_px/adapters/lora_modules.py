@@ -73,7 +73,10 @@ class LoraSource:
         config = adapter.config
         more = [tensor.name for tensor in [*adapter.keys.whole.values(), *adapter.keys.tokens.values()]]
         if more:
-            raise config.error(f"the adapter holds more than factors: {shown(more[0])}", hint="apply it to its base")
+            raise config.error(
+                f"the adapter holds more than factors: {shown(more[0])}",
+                hint="apply it to its base, or extract it without those (--include)",
+            )
         if config.kind == "LORA":
             check(config, options or BindOptions())
         elif config.kind not in ("KOHYA", "DIFFUSERS", "MIXED"):

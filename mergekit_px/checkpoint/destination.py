@@ -50,6 +50,21 @@ _UNRELATED = {"lost+found", ".DS_Store", STATE_FOLDER}  # in folders that their 
 
 FILE_SUFFIX = ".safetensors"
 """Of an output that is one file."""
+_OTHER_FILES = {
+    ".safetensor",
+    ".gguf",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".onnx",
+    ".npz",
+    ".h5",
+    ".json",
+    ".yaml",
+    ".yml",
+}
+"""Files that people mean by such a name and would get a folder for; version numbers and the like are no suffixes."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,12 @@ def check_mode(directory: Path, mode: Mode, plan_hash: str) -> JournalHead | Non
 
     Raises ``OutputError`` with the flag that would help. Reads only, so a plan can ask it too.
     """
+    if directory.suffix.lower() in _OTHER_FILES and not directory.is_dir():
+        raise OutputError(
+            f"the output is a folder or a {FILE_SUFFIX} file, and '{directory.suffix}' names another kind of file",
+            where=str(directory),
+            hint="choose another with -o",
+        )
     if mode == "overwrite":
         check_replaceable(directory)
         return None

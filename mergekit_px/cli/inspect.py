@@ -35,6 +35,8 @@ def inspect(model: Model, tensors: Tensors = None, allow_pickle: AllowPickle = F
         document["matching"] = tensor_rows(source.checkpoint, tensors)
     output.document(document, ModelDocument)
     _show(document, output)
+    if tensors is not None and not document["matching"]:
+        output.warning(f"no tensor has a name like {tensors}")
     return 0
 
 

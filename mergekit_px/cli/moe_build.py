@@ -36,7 +36,7 @@ def build(recipe: RecipeFile, options: RunOptions) -> int:
     loaded = load_recipe(recipe, overrides=options.overrides(), methods=method_catalog())
     steps = [name for name, step in loaded.recipe.steps.items() if step.mixture is not None]
     if not steps:
-        hint = "give a step a `mixture`, or carry the recipe out by `pxmerge run`"
+        hint = "give a step a `mixture`, or run the recipe by `pxmerge run`"
         raise RecipeError("no step of the recipe builds a mixture of experts", where=loaded.where("steps"), hint=hint)
     for name in steps:
         loaded = _with_routers(loaded, name, options)

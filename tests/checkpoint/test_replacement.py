@@ -44,3 +44,18 @@ def test_no_work_is_done_for_a_file_that_cannot_be_written(
         "config.json",
         "model.safetensors",
     }
+
+
+@pytest.mark.parametrize("words", [["linear", "--sources", "base", "a"], ["adapter", "extract", "base", "a"]])
+def test_a_folder_is_not_given_the_name_of_another_kind_of_file(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tiny_llama_tensors(layers=1)
+    write_checkpoint("base", base, config=tiny_llama_config(layers=1))
+    write_checkpoint("a", fine_tune(base, 1), config=tiny_llama_config(layers=1))
+    for name in ("z.gguf", "z.safetensor"):
+        assert main([*words, "-o", name]) == 4
+        assert "names another kind of file" in capsys.readouterr().err and not Path(name).exists()
+    Path("z.pt").mkdir()
+    assert main(["linear", "--sources", "base", "a", "-o", "z.pt"]) == 0
