@@ -24,6 +24,8 @@ Task = Literal["class", "value", "next token", "masked token", "answer", "unknow
 MASKED_SHARE = 0.15
 """Of the tokens of a text that a masked language model has to find, as BERT was trained (arXiv 1810.04805)."""
 _SHOWN = 6
+_UNKNOWN_SHARE = 0.5
+"""Of a file's tokens: with more unknown ones there is nothing to learn, and the tokenizer is another model's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,14 +215,28 @@ def _require_tokens(
     encoded: Sequence[Encoded], table: Table, tokenizer: Tokenizer, config: Mapping[str, Any] | None
 ) -> None:
     """Raise ``InputError`` for tokens that the model does not have, and for more than it has positions."""
-    config = config or {}
+    config = _text_config(config)
     rows = config.get("vocab_size")
-    largest = max((max(one.ids, default=0) for one in encoded), default=0)
+    tokens = [[*one.ids, *(label for label in one.labels or () if label != IGNORED)] for one in encoded]
+    largest = max((max(one, default=0) for one in tokens), default=0)
     if isinstance(rows, int) and largest >= rows:
         raise InputError(
             f"the tokenizer gives ids up to {largest}, and the model has a vocabulary of {rows}",
             where=tokenizer.where,
             hint="use the tokenizer that belongs to the model",
+        )
+    none = [line for one, line in zip(encoded, table.lines, strict=True) if not one.ids]
+    if none:
+        raise InputError(f"line {none[0]}: the tokenizer makes no token of it", where=table.where)
+    words = [
+        token for one in encoded for token in one.ids if token == tokenizer.unknown or token not in tokenizer.special
+    ]
+    unknown = words.count(tokenizer.unknown) if tokenizer.unknown is not None else 0
+    if unknown > _UNKNOWN_SHARE * len(words):
+        raise InputError(
+            f"{unknown} of the {len(words)} tokens of {table.where} are unknown to the tokenizer",
+            where=tokenizer.where,
+            hint="use the tokenizer that belongs to the model, and texts in its language",
         )
     most = config.get("max_position_embeddings", config.get("n_positions"))
     limits = [one for one in (most, tokenizer.longest) if isinstance(one, int)]
@@ -235,6 +251,13 @@ def _require_tokens(
             where=table.where,
             hint=f"cut examples with --max-length {limit}",
         )
+
+
+def _text_config(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The configuration of the part of a model that reads text, where it has several."""
+    config = config or {}
+    inner = config.get("text_config")
+    return {**inner, **config} if isinstance(inner, dict) else config
 
 
 def _padded(encoded: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
@@ -297,6 +320,9 @@ def classes_of(config: Mapping[str, Any] | None) -> dict[str, int]:
         return {str(name): number for name, number in named.items()}
     if isinstance(numbered, dict) and all(str(one).isdecimal() for one in numbered):
         return {str(name): int(number) for number, name in numbered.items()}
+    if task_of(config) == "class":  # configurations leave out what is transformers' default
+        count = config.get("num_labels", 2)
+        return {f"LABEL_{number}": number for number in range(count if isinstance(count, int) else 2)}
     return {}
 
 

@@ -30,6 +30,7 @@ class Tokenizer:
     Attributes:
         where: the folder, for messages.
         pad, end, mask, special: numbers of its tokens for padding, the end and what is hidden, and all special ones.
+        unknown: number of the token for what it does not know, where that stands for nothing else.
         longest: most tokens of a text; None for no limit.
     """
 
@@ -52,6 +53,8 @@ class Tokenizer:
         inner = self.inner
         self.end: int | None = inner.eos_token_id
         self.mask: int | None = inner.mask_token_id
+        own = inner.unk_token_id not in (self.end, inner.bos_token_id, inner.pad_token_id)
+        self.unknown: int | None = inner.unk_token_id if own else None
         self.special = frozenset(inner.all_special_ids)
         self.pad: int = next((one for one in (inner.pad_token_id, self.end) if one is not None), 0)
         self.longest: int | None = inner.model_max_length if inner.model_max_length < _NO_LIMIT else None

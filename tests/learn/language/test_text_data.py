@@ -265,6 +265,8 @@ TEXT = [{"text": "the cat", "label": "praise"}, {"text": "dog", "label": "blame"
         ("llama", TEXT, ["--tokenizer", "nowhere"], 3, "nowhere: no such folder of a tokenizer"),
         ("llama", TEXT, ["--tokenizer", "photos"], 3, "photos: no tokenizer is beside the model"),
         ("llama", [{"text": "the cat"}], ["--tokenizer", "wide"], 3, "the tokenizer gives ids up to 23, and the"),
+        ("t5", [{"prompt": "a", "completion": "bot"}], ["--tokenizer", "wide"], 3, "gives ids up to 33, and the model"),
+        ("llama", [{"text": "le chat est ici now"}], [], 3, "llama: 4 of the 5 tokens of d.jsonl are unknown to the"),
     ],
 )  # fmt: skip
 def test_bad_files_are_one_line(
