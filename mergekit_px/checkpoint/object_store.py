@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from mergekit_px.checkpoint.signed_ranges import signed_ranges
 from mergekit_px.errors import InputError, InputNotFoundError, PxmergeError, UsageError
 
 Result = TypeVar("Result")
@@ -35,7 +36,7 @@ _PART, _PARTS_AT_ONCE, _MOST_PARTS = 16 << 20, 3, 9000
 _GONE = ("NoSuchKey", "NoSuchBucket", "404")
 _REFUSED = ("AccessDenied", "403", "Forbidden")
 _IDENTITY = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "TokenRefreshRequired")
-_BROKEN = ("HTTPClient", "Timeout", "Connection", "Payload", "Incomplete", "ReadError")
+_BROKEN = ("HTTPClient", "Timeout", "Connection", "Payload", "Incomplete", "ReadError", "Protocol")
 """In the names of what packages raise for connections that break."""
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
@@ -128,7 +129,9 @@ class ObjectStore:
         path = self._at(name)
 
         def range_of_bytes() -> bytes:
-            data = bytes(self._files.cat_file(path, start=start, end=stop))
+            data = signed_ranges(self._files).read(path, start, stop) if self._is_s3 else None
+            if data is None:
+                data = bytes(self._files.cat_file(path, start=start, end=stop))
             if len(data) != stop - start:
                 raise CutShortError
             return data
@@ -290,7 +293,8 @@ def _described(files: Any, path: str, info: dict[str, Any]) -> StoredObject:
 def _opened(scheme: str, settings: tuple[tuple[str, str], ...]) -> Any:
     """A file system of fsspec with the credentials that the environment names."""
     # The tries are ours: with those of all layers below, one error would take minutes.
-    options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}} if _EXTRAS.get(scheme) == "s3fs" else {}
+    settled = {"retries": {"total_max_attempts": 1}, "signature_version": "s3v4"}
+    options = {"config_kwargs": settled} if _EXTRAS.get(scheme) == "s3fs" else {}
     fsspec = importlib.import_module("fsspec")
     opened = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
     if hasattr(opened, "retries"):

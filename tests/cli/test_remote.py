@@ -63,6 +63,24 @@ def test_a_merge_of_models_in_a_store_has_the_bytes_of_a_merge_of_files(run, sto
     assert shown.code == 0 and "s3://models/runs/base" in shown.stdout
 
 
+def test_a_store_that_takes_no_signed_addresses_is_read_as_well(run, store: FakeStore) -> None:
+    signed: list[str] = []
+
+    def refused(environ, start_response):
+        if "X-Amz-Signature" not in environ["QUERY_STRING"]:
+            return None
+        signed.append(environ["HTTP_RANGE"])
+        start_response("403 Forbidden", [("Content-Length", "0")])
+        return [b""]
+
+    assert run("run", "local.yaml", "-o", "here").code == 0
+    store.faults = [refused]
+    outcome = run("run", "remote.yaml", "-o", "there")
+    assert outcome.code == 0, outcome.stderr
+    assert weights("here") == weights("there")
+    assert 1 <= len(signed) <= 3, "each is asked for after the first was refused"  # three models are opened at once
+
+
 def test_large_files_cross_the_network_once(run, store: FakeStore) -> None:
     large = {f"layers.{number}.w": torch.full((1024, 640), float(number)) for number in range(5)}
     store.put("models", {"large/model.safetensors": save(large, {"format": "pt"}), "large/config.json": b"{}"})
