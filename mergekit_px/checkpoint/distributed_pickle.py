@@ -208,4 +208,6 @@ def _load(unpickler: pickle.Unpickler, where: str) -> Any:
             hint="only tensors are read from a distributed checkpoint, never code",
         ) from None
     except Exception as error:  # whatever a hostile or damaged pickle provokes
-        raise MalformedCheckpointError(f"a damaged pickle ({type(error).__name__})", where=where) from error
+        raise MalformedCheckpointError(
+            f"a damaged pickle ({type(error).__name__})", where=where, hint="copy the checkpoint again"
+        ) from error

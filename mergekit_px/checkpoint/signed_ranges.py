@@ -32,7 +32,7 @@ class SignedRanges:
         self._session: Any = None
 
     def read(self, path: str, start: int, stop: int) -> bytes | None:
-        """Bytes ``[start, stop)``, or fewer where the connection breaks; None where they are to be had by s3fs alone."""
+        """Bytes ``[start, stop)``, or fewer where the connection breaks; None where s3fs alone may have them."""
         if not self._usable:
             return None
         request = importlib.import_module("botocore.awsrequest").AWSPreparedRequest

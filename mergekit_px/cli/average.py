@@ -205,7 +205,8 @@ def _chosen(
         chosen = tuple(each for each in chosen if each.step is not None and least <= each.step <= most)
         if not chosen:
             raise InputError(
-                f"no checkpoint is of a step from {least} to {most}; they go from {first} to {final}",
+                f"no checkpoint is of a step from {least}{'' if to_step is None else f' to {to_step}'};"
+                f" they go from {first} to {final}",
                 where=where,
             )
     if last is not None:
