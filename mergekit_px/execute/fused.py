@@ -24,6 +24,7 @@ from mergekit_px.execute.sweeps import Totals, statistics_generator
 from mergekit_px.kernels import native
 from mergekit_px.kernels.random import drawn, stream_key
 from mergekit_px.kernels.reduction import ROW, gram_of_rows
+from mergekit_px.kernels.selection import RankSearch
 from mergekit_px.methods.declare import Sweep
 from mergekit_px.methods.pruning import RankSweep
 from mergekit_px.methods.sphere import DotProducts
@@ -42,6 +43,7 @@ _DRAWN_BYTES = 4
 """Of a random number before it is rounded."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Member = tuple[WorkItem, Apply]
 _ALIGNMENT = 64
 
 _MOST_SUMMED = 8
@@ -100,6 +102,8 @@ class FusedItems:
     """Makes what does the same by torch, with statistics that are known, and its lane."""
     _traces: dict[Any, Trace | None] = field(default_factory=dict)
     buffers: Buffers = field(default_factory=Buffers)
+    statistics: dict[int, Any] = field(default_factory=dict)
+    """Those that several items share, by node."""
 
     def covers(self, item: WorkItem) -> bool:
         """Whether nothing else is needed for an item."""
@@ -118,22 +122,42 @@ class FusedItems:
             statistics = yield from self._statistics(item)
             yield [Job(partial(self._write_or_fall_back, item, statistics, *chunk)) for chunk in chunks]
 
+    def covers_shared(self, members: Sequence[Member]) -> bool:
+        """Whether nothing else is needed for statistics over several items."""
+        return all(self.covers(item) and _with_statistics(item) == [node] for item, node in members)
+
+    def shared_statistics(self, members: Sequence[Member]) -> Routine[Any]:
+        """Those over several items, which their routines find here."""
+        statistics = yield from self._swept(members, {})
+        self.statistics.update((id(node), statistics) for _, node in members)
+
     def _statistics(self, item: WorkItem) -> Generator[Sequence[Job[Any]], list[Any], dict[int, Any]]:
         """Those of the methods of an item that is covered, by node."""
         found: dict[int, Any] = {}
         for node in _with_statistics(item):
-            generator, total = statistics_generator(node, item.elements), None
-            try:
-                while True:
-                    sweep, sums = generator.send(total), Totals()
-                    yield [
-                        Job(partial(self._sweep_or_fall_back, item, node, sweep, found, sums, *chunk))
-                        for chunk in self._chunks(item)
-                    ]
-                    total = sums.array()
-            except StopIteration as finished:
-                found[id(node)] = finished.value
+            if id(node) in self.statistics:
+                found[id(node)] = self.statistics[id(node)]
+            else:
+                found[id(node)] = yield from self._swept([(item, node)], found)
         return found
+
+    def _swept(
+        self, members: Sequence[Member], known: Mapping[int, Any]
+    ) -> Generator[Sequence[Job[Any]], list[Any], Any]:
+        """What a method's sweeps over all members come to."""
+        generator = statistics_generator(members[0][1], sum(item.elements for item, _ in members))
+        total = None
+        try:
+            while True:
+                sweep, sums = generator.send(total), Totals()
+                yield [
+                    Job(partial(self._sweep_or_fall_back, item, node, sweep, known, number, sums, *chunk))
+                    for number, (item, node) in enumerate(members)
+                    for chunk in self._chunks(item)
+                ]
+                total = sums.array()
+        except StopIteration as finished:
+            return finished.value
 
     def _supposed_statistics(self, item: WorkItem) -> dict[int, Any] | None:
         """Statistics as they might be; None where a method asks for a sweep that torch has to do."""
@@ -143,9 +167,10 @@ class FusedItems:
             try:
                 while True:
                     sweep = generator.send(total)
-                    if not (isinstance(sweep, DotProducts) and self._summed(item, node, sweep, supposed)):
+                    if self._swept_trace(item, node, sweep, supposed) is None:
                         return None
-                    total = np.eye(len(node.sources))
+                    is_search = isinstance(sweep, RankSweep)
+                    total = sweep.search.supposed(item.elements) if is_search else np.eye(len(node.sources))
             except StopIteration as finished:
                 supposed[id(node)] = finished.value
         return supposed
@@ -188,14 +213,15 @@ class FusedItems:
         node: Apply,
         sweep: Sweep,
         statistics: Mapping[int, Any],
+        number: int,
         sums: Totals,
         start: int,
         stop: int,
         lane: Any,
     ) -> None:
-        if not self.sweep(item, node, sweep, start, stop, statistics, 0, sums):
+        if not self.sweep(item, node, sweep, start, stop, statistics, number, sums):
             execution, lane = self.by_torch(statistics)
-            execution.sweep_chunk(item, node, sweep, start, stop, 0, sums, lane)
+            execution.sweep_chunk(item, node, sweep, start, stop, number, sums, lane)
 
     def write(self, item: WorkItem, start: int, stop: int, statistics: Mapping[int, Any]) -> bool:
         """Write elements [start, stop) of an item; False, and nothing is written, where that is not for this class."""
@@ -239,29 +265,30 @@ class FusedItems:
         sums: Totals,
     ) -> bool:
         """Add what a sweep finds on elements [start, stop) of an item; False, and nothing is, where torch has to."""
-        found: Mapping[int, Any] | None = None
+        trace = self._swept_trace(item, node, sweep, statistics)
+        if trace is None or start % native.LANES:
+            return False
         if isinstance(sweep, RankSweep):
-            found = self._counts(item, node, sweep, start, stop, statistics)
-        elif isinstance(sweep, DotProducts):
-            found = self._products(item, node, sweep, start, stop, statistics)
+            found: Mapping[int, Any] | None = self._counts(item, trace, sweep.search, start, stop)
+        else:
+            found = self._products(item, trace, start, stop)
         for begin, value in (found or {}).items():
             sums.add((number, begin), value)
         return found is not None
 
-    def _summed(self, item: WorkItem, node: Apply, sweep: DotProducts, statistics: Mapping[int, Any]) -> Trace | None:
-        """The program of what is multiplied; None where torch is to do it."""
-        if item.wide or not self._takes(item) or len(node.sources) > _MOST_SUMMED:
+    def _swept_trace(self, item: WorkItem, node: Apply, sweep: Sweep, statistics: Mapping[int, Any]) -> Trace | None:
+        """The program of what is counted or multiplied; None where torch is to do it."""
+        if item.wide or not isinstance(sweep, RankSweep | DotProducts) or not self._takes(item):
+            return None
+        if sweep.search.dtype == "float64" if isinstance(sweep, RankSweep) else len(node.sources) > _MOST_SUMMED:
             return None
         trace = recorded(item, statistics, lambda block: sweep.values(block.operands(node)))
         return None if trace is None or trace.streams else trace
 
     def _products(
-        self, item: WorkItem, node: Apply, sweep: DotProducts, start: int, stop: int, statistics: Mapping[int, Any]
+        self, item: WorkItem, trace: Trace, start: int, stop: int
     ) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]] | None:
         """The Gram matrices of blocks, by their first elements."""
-        trace = self._summed(item, node, sweep, statistics)
-        if trace is None or start % BLOCK:
-            return None
         kernel = native.compiled(trace.program, native.Summing(trace.results))
         pieces = Pieces(self, start, stop)
         run = self.runner(item, trace, kernel, pieces)
@@ -281,21 +308,11 @@ class FusedItems:
         return found
 
     def _counts(
-        self, item: WorkItem, node: Apply, sweep: RankSweep, start: int, stop: int, statistics: Mapping[int, Any]
+        self, item: WorkItem, trace: Trace, search: RankSearch, start: int, stop: int
     ) -> dict[int, np.ndarray[Any, np.dtype[np.int64]]] | None:
         """What a sweep of a search for ranks counts."""
-        if (
-            item.wide
-            or start % native.LANES
-            or not self._takes(item)
-            or getattr(sweep.search.dtype, "itemsize", 4) != 4
-        ):
-            return None
-        trace = recorded(item, statistics, lambda block: sweep.values(block.operands(node)))
-        if trace is None or trace.streams:
-            return None
-        shift, size = sweep.search.digits()
-        targets = list(dict.fromkeys((target.source, target.prefix >> shift) for target in sweep.search.targets))
+        shift, size = search.digits()
+        targets = list(dict.fromkeys((target.source, target.prefix >> shift) for target in search.targets))
         counting = native.Counting(tuple(trace.results[source] for source, _ in targets), shift, size)
         kernel = native.compiled(trace.program, counting)
         pieces = Pieces(self, start, stop)
@@ -314,7 +331,7 @@ class FusedItems:
             run(stop - 1, 1, last.ctypes.data)
             counts -= last // native.LANES * spare
         rows = {target: row[:size] for target, row in zip(targets, counts, strict=True)}
-        found = [rows[target.source, target.prefix >> shift] for target in sweep.search.targets]
+        found = [rows[target.source, target.prefix >> shift] for target in search.targets]
         return {start: np.concatenate([*found, [stop - start, 0]]).astype(np.int64)}
 
     def trace(self, item: WorkItem, statistics: Mapping[int, Any] | None) -> Trace | None:

@@ -194,7 +194,11 @@ def execute(
     """
     items = plan.items if items is None else items
     fused = _fused(plan, readers, sink, advance)
-    if plan.device in ("auto", "cpu") and not shared_groups(plan.items) and all(map(fused.covers, items)):
+    groups = shared_groups(plan.items)
+    by_elements = plan.device in ("auto", "cpu") and all(map(fused.covers, items))
+    if by_elements and totals is None and all(map(fused.covers_shared, groups)):
+        for group in groups:
+            Scheduler(lambda: None, plan.budget.workers).run(iter([fused.shared_statistics(group)]))
         Scheduler(lambda: None, plan.budget.workers).run(map(fused.routine, items))
         return
     with timed("import"):
@@ -203,7 +207,6 @@ def execute(
     device = pick_device(plan.device)
     execution = _execution(plan, fused)
     scheduler = partial(Scheduler, partial(Lane, device), plan.budget.workers, _memory_of_whole_tensors(plan))
-    groups = shared_groups(plan.items)
     if totals is None:
         for group in groups:
             scheduler().run(iter([execution.shared_statistics(group)]))

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
-_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
-_MAGNITUDE_BITS = {torch.float32: 31, torch.float64: 63}
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+Searched = Literal["float32", "float64"]
+
+_INTEGER = {"float32": "int32", "float64": "int64"}
+_MAGNITUDE_BITS = {"float32": 31, "float64": 63}
 
 _WIDE_DIGIT = 16
 _NARROW_DIGIT = 11
@@ -50,8 +56,8 @@ class RankSearch:
     targets: tuple[Target, ...]
     digit: int
     """Bits that one sweep finds."""
-    dtype: torch.dtype | None = None
-    """The dtype whose bits are searched; None before a sweep has seen the data."""
+    dtype: Searched | None = None
+    """The type whose bits are searched; None before a sweep has seen the data."""
     unknown: int = 0
     """How many low bits are still unknown."""
 
@@ -76,6 +82,8 @@ class RankSearch:
         """int64 counts of one block: for each target the elements with its prefix, by the value of the next digit
         (targets * 2**digit of them), then the numbers of float32 and of float64 elements.
         """
+        import torch
+
         places = [(target.source, target.prefix) for target in self.targets]
         counts = {place: self._digit_counts(tensors[place[0]], place[1]) for place in set(places)}
         elements = tensors[0].numel()
@@ -85,33 +93,43 @@ class RankSearch:
     def digits(self) -> tuple[int, int]:
         """What a sweep over float32 counts of a magnitude's bits: those from which place on, and how many values
         these have."""
-        unknown, shift = self._unknown_and_shift(torch.float32)
+        unknown, shift = self._unknown_and_shift("float32")
         return shift, 2 ** (unknown - shift)
 
     def _digit_counts(self, tensor: torch.Tensor, prefix: int) -> torch.Tensor:
-        dtype = self.dtype or tensor.dtype
+        import torch
+
+        dtype = self.dtype or ("float64" if tensor.dtype == torch.float64 else "float32")
         unknown, shift = self._unknown_and_shift(dtype)
-        keys = tensor.to(dtype).reshape(-1).view(_INTEGER[dtype]).bitwise_and(2 ** _MAGNITUDE_BITS[dtype] - 1)
+        bits = tensor.to(getattr(torch, dtype)).reshape(-1).view(getattr(torch, _INTEGER[dtype]))
+        keys = bits.bitwise_and(2 ** _MAGNITUDE_BITS[dtype] - 1)
         keys.bitwise_right_shift_(shift)
         size = 2 ** (unknown - shift)
         if unknown < _MAGNITUDE_BITS[dtype]:
             keys = _below(keys.sub_(prefix >> shift), size)
         return keys.bincount(minlength=size)
 
-    def _unknown_and_shift(self, dtype: torch.dtype) -> tuple[int, int]:
+    def _unknown_and_shift(self, dtype: Searched) -> tuple[int, int]:
         unknown = _MAGNITUDE_BITS[dtype] if self.dtype is None else self.unknown
         return unknown, max(unknown - self.digit, 0)
 
-    def narrow(self, total: torch.Tensor) -> RankSearch:
+    def narrow(self, total: torch.Tensor | NDArray[np.int64]) -> RankSearch:
         """The search one digit further, given the sum of the counts of all blocks."""
-        singles, doubles = total[-2:].tolist()
+        counts = np.asarray(total)
+        singles, doubles = counts[-2:].tolist()
         if self.dtype is None and singles and doubles:
-            return RankSearch(self.targets, self.digit, torch.float64, _MAGNITUDE_BITS[torch.float64])
-        dtype = self.dtype or (torch.float64 if doubles else torch.float32)
+            return RankSearch(self.targets, self.digit, "float64", _MAGNITUDE_BITS["float64"])
+        dtype: Searched = self.dtype or ("float64" if doubles else "float32")
         _, shift = self._unknown_and_shift(dtype)
-        rows = total[:-2].view(len(self.targets), -1)
+        rows = counts[:-2].reshape(len(self.targets), -1)
         targets = tuple(_descend(target, row, shift) for target, row in zip(self.targets, rows, strict=True))
         return RankSearch(targets, self.digit, dtype, shift)
+
+    def supposed(self, elements: int) -> NDArray[np.int64]:
+        """A sum of counts as it might be: of zeros alone, in float32."""
+        rows = np.zeros((len(self.targets), self.digits()[1]), dtype=np.int64)
+        rows[:, 0] = elements
+        return np.append(rows, [elements, 0])
 
     def values(self) -> tuple[float, ...]:
         """The magnitudes found, one for each target, each the value of an element."""
@@ -126,7 +144,7 @@ class RankSearch:
 
     def _value(self, pattern: int) -> float:
         assert self.dtype is not None
-        return torch.tensor(pattern, dtype=_INTEGER[self.dtype]).view(self.dtype).item()
+        return float(np.array(pattern, dtype=_INTEGER[self.dtype]).view(self.dtype))
 
 
 def _below(keys: torch.Tensor, size: int) -> torch.Tensor:
@@ -134,14 +152,16 @@ def _below(keys: torch.Tensor, size: int) -> torch.Tensor:
     if keys.device.type != "cpu":
         return keys[(keys >= 0) & (keys < size)]
     # On a CPU numpy takes a quarter of torch's time; seen as unsigned, negative keys are large.
+    import torch
+
     array = keys.numpy()
     return torch.from_numpy(np.compress(array.view(f"u{array.itemsize}") < size, array))
 
 
-def _descend(target: Target, counts: torch.Tensor, shift: int) -> Target:
+def _descend(target: Target, counts: NDArray[np.int64], shift: int) -> Target:
     """Append the digit at which the counts, from the largest digit down, reach the rank."""
-    reached = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(reached, target.rank))
+    reached = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(reached, target.rank))
     above = int(reached[place - 1]) if place else 0
-    digit = counts.numel() - 1 - place
+    digit = counts.size - 1 - place
     return Target(target.source, target.rank - above, target.prefix | (digit << shift))

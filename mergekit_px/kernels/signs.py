@@ -80,8 +80,6 @@ def disjoint_sum(
         shares: what each source that takes part adds to the divisor (a divisor of 0 counts as 1); None for no
             division.
     """
-    import torch
-
     scaled, unit = integer_ratio((*coefficients, *(shares or ())))
     factors, parts = scaled[: len(coefficients)], scaled[len(coefficients) :]
     total = signs.new_zeros(signs.shape)
@@ -92,7 +90,7 @@ def disjoint_sum(
         agreeing = tensor.mul(signs)
         if orientations[index] < 0:
             agreeing.neg_()
-        torch.threshold_(agreeing, _round_down(cuts[index], tensor.dtype), 0.0)
+        _clear_up_to(agreeing, _round_down(cuts[index], tensor.dtype))
         total.add_(agreeing, alpha=orientations[index] * factors[index])
         if parts:
             divisor.add_(agreeing.sign_(), alpha=parts[index])
@@ -101,6 +99,16 @@ def disjoint_sum(
     elif unit != 1:
         total.div_(unit)
     return total.mul_(signs)
+
+
+def _clear_up_to(values: torch.Tensor, cut: float) -> None:
+    """Replace what is not above a cut by 0, in place."""
+    if hasattr(values, "threshold_"):  # of a program that is recorded, for which torch need not be there
+        values.threshold_(cut, 0.0)
+        return
+    import torch
+
+    torch.threshold_(values, cut, 0.0)
 
 
 def _replace_zero(divisor: torch.Tensor, parts: Sequence[float], value: float) -> torch.Tensor:
