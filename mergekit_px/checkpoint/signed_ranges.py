@@ -38,16 +38,19 @@ class SignedRanges:
         request = importlib.import_module("botocore.awsrequest").AWSPreparedRequest
         url = self._files.url(path, expires=_VALID)
         headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        answer = self._connected(url).send(request("GET", url, headers, None, True)).raw
-        if answer.status not in (200, 206) or answer.headers.get("Content-Length") != str(stop - start):
-            # A store that is busy takes the next one, and one that sends too little may send more.
-            self._usable = not 300 <= answer.status < 500
-            answer.close()
-            return None
         try:
-            return bytes(answer.read(stop - start, decode_content=False))
-        finally:
+            answer = self._connected(url).send(request("GET", url, headers, None, True)).raw
+            if answer.status not in (200, 206) or answer.headers.get("Content-Length") != str(stop - start):
+                # A store that is busy takes the next one, and one that sends too little may send more.
+                self._usable = not 300 <= answer.status < 500
+                answer.close()
+                return None
+            data = bytes(answer.read(stop - start, decode_content=False))
             answer.release_conn()
+        except Exception as error:  # its words hold the address, which opens the object for a while
+            kind = TimeoutError if "Timeout" in type(error).__name__ else ConnectionError
+            raise kind(type(error).__name__) from None
+        return data
 
     def _connected(self, url: str) -> Any:
         if self._session is None:

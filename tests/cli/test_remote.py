@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
+
+from mergekit_px.checkpoint.signed_ranges import SignedRanges
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -79,6 +83,14 @@ def test_a_store_that_takes_no_signed_addresses_is_read_as_well(run, store: Fake
     assert outcome.code == 0, outcome.stderr
     assert weights("here") == weights("there")
     assert 1 <= len(signed) <= 3, "each is asked for after the first was refused"  # three models are opened at once
+
+
+def test_a_signed_address_is_in_no_traceback() -> None:
+    settings = {"req_kw": {}, "s3_additional_kwargs": {}, "client_kwargs": {}, "connect_timeout": 1, "read_timeout": 1}
+    files = SimpleNamespace(**settings, url=lambda path, expires: "http://127.0.0.1:9/w?X-Amz-Signature=SECRETWORD")
+    with pytest.raises(ConnectionError, match="EndpointConnectionError") as raised:
+        SignedRanges(files).read("models/w", 0, 10)
+    assert "SECRETWORD" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_large_files_cross_the_network_once(run, store: FakeStore) -> None:
