@@ -23,6 +23,7 @@ from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
 from mergekit_px.checkpoint.task_vector import is_task_vector, task_vector_metadata
 from mergekit_px.errors import NonFiniteError, PlanError
+from mergekit_px.hub.reference import parse_reference
 from mergekit_px.learn.models import find_checkpoint, read_tensor
 from mergekit_px.plan.inputs import ResolvedInput, is_adapter
 from mergekit_px.plan.tokenizers import Tokenizers
@@ -41,15 +42,20 @@ class AdapterSource(Checkpoint):
 
 
 def find_source(reference: str, base: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint:
-    """A fine-tune of ``base``, a file of differences or an adapter.
+    """A fine-tune of ``base``, a file of differences or an adapter, here or on the Hub (which is fetched).
 
     Raises:
         InputError: missing, unreachable or malformed.
         AdapterError: an adapter that does not fit the base.
     """
-    if not is_adapter(reference, allow_pickle):
+    place = reference
+    if parse_reference(reference) is not None:
+        from mergekit_px.hub.fetch import pull
+
+        place = str(pull(reference, allow_pickle=allow_pickle))
+    if not is_adapter(place, allow_pickle):
         return find_checkpoint(reference, allow_pickle=allow_pickle)
-    adapter = open_adapter(reference, allow_pickle=allow_pickle)
+    adapter = open_adapter(place, label=reference, allow_pickle=allow_pickle)
     changes = adapter.bind(base)
     tensors = {}
     for name, stored in base.tensors.items():

@@ -62,6 +62,24 @@ def test_coefficients_of_adapters_are_those_of_their_models(adapters: str, more:
 
 
 @LLAMA
+def test_an_adapter_on_the_hub_is_a_source(adapters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from hub_server import FakeHub, point_client_at
+
+    huggingface_hub.close_session()
+    with FakeHub() as hub:
+        point_client_at(hub, tmp_path / "home", monkeypatch)
+        hub.add("org/lora", {one.name: one.read_bytes() for one in Path("lora1").iterdir() if one.is_file()})
+        reports = []
+        for place in ("lora1", "org/lora"):
+            learned("ofasd", "--base", "base", "--sources", place, "--data", "data.npz", "--steps", "2", "--controls",
+                    "none", "-o", f"out-{len(reports)}")  # fmt: skip
+            reports.append(json.loads(Path(f"out-{len(reports)}/report.json").read_text()))
+        huggingface_hub.close_session()
+    assert reports[1]["sources"] == ["org/lora"] and reports[0]["coefficients"] == reports[1]["coefficients"]
+
+
+@LLAMA
 def test_an_adapter_is_aligned_as_the_model_that_it_makes(adapters: str) -> None:
     reports = []
     for name in ("lora", "model"):
