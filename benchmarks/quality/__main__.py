@@ -27,13 +27,16 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...; 3 by default")
     parser.add_argument("--jobs", type=int, default=1, help="processes; 1 by default")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep what is made here, and go on with it")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="those to compare, of experiments that compare every method"
+    )
     given = parser.parse_args()
     if unknown := [name for name in given.experiments if name not in known]:
         parser.error(f"no such experiment: {', '.join(unknown)}; there are {', '.join(known)}")
     if given.seeds < 1 or given.jobs < 1:
         parser.error("--seeds and --jobs are at least 1")
     chosen = {name: known[name] for name in given.experiments or [name for name in known if name not in named]}
-    return 0 if run(chosen, given.seeds, given.jobs, given.work) else 1
+    return 0 if run(chosen, given.seeds, given.jobs, given.work, given.methods) else 1
 
 
 if __name__ == "__main__":

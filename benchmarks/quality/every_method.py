@@ -66,15 +66,23 @@ VARIANTS: Mapping[str, Variant] = {
 """What is asked for besides every method with its defaults; first what is looked at first."""
 
 
-def variants() -> dict[str, Variant]:
-    """Every variant, then every method that takes eight sources and no data, with its defaults."""
+def variants(wanted: Sequence[str] | None = None) -> dict[str, Variant]:
+    """Every variant, then every method that takes eight sources and no data, with its defaults; or the wanted ones.
+
+    Raises:
+        ValueError: a title that there is not.
+    """
     found = dict(VARIANTS)
     for name, method in load_methods().items():
         most = method.sources[1] or len(TASKS)
         fits = method.origin.startswith("mergekit_px") and method.family not in ("statistics", "building block")
         if fits and most >= len(TASKS) and name != "svc" and name not in ALIKE:
             found.setdefault(name, Variant((method_slug(name),)))
-    return found
+    if wanted is None:
+        return found
+    if unknown := [title for title in wanted if title not in found]:
+        raise ValueError(f"no such method: {', '.join(unknown)}; there are {', '.join(found)}")
+    return {title: found[title] for title in wanted}
 
 
 class Result(TypedDict):
@@ -187,13 +195,13 @@ def _with_error(values: Sequence[float]) -> str:
 def digits(lab: Lab, rate: float) -> Scores:
     tasks = EightTasks(lab, rate)
     base, sources = lab.save("base", tasks.base), [lab.save(name, state) for name, state in tasks.tuned.items()]
-    return Measured(lab, tasks, base, sources).scores(variants())
+    return Measured(lab, tasks, base, sources).scores(variants(lab.methods))
 
 
 def text(lab: Lab, kind: Literal["full", "lora"]) -> Scores:
     tasks = TextTasks(lab, kind)
     found = {f"(accuracy, {name})": own for name, own in zip(tasks.names, tasks.accuracy(), strict=True)}
-    return found | Measured(lab, tasks, tasks.base_folder, tasks.sources).scores(variants())
+    return found | Measured(lab, tasks, tasks.base_folder, tasks.sources).scores(variants(lab.methods))
 
 
 EXPERIMENTS = (

@@ -27,11 +27,16 @@ MODEL = f"{Path(vit.__file__).resolve()}:TinyViT"
 
 
 class Lab:
-    """The digits in an order drawn by a seed, and a folder for what is made of them."""
+    """The digits in an order drawn by a seed, and a folder for what is made of them.
 
-    def __init__(self, seed: int, folder: Path) -> None:
+    Args:
+        methods: the titles that are wanted of an experiment that compares methods; all if left out.
+    """
+
+    def __init__(self, seed: int, folder: Path, methods: Sequence[str] | None = None) -> None:
         self.seed = seed
         self.folder = folder
+        self.methods = methods
 
     @cached_property
     def images(self) -> Tensor:

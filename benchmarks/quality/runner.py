@@ -14,11 +14,14 @@ from benchmarks.quality.experiment import Experiment, Scores, find_experiments
 from benchmarks.quality.lab import Lab
 
 
-def measure(name: str, seed: int, work: Path | None) -> tuple[Scores, float]:
+def measure(
+    name: str, seed: int, work: Path | None, methods: Sequence[str] | None = None
+) -> tuple[Scores, float]:
     """The scores of an experiment at one seed, and the processor seconds they took now.
 
     Args:
         work: a folder in which what was made stays, for the next run to go on with.
+        methods: those that are wanted of an experiment that compares methods.
     """
     import torch
 
@@ -27,7 +30,7 @@ def measure(name: str, seed: int, work: Path | None) -> tuple[Scores, float]:
     with tempfile.TemporaryDirectory() as passing:
         folder = Path(passing) if work is None else work / name / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        scores = find_experiments()[name].measure(Lab(seed, folder))
+        scores = find_experiments()[name].measure(Lab(seed, folder, methods))
     return scores, time.process_time() - started
 
 
@@ -48,16 +51,22 @@ def report(experiment: Experiment, rows: Sequence[Scores], seconds: float) -> bo
     return all(holds.values())
 
 
-def run(experiments: Mapping[str, Experiment], seeds: int, jobs: int, work: Path | None = None) -> bool:
+def run(
+    experiments: Mapping[str, Experiment],
+    seeds: int,
+    jobs: int,
+    work: Path | None = None,
+    methods: Sequence[str] | None = None,
+) -> bool:
     """Measure and report; with one job in this process, where an error shows itself best."""
     if jobs == 1:
         held = []
         for name, experiment in experiments.items():
-            found = [measure(name, seed, work) for seed in range(seeds)]
+            found = [measure(name, seed, work, methods) for seed in range(seeds)]
             held.append(report(experiment, [row for row, _ in found], sum(seconds for _, seconds in found)))
         return all(held)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {name: [pool.submit(measure, name, seed, work) for seed in range(seeds)] for name in experiments}
+        futures = {name: [pool.submit(measure, name, seed, work, methods) for seed in range(seeds)] for name in experiments}
         held = []
         for name, experiment in experiments.items():
             found = [one.result() for one in futures[name]]
