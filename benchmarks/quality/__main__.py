@@ -30,13 +30,14 @@ def main() -> int:
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="those to compare, of experiments that compare every method"
     )
+    parser.add_argument("--at-scale-1", action="store_true", help="do not look for the best scale of each of them")
     given = parser.parse_args()
     if unknown := [name for name in given.experiments if name not in known]:
         parser.error(f"no such experiment: {', '.join(unknown)}; there are {', '.join(known)}")
     if given.seeds < 1 or given.jobs < 1:
         parser.error("--seeds and --jobs are at least 1")
     chosen = {name: known[name] for name in given.experiments or [name for name in known if name not in named]}
-    return 0 if run(chosen, given.seeds, given.jobs, given.work, given.methods) else 1
+    return 0 if run(chosen, given.seeds, given.jobs, given.work, given.methods, not given.at_scale_1) else 1
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ class Result(TypedDict):
 
     each: list[float]
     best: list[float]
+    """At the best scale; the same where that was not looked for."""
     scale: float
     seconds: float
     mib: float
@@ -111,7 +112,8 @@ class Measured:
     def scores(self, chosen: Mapping[str, Variant]) -> Scores:
         found: Scores = {"pre-trained": mean(self._pretrained("test"))}
         for title, variant in chosen.items():
-            result = self._lab.remembered(title, lambda title=title, variant=variant: self._result(title, variant))
+            name = title if self._lab.scales else f"{title}, at scale 1"
+            result = self._lab.remembered(name, lambda title=title, variant=variant: self._result(title, variant))
             found[title] = mean(result["each"])
             found[f"{title}, worst task"] = min(result["each"])
             found[f"{title}, best scale"] = mean(result["best"])
@@ -131,7 +133,7 @@ class Measured:
         def each(scale: float, part: str) -> list[float]:
             return self._tasks.each(added(self._tasks.base, [update], scale), part)
 
-        scale = self._best_scale(each)
+        scale = self._best_scale(each) if self._lab.scales else 1.0
         whole = each(1.0, "test")
         print(f"  {title}, seed {self._lab.seed}: {mean(whole):.1f}", file=sys.stderr, flush=True)
         best = whole if scale == 1 else each(scale, "test")

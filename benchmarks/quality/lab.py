@@ -31,12 +31,14 @@ class Lab:
 
     Args:
         methods: the titles that are wanted of an experiment that compares methods; all if left out.
+        scales: whether it looks for the best scale of each, which takes most of its time.
     """
 
-    def __init__(self, seed: int, folder: Path, methods: Sequence[str] | None = None) -> None:
+    def __init__(self, seed: int, folder: Path, methods: Sequence[str] | None = None, *, scales: bool = True) -> None:
         self.seed = seed
         self.folder = folder
         self.methods = methods
+        self.scales = scales
 
     @cached_property
     def images(self) -> Tensor:

@@ -15,13 +15,14 @@ from benchmarks.quality.lab import Lab
 
 
 def measure(
-    name: str, seed: int, work: Path | None, methods: Sequence[str] | None = None
+    name: str, seed: int, work: Path | None, methods: Sequence[str] | None = None, scales: bool = True
 ) -> tuple[Scores, float]:
     """The scores of an experiment at one seed, and the processor seconds they took now.
 
     Args:
         work: a folder in which what was made stays, for the next run to go on with.
         methods: those that are wanted of an experiment that compares methods.
+        scales: whether it looks for the best scale of each.
     """
     import torch
 
@@ -30,7 +31,7 @@ def measure(
     with tempfile.TemporaryDirectory() as passing:
         folder = Path(passing) if work is None else work / name / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        scores = find_experiments()[name].measure(Lab(seed, folder, methods))
+        scores = find_experiments()[name].measure(Lab(seed, folder, methods, scales=scales))
     return scores, time.process_time() - started
 
 
@@ -57,16 +58,20 @@ def run(
     jobs: int,
     work: Path | None = None,
     methods: Sequence[str] | None = None,
+    scales: bool = True,
 ) -> bool:
     """Measure and report; with one job in this process, where an error shows itself best."""
     if jobs == 1:
         held = []
         for name, experiment in experiments.items():
-            found = [measure(name, seed, work, methods) for seed in range(seeds)]
+            found = [measure(name, seed, work, methods, scales) for seed in range(seeds)]
             held.append(report(experiment, [row for row, _ in found], sum(seconds for _, seconds in found)))
         return all(held)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {name: [pool.submit(measure, name, seed, work, methods) for seed in range(seeds)] for name in experiments}
+        futures = {
+            name: [pool.submit(measure, name, seed, work, methods, scales) for seed in range(seeds)]
+            for name in experiments
+        }
         held = []
         for name, experiment in experiments.items():
             found = [one.result() for one in futures[name]]
