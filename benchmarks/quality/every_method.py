@@ -61,6 +61,10 @@ VARIANTS: Mapping[str, Variant] = {
     "svd 20%, plain": Variant(("svd", "--top-k", "20%", "--no-orthogonalise")),
     "wudi, closed": Variant(("wudi", "--solver", "closed")),
     "wudi, closed, both sides": Variant(("wudi", "--solver", "closed", "--sides", "both")),
+    "svd 100%, recover": Variant(("svd", "--top-k", "100%", "--recover", "0.6")),
+    "iso_c, recover": Variant(("iso-c", "--recover", "0.6")),
+    "wudi, closed, both sides, recover": Variant(("wudi", "--solver", "closed", "--sides", "both", "--recover", "0.6")),
+    "task_arithmetic, svc, recover": _calibrated("task_arithmetic", "--recover", "0.6"),
     "ties, boosted": Variant(("subspace-boosting",), corrects="ties", alone=True),
 }
 """What is asked for besides every method with its defaults; first what is looked at first."""
