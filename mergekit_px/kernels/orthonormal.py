@@ -22,6 +22,15 @@ def squared_norm(matrix: Tensor) -> float:
     return total
 
 
+def inner_product(left: Tensor, right: Tensor) -> float:
+    """Sum of the products of the elements of two matrices of one shape, in float64."""
+    rows = max(1, _BLOCK_ELEMENTS // max(1, left.shape[1]))
+    return sum(
+        float(torch.dot(mine.double().flatten(), theirs.double().flatten()))
+        for mine, theirs in zip(left.split(rows), right.split(rows), strict=True)
+    )
+
+
 def gram(matrix: Tensor) -> Tensor:
     """``matrix.T @ matrix`` of an (m, n) matrix as an (n, n) float64 tensor.
 

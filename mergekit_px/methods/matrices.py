@@ -73,6 +73,9 @@ class SpectralParams(Params):
     """Tensors of more axes than two: a stack of matrices along the first of three (experts), one matrix of flattened
     rows (convolutions), or the mean of the updates, as the authors of most spectral methods do with convolutions.
     Automatic: experts where the name says so, else flattened."""
+    recover: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Scale each merged matrix so that its sources find this share of their own updates in it, on average; 0.6 is a
+    good choice (docs/quality.md). The sources are read once more."""
 
     def treats_by_element(self, shape: Sequence[int], name: str) -> bool:
         return cut_into_matrices(shape, name, self) is None
@@ -101,6 +104,8 @@ class Case:
     notes: list[str] = field(default_factory=list)
     load_base: Callable[[], torch.Tensor] | None = None
     """Makes the base's matrix, where there is one and the method asked for it."""
+    rescaled: bool = False
+    """Whether the size of the result is found afterwards, whatever it is."""
 
     @property
     def count(self) -> int:
@@ -129,7 +134,7 @@ class Case:
     def note_growth(self, before: torch.Tensor, after: torch.Tensor, what: str) -> None:
         """Note that a correction made a merge much longer than it was."""
         length, grown = float(before.norm()), float(after.norm())
-        if grown > _GROWTH * length > 0:
+        if grown > _GROWTH * length > 0 and not self.rescaled:
             self.notes.append(
                 f"{what} makes the update {grown / length:.2g} times as long, which can overshoot (docs/quality.md);"
                 " try a smaller scale"
@@ -260,10 +265,12 @@ def merge_matrices(
     for number, (view, noise) in enumerate(zip(views, noises, strict=True)):
         label = name if len(views) == 1 else f"{name}[{number}]"
         like = view(merged)
-        case = Case(label, (like.shape[0], like.shape[1]), tuple(weights), noise)
+        case = Case(label, (like.shape[0], like.shape[1]), tuple(weights), noise, rescaled=params.recover is not None)
         if load_base is not None:
             case.load_base = partial(_viewed, view, load_base)
         cases.append(case)
+    if params.recover is not None:
+        merge = partial(_recovering, merge, params.recover, 1 if otherwise == "first" else 0)
     running = [(view, merge(case)) for case, view in zip(cases, views, strict=True)]
     for _, generator in running:
         next(generator)
@@ -296,6 +303,30 @@ def sum_of(case: Case) -> MatrixMerge:
     for _ in range(case.count - 1):
         total += (yield).pop()
     return total
+
+
+_LEAST_SHARE = 0.02
+"""Of its sources' updates in a merge that is scaled by :func:`_recovering`: less is chance, and would grow to nothing
+that any of them knows."""
+
+
+def _recovering(merge: Callable[[Case], MatrixMerge], share: float, skipped: int, case: Case) -> MatrixMerge:
+    """One more round: ``M`` times ``share / mean_i (<M, D_i> / <D_i, D_i>)``, over the sources that change anything."""
+    from mergekit_px.kernels.orthonormal import inner_product, squared_norm
+
+    merged = yield from merge(case)
+    shares = []
+    for source in range(case.count):
+        delta = (yield).pop()
+        size = squared_norm(delta)
+        if source >= skipped and size > 0:
+            shares.append(inner_product(merged, delta) / size)
+    mean = sum(shares) / max(1, len(shares))
+    if mean < _LEAST_SHARE:
+        if shares:
+            case.notes.append(f"its sources find {mean:.2g} of their updates in the merge, too little to scale it by")
+        return merged
+    return merged.mul_(share / mean)
 
 
 def _noises(

@@ -26,7 +26,7 @@ class SubspaceBoostingParams(NoiseParams):
     centred=True,
     paper="arXiv:2506.16506",
     scratch=8.0,
-    overshoots=lambda _: "adds them up and strengthens what is weak in the sum",
+    overshoots=lambda params: None if params.recover else "adds them up and strengthens what is weak in the sum",
 )
 def subspace_boosting(
     deltas: Sequence[torch.Tensor],

@@ -33,7 +33,9 @@ class SvdParams(SpectralParams):
     centred=True,
     paper="arXiv:2508.19353",
     scratch=6.0,
-    overshoots=lambda params: None if params.orthogonalise or params.calibrate == "svc" else "adds them up",
+    overshoots=lambda params: (
+        None if params.orthogonalise or params.calibrate == "svc" or params.recover else "adds them up"
+    ),
 )
 def svd(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: SvdParams, name: str) -> torch.Tensor:
     """Pool the rank-one components of all sources and keep the K largest of each matrix (AXIS).

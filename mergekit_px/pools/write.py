@@ -131,6 +131,8 @@ def _check(merges: Sequence[Merge]) -> None:
     for one in merges:
         if one.params.calibrate != "none":
             raise UsageError("--calibrate goes with a checkpoint: it changes the sum, which components are not")
+        if one.params.recover is not None:
+            raise UsageError("--recover goes with a checkpoint: its scale is that of the sum, not of one component")
         if one.params.scale == 0:
             raise UsageError("components of scale 0 would all be zero", where=shown(one.name))
 

@@ -297,6 +297,20 @@ def test_scale_multiplies_and_weights_multiply_their_source(case: str) -> None:
         )
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_sources_recover_the_share_that_was_asked_for(case: str) -> None:
+    name, params, formula = CASES[case]
+    deltas = draw((12, 9), 3)
+    if name == "svc":
+        deltas[0] = deltas[1] + deltas[2]
+    merged = merge(name, deltas, {**params, "recover": 0.6})
+    sources = [delta.numpy() for delta in deltas[1 if name == "svc" else 0 :]]
+    assert np.mean([np.vdot(merged, source) / np.vdot(source, source) for source in sources]) == pytest.approx(0.6)
+    plain = formula([delta.numpy() for delta in deltas])
+    cosine = np.vdot(merged, plain) / np.linalg.norm(merged) / np.linalg.norm(plain)
+    assert cosine == pytest.approx(1, abs=1e-9)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("svc", "opcm"))])
 def test_order_of_the_sources_does_not_matter(case: str) -> None:
     name, params, _ = CASES[case]

@@ -332,6 +332,8 @@ def test_corrections_that_lengthen_a_merge_are_warned_about(caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         merge("svc", [total, *deltas], name="w")
         assert not caplog.records  # a plain sum gets shorter, or stays about as it is
+        merge("svd", deltas, {"top_k": "100%", "calibrate": "svc", "recover": 0.6}, name="w")
+        assert not caplog.records  # whose size is found afterwards
         merge("svd", deltas, {"top_k": "100%", "calibrate": "svc"}, name="w")
     assert "w: calibration makes the update" in caplog.text
     with caplog.at_level(logging.WARNING):
@@ -358,6 +360,14 @@ def test_a_driver_that_fails_does_not_end_the_merge(
         merged = merge("tsv_m", deltas, name="w")
     assert "w: SVD (default driver) failed: did not converge" in caplog.text
     torch.testing.assert_close(merged, expected)
+
+
+def test_a_merge_without_its_sources_is_not_scaled_by_them(caplog: pytest.LogCaptureFixture) -> None:
+    deltas = draw((20, 16), 1)
+    with caplog.at_level(logging.WARNING):
+        merged = merge("svc", [torch.zeros(20, 16), *deltas, *deltas], {"recover": 0.6}, name="w")
+    assert not merged.any()
+    assert "w: its sources find 0 of their updates in the merge, too little to scale it by" in caplog.text
 
 
 def test_a_calibration_composes_with_any_merge() -> None:
