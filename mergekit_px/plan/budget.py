@@ -81,11 +81,13 @@ def chunk_bytes(item: WorkItem, chunk: int, outputs: int = 1) -> int:
 
 
 def needs_whole(item: WorkItem) -> bool:
-    """Whether an item cannot be cut. What a spectral method averages, embeddings above all, can be."""
+    """Whether an item cannot be cut. What a spectral method averages, embeddings above all, can be, unless statistics
+    of another size are read with it."""
     if item.access != "tensor" or item.adapted or any(view.access == "tensor" for view in item.views):
         return item.access == "tensor"
     whole = [node for node in item.applied if node.access == "tensor"]
-    finer = all(node.access != "rows" for node in item.applied)
+    alike = all(math.prod(leaf.shape) == item.elements for leaf in item.leaves)
+    finer = alike and all(node.access != "rows" for node in item.applied)
     return not (finer and all(node.params.treats_by_element(item.shape, item.name) for node in whole))
 
 
