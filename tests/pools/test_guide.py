@@ -25,7 +25,7 @@ def test_the_commands_of_the_guide_run(
     lines = [
         line for block in re.findall(r"```sh\n(.*?)```", GUIDE.read_text(), re.DOTALL) for line in block.splitlines()
     ]
-    assert len(lines) == 9
+    assert len(lines) == 10
     for line in lines:
         words = shlex.split(line)
         assert words[0] == "pxmerge"
