@@ -74,8 +74,9 @@ class SpectralParams(Params):
     rows (convolutions), or the mean of the updates, as the authors of most spectral methods do with convolutions.
     Automatic: experts where the name says so, else flattened."""
     recover: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Scale each merged matrix so that its sources find this share of their own updates in it, on average; 0.6 was a
-    good choice (docs/quality.md), but not where few components are kept. The sources are read once more."""
+    """Scale each merged matrix so that its sources find this share of their own updates in it, on average. 0.6 suited
+    fine-tunes near their base, and was too long for others and for few components (docs/quality.md). The sources are
+    read once more."""
 
     def treats_by_element(self, shape: Sequence[int], name: str) -> bool:
         return cut_into_matrices(shape, name, self) is None
