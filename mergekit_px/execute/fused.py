@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.execute.recording import Trace, recorded, signature, stored_type, value_of
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.sweeps import Totals, statistics_generator
+from mergekit_px.execute.values import Block
 from mergekit_px.kernels import native
 from mergekit_px.kernels.random import drawn, stream_key
 from mergekit_px.kernels.reduction import ROW, gram_of_rows
@@ -121,10 +122,6 @@ class FusedItems:
         if chunks := list(self.left(item)):
             statistics = yield from self._statistics(item)
             yield [Job(partial(self._write_or_fall_back, item, statistics, *chunk)) for chunk in chunks]
-
-    def covers_shared(self, members: Sequence[Member]) -> bool:
-        """Whether nothing else is needed for statistics over several items."""
-        return all(self.covers(item) and _with_statistics(item) == [node] for item, node in members)
 
     def shared_statistics(self, members: Sequence[Member]) -> Routine[Any]:
         """Those over several items, which their routines find here."""
@@ -282,7 +279,8 @@ class FusedItems:
             return None
         if sweep.search.dtype == "float64" if isinstance(sweep, RankSweep) else len(node.sources) > _MOST_SUMMED:
             return None
-        trace = recorded(item, statistics, lambda block: sweep.values(block.operands(node)))
+        kind = ("sweep", item.applied.index(node), sweep.values)
+        trace = self._recorded(kind, item, statistics, lambda block: sweep.values(block.operands(node)))
         return None if trace is None or trace.streams else trace
 
     def _products(
@@ -338,13 +336,19 @@ class FusedItems:
         """How the item's value is made; None where it cannot be told, or not so."""
         if statistics is None or not self._takes(item):
             return None
+        return self._recorded(item.dtype.name, item, statistics, value_of(item))
+
+    def _recorded(
+        self, kind: Hashable, item: WorkItem, statistics: Mapping[int, Any], evaluate: Callable[[Block], Any]
+    ) -> Trace | None:
+        """The program of what is evaluated; the same one for items that are treated alike."""
         try:
-            key = (signature(item.node, item, statistics, {}), item.dtype.name, item.wide)
+            key = (signature(item.node, item, statistics, {}), kind, item.wide)
             if key not in self._traces:
-                self._traces[key] = recorded(item, statistics, value_of(item))
+                self._traces[key] = recorded(item, statistics, evaluate)
             return self._traces[key]
         except TypeError:  # parameters that cannot be compared
-            return recorded(item, statistics, value_of(item))
+            return recorded(item, statistics, evaluate)
 
     def _takes(self, item: WorkItem) -> bool:
         """Whether all that is read is decoded here, and may be cut anywhere once statistics are known."""

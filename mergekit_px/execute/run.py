@@ -195,8 +195,10 @@ def execute(
     items = plan.items if items is None else items
     fused = _fused(plan, readers, sink, advance)
     groups = shared_groups(plan.items)
-    by_elements = plan.device in ("auto", "cpu") and all(map(fused.covers, items))
-    if by_elements and totals is None and all(map(fused.covers_shared, groups)):
+    swept = [item for group in groups for item, _ in group]
+    alone = all(sum(node.method.statistics is not None for node in item.applied) == 1 for item in swept)
+    by_elements = plan.device in ("auto", "cpu") and alone and not (groups and totals is not None)
+    if by_elements and all(map(fused.covers, plan.items if groups else items)):
         for group in groups:
             Scheduler(lambda: None, plan.budget.workers).run(iter([fused.shared_statistics(group)]))
         Scheduler(lambda: None, plan.budget.workers).run(map(fused.routine, items))
