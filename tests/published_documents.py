@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import json
 import sys
 from pathlib import Path
@@ -20,6 +19,21 @@ def validator(command: str) -> Any:
 
     schema = PUBLISHED["properties"].get(command)
     return schema and jsonschema.Draft202012Validator({**schema, "$defs": PUBLISHED["$defs"]})
+
+
+class _Copied:
+    """A stream, and a copy of what is written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.copy = ""
+
+    def write(self, text: str) -> int:
+        self.copy += text
+        return int(self._stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def hold_to_the_schema() -> None:
@@ -39,12 +53,11 @@ def hold_to_the_schema() -> None:
             commands.pop()
 
     def document(self: Output, *given: Any) -> None:
-        printed = io.StringIO()
+        printed = _Copied(sys.stdout)
         with contextlib.redirect_stdout(printed):
             plain(self, *given)
-        sys.stdout.write(printed.getvalue())
         command = commands[-1] if commands else None
-        if command is not None and printed.getvalue() and (known := validator(command)) is not None:
-            known.validate(json.loads(printed.getvalue()))
+        if command is not None and printed.copy and (known := validator(command)) is not None:
+            known.validate(json.loads(printed.copy))
 
     app.dispatch, Output.document = dispatched, document  # type: ignore[method-assign, assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,9 @@ def test_packages_of_one_source_are_in_one_part(monkeypatch: pytest.MonkeyPatch)
         f"Tag: role::program,\n use::{('gameplaying', 'editing')[n % 2]}\nDescription: line {n}\n more\n\n"
         for n in range(60)
     )
-    found = tuple(packages._parsed(listed))
+    answer = subprocess.CompletedProcess([], 0, stdout=listed)
+    monkeypatch.setattr(packages.subprocess, "run", lambda *words, **options: answer)
+    found = tuple(packages._parsed())
     assert (found[5].line, found[5].source) == ("line 5", "s2")
     assert found[5].labels == {"role::program", "use::editing", "section::x11"}
     monkeypatch.setattr(packages, "packages", lambda: found)

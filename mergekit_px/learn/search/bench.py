@@ -35,22 +35,22 @@ class Bench(Protocol):
 
 
 @contextmanager
-def begun_bench(run: Run[SearchSettings], merges: Merges, keeps: bool) -> Iterator[Bench]:
+def begun_bench(run: Run[SearchSettings], merges: Merges, keeps: bool, scorers: Scorers | None) -> Iterator[Bench]:
     """The bench that settings ask for; what it made is removed with the block.
 
     Args:
         keeps: tensors that are the same in every trial are merged once.
+        scorers: of this machine; None where a cluster is to score.
 
     Raises:
-        UsageError, InputError: a score that cannot be used.
         OutputError: a place for trials that cannot be used.
     """
     settings = run.settings
     with ExitStack() as stack:
-        if settings.cluster is not None:
+        if scorers is None:
             yield stack.enter_context(closing(ClusterBench(run, merges, keeps)))
             return
-        scorers = stack.enter_context(closing(Scorers(settings, run.device)))
+        stack.enter_context(closing(scorers))
         places = settings.jobs or 1
         nbytes = merges.first.bytes_written * (places + keeps)
         scratch = stack.enter_context(scratch_folder(settings.scratch, run.work, nbytes, run.note))

@@ -21,7 +21,7 @@ from mergekit_px.learn.life import Run
 from mergekit_px.learn.search.bench import Bench, begun_bench
 from mergekit_px.learn.search.merges import Merges
 from mergekit_px.learn.search.objectives import BALANCED, Metrics, most_balanced, non_dominated, require_objectives
-from mergekit_px.learn.search.scorers import result_of
+from mergekit_px.learn.search.scorers import Scorers, result_of
 from mergekit_px.learn.search.settings import SearchReport, SearchSettings, parse_time
 from mergekit_px.learn.search.space import overrides
 from mergekit_px.learn.search.start import start_points
@@ -43,11 +43,13 @@ def fit(run: Run[SearchSettings]) -> SearchReport:
     strategy = StrategyOptions(points=settings.points, tolerance=settings.tolerance, seed=settings.seed)
     begin_search(settings.how, variables, strategy).close()
     start = [] if settings.start_from is None else start_points(settings.start_from, variables, run.note)
+    # Scores first: what cannot be scored need not be planned.
+    scorers = Scorers(settings, run.device) if settings.cluster is None else None
     merges = Merges(settings)
     keeps = merges.keeps()
     log = _log(run, hashlib.sha256(f"{run.identity} {merges.first.hash}".encode()).hexdigest())
     try:
-        with begun_bench(run, merges, keeps) as bench:
+        with begun_bench(run, merges, keeps, scorers) as bench:
             trials = _Trials(run, merges, bench, log)
             (as_written,) = trials.of([()])
             stopped = _search(run, strategy, trials, start)
