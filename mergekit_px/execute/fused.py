@@ -47,6 +47,9 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Member = tuple[WorkItem, Apply]
 _ALIGNMENT = 64
 
+_SWEPT = 64 * BLOCK
+"""Elements that a job sweeps: nothing of them is kept, and adding up thousands of counters takes time."""
+
 _MOST_SUMMED = 8
 """Sources whose dot products are summed here: the sums of their 36 pairs take 1.2 MB, which a core's cache holds."""
 
@@ -150,7 +153,7 @@ class FusedItems:
                 yield [
                     Job(partial(self._sweep_or_fall_back, item, node, sweep, known, number, sums, *chunk))
                     for number, (item, node) in enumerate(members)
-                    for chunk in self._chunks(item)
+                    for chunk in _chunks(item, _SWEPT)
                 ]
                 total = sums.array()
         except StopIteration as finished:
@@ -172,15 +175,14 @@ class FusedItems:
                 supposed[id(node)] = finished.value
         return supposed
 
-    def _chunks(self, item: WorkItem) -> Iterator[tuple[int, int]]:
-        """All chunks of an item, in elements."""
-        length = max(self.chunk // BLOCK, 1) * BLOCK
-        return ((start, min(start + length, item.elements)) for start in range(0, item.elements, length))
-
     def left(self, item: WorkItem) -> Iterator[tuple[int, int]]:
         """The chunks of an item, in elements, that are still to be written; the others are told as progress."""
-        length = max(self.chunk // BLOCK, 1) * BLOCK
-        return self._left(item, item.elements, length, item.dtype.bits // 8)
+        return self._left(item, item.elements, self._length, item.dtype.bits // 8)
+
+    @property
+    def _length(self) -> int:
+        """Elements of a chunk."""
+        return max(self.chunk // BLOCK, 1) * BLOCK
 
     def _left(self, item: WorkItem, size: int, length: int, width: int) -> Iterator[tuple[int, int]]:
         for start in range(0, size, length):
@@ -218,7 +220,8 @@ class FusedItems:
     ) -> None:
         if not self.sweep(item, node, sweep, start, stop, statistics, number, sums):
             execution, lane = self.by_torch(statistics)
-            execution.sweep_chunk(item, node, sweep, start, stop, number, sums, lane)
+            for begin in range(start, stop, self._length):
+                execution.sweep_chunk(item, node, sweep, begin, min(begin + self._length, stop), number, sums, lane)
 
     def write(self, item: WorkItem, start: int, stop: int, statistics: Mapping[int, Any]) -> bool:
         """Write elements [start, stop) of an item; False, and nothing is written, where that is not for this class."""
@@ -466,6 +469,10 @@ def _limit(item: WorkItem, infinity: int) -> int:
         return min(infinity - 1, int(np.float64(largest).view(np.uint64)))
     with np.errstate(over="ignore"):
         return min(infinity - 1, int(np.float32(largest).view(np.uint32)))
+
+
+def _chunks(item: WorkItem, length: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + length, item.elements)) for start in range(0, item.elements, length))
 
 
 def _with_statistics(item: WorkItem) -> list[Apply]:
