@@ -153,7 +153,7 @@ class FusedItems:
                 yield [
                     Job(partial(self._sweep_or_fall_back, item, node, sweep, known, number, sums, *chunk))
                     for number, (item, node) in enumerate(members)
-                    for chunk in _chunks(item, _SWEPT)
+                    for chunk in cut(item.elements, _SWEPT)
                 ]
                 total = sums.array()
         except StopIteration as finished:
@@ -185,8 +185,7 @@ class FusedItems:
         return max(self.chunk // BLOCK, 1) * BLOCK
 
     def _left(self, item: WorkItem, size: int, length: int, width: int) -> Iterator[tuple[int, int]]:
-        for start in range(0, size, length):
-            stop = min(start + length, size)
+        for start, stop in cut(size, length):
             if self.sink.done(item.name, start * width, stop * width):
                 self.advance(item.name, (stop - start) * width)
             else:
@@ -220,8 +219,8 @@ class FusedItems:
     ) -> None:
         if not self.sweep(item, node, sweep, start, stop, statistics, number, sums):
             execution, lane = self.by_torch(statistics)
-            for begin in range(start, stop, self._length):
-                execution.sweep_chunk(item, node, sweep, begin, min(begin + self._length, stop), number, sums, lane)
+            for begin, end in cut(stop - start, self._length):
+                execution.sweep_chunk(item, node, sweep, start + begin, start + end, number, sums, lane)
 
     def write(self, item: WorkItem, start: int, stop: int, statistics: Mapping[int, Any]) -> bool:
         """Write elements [start, stop) of an item; False, and nothing is written, where that is not for this class."""
@@ -471,8 +470,9 @@ def _limit(item: WorkItem, infinity: int) -> int:
         return min(infinity - 1, int(np.float32(largest).view(np.uint32)))
 
 
-def _chunks(item: WorkItem, length: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + length, item.elements)) for start in range(0, item.elements, length))
+def cut(size: int, length: int) -> Iterator[tuple[int, int]]:
+    """Where each piece of that length begins and ends; the last one may be shorter."""
+    return ((start, min(start + length, size)) for start in range(0, size, length))
 
 
 def _with_statistics(item: WorkItem) -> list[Apply]:

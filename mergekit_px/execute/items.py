@@ -13,7 +13,7 @@ import torch
 from mergekit_px.checkpoint.reader import TensorReader
 from mergekit_px.errors import NonFiniteError
 from mergekit_px.execute.encoded import Ranges, Span, encoded, spans
-from mergekit_px.execute.fused import FusedItems, Sink
+from mergekit_px.execute.fused import FusedItems, Sink, cut
 from mergekit_px.execute.lane import Lane
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.sweeps import Totals, driven, replayed, statistics_generator
@@ -154,9 +154,7 @@ class Execution:
 
     def chunks(self, item: WorkItem) -> Iterator[tuple[int, int]]:
         """Where an item is cut, in elements."""
-        length = self._length(item)
-        for start in range(0, item.elements, length):
-            yield start, min(start + length, item.elements)
+        return cut(item.elements, self._length(item))
 
     def skip(self, item: WorkItem, start: int, stop: int) -> bool:
         """Whether the elements [start, stop) are written already, which is told as progress then."""
