@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mergekit_px.adapters import acmap_file
-from mergekit_px.adapters.reading import TensorSource
-from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import MalformedCheckpointError, TensorMismatchError, UsageError
 
 if TYPE_CHECKING:
@@ -220,26 +219,19 @@ class AcmapState:
         state = cls.of_settings(acmap_file.read_settings(checkpoint, where), where)
         groups = {"high": state._high, "low": state._low, "kept": state._kept}
         groups |= {"first": state._first, "fixed": state._fixed, acmap_file.PROTOTYPES: state.prototypes}
-        with TensorSource(checkpoint) as source:
-            for key, stored in checkpoint.tensors.items():
-                group, _, name = key.partition(":")
-                number = acmap_file.past_number(group)
-                if group not in groups and number is None:
-                    raise MalformedCheckpointError(f"{shown(key)} has no place in a state", where=where)
-                target = groups[group] if number is None else state.past.setdefault(number, {})
-                target[name] = source.load(stored)
+        for key, tensor in read_tensors(checkpoint).items():
+            group, _, name = key.partition(":")
+            number = acmap_file.past_number(group)
+            if group not in groups and number is None:
+                raise MalformedCheckpointError(f"{shown(key)} has no place in a state", where=where)
+            target = groups[group] if number is None else state.past.setdefault(number, {})
+            target[name] = tensor
         shapes = {name: tensor.shape for name, tensor in state._first.items()}
         needed = [state._high, state._low, *([state._kept] if state.mode == "trim" else []), *state.past.values()]
         for named in needed:
             if shapes != {name: tensor.shape for name, tensor in named.items() if name not in state._fixed}:
                 raise MalformedCheckpointError("the sums do not fit the first adapter", where=where)
         return state
-
-
-def read_adapter(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """All tensors of an adapter checkpoint, in their storage dtype."""
-    with TensorSource(checkpoint) as source:
-        return {name: source.load(tensor) for name, tensor in checkpoint.tensors.items()}
 
 
 def _cut(tensors: Sequence[torch.Tensor], rate: float) -> float:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.adapters import acmap_file
 from mergekit_px.adapters.acmap import AcmapState
-from mergekit_px.adapters.reading import TensorSource
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.whole import read_tensor, read_tensors
 from mergekit_px.errors import InputError, MalformedCheckpointError
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ class StoredState:
         prefix = acmap_file.key(acmap_file.past_group(number), "")
         kept = [name for name in self.checkpoint.tensors if name.startswith(prefix)]
         if kept:
-            with TensorSource(self.checkpoint) as source:
-                return {name.removeprefix(prefix): source.load(self.checkpoint.tensors[name]) for name in kept}
+            return {name.removeprefix(prefix): one for name, one in read_tensors(self.checkpoint, kept).items()}
         if number != self.state.count:
             raise InputError(
                 f"the merged adapter of {number} of the {self.state.count} tasks is not in the state",
@@ -77,21 +77,14 @@ class StoredState:
             for name, stored in self.checkpoint.tensors.items()
             if name.partition(":")[0] in groups and stored.nbytes
         }
-        reader = open_reader(self.checkpoint)
-        try:
+        with closing(open_reader(self.checkpoint)) as reader:
             return fingerprint(replace(self.checkpoint, tensors=chosen), reader)
-        finally:
-            reader.close()
 
     def prototypes(self) -> dict[str, torch.Tensor]:
         """The tensors of the table of prototypes; none before the first mapping."""
         prefix = acmap_file.key(acmap_file.PROTOTYPES, "")
-        with TensorSource(self.checkpoint) as source:
-            return {
-                name.removeprefix(prefix): source.load(stored)
-                for name, stored in self.checkpoint.tensors.items()
-                if name.startswith(prefix)
-            }
+        kept = [name for name in self.checkpoint.tensors if name.startswith(prefix)]
+        return {name.removeprefix(prefix): one for name, one in read_tensors(self.checkpoint, kept).items()}
 
     def with_prototypes(self, tensors: Mapping[str, torch.Tensor], mapping: dict[str, Any]) -> StoredState:
         """Write another table of prototypes into the file, the rest as it is; returns the state as it now is.
@@ -113,14 +106,14 @@ class StoredState:
             groups.setdefault(group, {})[rest] = stored
         found: dict[str, torch.Tensor] = {}
         try:
-            with TensorSource(self.checkpoint) as source:
+            with closing(open_reader(self.checkpoint)) as reader:
                 for name, first in groups["first"].items():
-                    total = source.load(groups["high"][name]) + source.load(groups["low"][name])
+                    total = read_tensor(reader, groups["high"][name]) + read_tensor(reader, groups["low"][name])
                     kept = groups.get("kept", {}).get(name)
-                    merged = self.state.quotient(total, None if kept is None else source.load(kept))
+                    merged = self.state.quotient(total, None if kept is None else read_tensor(reader, kept))
                     found[name] = merged.to(first.dtype.torch)
                 for name, stored in groups.get("fixed", {}).items():
-                    found[name] = source.load(stored)
+                    found[name] = read_tensor(reader, stored)
         except KeyError as error:
             raise MalformedCheckpointError(f"{error} is missing from the state", where=self.where) from None
         return found

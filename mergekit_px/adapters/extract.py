@@ -6,26 +6,31 @@ whole, so that at full rank the adapter gives the fine-tune back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_px.adapters.components import kohya_prefix
 from mergekit_px.adapters.lora_modules import LoraModule
-from mergekit_px.adapters.reading import TensorSource
 from mergekit_px.adapters.save import Format, save_diffusers, save_kohya, save_peft
 from mergekit_px.adapters.ties import is_vocabulary
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.description import MODEL_SPEC, description
 from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.whole import read_tensor
 from mergekit_px.errors import AdapterError, TensorMismatchError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
     from mergekit_px.kernels.svd import SVD
+
+    Load = Callable[[StoredTensor], torch.Tensor]
 
 Rest = Literal["save", "drop", "error"]
 
@@ -148,26 +153,24 @@ def extract_adapter(
     tuned: Checkpoint,
     options: ExtractOptions | None = None,
     *,
-    sources: tuple[TensorSource, TensorSource] | None = None,
+    load: Load | None = None,
 ) -> ExtractedAdapter:
     """Extract an adapter from the difference of two checkpoints; one tensor of each is held at a time.
 
     Raises TensorMismatchError for tensors that only one of the two has, or whose shapes differ (but for the rows of
     an embedding or a head), or that have no low-rank form while ``rest`` is ``error``.
+
+    Args:
+        load: what gives the tensors of the fine-tune, where they are not to be read as they are stored.
     """
     options = options or ExtractOptions()
     _check_names(base, tuned)
-    own = sources or (TensorSource(base), TensorSource(tuned))
-    try:
-        return _extract(base, tuned, options, own)
-    finally:
-        if sources is None:
-            for source in own:
-                source.close()
+    with closing(open_reader(base)) as old, closing(open_reader(tuned)) as new:
+        return _extract(base, tuned, options, partial(read_tensor, old), load or partial(read_tensor, new))
 
 
 def _extract(
-    base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, sources: tuple[TensorSource, TensorSource]
+    base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, load_base: Load, load_tuned: Load
 ) -> ExtractedAdapter:
     modules: list[LoraModule] = []
     reports: list[ModuleReport] = []
@@ -175,7 +178,7 @@ def _extract(
     dropped: list[str] = []
     transposed = _stored_in_out(base)
     for name, tensor in tuned.tensors.items():
-        new, old = sources[1].load(tensor), sources[0].load(base.tensors[name])
+        new, old = load_tuned(tensor), load_base(base.tensors[name])
         if new.shape == old.shape and bool((new == old).all()):
             continue
         wanted = _wanted_rank(name, options)
@@ -196,7 +199,7 @@ def _extract(
     # a module is saved whole with all its tensors, changed or not
     for owner in {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}:
         for name in _siblings(owner, tuned):
-            whole.setdefault(name, sources[1].load(tuned.tensors[name]))
+            whole.setdefault(name, load_tuned(tuned.tensors[name]))
     described = {key: text for key, text in description(base.metadata).items() if key in _OF_THE_FAMILY}
     parts = {name: base.part_of(name) or None for name in whole}
     return ExtractedAdapter(modules, reports, whole, tuple(dropped), bool(transposed), described, parts)

@@ -12,9 +12,10 @@ from mergekit_px.adapters.binder import BindOptions, roles
 from mergekit_px.adapters.lora import alpha_of, check, is_attention_output, pattern_path
 from mergekit_px.adapters.lycoris import is_by_input, noted_alpha
 from mergekit_px.adapters.peft_keys import Module
-from mergekit_px.adapters.reading import TensorSource
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.whole import read_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -86,13 +87,13 @@ class LoraSource:
         self.modules: Mapping[str, Module] = adapter.of_component(options.component if options else None)[0]
         for module in self.modules.values():
             _check_roles(module, adapter)
-        self._source = TensorSource(adapter.checkpoint)
+        self._reader = open_reader(adapter.checkpoint)
 
     def load(self, key: str) -> LoraModule:
         """The factors of one module, in their storage dtype."""
         module, config = self.modules[key], self.adapter.config
         stored, embedding = _factors(module, self.adapter)
-        loaded = {role: self._source.load(tensor) for role, tensor in stored.items()}
+        loaded = {role: read_tensor(self._reader, tensor) for role, tensor in stored.items()}
         rank = loaded["A"].shape[0]
         if config.kind == "LORA":
             alpha = alpha_of(config, pattern_path(module), rank)
@@ -122,7 +123,7 @@ class LoraSource:
         return replace(module, name=place, flat=False)
 
     def close(self) -> None:
-        self._source.close()
+        self._reader.close()
 
 
 def read_lora_modules(adapter: Adapter, base: Checkpoint | None = None) -> list[LoraModule]:

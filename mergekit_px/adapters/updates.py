@@ -15,9 +15,10 @@ from mergekit_px.adapters.lora import repeats
 from mergekit_px.adapters.lora_modules import LoraModule, LoraSource
 from mergekit_px.adapters.patch import KeepPatch, LowRankPatch, Patch, ReplacePatch, RowsReplacedPatch
 from mergekit_px.adapters.peft_keys import Module
-from mergekit_px.adapters.reading import TensorSource
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.whole import read_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -142,8 +143,8 @@ class BoundUpdates:
         ]
         for target in self.names:
             _check(target, self._binding[target], adapter)
-        self._factors = TensorSource(adapter.checkpoint)
-        self._weights = TensorSource(base)
+        self._factors = open_reader(adapter.checkpoint)
+        self._weights = open_reader(base)
 
     def load(self, name: str) -> Update:
         import torch
@@ -152,7 +153,7 @@ class BoundUpdates:
         from mergekit_px.kernels.svd import truncated_svd
 
         patch = self._binding[name]
-        factors = {role: self._factors.load(tensor) for role, tensor in patch.factors.items()}
+        factors = {role: read_tensor(self._factors, tensor) for role, tensor in patch.factors.items()}
         pair = patch.low_rank(factors)
         turned = _stored_transposed(patch, self.adapter)
         if pair is not None:
@@ -160,7 +161,7 @@ class BoundUpdates:
             matrix = LowRank(right.T, left) if turned else LowRank(left, right.T)
         else:
             assert patch.source is not None  # as checked
-            weight = self._weights.load(self._base.tensors[patch.source]).float()
+            weight = read_tensor(self._weights, self._base.tensors[patch.source]).float()
             delta = patch.change(weight, factors).flatten(1)
             matrix = LowRank.from_svd(truncated_svd(delta.T if turned else delta, label=name))
         kernel = patch.out_shape[2:]

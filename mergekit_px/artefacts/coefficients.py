@@ -10,6 +10,7 @@ import array
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.replacement import replacement
+from mergekit_px.checkpoint.whole import read_bytes
 from mergekit_px.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -111,13 +113,8 @@ def read_table(place: str | Path) -> tuple[Path, CoefficientTable, str]:
     stored = checkpoint.tensors.get(_TENSOR)
     if stored is None or stored.dtype.name != "F64" or stored.shape != (len(sources), len(blocks)):
         raise _not_coefficients(path)
-    raw = bytearray(stored.nbytes)
-    reader = open_reader(checkpoint)
-    try:
-        reader.read_into(stored, 0, memoryview(raw))
-    finally:
-        reader.close()
-    numbers = array.array("d", bytes(raw))
+    with closing(open_reader(checkpoint)) as reader:
+        numbers = array.array("d", bytes(read_bytes(reader, stored)))
     if sys.byteorder == "big":
         numbers.byteswap()
     width = len(blocks)

@@ -14,6 +14,7 @@ from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.tensor_file import write_tensors
+from mergekit_px.checkpoint.whole import read_bytes
 from mergekit_px.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ def read_row_mixtures(path: Path) -> tuple[Path, Mapping[str, RowMixtures], str]
             tensor, _, part = name.rpartition("/")
             if part not in _PARTS or stored.dtype.name != _PARTS[part][0]:
                 raise _not_mixtures(path)
-            raw = bytearray(stored.nbytes)
-            reader.read_into(stored, 0, memoryview(raw))
+            raw = read_bytes(reader, stored)
             found.setdefault(tensor, {})[part] = np.frombuffer(raw, np.dtype(_PARTS[part][1])).reshape(stored.shape)
     for parts in found.values():
         whole = parts.keys() == _PARTS.keys() and parts["places"].ndim == 1 and parts["rows"].ndim == 2

@@ -162,7 +162,7 @@ def _merge(
     current: AcmapState, adapters: Sequence[str], checkpoints: Sequence[Checkpoint], file: Path | None, *, resume: bool
 ) -> int:
     """Merge the adapters, saving after each; returns how many were new."""
-    from mergekit_px.adapters.acmap import read_adapter
+    from mergekit_px.checkpoint.whole import read_tensors
 
     twice = [adapter for number, adapter in enumerate(adapters) if adapter in adapters[:number]]
     if twice:
@@ -173,7 +173,7 @@ def _merge(
     added = 0
     for adapter, checkpoint in zip(adapters, checkpoints, strict=True):
         if adapter not in known:
-            current.add(read_adapter(checkpoint), adapter)
+            current.add(read_tensors(checkpoint), adapter)
             added += 1
             if file is not None:
                 current.save(file)

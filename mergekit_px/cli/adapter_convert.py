@@ -14,7 +14,6 @@ from mergekit_px.cli.adapter_inputs import (
     AdapterPath,
     Overwrite,
     check_format,
-    find_adapter,
     find_model,
     require_new_file,
     require_new_folder,
@@ -62,7 +61,9 @@ def convert(
     (require_new_folder if to == "peft" else require_new_file)(
         output, overwrite=overwrite, inputs=[adapter, *([base] if base else [])]
     )
-    source = find_adapter(adapter, allow_pickle=allow_pickle)
+    from mergekit_px.plan.inputs import fetch_adapter
+
+    source = fetch_adapter(adapter, allow_pickle=allow_pickle)[0]
     names = None if base is None else find_model(base, sink, allow_pickle=allow_pickle)
     write(source, output, to, base=names, component=component, overwrite=overwrite)
     sink.document(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mergekit_px.adapters.reading import TensorSource
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.whole import read_tensor
 from mergekit_px.cli._arguments import Several
 from mergekit_px.cli._documents import ExtractedAdapterDocument
 from mergekit_px.cli._options import AllowPickle, Json, Quiet
@@ -131,8 +133,15 @@ def extract(
     models = [find_model(model, sink, allow_pickle=allow_pickle) for model in (base, tuned)]
     chosen = _chooser(include, exclude)
     _require_match(models[1], include, exclude)
-    with TensorSource(models[0]) as old, _Chosen(models[1], old, chosen) as new:
-        found = extract_adapter(models[0], models[1], options, sources=(old, new))
+    with closing(open_reader(models[0])) as old, closing(open_reader(models[1])) as new:
+
+        def load(tensor: StoredTensor) -> torch.Tensor:
+            """What was not chosen is read as the base's, and so has not changed."""
+            if chosen(tensor.name):
+                return read_tensor(new, tensor)
+            return read_tensor(old, models[0].tensors[tensor.name])
+
+        found = extract_adapter(models[0], models[1], options, load=load)
     if not found.modules and not found.whole:
         raise UsageError("nothing to extract: no chosen tensor differs", where=tuned, hint="compare the two models")
     check_unchanged(models)
@@ -154,20 +163,6 @@ def extract(
     sink.document({"output": str(output), "format": to, **document}, ExtractedAdapterDocument)
     sink.text(str(output))
     return 0
-
-
-class _Chosen(TensorSource):
-    """A fine-tune's tensors; those that were not chosen are read as the base's, and so have not changed."""
-
-    def __init__(self, tuned: Checkpoint, base: TensorSource, chosen: Callable[[str], bool]) -> None:
-        super().__init__(tuned)
-        self._base = base
-        self._is_chosen = chosen
-
-    def load(self, tensor: StoredTensor) -> torch.Tensor:
-        if self._is_chosen(tensor.name):
-            return super().load(tensor)
-        return self._base.load(self._base.checkpoint.tensors[tensor.name])
 
 
 def _chooser(include: list[str] | None, exclude: list[str] | None) -> Callable[[str], bool]:

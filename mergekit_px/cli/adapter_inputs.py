@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +16,6 @@ from mergekit_px.cli._progress import progress_on
 from mergekit_px.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergekit_px.adapters.adapter import Adapter
     from mergekit_px.adapters.binder import BindOptions
     from mergekit_px.adapters.save import Format
     from mergekit_px.checkpoint.contents import Checkpoint
@@ -67,32 +67,13 @@ class AdapterOptions:
         return BindOptions(**self.chosen())
 
 
-def find_adapter(reference: str, *, allow_pickle: bool = False) -> Adapter:
-    """Open an adapter on this machine, or fetch it from the Hub.
-
-    Raises:
-        InputError: missing, unreachable or malformed; AdapterError among them.
-    """
-    from mergekit_px.adapters.open import open_adapter
-    from mergekit_px.hub.reference import parse_reference
-
-    hub_reference = parse_reference(reference)
-    if hub_reference is None:
-        return open_adapter(reference, allow_pickle=allow_pickle)
-    from mergekit_px.hub.fetch import fetch
-    from mergekit_px.hub.resolve import resolve
-
-    return open_adapter(fetch(resolve(hub_reference)), label=reference, allow_pickle=allow_pickle)
-
-
 def find_model(reference: str, output: Output, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model with its bytes on this machine. Raises ``InputError``."""
-    from mergekit_px.inspection.source import fetch_source, open_source
+    """Open a model with its bytes on this machine, telling how far it is fetched. Raises ``InputError``."""
+    from mergekit_px.plan.inputs import fetch_checkpoint
 
-    source = open_source(reference, allow_pickle=allow_pickle)
     with progress_on(output) as advance:
-        fetched = fetch_source(source, lambda done, total: advance(f"fetching {reference}", done, total))
-    return fetched.checkpoint
+        progress = partial(advance, f"fetching {reference}")
+        return fetch_checkpoint(reference, allow_pickle=allow_pickle, progress=progress)
 
 
 def check_format(to: Format, output: Path) -> Format:

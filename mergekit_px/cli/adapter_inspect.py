@@ -12,7 +12,7 @@ from mergekit_px.cli._documents import AdapterDocument
 from mergekit_px.cli._options import AllowPickle, Json
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli._units import show_count
-from mergekit_px.cli.adapter_inputs import AdapterOptions, AdapterPath, find_adapter, find_model
+from mergekit_px.cli.adapter_inputs import AdapterOptions, AdapterPath, find_model
 
 if TYPE_CHECKING:
     from mergekit_px.adapters.describe import AdapterSummary
@@ -48,7 +48,9 @@ def inspect(
     from mergekit_px.adapters.describe import describe_adapter
 
     output = output_for(json=json)
-    opened = find_adapter(adapter, allow_pickle=allow_pickle)
+    from mergekit_px.plan.inputs import fetch_adapter
+
+    opened = fetch_adapter(adapter, allow_pickle=allow_pickle)[0]
     summary = describe_adapter(opened, binding.bind_options(), norms=not no_norms)
     changed = None
     if base is not None:

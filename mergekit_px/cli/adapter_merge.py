@@ -17,7 +17,6 @@ from mergekit_px.cli.adapter_inputs import (
     AdapterOptions,
     AdapterPaths,
     factor_dtype,
-    find_adapter,
     find_model,
     plain_numbers,
     require_new_file,
@@ -167,7 +166,9 @@ def merge(
         for place in {output, folder}:
             require_new_folder(place, overwrite=replace, inputs=inputs)
     sink = output_for(json=options.json, quiet=options.quiet, writes=True)
-    opened = [find_adapter(adapter, allow_pickle=options.allow_pickle) for adapter in adapters]
+    from mergekit_px.plan.inputs import fetch_adapter
+
+    opened = [fetch_adapter(adapter, allow_pickle=options.allow_pickle)[0] for adapter in adapters]
     written = to or ("peft" if into is not None else common_format(opened))
     if is_file and written == "peft":
         raise UsageError(

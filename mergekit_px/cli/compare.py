@@ -66,7 +66,7 @@ def compare(
     """
     from mergekit_px.inspection.compare import compare as measure
     from mergekit_px.inspection.comparison import ComparisonDocument
-    from mergekit_px.inspection.source import fetch_source, open_source
+    from mergekit_px.plan.inputs import fetch_input, open_input
 
     if len(models) < 2 and base is None:
         raise UsageError("one model alone cannot be compared", hint="give another, or --base")
@@ -74,9 +74,9 @@ def compare(
         _check_picture(picture, models if base is None else [base, *models])
     output = output_for(json=json, quiet=quiet)
     references = models if base is None else [base, *models]
-    opened = [open_source(reference, allow_pickle=allow_pickle) for reference in references]
+    opened = [open_input(reference, allow_pickle=allow_pickle) for reference in references]
     with progress_on(output) as advance:
-        sources = [fetch_source(source, partial(advance, f"fetching {source.reference}")) for source in opened]
+        sources = [fetch_input(source, partial(advance, f"fetching {source.reference}")) for source in opened]
         checkpoints = [source.checkpoint for source in sources]
         document = measure(
             checkpoints[0],

@@ -26,10 +26,10 @@ def inspect(model: Model, tensors: Tensors = None, allow_pickle: AllowPickle = F
       pxmerge inspect ./merged --json
     """
     from mergekit_px.inspection.describe import ModelDocument, describe, tensor_rows
-    from mergekit_px.inspection.source import open_source
+    from mergekit_px.plan.inputs import open_input
 
     output = output_for(json=json)
-    source = open_source(model, allow_pickle=allow_pickle)
+    source = open_input(model, allow_pickle=allow_pickle)
     document = describe(source)
     if tensors is not None:
         document["matching"] = tensor_rows(source.checkpoint, tensors)

@@ -139,10 +139,10 @@ def _scores(
         InputError: no such file, or statistics of another model.
     """
     if stats is not None:
-        from mergekit_px.learn.models import find_checkpoint
         from mergekit_px.learn.stats.experts import measured_scores
+        from mergekit_px.plan.inputs import fetch_checkpoint
 
-        checkpoint = find_checkpoint(model, allow_pickle=options.allow_pickle)
+        checkpoint = fetch_checkpoint(model, allow_pickle=options.allow_pickle)
         return str(stats), measured_scores(stats, "frequency" if by == "frequency" else "reap", checkpoint)
     from mergekit_px.checkpoint.json_text import parse_json
     from mergekit_px.small_files import read_small_file

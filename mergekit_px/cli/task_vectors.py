@@ -126,9 +126,9 @@ def _scaled(reference: str, factor: float, base: str | None, options: RunOptions
 def _is_task_vector(reference: str, options: RunOptions) -> bool:
     """Raises ``InputError`` where there is no checkpoint."""
     from mergekit_px.checkpoint.task_vector import is_task_vector
-    from mergekit_px.inspection.source import open_source
+    from mergekit_px.plan.inputs import open_input
 
-    return is_task_vector(open_source(reference, allow_pickle=options.allow_pickle).checkpoint)
+    return is_task_vector(open_input(reference, allow_pickle=options.allow_pickle).checkpoint)
 
 
 def _combine(references: Sequence[str], weights: Sequence[Any], options: RunOptions) -> int:

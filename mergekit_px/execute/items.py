@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mergekit_px.checkpoint.reader import TensorReader
+from mergekit_px.checkpoint.whole import read_tensor
 from mergekit_px.errors import NonFiniteError
 from mergekit_px.execute.encoded import Ranges, Span, encoded, spans
 from mergekit_px.execute.fused import FusedItems, Sink, cut
@@ -365,10 +366,8 @@ class Execution:
         """An adapter's tensors for one target, on the device, as stored."""
         found: dict[str, torch.Tensor] = {}
         for role, stored in (node.patch.factors if node.patch is not None else {}).items():
-            host = torch.empty(stored.nbytes, dtype=torch.uint8)
             label = f"{node.input}#{node.number}"
-            self.readers[label].read_into(stored, 0, as_bytes(host))
-            value = host.view(stored.dtype.torch).reshape(stored.shape).to(lane.device)
+            value = read_tensor(self.readers[label], stored).to(lane.device)
             if not self.allow_nonfinite and value.is_floating_point():
                 check_finite(value.float(), f"{self.labels[label]}: {stored.name}", "the adapter")
             found[role] = value

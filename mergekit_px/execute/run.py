@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.destination import RECIPE_FILE, check_mode, destination
-from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
+from mergekit_px.checkpoint.open import Checkpoint
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.checkpoint.reader import FileReader, TensorReader, open_reader
 from mergekit_px.checkpoint.writer import CheckpointWriter
@@ -28,7 +28,7 @@ from mergekit_px.execute.scheduler import Scheduler
 from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.groups import shared_groups
-from mergekit_px.plan.inputs import ResolvedInput
+from mergekit_px.plan.inputs import ResolvedInput, fetch_input
 from mergekit_px.plan.model import Plan, WorkItem
 from mergekit_px.plan.sources import equal_sources
 from mergekit_px.plan.texts import config_text, recipe_text
@@ -347,19 +347,15 @@ def _fetched(plan: Plan, progress: Report | None) -> Plan:
     }
     if not missing:
         return plan
-    from mergekit_px.hub.fetch import fetch
-
     inputs: dict[str, ResolvedInput] = dict(plan.inputs)
     for name, source in missing.items():
-        assert source.repo is not None
 
         def tell(done: int, total: int, label: str = source.reference) -> None:
             if progress is not None:
                 progress(Progress(f"fetching {label}", done, total, 0, len(plan.items), label))
 
-        directory = fetch(source.repo, progress=tell, verify_cached=False)
-        checkpoint = open_checkpoint(directory, label=source.reference)
-        inputs[name] = replace(source, checkpoint=checkpoint)
+        # A run checks the bytes of cached files while it reads them.
+        inputs[name] = fetch_input(source, tell, verify_cached=False)
     rebuilt = build_plan(plan.loaded, plan.options, inputs)
     if [item.name for item in rebuilt.items] != [item.name for item in plan.items]:
         raise PlanError("the fetched files differ from the headers that were planned", hint="run again")

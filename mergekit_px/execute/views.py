@@ -13,6 +13,7 @@ import torch
 
 from mergekit_px.checkpoint.open import StoredTensor
 from mergekit_px.checkpoint.reader import TensorReader
+from mergekit_px.checkpoint.whole import read_elements, read_tensor
 from mergekit_px.execute.values import Block, LoadFactors
 from mergekit_px.kernels.random import drawn
 from mergekit_px.plan.budget import BLOCK
@@ -54,7 +55,8 @@ class ViewValues:
     def values(self, node: Node) -> Values:
         """The elements of a node."""
         if isinstance(node, Read):
-            return lambda start, stop: stored_values(self.readers[node.input], node.tensor, start, stop).to(self.dtype)
+            reader = self.readers[node.input]
+            return lambda start, stop: read_elements(reader, node.tensor, slice(start, stop)).to(self.dtype)
         if isinstance(node, Decoded):
             return self._decoded(node)
         if isinstance(node, Rows):
@@ -74,7 +76,7 @@ class ViewValues:
         reader = self.readers[node.parts[0].input]
 
         def read(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
-            return stored_values(reader, tensor, start, stop)
+            return read_elements(reader, tensor, slice(start, stop))
 
         def values(start: int, stop: int) -> torch.Tensor:
             row = math.prod(node.shape[1:])
@@ -195,14 +197,6 @@ def stored_factors(readers: Mapping[str, TensorReader]) -> LoadFactors:
     def load(node: Adapted) -> dict[str, torch.Tensor]:
         reader = readers[f"{node.input}#{node.number}"]
         stored = node.patch.factors if node.patch is not None else {}
-        return {role: stored_values(reader, one, 0, one.elements).reshape(one.shape) for role, one in stored.items()}
+        return {role: read_tensor(reader, one) for role, one in stored.items()}
 
     return load
-
-
-def stored_values(reader: TensorReader, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
-    """The elements [start, stop) of a stored tensor, as stored."""
-    width = tensor.dtype.bits // 8
-    buffer = torch.empty((stop - start) * width, dtype=torch.uint8)
-    reader.read_into(tensor, start * width, buffer.numpy().data)
-    return buffer.view(tensor.dtype.torch)

@@ -14,10 +14,11 @@ from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.selection import ADAPTER_FILE
 from mergekit_px.checkpoint.task_vector import COMPONENTS_KIND, KIND_KEY, base_fingerprint, is_task_vector
+from mergekit_px.checkpoint.whole import read_bytes
 from mergekit_px.declare.document import Document
 from mergekit_px.errors import InputError
-from mergekit_px.inspection.source import Source
 from mergekit_px.plan.components import class_name
+from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import stack_sizes
 from mergekit_px.storage.recognise import quantised_tensors
 
@@ -88,7 +89,7 @@ class ModelDocument(Document):
     matching: list[TensorDescription] | None = None
 
 
-def describe(source: Source) -> dict[str, Any]:
+def describe(source: ResolvedInput) -> dict[str, Any]:
     """Files, sizes, dtypes, parameters, layers, tied embeddings, kind and metadata; JSON-able.
 
     ``layers`` counts the layers of each numbered stack of names. ``tied_embeddings`` is what the config says, None
@@ -150,9 +151,7 @@ def _encodings(checkpoint: Checkpoint) -> dict[str, int]:
 
     def read(tensor: StoredTensor) -> bytes:
         with closing(open_reader(checkpoint)) as reader:
-            buffer = bytearray(tensor.nbytes)
-            reader.read_into(tensor, 0, memoryview(buffer))
-        return bytes(buffer)
+            return bytes(read_bytes(reader, tensor))
 
     try:
         found = quantised_tensors(checkpoint, read)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_px.errors import UsageError
 from mergekit_px.escaping import html_table
-from mergekit_px.inspection.source import fetch_source, open_source
+from mergekit_px.plan.inputs import fetch_input, open_input
 from mergekit_px.python_values import given_path, given_paths
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def inspect(model: str | PathLike[str], *, allow_pickle: bool = False) -> dict[s
     """
     from mergekit_px.inspection.describe import describe
 
-    return describe(open_source(given_path(model), allow_pickle=allow_pickle))
+    return describe(open_input(given_path(model), allow_pickle=allow_pickle))
 
 
 def compare(
@@ -80,7 +80,7 @@ def compare(
     references = given_paths([*([] if base is None else [base]), *models])
     if len(references) < 2:
         raise UsageError("one model alone cannot be compared", hint="give another, or base=")
-    opened = [fetch_source(open_source(reference, allow_pickle=allow_pickle)) for reference in references]
+    opened = [fetch_input(open_input(reference, allow_pickle=allow_pickle)) for reference in references]
     checkpoints = [source.checkpoint for source in opened]
     return Comparison(measure(checkpoints[0], checkpoints[1:], pattern=tensors, spectral=spectral, progress=progress))
 

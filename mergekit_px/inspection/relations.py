@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field
 
 from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.whole import read_elements
 from mergekit_px.errors import NonFiniteError
 from mergekit_px.inspection.compare import Difference, compare_tensor
 from mergekit_px.inspection.compare_spectra import mean_alignment, mean_spectra, spectra
@@ -199,7 +200,7 @@ def _operands(plan: Plan, stack: ExitStack) -> Callable[[WorkItem], list[Values]
     import torch
 
     from mergekit_px.execute.run import plan_checkpoints
-    from mergekit_px.execute.views import ViewValues, stored_factors, stored_values
+    from mergekit_px.execute.views import ViewValues, stored_factors
 
     readers: dict[str, TensorReader] = {
         label: stack.enter_context(closing(open_reader(checkpoint)))
@@ -213,7 +214,7 @@ def _operands(plan: Plan, stack: ExitStack) -> Callable[[WorkItem], list[Values]
             return _values(item, lambda start, stop: torch.zeros(stop - start, dtype=torch.float64))
         if isinstance(node, Read) and base is None:
             reader, tensor = readers[node.input], node.tensor
-            return _values(item, lambda start, stop: stored_values(reader, tensor, start, stop))
+            return _values(item, lambda start, stop: read_elements(reader, tensor, slice(start, stop)))
         read = views.values(node)
         if any(isinstance(inner, Adapted) for inner in walk(node)):  # factors are read, and rows made, all at once
             kept = read(0, item.elements)

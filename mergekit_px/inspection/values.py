@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.dtypes import DType
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
+from mergekit_px.checkpoint.whole import read_elements
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.names import bridge
 from mergekit_px.plan.nodes import Node, Read
@@ -58,7 +59,7 @@ def offered_values(models: Sequence[Checkpoint], stack: ExitStack) -> tuple[list
     """
     import torch
 
-    from mergekit_px.execute.views import ViewValues, stored_values
+    from mergekit_px.execute.views import ViewValues
 
     readers = {str(place): stack.enter_context(closing(open_reader(model))) for place, model in enumerate(models)}
     decoded = ViewValues(readers, lambda patch: {}, 0, torch.float64)
@@ -73,7 +74,7 @@ def offered_values(models: Sequence[Checkpoint], stack: ExitStack) -> tuple[list
             node.dtype,
             node.shape,
             tensor.nbytes,
-            lambda start, stop: stored_values(reader, tensor, start, stop),
+            lambda start, stop: read_elements(reader, tensor, slice(start, stop)),
             (reader, tensor),
         )
 

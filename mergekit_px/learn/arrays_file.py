@@ -10,8 +10,8 @@ from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import OutputError
 from mergekit_px.learn.data import LABELS, examples
 from mergekit_px.learn.data_files import data_arrays, data_sha256
-from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.text_data import TextOptions
+from mergekit_px.plan.inputs import fetch_checkpoint
 
 DATA_KIND = "data"
 
@@ -40,7 +40,7 @@ def write_arrays(
     if output.is_dir() or (output.exists() and not overwrite):
         hint = "name a file" if output.is_dir() else "replace it with --overwrite, or name another"
         raise OutputError("it is a folder" if output.is_dir() else "it exists already", where=str(output), hint=hint)
-    checkpoint = find_checkpoint(model, allow_pickle=allow_pickle)
+    checkpoint = fetch_checkpoint(model, allow_pickle=allow_pickle)
     arrays = data_arrays(data, checkpoint, options, note)
     if LABELS in arrays:
         arrays = dict(examples(arrays, data).arrays)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import InputError, InputNotFoundError, UsageError
-from mergekit_px.learn.models import read_tensors
 
 UNREADABLE_NPZ = (
     OSError,

@@ -11,8 +11,8 @@ from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.errors import InputNotFoundError
 from mergekit_px.learn.data_files import data_sha256
 from mergekit_px.learn.declare import Input, InputRecord, RunSettings
-from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.sources import find_source, source_fingerprint, stored_source
+from mergekit_px.plan.inputs import fetch_checkpoint
 
 
 @dataclass
@@ -62,7 +62,7 @@ def open_inputs(settings: RunSettings) -> Inputs:
                 base = inputs.checkpoints.get(mark.of, [None])[0] if mark.kind == "source" else None
                 allow = settings.allow_pickle
                 found.append(
-                    find_checkpoint(reference, allow_pickle=allow)
+                    fetch_checkpoint(reference, allow_pickle=allow)
                     if base is None
                     else find_source(reference, base, allow_pickle=allow)
                 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
+from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.json_text import shown
-from mergekit_px.checkpoint.open import open_checkpoint
-from mergekit_px.checkpoint.reader import TensorReader, open_reader
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.whole import read_tensor, read_tensors
 from mergekit_px.errors import (
     InputError,
     NonFiniteError,
@@ -83,66 +83,6 @@ class LearningModel:
             name: _finite(found[name].cpu().to(stored.dtype.torch).reshape(stored.shape), name)
             for name, stored in self.checkpoint.tensors.items()
         }
-
-
-def find_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """The checkpoint of a folder, a file or a model of the Hub (which is fetched), by its headers.
-
-    Raises:
-        InputError: missing, unreachable or malformed.
-    """
-    from mergekit_px.hub.reference import parse_reference
-
-    if parse_reference(reference) is None:
-        return open_checkpoint(reference, allow_pickle=allow_pickle)
-    from mergekit_px.hub.fetch import pull
-
-    folder = pull(reference, allow_pickle=allow_pickle)
-    return open_checkpoint(folder, label=reference, allow_pickle=allow_pickle)
-
-
-def read_tensor(reader: TensorReader, stored: StoredTensor) -> Tensor:
-    """One tensor of a checkpoint, whole, in its own dtype and shape.
-
-    Raises:
-        InputError: it cannot be read, or torch has no such dtype.
-    """
-    memory = torch.empty(stored.nbytes, dtype=torch.uint8)
-    return read_elements(reader, stored, slice(0, stored.elements), memory).reshape(stored.shape)
-
-
-def read_elements(reader: TensorReader, stored: StoredTensor, piece: slice, memory: Tensor) -> Tensor:
-    """Some elements of a tensor, in row order, in its own dtype; errors as `read_tensor`.
-
-    Args:
-        memory: uint8, at least as many bytes, that are overwritten.
-    """
-    if stored.dtype.bits < 8:
-        raise InputError(f"{shown(stored.name)} is packed {stored.dtype}, which is no tensor to learn with")
-    width = stored.dtype.bits // 8
-    flat = memory[: (piece.stop - piece.start) * width]
-    if flat.numel():
-        reader.read_into(stored, piece.start * width, _bytes_of(flat))
-    return flat.view(stored.dtype.torch)
-
-
-def _bytes_of(flat: Tensor) -> memoryview:
-    array: Any = flat.numpy()
-    return memoryview(array)
-
-
-def read_tensors(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint, or all, as stored.
-
-    Raises:
-        InputError: one cannot be read.
-    """
-    reader = open_reader(checkpoint)
-    try:
-        wanted = checkpoint.tensors if names is None else names
-        return {name: read_tensor(reader, checkpoint.tensors[name]) for name in wanted}
-    finally:
-        reader.close()
 
 
 def load_model(

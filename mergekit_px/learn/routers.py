@@ -13,10 +13,12 @@ from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.tensor_file import write_tensors
+from mergekit_px.checkpoint.whole import read_tensor
 from mergekit_px.errors import InputError, OutputError, PlanError
-from mergekit_px.learn.models import find_checkpoint, load_model, read_tensor
+from mergekit_px.learn.models import load_model
 from mergekit_px.learn.tokenizers import Tokenizer
 from mergekit_px.plan.config import layer_count
+from mergekit_px.plan.inputs import fetch_checkpoint
 from mergekit_px.plan.layers import is_embedding
 from mergekit_px.plan.mixtures import ROUTER_FILE_ROWS, ROUTER_FILE_SHARED
 from mergekit_px.plan.tied import is_vocabulary
@@ -45,7 +47,7 @@ def write_routers(
         InputError: the model, or its tokenizer, cannot be read.
         OutputError: the file is there and holds something else.
     """
-    checkpoint = find_checkpoint(reference, allow_pickle=allow_pickle)
+    checkpoint = fetch_checkpoint(reference, allow_pickle=allow_pickle)
     rows = router_rows(checkpoint, mixture)
     layers = sum(name.endswith("router") for name in rows)
     alike = [layer for layer in range(layers) if _alike(rows[ROUTER_FILE_ROWS.format(layer=layer)])]

@@ -20,12 +20,13 @@ from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile, StoredTe
 from mergekit_px.checkpoint.dtypes import dtype_of
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.ranged import place_of
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
 from mergekit_px.checkpoint.task_vector import is_task_vector, task_vector_metadata
+from mergekit_px.checkpoint.whole import read_tensor
 from mergekit_px.errors import NonFiniteError, PlanError
-from mergekit_px.hub.reference import parse_reference
-from mergekit_px.learn.models import find_checkpoint, read_tensor
-from mergekit_px.plan.inputs import ResolvedInput, is_adapter
+from mergekit_px.plan.inputs import ResolvedInput, fetch_reference, is_adapter
 from mergekit_px.plan.tokenizers import Tokenizers
 
 _FLOAT = dtype_of(torch.float32)
@@ -48,14 +49,10 @@ def find_source(reference: str, base: Checkpoint, *, allow_pickle: bool = False)
         InputError: missing, unreachable or malformed.
         AdapterError: an adapter that does not fit the base.
     """
-    place = reference
-    if parse_reference(reference) is not None:
-        from mergekit_px.hub.fetch import pull
-
-        place = str(pull(reference, allow_pickle=allow_pickle))
-    if not is_adapter(place, allow_pickle):
-        return find_checkpoint(reference, allow_pickle=allow_pickle)
-    adapter = open_adapter(place, label=reference, allow_pickle=allow_pickle)
+    place, _ = fetch_reference(reference, allow_pickle=allow_pickle)
+    if not is_adapter(str(place), allow_pickle):
+        return open_checkpoint(place, label=reference, allow_pickle=allow_pickle)
+    adapter = open_adapter(place_of(str(place), whole=True), label=reference, allow_pickle=allow_pickle)
     changes = adapter.bind(base)
     tensors = {}
     for name, stored in base.tensors.items():

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.tensor_file import write_tensors
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import InputError, OutputError
-from mergekit_px.learn.models import read_tensors
 
 FORMAT = "pxmerge_training_state"
 

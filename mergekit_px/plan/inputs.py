@@ -15,6 +15,7 @@ import yaml
 from mergekit_px.adapters.binder import BindOptions
 from mergekit_px.checkpoint.open import Checkpoint, component_folder, open_checkpoint
 from mergekit_px.checkpoint.ranged import exists, names_in, place_of
+from mergekit_px.checkpoint.reader import MemoryReader, TensorReader, open_reader
 from mergekit_px.checkpoint.selection import ADAPTER_FILE, Selection, select_weights
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
 from mergekit_px.errors import InputError, InputNotFoundError, RecipeError
@@ -24,6 +25,7 @@ from mergekit_px.small_files import read_small_file
 
 if TYPE_CHECKING:
     from mergekit_px.adapters.adapter import Adapter
+    from mergekit_px.hub.fetch import Progress
     from mergekit_px.hub.resolve import ResolvedRepo
 
 _MODEL_FILES = ("model.", "model-", "pytorch_model.", "pytorch_model-")
@@ -72,6 +74,10 @@ class ResolvedInput:
     def config(self) -> Mapping[str, Any] | None:
         return self.checkpoint.config
 
+    def open_reader(self) -> TensorReader:
+        """What reads its tensors: from memory, or from its files. Raises ``InputError`` where they are elsewhere."""
+        return MemoryReader(self.state) if self.state is not None else open_reader(self.checkpoint)
+
     def identity(self) -> Any:
         """What must be equal for two plans to be of the same inputs."""
         files = [[file.name, file.size, file.header_sha256] for file in self.checkpoint.files.values()]
@@ -95,6 +101,73 @@ class ResolvedInput:
             return self.repo.base_models
         directory = self.checkpoint.directory
         return _card_bases(directory / "README.md") if directory is not None else ()
+
+
+def open_input(reference: str, *, allow_pickle: bool = False) -> ResolvedInput:
+    """A model by its headers: a folder, a file, or a Hub repository, of which nothing else is downloaded.
+
+    Raises:
+        InputError: missing, unreachable or malformed.
+    """
+    hub_reference = parse_reference(reference)
+    if hub_reference is None:
+        return ResolvedInput(reference, reference, open_checkpoint(reference, allow_pickle=allow_pickle))
+    from mergekit_px.hub.resolve import remote_checkpoint, resolve
+
+    repo = resolve(hub_reference)
+    return ResolvedInput(reference, reference, remote_checkpoint(repo), repo)
+
+
+def fetch_input(
+    source: ResolvedInput, progress: Progress | None = None, *, verify_cached: bool = True
+) -> ResolvedInput:
+    """The same model with its bytes on this machine.
+
+    Args:
+        progress: gets bytes done and bytes in all.
+        verify_cached: see `mergekit_px.hub.fetch.fetch`.
+
+    Raises:
+        InputError: the Hub says no, or cannot be reached.
+    """
+    if source.repo is None or source.checkpoint.directory is not None:
+        return source
+    from mergekit_px.hub.fetch import fetch
+
+    folder = fetch(source.repo, progress=progress, verify_cached=verify_cached)
+    return replace(source, checkpoint=open_checkpoint(folder, label=source.reference))
+
+
+def fetch_checkpoint(reference: str, *, allow_pickle: bool = False, progress: Progress | None = None) -> Checkpoint:
+    """A model with its bytes on this machine. Raises ``InputError``."""
+    place, _ = fetch_reference(reference, allow_pickle=allow_pickle, progress=progress)
+    return open_checkpoint(place, label=reference, allow_pickle=allow_pickle)
+
+
+def fetch_adapter(reference: str, *, allow_pickle: bool = False) -> tuple[Adapter, ResolvedRepo | None]:
+    """An adapter, which is small and fetched whole, and its repository where it is on the Hub.
+
+    Raises:
+        InputError: missing, unreachable or malformed; AdapterError among them.
+    """
+    from mergekit_px.adapters.open import open_adapter
+
+    place, repo = fetch_reference(reference, allow_pickle=allow_pickle)
+    return open_adapter(place_of(str(place), whole=True), label=reference, allow_pickle=allow_pickle), repo
+
+
+def fetch_reference(
+    reference: str, *, allow_pickle: bool = False, progress: Progress | None = None
+) -> tuple[str | Path, ResolvedRepo | None]:
+    """What is on the Hub as a folder of this machine, with its repository; all else as it was written."""
+    hub_reference = parse_reference(reference)
+    if hub_reference is None:
+        return reference, None
+    from mergekit_px.hub.fetch import fetch
+    from mergekit_px.hub.resolve import resolve
+
+    repo = resolve(hub_reference)
+    return fetch(repo, allow_pickle=allow_pickle, progress=progress), repo
 
 
 def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: str) -> ResolvedInput:
@@ -126,7 +199,7 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
             where=where,
             hint="give the base model, and this among its adapters",
         )
-    opened = [_open_adapter(name, reference, allow_pickle, where) for reference in listed]
+    opened = [_named_adapter(name, reference, allow_pickle, where) for reference in listed]
     adapters, adapter_repos = tuple(adapter for adapter, _ in opened), tuple(repo for _, repo in opened)
     if hub_reference is None:
         path = place_of(request.model)
@@ -137,25 +210,19 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
 
         if not listed and is_adapter_file(checkpoint.tensors):
             return _adapter_input(name, request.model, allow_pickle, where, options)
-        notes = (_both_note(name, request.model),) if _declares_adapter(request.model) and not path.is_file() else ()
-        return ResolvedInput(
-            name,
-            request.model,
-            checkpoint,
-            adapters=adapters,
-            adapter_repos=adapter_repos,
-            bind_options=options,
-            notes=(*checkpoint.notes, *notes),
-        )
-    from mergekit_px.hub.resolve import remote_checkpoint, resolve
+        both = _declares_adapter(request.model) and not path.is_file()
+        notes = (*checkpoint.notes, *([_both_note(name, request.model)] if both else []))
+        repo = None
+    else:
+        from mergekit_px.hub.resolve import remote_checkpoint, resolve
 
-    repo = resolve(hub_reference)
-    if request.component is not None:
-        part = repo.within(request.component)
-        if not part.files and not listed:
-            raise InputNotFoundError(f"input '{name}': no component {request.component} is there", where=str(repo))
-        repo = part if part.files else repo
-    checkpoint = remote_checkpoint(repo)
+        repo = resolve(hub_reference)
+        if request.component is not None:
+            part = repo.within(request.component)
+            if not part.files and not listed:
+                raise InputNotFoundError(f"input '{name}': no component {request.component} is there", where=str(repo))
+            repo = part if part.files else repo
+        checkpoint, notes = remote_checkpoint(repo), ()
     return ResolvedInput(
         name,
         request.model,
@@ -164,6 +231,7 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
         adapters=adapters,
         adapter_repos=adapter_repos,
         bind_options=options,
+        notes=notes,
     )
 
 
@@ -176,7 +244,7 @@ def _of_component(request: ModelInput) -> tuple[ModelInput, bool]:
 
 
 def _adapter_input(name: str, reference: str, allow_pickle: bool, where: str, options: BindOptions) -> ResolvedInput:
-    adapter, repo = _open_adapter(name, reference, allow_pickle, where)
+    adapter, repo = _named_adapter(name, reference, allow_pickle, where)
     path = place_of(reference)
     beside = _model_beside(path) if parse_reference(reference) is None and path.is_dir() else None
     notes = []
@@ -224,21 +292,10 @@ def _both_note(name: str, reference: str) -> str:
     )
 
 
-def _open_adapter(name: str, reference: str, allow_pickle: bool, where: str) -> tuple[Adapter, ResolvedRepo | None]:
-    """An adapter, and where it is on the Hub: it is small, and is fetched from there when it is planned with."""
-    from mergekit_px.adapters.open import open_adapter
-
-    hub_reference = parse_reference(reference)
-    if hub_reference is None:
-        path = place_of(reference, whole=True)
-        if not path.exists():
-            raise InputNotFoundError(f"input '{name}': no such adapter '{reference}'", where=where)
-        return open_adapter(path, label=reference, allow_pickle=allow_pickle), None
-    from mergekit_px.hub.fetch import fetch
-    from mergekit_px.hub.resolve import resolve
-
-    repo = resolve(hub_reference)
-    return open_adapter(fetch(repo), label=reference, allow_pickle=allow_pickle), repo
+def _named_adapter(name: str, reference: str, allow_pickle: bool, where: str) -> tuple[Adapter, ResolvedRepo | None]:
+    if parse_reference(reference) is None and not place_of(reference).exists():
+        raise InputNotFoundError(f"input '{name}': no such adapter '{reference}'", where=where)
+    return fetch_adapter(reference, allow_pickle=allow_pickle)
 
 
 def file_identity(checkpoint: Checkpoint) -> str:

@@ -8,7 +8,7 @@ from contextlib import closing
 from itertools import combinations
 
 from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile
-from mergekit_px.checkpoint.reader import MemoryReader, TensorReader, open_reader
+from mergekit_px.checkpoint.whole import read_bytes
 from mergekit_px.errors import InputError
 from mergekit_px.methods import find_method
 from mergekit_px.plan.inputs import ResolvedInput
@@ -127,9 +127,5 @@ def _equal(one: Read, other: Node, inputs: Mapping[str, ResolvedInput]) -> bool:
 
 
 def _bytes(read: Read, inputs: Mapping[str, ResolvedInput]) -> bytearray:
-    source = inputs[read.model]
-    reader: TensorReader = MemoryReader(source.state) if source.state is not None else open_reader(source.checkpoint)
-    with closing(reader):
-        buffer = bytearray(read.tensor.nbytes)
-        reader.read_into(read.tensor, 0, memoryview(buffer))
-        return buffer
+    with closing(inputs[read.model].open_reader()) as reader:
+        return read_bytes(reader, read.tensor)

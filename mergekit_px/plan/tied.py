@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from mergekit_px.checkpoint.contents import StoredTensor
-from mergekit_px.checkpoint.reader import MemoryReader, TensorReader, open_reader
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.layers import split_layer
 
@@ -116,8 +116,7 @@ def _equal_bytes(source: ResolvedInput, one: StoredTensor, other: StoredTensor) 
         return False
     if source.state is None and source.checkpoint.directory is None:
         return None
-    reader: TensorReader = MemoryReader(source.state) if source.state is not None else open_reader(source.checkpoint)
-    try:
+    with closing(source.open_reader()) as reader:
         whole = one.nbytes <= _COMPARED_WHOLE
         size = one.nbytes if whole else _COMPARED_PIECE
         last = one.nbytes - size
@@ -129,5 +128,3 @@ def _equal_bytes(source: ResolvedInput, one: StoredTensor, other: StoredTensor) 
             if left != right:
                 return False
         return True
-    finally:
-        reader.close()

@@ -13,7 +13,7 @@ import numpy as np
 
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import Checkpoint, StoredTensor
-from mergekit_px.checkpoint.reader import MemoryReader, open_reader
+from mergekit_px.checkpoint.whole import read_bytes
 from mergekit_px.errors import InputError, PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.model import WorkItem
@@ -148,23 +148,18 @@ def refuse_quantised_by_config(items: Iterable[WorkItem], inputs: Mapping[str, R
 
 def _byte_reader(source: ResolvedInput) -> Any:
     def read(tensor: StoredTensor) -> bytes:
-        buffer = bytearray(tensor.nbytes)
-        if source.state is not None:
-            MemoryReader(source.state).read_into(tensor, 0, memoryview(buffer))
-        elif source.repo is not None and source.checkpoint.directory is None and tensor.nbytes <= LARGEST_SMALL_FILE:
-            from mergekit_px.hub.ranges import read_range
+        if source.state is None and source.checkpoint.directory is None:
+            if source.repo is not None and tensor.nbytes <= LARGEST_SMALL_FILE:
+                from mergekit_px.hub.ranges import read_range
 
-            return read_range(source.repo, tensor.file, tensor.offset, tensor.nbytes)
-        elif source.checkpoint.directory is None:
+                return read_range(source.repo, tensor.file, tensor.offset, tensor.nbytes)
             raise InputError(
                 f"{shown(tensor.name)} says how the model is quantised, and is not on this machine",
                 where=source.reference,
                 hint=f"fetch it first: pxmerge pull {source.reference}",
             )
-        else:
-            with closing(open_reader(source.checkpoint)) as reader:
-                reader.read_into(tensor, 0, memoryview(buffer))
-        return bytes(buffer)
+        with closing(source.open_reader()) as reader:
+            return bytes(read_bytes(reader, tensor))
 
     return read
 

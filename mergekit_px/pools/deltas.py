@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_px.checkpoint.contents import StoredTensor
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
+from mergekit_px.checkpoint.whole import read_elements, read_tensor
 from mergekit_px.errors import PlanError
-from mergekit_px.execute.items import accumulation_dtype, as_bytes
+from mergekit_px.execute.items import accumulation_dtype
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.execute.run import plan_checkpoints
 from mergekit_px.execute.values import WholeTensor, check_finite
@@ -108,7 +108,8 @@ class DeltaReader:
             if not isinstance(read, Read):
                 values = ViewValues(self._readers, self._factors, 0, dtype).values(read)
                 return values(0, math.prod(read.shape)).view(read.shape).to(self.device)
-            value = self._stored(read.input, read.tensor)[: math.prod(read.shape)].to(dtype)
+            value = read_elements(self._readers[read.input], read.tensor, slice(0, math.prod(read.shape)))
+            value = value.to(self.device).to(dtype)
             check_finite(value, f"{self._labels[read.input]}: {read.tensor.name}", "the source")
             return value.view(read.shape)
 
@@ -127,17 +128,11 @@ class DeltaReader:
         pair = node.patch.low_rank(self._factors(node))
         return None if pair is None else LowRank(pair[0], pair[1].T)
 
-    def _stored(self, label: str, tensor: StoredTensor) -> Tensor:
-        """All elements as stored, flat, on the device."""
-        host = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        self._readers[label].read_into(tensor, 0, as_bytes(host))
-        return host.view(tensor.dtype.torch).to(self.device)
-
     def _factors(self, node: Adapted) -> dict[str, Tensor]:
         label = f"{node.input}#{node.number}"
         found: dict[str, Tensor] = {}
         for role, stored in (node.patch.factors if node.patch is not None else {}).items():
-            found[role] = self._stored(label, stored).reshape(stored.shape)
+            found[role] = read_tensor(self._readers[label], stored).to(self.device)
             if found[role].is_floating_point():
                 check_finite(found[role].float(), f"{self._labels[label]}: {stored.name}", "the adapter")
         return found

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergekit_px.adapters.extract import ExtractOptions, extract_adapter
-from mergekit_px.adapters.reading import TensorSource
-from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
+from mergekit_px.checkpoint.contents import StoredTensor
+from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.whole import read_tensor
 from mergekit_px.errors import PlanError, UsageError
 from mergekit_px.plan.model import Plan
 from mergekit_px.plan.nodes import Apply
-from mergekit_px.pools.deltas import DeltaReader, Merge, merges_of, open_deltas, single_base
+from mergekit_px.pools.deltas import Merge, merges_of, open_deltas, single_base
 from mergekit_px.pools.parts import parts_of
 
 if TYPE_CHECKING:
@@ -56,13 +58,22 @@ def write_lora(plan: Plan, advance: Callable[[int, int], None] = lambda done, to
             raise UsageError("an adapter of rank K has no matrices in parts", where=one.name, hint="--split 1")
         if parts:
             ranks[one.name] = min(parts[0].limit, *_sides(one))
-    with open_deltas(plan) as reader, TensorSource(checkpoint) as weights:
-        merged = _Merged(checkpoint, merges, reader, advance)
-        options = ExtractOptions(rank={"*": 1} | {glob.escape(name): rank for name, rank in ranks.items()})
-        try:
-            found = extract_adapter(checkpoint, checkpoint, options, sources=(weights, merged))
-        finally:
-            merged.close()
+    options = ExtractOptions(rank={"*": 1} | {glob.escape(name): rank for name, rank in ranks.items()})
+    done, total = 0, sum(one.nbytes for one in merges.values())
+    with open_deltas(plan) as deltas, closing(open_reader(checkpoint)) as reader:
+
+        def merged(tensor: StoredTensor) -> torch.Tensor:
+            """The base with the merged update, in float64 so that the update can be taken off again."""
+            nonlocal done
+            value, one = read_tensor(reader, tensor), merges.get(tensor.name)
+            if one is None or not isinstance(one.node, Apply):
+                return value
+            change = one.node.method(deltas.operands(one.node, one.item))
+            done += one.nbytes
+            advance(done, total)
+            return value.double() + change.cpu().double()
+
+        found = extract_adapter(checkpoint, checkpoint, options, load=merged)
     reference = plan.inputs[base].reference
     whole = {name: tensor.to(checkpoint.tensors[name].dtype.torch) for name, tensor in found.whole.items()}
     replace(found, whole=whole).save(plan.output, base_model_name=reference, overwrite=plan.options.mode == "overwrite")
@@ -72,33 +83,6 @@ def write_lora(plan: Plan, advance: Callable[[int, int], None] = lambda done, to
         f"{len(found.dropped)} averaged tensors have no low rank and are not in the adapter: "
         f"{', '.join(found.dropped[:4])}{', ...' if len(found.dropped) > 4 else ''}"
     ]
-
-
-class _Merged(TensorSource):
-    """The base with the merged update, in float64 so that the update can be taken off again."""
-
-    def __init__(
-        self,
-        base: Checkpoint,
-        merges: dict[str, Merge],
-        reader: DeltaReader,
-        advance: Callable[[int, int], None],
-    ) -> None:
-        super().__init__(base)
-        self._merges = merges
-        self._deltas = reader
-        self._advance = advance
-        self._done = 0
-
-    def load(self, tensor: StoredTensor) -> torch.Tensor:
-        value = super().load(tensor)
-        one = self._merges.get(tensor.name)
-        if one is None or not isinstance(one.node, Apply):
-            return value
-        change = one.node.method(self._deltas.operands(one.node, one.item))
-        self._done += one.nbytes
-        self._advance(self._done, sum(each.nbytes for each in self._merges.values()))
-        return value.double() + change.cpu().double()
 
 
 def _source_count(one: Merge) -> int:

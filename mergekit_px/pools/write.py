@@ -23,6 +23,7 @@ from mergekit_px.checkpoint.layout import OutputTensor, parse_size, plan_layout
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
+from mergekit_px.checkpoint.whole import read_tensor
 from mergekit_px.checkpoint.writer import CheckpointWriter
 from mergekit_px.errors import InputError, PlanError, UsageError
 from mergekit_px.execute.items import as_bytes
@@ -255,9 +256,7 @@ class _Older:
         stored = self._checkpoint.tensors.get(name)
         if stored is None:
             raise InputError(f"{shown(name)} is missing", where=str(self.folder))
-        host = torch.empty(stored.nbytes, dtype=torch.uint8)
-        self._reader.read_into(stored, 0, as_bytes(host))
-        return host.view(stored.dtype.torch).reshape(stored.shape)
+        return read_tensor(self._reader, stored)
 
     def _check_base(self, plan: Plan) -> None:
         found, wanted = base_print(plan), self.record.base_fingerprint

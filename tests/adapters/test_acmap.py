@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergekit_px.adapters.acmap import AcmapState, read_adapter
+from mergekit_px.adapters.acmap import AcmapState
 from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import InputNotFoundError, MalformedCheckpointError, TensorMismatchError, UsageError
 
 WIDTH, BOTTLENECK = 6, 2
@@ -139,7 +140,7 @@ def test_adapters_come_from_checkpoints_and_integers_stay(tmp_path: Path) -> Non
     state = AcmapState()
     for number, adapter in enumerate(adapters):
         save_file(adapter, tmp_path / f"{number}.safetensors")
-        state.add(read_adapter(open_checkpoint(tmp_path / f"{number}.safetensors")), f"{number}")
+        state.add(read_tensors(open_checkpoint(tmp_path / f"{number}.safetensors")), f"{number}")
     result = state.merged()
     assert torch.equal(result["positions"], torch.arange(4))
     save_file(result, tmp_path / "merged.safetensors")

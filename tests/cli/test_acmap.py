@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergekit_px.adapters import acmap
+from mergekit_px.checkpoint import whole
 
 
 def bottleneck(seed: int) -> dict[str, torch.Tensor]:
@@ -82,7 +82,7 @@ def test_modes(run, tasks) -> None:
 
 
 def test_an_interrupted_merge_goes_on(run, tasks, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = acmap.read_adapter
+    real = whole.read_tensors
 
     def stop_at_third(checkpoint):
         if checkpoint.label == FILES[2]:
@@ -90,11 +90,11 @@ def test_an_interrupted_merge_goes_on(run, tasks, monkeypatch: pytest.MonkeyPatc
         return real(checkpoint)
 
     words = ("acmap", "merge", *FILES, "--state", "state", "-o", "out.safetensors")
-    monkeypatch.setattr(acmap, "read_adapter", stop_at_third)
+    monkeypatch.setattr(whole, "read_tensors", stop_at_third)
     outcome = run(*words)
     assert outcome.code == 130
     assert outcome.stderr == f"interrupted; to go on: pxmerge {' '.join(words)} --resume\n"
-    monkeypatch.setattr(acmap, "read_adapter", real)
+    monkeypatch.setattr(whole, "read_tensors", real)
     assert run(*words).code == 2
     assert run(*words, "--resume", "--json").document()["added"] == 2
     check("out.safetensors", tasks)

@@ -156,9 +156,9 @@ def test_completion_knows_commands_and_their_options() -> None:
 def test_ctrl_c_ends_a_command_with_130() -> None:
     program = (
         "import os, signal, threading; from mergekit_px.cli import app\n"
-        "import mergekit_px.inspection.source as source\n"
+        "import mergekit_px.plan.inputs as source\n"
         "def wait(*a, **k): signal.raise_signal(signal.SIGINT)\n"
-        "source.open_source = wait\n"
+        "source.open_input = wait\n"
         "raise SystemExit(app.main(['inspect', 'x']))"
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -204,6 +204,8 @@ def test_adapters_and_single_files_in_a_store(run, store: FakeStore) -> None:
     outcome = run("run", "there.yaml", "-o", "there")
     assert outcome.code == 0, outcome.stderr
     assert weights("here") == weights("there")
+    described = [run("adapter", "inspect", place, "--json").document() for place in ("./lora", "s3://models/lora")]
+    assert described[0]["modules"] == described[1]["modules"] != []
 
 
 def test_a_training_run_in_a_store_is_averaged_like_one_on_a_disk(run, store: FakeStore) -> None:

@@ -12,7 +12,7 @@ from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.cli import main
 from mergekit_px.errors import InputNotFoundError
 from mergekit_px.inspection.describe import describe, tensor_rows
-from mergekit_px.inspection.source import fetch_source, open_source
+from mergekit_px.plan.inputs import fetch_input, open_input
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_described_by_its_headers(folder: Path) -> None:
-    found = describe(open_source(str(folder)))
+    found = describe(open_input(str(folder)))
     size = (folder / "model.safetensors").stat().st_size
     assert found["files"][0] | {"header_sha256": ""} == {
         "name": "model.safetensors",
@@ -65,7 +65,7 @@ def test_a_folder_is_described_by_its_headers(folder: Path) -> None:
 
 def test_a_task_vector_is_recognised(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "tau.safetensors", metadata=task_vector_metadata("f" * 64))
-    found = describe(open_source(str(tmp_path / "tau.safetensors")))
+    found = describe(open_input(str(tmp_path / "tau.safetensors")))
     assert (found["kind"], found["base_fingerprint"]) == ("task vector", "f" * 64)
 
 
@@ -78,28 +78,28 @@ def test_a_task_vector_is_recognised(tmp_path: Path) -> None:
 )
 def test_an_adapter_is_recognised(tmp_path: Path, file: str, name: str) -> None:
     save_file({name: torch.zeros(2, 2)}, tmp_path / file)
-    assert describe(open_source(str(tmp_path)))["kind"] == "adapter"
+    assert describe(open_input(str(tmp_path)))["kind"] == "adapter"
 
 
 def test_tensors_are_listed_by_a_glob(folder: Path) -> None:
-    rows = tensor_rows(open_source(str(folder)).checkpoint, "*.layers.1.*")
+    rows = tensor_rows(open_input(str(folder)).checkpoint, "*.layers.1.*")
     expected = {"name": "model.layers.1.up.weight", "dtype": "BF16", "shape": [4, 4], "bytes": 32}
     assert rows == [expected | {"file": "model.safetensors"}]
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match="nowhere"):
-        open_source(str(tmp_path / "nowhere"))
+        open_input(str(tmp_path / "nowhere"))
 
 
 def test_local_files_need_no_fetching(folder: Path) -> None:
-    source = open_source(str(folder))
-    assert fetch_source(source) is source
+    source = open_input(str(folder))
+    assert fetch_input(source) is source
 
 
 def test_the_components_of_a_pipeline_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = write_pipeline(tmp_path / "pipeline", 1)
-    found = describe(open_source(str(pipeline)))
+    found = describe(open_input(str(pipeline)))
     assert found["components"]["text_encoder"] == {
         "class": "CLIPTextModel",
         "tensors": 2,
@@ -117,4 +117,4 @@ def test_encoded_tensors_are_counted_by_their_kind(tmp_path: Path) -> None:
     save_file({"w.weight": codes, "w.weight_scale": torch.ones(1)}, tmp_path / "a.safetensors")
     save_file({"w.qweight": torch.ones(4, 4, dtype=torch.int32)}, tmp_path / "b.safetensors")
     for name in "ab":
-        assert sum(describe(open_source(str(tmp_path / f"{name}.safetensors")))["stored_as"].values()) == 1
+        assert sum(describe(open_input(str(tmp_path / f"{name}.safetensors")))["stored_as"].values()) == 1

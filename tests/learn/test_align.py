@@ -22,8 +22,9 @@ from mergekit_px.learn.align.routes import CONTROLS
 from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.data import TARGETS
 from mergekit_px.learn.life import run_learner
-from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model
+from mergekit_px.learn.models import LearningModel, load_model
 from mergekit_px.learn.ofasd.blend import find_sites
+from mergekit_px.plan.inputs import fetch_checkpoint
 from mergekit_px.testing.checkpoints import write_checkpoint
 
 MODEL = """
@@ -90,7 +91,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         module = load_model(None, f"{root / 'net.py'}:{kind}", allow_code=True).module
         write_checkpoint(root / kind / "base", train(module, inputs[60:120], other[60:120], 10))
         write_checkpoint(root / kind / "further", train(module, inputs[120:180], other[120:180], 5))
-        base = load_model(find_checkpoint(str(root / kind / "base")), f"{root / 'net.py'}:{kind}", allow_code=True)
+        base = load_model(fetch_checkpoint(str(root / kind / "base")), f"{root / 'net.py'}:{kind}", allow_code=True)
         write_checkpoint(root / kind / "tuned", train(base.module, inputs, labels, 40))
     return root
 
@@ -108,7 +109,7 @@ def aligned(settings: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def target(world: Path, dtype: torch.dtype = torch.float64) -> LearningModel:
-    model = load_model(find_checkpoint(str(world / "small" / "further")), f"{world / 'net.py'}:small", allow_code=True)
+    model = load_model(fetch_checkpoint(str(world / "small" / "further")), f"{world / 'net.py'}:small", allow_code=True)
     model.module.to(dtype).eval().requires_grad_(False)
     return model
 

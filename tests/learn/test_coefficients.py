@@ -19,10 +19,11 @@ from mergekit_px.artefacts.coefficients import group_numbers
 from mergekit_px.checkpoint.contents import StoredTensor
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
+from mergekit_px.checkpoint.whole import read_elements
 from mergekit_px.errors import PlanError, TensorMismatchError, UsageError
 from mergekit_px.learn.data import IGNORED, LABELS, Examples, shuffled
 from mergekit_px.learn.labels import read_labels
-from mergekit_px.learn.models import load_model, read_elements
+from mergekit_px.learn.models import load_model
 from mergekit_px.learn.objective import cross_entropy
 from mergekit_px.learn.ofasd.blend import Blend, check_sources, find_sites, parameters_of
 from mergekit_px.learn.ofasd.blocks import Parameter, make_blocks

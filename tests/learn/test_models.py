@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import InputError, NonFiniteError, TensorMismatchError, UsageError
-from mergekit_px.learn.models import find_checkpoint, load_model, read_tensors, user_function
+from mergekit_px.learn.models import load_model, user_function
+from mergekit_px.plan.inputs import fetch_checkpoint
 
 
 class Tied(nn.Module):
@@ -144,7 +146,7 @@ def test_classes_that_transformers_lacks(tmp_path: Path, config: dict[str, objec
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
     with pytest.raises(InputError) as caught:
-        load_model(find_checkpoint(str(folder)))
+        load_model(fetch_checkpoint(str(folder)))
     assert message in str(caught.value)
     assert "code beside a checkpoint is never run" in str(caught.value)
     assert not (tmp_path / "ran").exists()

@@ -16,9 +16,10 @@ from mergekit_px.cli import main
 from mergekit_px.errors import DivergedError, InputError, OutputError, UsageError
 from mergekit_px.learn.data import split_rows
 from mergekit_px.learn.life import run_learner
-from mergekit_px.learn.models import find_checkpoint, load_model
+from mergekit_px.learn.models import load_model
 from mergekit_px.learn.ofasd.learner import Learner
 from mergekit_px.learn.training import Progress
+from mergekit_px.plan.inputs import fetch_checkpoint
 from mergekit_px.testing.checkpoints import write_checkpoint
 
 MODEL = """
@@ -67,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(base, inputs[:24], labels[:24], steps=10)
         write_checkpoint(root / kind / "base", base.state_dict())
         for number, rows in enumerate((few, ~few)):
-            client = load_model(find_checkpoint(str(root / kind / "base")), place, allow_code=True).module
+            client = load_model(fetch_checkpoint(str(root / kind / "base")), place, allow_code=True).module
             train(client, inputs[rows], labels[rows], steps=40)
             write_checkpoint(root / kind / f"client{number}", client.state_dict())
     return root
@@ -111,7 +112,7 @@ def applied(output: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
 
 def accuracy(world: Path, kind: str, tensors: dict[str, torch.Tensor], tmp_path: Path, rows: slice) -> float:
     folder = write_checkpoint(tmp_path / "scored", tensors)
-    module = load_model(find_checkpoint(str(folder)), f"{world / 'net.py'}:{kind}", allow_code=True).module.eval()
+    module = load_model(fetch_checkpoint(str(folder)), f"{world / 'net.py'}:{kind}", allow_code=True).module.eval()
     with np.load(world / "labelled.npz") as data:
         inputs, labels = torch.from_numpy(data["x"][rows]), torch.from_numpy(data["labels"][rows])
     with torch.no_grad():
@@ -150,7 +151,9 @@ def test_the_first_loss_is_that_of_the_average(world: Path, tmp_path: Path) -> N
     report = learned(options(world, tmp_path / "out", label_share=1.0, steps=0))
     sources = [str(world / "plain" / name) for name in ("client0", "client1")]
     assert main(["linear", "--sources", *sources, "-o", str(tmp_path / "average"), "-q"]) == 0
-    module = load_model(find_checkpoint(str(tmp_path / "average")), f"{world / 'net.py'}:plain", allow_code=True).module
+    module = load_model(
+        fetch_checkpoint(str(tmp_path / "average")), f"{world / 'net.py'}:plain", allow_code=True
+    ).module
     with np.load(world / "labelled.npz") as data:
         rows = split_rows(400, {"validation": 0.2, "test": 0.2}, 0, "")["validation"]
         inputs, labels = torch.from_numpy(data["x"])[rows], torch.from_numpy(data["labels"])[rows]

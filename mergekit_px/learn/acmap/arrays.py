@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import InputError, InputNotFoundError
 from mergekit_px.learn.data import LABELS, UNREADABLE_NPZ
-from mergekit_px.learn.models import read_tensors
 
 
 class ArrayFile:

@@ -17,12 +17,14 @@ from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import MemoryReader, checkpoint_from_state_dict, open_reader
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import AdapterError, InputError, NonFiniteError, TensorMismatchError, UsageError
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.acmap.readout import Pool, Readout
 from mergekit_px.learn.data import Batch, require_arguments, to_device
-from mergekit_px.learn.models import LearningModel, find_checkpoint, load_model, read_tensors
+from mergekit_px.learn.models import LearningModel, load_model
 from mergekit_px.learn.text_data import NO_TEXT, TextOptions
+from mergekit_px.plan.inputs import fetch_checkpoint
 
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError)
 
@@ -174,7 +176,7 @@ class Backbone:
 def _model(options: ModelOptions, adapter: Mapping[str, Tensor] | tuple[()]) -> LearningModel:
     if options.base is None and options.factory is None:
         raise UsageError("features of data need a model", hint="give --base, --model, or both; or --features")
-    checkpoint = None if options.base is None else find_checkpoint(options.base, allow_pickle=options.allow_pickle)
+    checkpoint = None if options.base is None else fetch_checkpoint(options.base, allow_pickle=options.allow_pickle)
     if options.factory is None or checkpoint is None:
         return load_model(checkpoint, options.factory, allow_code=options.allow_code)
     made = load_model(None, options.factory, allow_code=options.allow_code)

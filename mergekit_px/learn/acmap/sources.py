@@ -24,8 +24,8 @@ from mergekit_px.learn.data import LABELS, Batch
 from mergekit_px.learn.data_files import data_arrays, needs_model
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.memory import COMPUTED, floating, numbers, plan_memory
-from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.text_data import NO_TEXT
+from mergekit_px.plan.inputs import fetch_checkpoint
 
 if TYPE_CHECKING:
     from mergekit_px.learn.acmap.settings import FeatureSettings
@@ -206,7 +206,7 @@ class Sources:
         options = self._options
         if not needs_model(data) and options.text == NO_TEXT:
             return ArrayFile(data)
-        base = None if options.base is None else find_checkpoint(options.base, allow_pickle=options.allow_pickle)
+        base = None if options.base is None else fetch_checkpoint(options.base, allow_pickle=options.allow_pickle)
         if base is not None and base.config is not None:
             # Classes are numbered over all tasks, and no head of the model knows them.
             base = replace(base, config={key: value for key, value in base.config.items() if key not in _OF_A_HEAD})
@@ -229,7 +229,7 @@ def plan_features(run: Run[Any]) -> None:
     if settings.base is None:
         what = "the size of the model is known only when its function has made it"
         raise UsageError(what, where="--memory", hint="give its checkpoint by --base, or leave out --memory")
-    tensors = floating(find_checkpoint(settings.base, allow_pickle=settings.allow_pickle))
+    tensors = floating(fetch_checkpoint(settings.base, allow_pickle=settings.allow_pickle))
     is_peft = StoredState(Path(settings.state)).state.config is not None  # else adapters are tensors of the model
     adapted = numbers(one for one in tensors if len(one.shape) > 1) if is_peft else 0
     plan_memory(run, tensors, {"weights": COMPUTED * numbers(tensors), "adapted matrices": COMPUTED * adapted}, {})

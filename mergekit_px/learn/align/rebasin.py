@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import NonFiniteError, PlanError, TensorMismatchError
 from mergekit_px.learn.align.assignment import require_solver
 from mergekit_px.learn.align.fixed import Artefact, FixedMap
@@ -21,7 +22,6 @@ from mergekit_px.learn.align.parts import Layout
 from mergekit_px.learn.align.permutations import Permutations
 from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.data import Batch
-from mergekit_px.learn.models import read_tensors
 
 PERMUTATIONS_FILE = "permutations.safetensors"
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import InputError, InputNotFoundError, PlanError
 from mergekit_px.learn.align.direct import MAPS_FILE, SIGNS_FILE, gradfix, theseus
 from mergekit_px.learn.align.fixed import Artefact, FixedMap, Transport
 from mergekit_px.learn.align.permutations import Permutations
 from mergekit_px.learn.align.rebasin import PERMUTATIONS_FILE
 from mergekit_px.learn.align.rotations import ROTATIONS_FILE
-from mergekit_px.learn.models import read_tensors
 
 SOURCE_KEY = "pxmerge.source_fingerprint"
 TARGET_KEY = "pxmerge.target_fingerprint"

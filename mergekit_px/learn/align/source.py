@@ -11,10 +11,10 @@ from torch import Tensor
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
+from mergekit_px.checkpoint.whole import read_tensor
 from mergekit_px.errors import PlanError, UsageError
 from mergekit_px.learn.align.settings import AlignTask
 from mergekit_px.learn.life import Run
-from mergekit_px.learn.models import read_tensor
 from mergekit_px.learn.ofasd.blend import check_sources
 from mergekit_px.learn.sources import open_source
 

@@ -23,9 +23,10 @@ from mergekit_px.checkpoint.fingerprint import fingerprint
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import base_fingerprint, is_task_vector
+from mergekit_px.checkpoint.whole import read_elements, read_tensor
 from mergekit_px.errors import PlanError, TensorMismatchError
 from mergekit_px.kernels.reduction import integer_ratio, weighted_sum
-from mergekit_px.learn.models import LearningModel, read_elements, read_tensor
+from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.blocks import Blocks, Parameter
 from mergekit_px.learn.sources import open_source
 

@@ -23,10 +23,11 @@ from mergekit_px.errors import InputNotFoundError, RunError, UsageError
 from mergekit_px.learn.data import Examples, split_rows
 from mergekit_px.learn.data_files import load_data, needs_model
 from mergekit_px.learn.labels import read_labels
-from mergekit_px.learn.models import find_checkpoint, load_model
+from mergekit_px.learn.models import load_model
 from mergekit_px.learn.objective import evaluate
 from mergekit_px.learn.search.objectives import SCORE, Metrics
 from mergekit_px.learn.search.settings import SearchSettings
+from mergekit_px.plan.inputs import fetch_checkpoint
 
 Score = Callable[[Path], Metrics]
 """From the folder of a model to numbers; NaN where the model is good for nothing."""
@@ -164,7 +165,7 @@ class DataScore:
         example has one label; else the negative loss: of tokens, or of values."""
 
         def score(folder: Path) -> Metrics:
-            checkpoint = find_checkpoint(str(folder))
+            checkpoint = fetch_checkpoint(str(folder))
             if not self._parts:
                 self._read(checkpoint)
             settings = self._settings

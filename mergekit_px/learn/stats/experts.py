@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.task_vector import KIND_KEY
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import InputError
 from mergekit_px.learn.data import Batch, Examples, to_device
 from mergekit_px.learn.labels import real_rows
-from mergekit_px.learn.models import LearningModel, read_tensors
+from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.outputs import forward
 from mergekit_px.learn.precision import Precision, passes
 from mergekit_px.learn.sources import source_fingerprint

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import DivergedError, PlanError
 from mergekit_px.learn.data import Examples, derived_seed, seeded
-from mergekit_px.learn.models import LearningModel, load_model, read_tensors
+from mergekit_px.learn.models import LearningModel, load_model
 from mergekit_px.learn.state import Tensors, load_state, save_state, under
 from mergekit_px.learn.transfer.adapter import AdapterStack
 from mergekit_px.learn.transfer.digits import BUILT_IN_MODELS

@@ -24,7 +24,6 @@ from mergekit_px.learn.declare import InputRecord
 from mergekit_px.learn.inputs import Inputs, file_record, open_inputs
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.memory import COMPUTED, floating, numbers, plan_memory
-from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.output import write_model
 from mergekit_px.learn.sources import source_fingerprint
 from mergekit_px.learn.transfer.arm import Arm, ArmResult, Entrant, Kind, Trial, stack_sizes
@@ -33,6 +32,7 @@ from mergekit_px.learn.transfer.plan import Model, Transfer
 from mergekit_px.learn.transfer.presets import filled_model, filled_transfer
 from mergekit_px.learn.transfer.report import Results, write_report
 from mergekit_px.learn.transfer.settings import TransferReport, TransferSettings
+from mergekit_px.plan.inputs import fetch_checkpoint
 from mergekit_px.small_files import read_small_file
 
 PLAN_FILE = "plan.yaml"
@@ -52,7 +52,7 @@ def open_plan(settings: TransferSettings) -> Inputs:
     used = {name for transfer in plan.transfers.values() for name in (transfer.target, transfer.source) if name}
     for name, model in plan.models.items():
         if name in used and model.weights is not None:
-            found = find_checkpoint(model.weights, allow_pickle=settings.allow_pickle)
+            found = fetch_checkpoint(model.weights, allow_pickle=settings.allow_pickle)
             inputs.checkpoints[name] = [found]
             inputs.records[name] = [InputRecord(reference=model.weights, fingerprint=source_fingerprint(found))]
         if name in used:

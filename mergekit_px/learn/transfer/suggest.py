@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_px.learn.models import find_checkpoint
 from mergekit_px.learn.transfer.arm import Entrant, fresh_model
 from mergekit_px.learn.transfer.plan import TransferPlan
 from mergekit_px.learn.transfer.ranks import default_rank, is_matrix, matrix_shape
+from mergekit_px.plan.inputs import fetch_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def suggestions(
     found = {}
     for name, model in plan.models.items():
         if model.weights is not None:
-            checkpoint = find_checkpoint(model.weights, allow_pickle=allow_pickle)
+            checkpoint = fetch_checkpoint(model.weights, allow_pickle=allow_pickle)
             shapes = {key: one.shape for key, one in checkpoint.tensors.items() if one.dtype.arithmetic}
         else:
             made = fresh_model(Entrant(name, model, None), plan.seed, allow_code=allow_code)

@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
+from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import InputError, InputNotFoundError, NonFiniteError
-from mergekit_px.learn.models import read_tensors
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch.nn import functional
 from mergekit_px.errors import InputError
 from mergekit_px.learn.data import COUNTED, IGNORED, TARGETS, Examples, examples
 from mergekit_px.learn.labels import read_labels
-from mergekit_px.learn.models import find_checkpoint, load_model
+from mergekit_px.learn.models import load_model
 from mergekit_px.learn.objective import loss_function, metric_function
+from mergekit_px.plan.inputs import fetch_checkpoint
 
 from .conftest import MAKERS, VOCABULARY, padded, task, texts
 
@@ -46,7 +47,7 @@ def plain_loop(kind: str, module: Any, arrays: dict[str, Tensor]) -> tuple[float
 
 def test_loss_and_accuracy_are_those_of_a_plain_loop(family: tuple[str, Path]) -> None:
     kind, folder = family
-    module = load_model(find_checkpoint(str(folder / "tuned1"))).module.eval()
+    module = load_model(fetch_checkpoint(str(folder / "tuned1"))).module.eval()
     arrays = task(kind, 24, 5, 1)
     data, reading = read_labels(module, examples(arrays, "data"), CPU)
     assert (reading.kind, reading.classes, reading.own_loss) == (KINDS[kind], VOCABULARY, False)
@@ -63,7 +64,7 @@ def test_padding_changes_no_prediction_that_counts(family: tuple[str, Path], lef
     kind, folder = family
     if left and kind in ("bert", "t5"):
         pytest.skip("its labels or positions begin at the left")
-    module = load_model(find_checkpoint(str(folder / "base"))).module.eval()
+    module = load_model(fetch_checkpoint(str(folder / "base"))).module.eval()
     arrays = task(kind, 8, 3)
     loss = loss_function("auto", allow_code=False)
     found = []
