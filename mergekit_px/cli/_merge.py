@@ -126,7 +126,9 @@ def merge(loaded: LoadedRecipe, options: RunOptions, *, cluster: str | None = No
         check_page(options.report, plan.output, [source.reference for source in plan.inputs.values()])
     push = plan.loaded.recipe.output.push
     if push is not None:
-        _check_push(push)
+        from mergekit_px.hub.publish import uploadable
+
+        uploadable(push.repo)  # what would fail after the merge is refused before it
     for note in plan.notes:
         output.note(f"note: {note}")
     _note_lock(plan, output)
@@ -273,16 +275,6 @@ def _run_on_cluster(plan: Plan, cluster: str, output: Output) -> RunResult:
             )
         except KeyboardInterrupt:
             raise Interrupted from None
-
-
-def _check_push(push: Push) -> None:
-    """Refuse before the merge what would fail after it. Raises ``UsageError``, ``HubError``."""
-    from mergekit_px.hub.client import is_offline
-    from mergekit_px.hub.reference import parse_repository
-
-    parse_repository(push.repo)
-    if is_offline():
-        raise HubError("offline mode is on", where=push.repo, hint="unset HF_HUB_OFFLINE to upload")
 
 
 def _publish(push: Push, result: RunResult, output: Output) -> str:

@@ -15,7 +15,7 @@ from mergekit_px.errors import HubError, PxmergeError
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _TOKEN = re.compile(r"hf_\w+|(?<=Bearer )\S+", re.IGNORECASE)
 _ODD_ANSWERS = TypeError | AttributeError | KeyError | IndexError | RecursionError
 """What comes of fields that are missing or of other types than the client and this program expect."""
@@ -118,7 +118,7 @@ def _refusal(error: HfHubHTTPError, repo: str, revision: str | None) -> tuple[st
     status = error.response.status_code
     page = f"{_endpoint()}/{repo}"
     if isinstance(error, GatedRepoError):
-        return "its owner restricts access", f"accept the terms at {page}, then {_LOG_IN}"
+        return "its owner restricts access", f"accept the terms at {page}, then {LOG_IN}"
     if isinstance(error, RevisionNotFoundError):
         return f"it has no revision {revision or 'main'!r}", f"see its branches and tags at {page}/tree/main"
     if isinstance(error, DisabledRepoError):
@@ -126,18 +126,18 @@ def _refusal(error: HfHubHTTPError, repo: str, revision: str | None) -> tuple[st
     if isinstance(error, RepositoryNotFoundError):
         return (
             "there is no such model on the Hub, or it is private",
-            f"check the name; a local folder is written ./{repo}; for a private model {_LOG_IN}",
+            f"check the name; a local folder is written ./{repo}; for a private model {LOG_IN}",
         )
     if isinstance(error, EntryNotFoundError):
         return "the file is not in the repository", f"see {page}/tree/{revision or 'main'}"
     said = clean(error.server_message or "")
     because = f" ({said})" if said else ""
     if status == 401 and get_token() is None:
-        return "the Hub asks who you are, and no token is set", _LOG_IN
+        return "the Hub asks who you are, and no token is set", LOG_IN
     if status == 401:
-        return f"the Hub did not accept the token{because}", f"{_LOG_IN} with a valid one"
+        return f"the Hub did not accept the token{because}", f"{LOG_IN} with a valid one"
     if status == 403:
-        return f"the token has no permission for this{because}", f"use a token that may; {_LOG_IN}"
+        return f"the token has no permission for this{because}", f"use a token that may; {LOG_IN}"
     if status == 429:
         wait = error.response.headers.get("Retry-After", "")
         soon = f"{wait} seconds" if wait.isdigit() else "some minutes"

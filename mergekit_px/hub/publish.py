@@ -11,7 +11,7 @@ from mergekit_px.checkpoint.destination import PART_SUFFIX, STATE_FOLDER
 from mergekit_px.checkpoint.index import LARGEST_INDEX, parse_index
 from mergekit_px.errors import HubError, InputError, InputNotFoundError
 from mergekit_px.hub.client import answer_timeout, hub_api, is_offline, patiently, quiet_client
-from mergekit_px.hub.errors import hub_errors
+from mergekit_px.hub.errors import LOG_IN, hub_errors
 from mergekit_px.hub.reference import HubReference, parse_repository
 from mergekit_px.small_files import read_small_file
 
@@ -47,19 +47,33 @@ def publish(
         InputError: the folder is missing or unfinished.
         HubError: no permission, no answer, or a commit that is not what was sent.
     """
-    target = parse_repository(repo)
-    if revision is None:
-        revision = target.revision
-    target = HubReference(target.repo, revision)
     files = finished_files(directory)
-    if is_offline():
-        raise HubError("offline mode is on", where=target.repo, hint="unset HF_HUB_OFFLINE to publish")
+    target = uploadable(repo)
+    if revision is not None:
+        target = HubReference(target.repo, revision)
     before = _prepare(target, private)
     with quiet_client():
         additions = _send(target, directory, files, progress)
         commit, address = _commit(target, additions, _stale_files(before, files), message)
     _check(target, directory, files, commit)
     return address
+
+
+def uploadable(repo: str) -> HubReference:
+    """The repository, where an upload can begin at all; asks nobody.
+
+    Raises:
+        UsageError: not a repository's name.
+        HubError: offline mode is on, or no token is set.
+    """
+    from huggingface_hub import get_token
+
+    target = parse_repository(repo)
+    if is_offline():
+        raise HubError("offline mode is on", where=target.repo, hint="unset HF_HUB_OFFLINE to upload")
+    if get_token() is None:
+        raise HubError("an upload needs a token, and none is set", where=target.repo, hint=LOG_IN)
+    return target
 
 
 def finished_files(directory: Path) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """``--set key=value``: changes to a recipe before it is read.
 
 A key is a path with dots, ``steps.mixed.params.density``; entries of lists go by number,
-``models.0.parameters.weight``. Names that themselves contain dots are written as they are. A value is a YAML scalar
-or a flow collection; nothing after the ``=`` takes the value away. Fields may be set whether or not the text has
-them; models, steps, sources and list entries must exist.
+``models.0.parameters.weight``, and a source by its name, which sets its weight. Names that themselves contain dots are
+written as they are. A value is a YAML scalar or a flow collection; nothing after the ``=`` takes the value away. Fields
+may be set whether or not the text has them; models, steps, sources and list entries must exist.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def _replaced(node: Node, parts: list[str], value: Node, place: Place, above: Pa
         return value
     if isinstance(node.value, str) and len(above) == 2 and above[0] == "models":
         node = mapping(node.place, {"model": node})
+    if isinstance(node.value, list) and _holds_names(above) and not parts[0].isdecimal():
+        node = _by_name(node)
     if isinstance(node.value, dict):
         name, rest = _split_name(parts, node.value)
         if name not in node.value and _holds_names(above):
@@ -77,6 +79,14 @@ def _split_name(parts: list[str], entries: dict[str, Node]) -> tuple[str, list[s
         if name in entries:
             return name, parts[length:]
     return parts[0], parts[1:]
+
+
+def _by_name(names: Node) -> Node:
+    """A list of sources as the mapping that means the same: each name with the weight that its method gives it."""
+    assert isinstance(names.value, list)
+    if not all(isinstance(entry.value, str) for entry in names.value):
+        return names
+    return mapping(names.place, {str(entry.value): Node(None, entry.place) for entry in names.value})
 
 
 def _holds_names(path: Path) -> bool:

@@ -59,9 +59,15 @@ def test_a_push_that_fails_names_the_command_that_goes_on(run, hub: FakeHub) -> 
     assert outcome.stderr.splitlines()[-1].endswith("to upload it: pxmerge push out org/merged --private")
 
 
-def test_a_push_that_cannot_work_is_refused_before_the_merge(run, hub: FakeHub) -> None:
+def test_a_push_that_cannot_work_is_refused_before_the_merge(
+    run, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outcome = run("linear", "--sources", "math", "code", "-o", "out", "--push", "no repo")
     assert (outcome.code, outcome.stdout) == (2, "")
+    monkeypatch.delenv("HF_TOKEN")
+    outcome = run("linear", "--sources", "math", "code", "-o", "out", "--push", "org/merged")
+    assert (outcome.code, outcome.stdout) == (3, "")
+    assert "an upload needs a token, and none is set; log in with `hf auth login`" in outcome.stderr
     assert not Path("out").exists()
 
 

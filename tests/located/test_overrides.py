@@ -51,6 +51,14 @@ def test_the_single_step_goes_by_both_of_its_paths() -> None:
     assert load("steps.merge.base=a", text=text).recipe == load("merge.base=a", text=text).recipe
 
 
+def test_the_weight_of_a_source_that_stands_in_a_list() -> None:
+    text = "models: {a: ./a, b: ./b}\nmerge: {method: ties, sources: [a, b]}\n"
+    recipe = load("merge.sources.b=0.3", text=text).recipe
+    assert recipe.steps["merge"].sources == {"a": None, "b": 0.3}
+    with pytest.raises(RecipeError, match=r"merge.sources has no 'c'"):
+        load("merge.sources.c=0.3", text=text)
+
+
 def test_names_with_dots() -> None:
     text = "models: {llama-3.2: ./a, llama-3: ./b}\nmerge: {method: linear, sources: {llama-3.2: 1}}\n"
     recipe = load("models.llama-3.2.adapter=./x", "merge.sources.llama-3.2=0.5", text=text).recipe
