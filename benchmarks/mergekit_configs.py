@@ -209,9 +209,9 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def merge_here(config: Path, out: Path) -> str | None:
+def merge_here(config: Path, out: Path, *verb: str) -> str | None:
     """What pxmerge says if it stops."""
-    command = [sys.executable, "-m", "mergekit_px", "run", str(config), "-o", str(out), "-q"]
+    command = [sys.executable, "-m", "mergekit_px", *(verb or ("run",)), str(config), "-o", str(out), "-q"]
     done = subprocess.run(command, capture_output=True, text=True)
     said = " ".join(done.stderr.split()).replace(f"{config}:", "").removeprefix("error: ")
     return said[:300] if done.returncode else None
@@ -242,21 +242,35 @@ def run(config: Path, work: Path, peer: subprocess.Popen[str]) -> Outcome:
     models = Models(kind, arch, layers)
     written = work / "config.yml"
     written.write_text(yaml.safe_dump_all([placed(document, models, steps) for document in documents], sort_keys=False))
+    method = " + ".join(dict.fromkeys(str(document.get("merge_method")) for document in documents))
+    verdict, cause = run_both(written, work, peer)
+    return Outcome(config.stem, method, verdict, cause.replace(str(kind), ""))
+
+
+def start_peer(environment: Path) -> tuple[subprocess.Popen[str], list[str]]:
+    """A process of mergekit that merges what it is asked for, and the names of its methods."""
+    command = [environment / "bin" / "python", "-c", PEER]
+    peer = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert peer.stdout is not None
+    return peer, json.loads(peer.stdout.readline())
+
+
+def run_both(config: Path, work: Path, peer: subprocess.Popen[str]) -> tuple[str, str]:
+    """The verdict on a config whose models are there, and its cause."""
     here, there = work / "here", work / "there"
     for folder in (here, there, work / "there-parts", work / "cache"):
         shutil.rmtree(folder, ignore_errors=True)
-    ours = merge_here(written, here)
+    ours = merge_here(config, here)
     assert peer.stdin is not None and peer.stdout is not None
-    peer.stdin.write(json.dumps([str(written), str(there), str(work / "cache")]) + "\n")
+    peer.stdin.write(json.dumps([str(config), str(there), str(work / "cache")]) + "\n")
     peer.stdin.flush()
     theirs = json.loads(peer.stdout.readline())
-    method = " + ".join(dict.fromkeys(str(document.get("merge_method")) for document in documents))
     if ours is None and theirs is None:
-        return Outcome(config.stem, method, *compare(here, there))
+        return compare(here, there)
     verdict = "neither runs it" if ours and theirs else "refused here" if ours else "only here"
-    return Outcome(
-        config.stem, method, verdict, (ours or f"mergekit: {theirs}").replace(str(kind), "").replace("|", "/")
-    )
+    return verdict, (ours or f"mergekit: {theirs}").replace("|", "/")
 
 
 def config_table(rows: list[Outcome]) -> str:
@@ -294,12 +308,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "pxmerge-configs")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    command = [options.peer / "bin" / "python", "-c", PEER]
-    peer = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert peer.stdout is not None
-    names = json.loads(peer.stdout.readline())
+    peer, names = start_peer(options.peer)
     rows = []
     for config in sorted(options.configs.glob(f"{options.only}.yml")):
         rows.append(run(config, options.work, peer))

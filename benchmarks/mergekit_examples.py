@@ -1,21 +1,20 @@
-"""Whether mergekit's own examples, and the configs in its documentation, are planned here.
+"""mergekit's own examples and the configs in its documentation, run by mergekit and by pxmerge, and compared.
 
     git clone https://github.com/arcee-ai/mergekit
-    python benchmarks/mergekit_examples.py mergekit                          # a clone; nothing is fetched
-    python benchmarks/mergekit_examples.py mergekit --page docs/mergekit.md
+    python benchmarks/mergekit_examples.py mergekit --peer path/to/venv      # a clone, and mergekit; nothing is fetched
+    python benchmarks/mergekit_examples.py mergekit --peer path/to/venv --page docs/mergekit.md
 
 Takes every YAML file of ``examples`` and every YAML block of the pages, puts tiny models in the place of those that
-they name, adds two models to a part about tokens, and has ``pxmerge plan`` (``moe build --dry-run`` for mixtures) say
-what it would do. ``--page`` puts the table between the marks of a page.
+they name, and adds a merge to a part about tokens. Both tools merge them in float32, with nothing that depends on
+chance. Mixtures are built here only. ``--page`` puts the table between the marks of a page.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,14 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mergekit_configs import Models, deepest, placed, put
-
-from mergekit_px.cli import main as pxmerge
+from mergekit_configs import Models, deepest, merge_here, placed, put, run_both, start_peer
 
 ABOUT_TOKENS = {"tokenizer", "tokenizer_source", "chat_template"}
-WHOLE = {"merge_method": "linear", "models": [{"model": name, "parameters": {"weight": 0.5}} for name in ("a", "b")]}
-"""What makes a config of a part about tokens."""
-
 _BLOCK = re.compile(r"```ya?ml\n(.*?)```", re.DOTALL)
 
 
@@ -43,7 +37,21 @@ def written_configs(clone: Path) -> Iterator[tuple[str, str]]:
             yield f"{page.relative_to(clone).as_posix()}, {number}", block
 
 
-def outcome(text: str, work: Path) -> tuple[str, str, str]:
+def completed(tokens: dict[str, Any]) -> dict[str, Any]:
+    """A part about tokens with a merge of two models and of those that it names."""
+
+    def named(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            for key, child in node.items():
+                yield from [child] if key in ("source", "model") and isinstance(child, str) else named(child)
+
+    tokenizer = tokens.get("tokenizer") or {}
+    names = dict.fromkeys(("a", "b", *named(tokenizer.get("tokens"))))
+    models = [{"model": name, "parameters": {"weight": 1 / len(names)}} for name in names]
+    return {"merge_method": "linear", "models": models, **tokens}
+
+
+def outcome(text: str, work: Path, peer: subprocess.Popen[str]) -> tuple[str, str, str]:
     """(method, verdict, cause) of a config."""
     if re.search(r"^genome:", text, re.MULTILINE):
         return "", "another form", "a genome of mergekit-evolve; `pxmerge search` takes a config and `--over`"
@@ -53,7 +61,7 @@ def outcome(text: str, work: Path) -> tuple[str, str, str]:
     if not any({"merge_method", "experts"} & document.keys() for document in documents):
         if not any(document.keys() & ABOUT_TOKENS for document in documents):
             return "", "a part", "of a genome" if "filters" in documents[0] else "of a config"
-        documents = [{**WHOLE, **documents[0]}]
+        documents = [completed(documents[0])]
     is_mixture = any("experts" in document for document in documents)
     method = "moe" if is_mixture else " + ".join(str(document.get("merge_method", "?")) for document in documents)
     steps = frozenset(document["name"] for document in documents if document.get("name"))
@@ -63,12 +71,12 @@ def outcome(text: str, work: Path) -> tuple[str, str, str]:
     models = Models(kind, "llama", layers)
     config = work / "config.yml"
     config.write_text(yaml.safe_dump_all([_placed(document, models, steps) for document in documents], sort_keys=False))
-    verb = ["moe", "build", "--dry-run"] if is_mixture else ["plan"]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
-        code = pxmerge([*verb, str(config), "-o", str(work / "out"), "-q"])
-    said = " ".join(printed.getvalue().split()).replace(f"{config}:", "").replace(str(kind), "").removeprefix("error: ")
-    return method, "refused" if code else "planned", said.partition(";")[0][:160].replace("|", "/") if code else ""
+    if not is_mixture:
+        verdict, cause = run_both(config, work, peer)
+        return method, verdict, cause.replace(str(kind), "").partition(";")[0][:160]
+    error = merge_here(config, work / "mixture", "moe", "build")
+    shutil.rmtree(work / "mixture", ignore_errors=True)
+    return method, "refused here" if error else "built", (error or "").replace(str(kind), "").replace("|", "/")
 
 
 def _placed(document: dict[str, Any], models: Models, steps: frozenset[str]) -> Any:
@@ -82,12 +90,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clone", type=Path, help="a clone of mergekit")
     parser.add_argument("--page", type=Path, help="a page that takes the table")
+    parser.add_argument("--peer", type=Path, required=True, help="a virtual environment with mergekit")
     options = parser.parse_args()
+    peer, _ = start_peer(options.peer)
     work = Path(tempfile.mkdtemp(prefix="pxmerge-examples-"))
-    lines = ["| config | method | here | cause |", "| --- | --- | --- | --- |"]
+    lines = ["| config | method | outcome | difference or cause |", "| --- | --- | --- | --- |"]
     for name, text in written_configs(options.clone):
-        lines.append("| " + " | ".join((name, *outcome(text, work))) + " |")
+        lines.append("| " + " | ".join((name, *outcome(text, work, peer))) + " |")
         print(lines[-1], file=sys.stderr, flush=True)
+    peer.terminate()
     shutil.rmtree(work, ignore_errors=True)
     table = "\n".join(lines) + "\n"
     print(table)
