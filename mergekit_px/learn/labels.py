@@ -60,9 +60,9 @@ class Reading:
     def of(self, arrays: Batch) -> Batch:
         """The arrays with ``TARGETS``, ``COUNTED`` and what else the forward pass needs to make predictions for them.
 
-        Labels of padding become -100.
+        Labels of padding become -100; columns at the end that are padding in every example are left out.
         """
-        found = _with_decoder_inputs(self._module, arrays)
+        found = _with_decoder_inputs(self._module, _trimmed(self._module, arrays))
         labels = found[LABELS]
         if self.kind in ("values", "examples"):
             found[TARGETS] = labels
@@ -71,7 +71,7 @@ class Reading:
             return found
         mask = _mask(self._module, found)
         if self.kind == "next tokens":
-            found = _with_positions(self._module, found, mask)
+            found = with_positions(self._module, found)
         if self._labelled:
             found[LABELS] = _masked(labels, mask)
             found[TARGETS] = _next(found[LABELS], mask, IGNORED) if self.kind == "next tokens" else found[LABELS]
@@ -102,7 +102,6 @@ def read_labels(
         InputError: arrays, labels or lengths that do not fit the model, labels that equal the inputs where nothing is
             predicted from what comes before, and labels that were moved to the next token already.
     """
-    data = _trimmed(module, data)
     reading = find_reading(module, dict(data.arrays), data.where, device, dtype, labelled=labelled)
     read = reading.of(dict(data.arrays))
     if labelled and not bool(read[COUNTED].any()):
@@ -121,6 +120,7 @@ def find_reading(
 ) -> Reading:
     """Try a few examples: how do labels belong to predictions? Raises as `read_labels` does."""
     require_arguments(module, arrays, where)
+    arrays = _trimmed(module, arrays)
     _require_tokens(module, arrays, where)
     labels = arrays[LABELS]
     arrays = _with_decoder_inputs(module, arrays)
@@ -271,15 +271,15 @@ def _require_tokens(module: nn.Module, arrays: Batch, where: str) -> None:
 
 
 def _has_own_loss(module: nn.Module, few: Batch, logits: Tensor) -> bool:
-    own = _own_loss(module, few)
+    labels = few[LABELS]
+    labels = _masked(labels, _mask(module, few)) if labels.ndim > 1 else labels
+    own = _own_loss(module, {**few, LABELS: labels})
     if own is None:
         return False
-    labels = few[LABELS]
     if labels.is_floating_point():
         if labels.numel() != logits.numel():
             return True
         return not _near(own, functional.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype)))
-    labels = _masked(labels, _mask(module, few)) if labels.ndim > 1 else labels
     kinds = [_cross_entropy(logits, labels)]
     if labels.ndim > 1:
         kinds.append(_cross_entropy(logits[:, :-1], labels[:, 1:]))
@@ -304,20 +304,24 @@ def _near(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(first.float(), second.float(), rtol=_NEAR, atol=_NEAR, equal_nan=True)
 
 
-def _trimmed(module: nn.Module, data: Examples) -> Examples:
+def _trimmed(module: nn.Module, arrays: Batch) -> Batch:
     """Without the columns at the end that are padding in every example, which cost time and positions."""
-    mask = data.arrays.get("attention_mask")
+    mask = arrays.get("attention_mask")
     if getattr(module, "config", None) is None or mask is None or mask.ndim != 2:
-        return data
-    used = mask.bool().any(dim=0).nonzero()
-    width = int(used.max()) + 1 if len(used) else mask.shape[1]
-    if width == mask.shape[1]:
-        return data
-    cut = {name for name in _BY_POSITION if name in data.arrays and data.arrays[name].shape[1:] == mask.shape[1:]}
+        return arrays
+    width = _used(mask.bool())
+    cut = {name: width for name in _BY_POSITION if name in arrays and arrays[name].shape[1:] == mask.shape[1:]}
     if _is_encoder_decoder(module):
-        cut -= {LABELS}
-    arrays = {name: array[:, :width].contiguous() if name in cut else array for name, array in data.arrays.items()}
-    return Examples(arrays, data.where)
+        cut.pop(LABELS, None)
+        if arrays[LABELS].ndim == 2 and not arrays.keys() & {"decoder_input_ids", "decoder_attention_mask"}:
+            cut[LABELS] = _used(arrays[LABELS] != IGNORED)
+    return {name: array[:, : cut[name]].contiguous() if name in cut else array for name, array in arrays.items()}
+
+
+def _used(kept: Tensor) -> int:
+    """How many columns there are up to the last in which something is kept; all where nothing is."""
+    columns = kept.any(dim=0).nonzero()
+    return int(columns.max()) + 1 if len(columns) else kept.shape[1]
 
 
 def _mask(module: nn.Module, arrays: Batch) -> Tensor | None:
@@ -361,8 +365,9 @@ def _with_decoder_inputs(module: nn.Module, arrays: Batch) -> Batch:
     return {**given, **arrays, LABELS: labels}
 
 
-def _with_positions(module: nn.Module, arrays: Batch, mask: Tensor | None) -> Batch:
+def with_positions(module: nn.Module, arrays: Batch) -> Batch:
     """With positions that begin at the first token, where padding comes before it."""
+    mask = _mask(module, arrays)
     if mask is None or bool(mask[:, 0].all()) or "position_ids" in arrays:
         return arrays
     if "position_ids" not in forward_names(module)[0]:

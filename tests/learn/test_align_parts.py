@@ -33,6 +33,18 @@ def test_procrustes_is_the_nearest_map() -> None:
     torch.testing.assert_close(wide @ wide.T, torch.eye(6).double(), rtol=1e-9, atol=1e-9)
 
 
+def test_procrustes_leaves_alone_what_does_not_occur() -> None:
+    generator = torch.Generator().manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator))
+    states = torch.nn.functional.pad(torch.randn(50, 4, generator=generator), (0, 3))
+    product = states.T @ torch.nn.functional.pad(states[:, :4] @ turn, (0, 3))
+    found = procrustes(product)
+    torch.testing.assert_close(found, torch.block_diag(turn, torch.eye(3)), rtol=0, atol=1e-5)
+    noisy = procrustes(product + 1e-9 * torch.randn(7, 7, generator=generator))
+    torch.testing.assert_close(noisy, found, rtol=0, atol=1e-5)
+    assert torch.equal(procrustes(torch.zeros(2, 3)), torch.eye(2, 3))
+
+
 def test_theseus_undoes_a_change_of_basis() -> None:
     """If every activation of B is that of A turned, the transported change does to B what the change did to A."""
     generator = torch.Generator().manual_seed(0)

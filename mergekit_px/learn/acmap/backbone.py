@@ -22,6 +22,7 @@ from mergekit_px.errors import AdapterError, InputError, NonFiniteError, TensorM
 from mergekit_px.execute.lane import pick_device
 from mergekit_px.learn.acmap.readout import Pool, Readout
 from mergekit_px.learn.data import Batch, require_arguments, to_device
+from mergekit_px.learn.labels import with_positions
 from mergekit_px.learn.models import LearningModel, load_model
 from mergekit_px.learn.text_data import NO_TEXT, TextOptions
 from mergekit_px.plan.inputs import fetch_checkpoint
@@ -110,7 +111,7 @@ class Backbone:
         with self._readout.listening():
             for batch in batches:
                 require_arguments(self._module, batch, where)
-                given = to_device(batch, self.device, dtype)
+                given = with_positions(self._module, to_device(batch, self.device, dtype))
                 try:
                     output = torch.func.functional_call(self._module, dict(tensors), (), given)
                 except _FAILURES as error:

@@ -31,9 +31,20 @@ Crossed = dict[str, tuple[Tensor, Tensor]]
 
 def procrustes(product: Tensor) -> Tensor:
     """``U V'`` of the reduced SVD of ``H_A' H_B``, shape (d_A, d_B): the map of orthonormal rows or columns nearest to
-    what takes the activations of A to those of B."""
-    left, _, right = torch.linalg.svd(product.double(), full_matrices=False)
-    nearest: Tensor = left @ right
+    what takes the activations of A to those of B. Of directions that do not occur in them it is the map nearest to the
+    identity: their singular vectors would be rounding alone."""
+    wide = product.double()
+    tolerance = torch.finfo(product.dtype).eps * max(wide.shape)
+    left, sizes, right = torch.linalg.svd(wide, full_matrices=False)
+    occurring = sizes > tolerance * sizes[0]
+    left, right = left[:, occurring], right[occurring]
+    nearest = left @ right
+    if not bool(occurring.all()):
+        rest = torch.eye(*wide.shape, dtype=wide.dtype, device=wide.device)
+        rest -= left @ (left.T @ rest)
+        rest -= (rest @ right.T) @ right
+        left, sizes, right = torch.linalg.svd(rest, full_matrices=False)
+        nearest += left[:, sizes > tolerance] @ right[sizes > tolerance]
     return nearest.to(product.dtype)
 
 

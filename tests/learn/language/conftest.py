@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_px.cli import main
+from mergekit_px.learn.data import IGNORED
+
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY = 24
 LENGTH = 12
 PAD = 0
+NEXT = ("llama", "gpt2")
 
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _LONG = {"max_position_embeddings": 64, "intermediate_size": 32}
@@ -122,3 +128,47 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         tuned.load_state_dict(base.state_dict())
         save(trained(tuned, kind, which, 40, 3e-3), folder / f"tuned{which}")
     return kind, folder
+
+
+@pytest.fixture
+def world(family: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A kind of model; in the current folder a base, two fine-tunes, and data of both tasks, once padded to twice
+    the length: before the texts where a model predicts what comes next, else after them."""
+    kind, folder = family
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "tuned1", "tuned2"):
+        shutil.copytree(folder / name, tmp_path / name)
+    arrays = mixed(kind, 60, 7)
+    save_arrays("data.npz", arrays)
+    save_arrays("long.npz", padded(arrays, left=kind in NEXT, label=IGNORED if kind == "t5" else PAD))
+    return kind
+
+
+def mixed(kind: str, count: int, seed: int) -> dict[str, Tensor]:
+    both = [task(kind, count // 2, seed + which, which) for which in (1, 2)]
+    return {name: torch.cat([one[name] for one in both]) for name in both[0]}
+
+
+def save_arrays(path: str, arrays: dict[str, Tensor]) -> None:
+    np.savez(path, **{name: one.numpy() for name, one in arrays.items()})
+
+
+def learned(*words: str) -> None:
+    assert main([*words, "-q"]) == 0
+
+
+def ofasd(data: str, output: str, *more: str) -> dict[str, Any]:
+    learned("ofasd", "--base", "base", "--sources", "tuned1", "tuned2", "--data", data, "-o", output, "--batch", "16",
+            "--steps", "30", "--evaluate-every", "10", "--controls", "cheap", *more)  # fmt: skip
+    return json.loads(Path(output, "report.json").read_text())
+
+
+def numbers(tree: Any) -> list[float]:
+    """All scores of a report, in order."""
+    if isinstance(tree, dict):
+        return [
+            one for key, value in tree.items() if key not in ("seconds", "inputs", "plan") for one in numbers(value)
+        ]
+    if isinstance(tree, list):
+        return [one for value in tree for one in numbers(value)]
+    return [float(tree)] if isinstance(tree, float) else []

@@ -1,11 +1,9 @@
-"""Each learner on language models: against plain loops, with more padding, and on texts that nothing was chosen on."""
+"""Each learner on language models: against plain loops, and on texts that nothing was chosen on."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,42 +16,10 @@ from mergekit_px.cli import main
 from mergekit_px.learn.data import IGNORED, Examples, shuffled, split_rows
 from mergekit_px.learn.ofasd import ensemble
 
-from .conftest import MAKERS, VOCABULARY, padded, task
+from .conftest import MAKERS, NEXT, VOCABULARY, learned, mixed, numbers, ofasd, save_arrays, task
 from .conftest import save as store
 
-NEXT = ("llama", "gpt2")
 TWO = pytest.mark.parametrize("family", ["llama", "t5"], indirect=True)
-
-
-@pytest.fixture
-def world(family: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A kind of model; in the current folder a base, two fine-tunes, and data of both tasks, once padded more."""
-    kind, folder = family
-    monkeypatch.chdir(tmp_path)
-    for name in ("base", "tuned1", "tuned2"):
-        shutil.copytree(folder / name, tmp_path / name)
-    save("data.npz", mixed(kind, 60, 7))
-    save("long.npz", padded(mixed(kind, 60, 7), label=IGNORED if kind == "t5" else 0))
-    return kind
-
-
-def mixed(kind: str, count: int, seed: int) -> dict[str, Tensor]:
-    both = [task(kind, count // 2, seed + which, which) for which in (1, 2)]
-    return {name: torch.cat([one[name] for one in both]) for name in both[0]}
-
-
-def save(path: str, arrays: dict[str, Tensor]) -> None:
-    np.savez(path, **{name: one.numpy() for name, one in arrays.items()})
-
-
-def learned(*words: str) -> None:
-    assert main([*words, "-q"]) == 0
-
-
-def ofasd(data: str, output: str, *more: str) -> dict[str, Any]:
-    learned("ofasd", "--base", "base", "--sources", "tuned1", "tuned2", "--data", data, "-o", output, "--batch", "16",
-            "--steps", "30", "--evaluate-every", "10", "--controls", "cheap", *more)  # fmt: skip
-    return json.loads(Path(output, "report.json").read_text())
 
 
 def token_losses(kind: str, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -107,15 +73,6 @@ def test_coefficients_are_those_of_a_plain_loop(world: str) -> None:
     assert [entry[2] for entry in found] == pytest.approx(scores, rel=1e-4)
     assert [entry[1] for entry in found[1:]] == pytest.approx(np.reshape(trace, (3, 10)).mean(1).tolist(), rel=1e-4)
     assert report["labels"] == ("next tokens" if world in NEXT else "tokens")
-
-
-@pytest.mark.parametrize("objective", ["cross-entropy", "distill", "entropy"])
-def test_padding_changes_no_coefficient(world: str, objective: str) -> None:
-    reports = [ofasd(f"{name}.npz", name, "--objective", objective) for name in ("data", "long")]
-    for first, second in zip(*(report["coefficients"].values() for report in reports), strict=True):
-        assert first == pytest.approx(second, abs=1e-6)
-    for name, scores in reports[0]["test"].items():
-        assert scores == pytest.approx(reports[1]["test"][name], abs=1e-4)
 
 
 def test_a_learned_merge_is_no_worse_than_the_average(world: str) -> None:
@@ -189,16 +146,7 @@ def test_pooling_and_tuning_are_one_command(world: str, capsys: pytest.CaptureFi
     assert "--tune writes a tuned model, --as something else" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("labels", ["given", "sampled"])
-def test_statistics_are_of_the_tokens_that_count(world: str, labels: str) -> None:
-    for name in ("data", "long"):
-        learned("stats", "tuned1", "--data", f"{name}.npz", "-o", f"{name}.safetensors", "--labels", labels,
-                "--examples", "12")  # fmt: skip
-    first, second = (load_file(f"{name}.safetensors") for name in ("data", "long"))
-    for name, one in first.items():
-        assert torch.allclose(one, second[name], rtol=1e-3, atol=1e-5), name
-    if labels == "sampled":
-        return
+def test_fisher_information_is_of_the_tokens_that_count(world: str) -> None:
     model = type(MAKERS[world]()).from_pretrained("tuned1").eval()
     arrays = mixed(world, 60, 7)
     learned("stats", "tuned1", "--data", "data.npz", "-o", "all.safetensors", "--labels", "given", "--what", "fisher")
@@ -213,32 +161,13 @@ def test_statistics_are_of_the_tokens_that_count(world: str, labels: str) -> Non
     assert torch.allclose(found[key], total / 60, rtol=1e-3, atol=1e-6)
 
 
-def align(data: str, output: str, *more: str) -> dict[str, Any]:
-    learned("align", "--source-base", "base", "--source-model", "tuned1", "--base", "tuned2", "--data", data,
-            "-o", output, "--steps", "4", "--batch", "16", *more)  # fmt: skip
-    return json.loads(Path(output, "report.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("family", "route"),
-    [("llama", "orthogonal"), ("llama", "theseus"), ("llama", "gradfix"), ("t5", "orthogonal")],
-    indirect=["family"],
-)
-def test_alignment_is_scored_on_the_tokens_that_count(world: str, route: str) -> None:
-    first, second = (align(f"{name}.npz", name, "--route", route, "--sites", "all", "--sided", "two")
-                     for name in ("data", "long"))  # fmt: skip
-    assert first["test"] == pytest.approx(second["test"], abs=1e-4)
-    assert first["norm"] == pytest.approx(second["norm"], rel=1e-4)
-    assert first["labels"] == ("next tokens" if world in NEXT else "tokens")
-
-
 @TWO
 def test_a_search_finds_the_model_that_predicts_best(world: str) -> None:
     Path("recipe.yaml").write_text(
         "models: {base: ./base, a: ./tuned1, b: ./tuned2}\n"
         "merge: {method: task_arithmetic, base: base, sources: {a: 0.5, b: 0.5}}\n"
     )
-    save("one.npz", task(world, 40, 90, 1))
+    save_arrays("one.npz", task(world, 40, 90, 1))
     learned("search", "recipe.yaml", "--over", "merge.sources.a=0,1", "--data", "one.npz", "-o", "found")
     report = json.loads(Path("found/report.json").read_text())
     trials = [json.loads(line) for line in Path("found/trials.jsonl").read_text().splitlines()]
@@ -251,33 +180,6 @@ def test_a_search_finds_the_model_that_predicts_best(world: str) -> None:
     with torch.no_grad():
         expected = -float(token_losses(world, best(**batch).logits, batch).mean())
     assert report["scores"]["best"]["test"] == pytest.approx(expected, rel=1e-4)
-
-
-@TWO
-def test_a_transfer_learns_and_scores_next_tokens(world: str) -> None:
-    tensor = next(name for name, one in load_file("base/model.safetensors").items() if one.shape == (16, 16))
-    for data in ("data", "long"):
-        Path(f"{data}.yaml").write_text(
-            f"models:\n  a: {{weights: ./base, data: {data}.npz, batch: 16}}\n"
-            f"  b: {{weights: ./tuned1, data: {data}.npz, batch: 16}}\n"
-            f"transfer: {{target: a, source: b, mode: frozen, steps: 4, cycle: 2, controls: [none],"
-            f" pairs: [{{target: {tensor}, source: {tensor}, rank: 4}}]}}\noutput: ./{data}\n"
-        )
-        learned("transfer", f"{data}.yaml")
-    reports = [json.loads(Path(f"{data}/report.json").read_text()) for data in ("data", "long")]
-    first, second = (numbers(report) for report in reports)
-    assert len(first) > 4 and first == pytest.approx(second, abs=1e-3)
-
-
-def numbers(tree: Any) -> list[float]:
-    """All scores of a report, in order."""
-    if isinstance(tree, dict):
-        return [
-            one for key, value in tree.items() if key not in ("seconds", "inputs", "plan") for one in numbers(value)
-        ]
-    if isinstance(tree, list):
-        return [one for value in tree for one in numbers(value)]
-    return [float(tree)] if isinstance(tree, float) else []
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
