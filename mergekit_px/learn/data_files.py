@@ -34,7 +34,11 @@ def load_data(
     Raises:
         InputError, UsageError: what cannot be read, or does not fit the model.
     """
-    return examples(data_arrays(path, model, options, note), path)
+    arrays = data_arrays(path, model, options, note)
+    if LABELS not in arrays and Path(path).suffix in SUFFIXES:
+        what, hint = "it has no labels, and the model predicts classes or values", "--columns label=COLUMN"
+        raise InputError(what, where=path, hint=f"name the column that holds them: {hint}")
+    return examples(arrays, path)
 
 
 def load_data_and_labels(

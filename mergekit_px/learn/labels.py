@@ -250,10 +250,12 @@ def _are_inputs(module: nn.Module, arrays: Batch, moved: int = 0) -> bool:
 def _require_tokens(module: nn.Module, arrays: Batch, where: str) -> None:
     """Raise ``InputError`` for token numbers beyond the vocabulary, and for more tokens than there are positions."""
     ids = arrays.get("input_ids")
-    if ids is None or ids.is_floating_point() or ids.ndim != 2 or not ids.numel():
+    if ids is None or ids.ndim != 2 or not ids.numel():
         return
     embed: Any = getattr(module, "get_input_embeddings", None)
     embeddings = None if embed is None else embed()
+    if isinstance(embeddings, nn.Embedding) and ids.is_floating_point():
+        raise InputError(f"input_ids are {ids.dtype}, and tokens are whole numbers".replace("torch.", ""), where=where)
     if isinstance(embeddings, nn.Embedding) and not 0 <= int(ids.min()) <= int(ids.max()) < embeddings.num_embeddings:
         raise InputError(
             f"input_ids go from {int(ids.min())} to {int(ids.max())}, the model has a vocabulary of"

@@ -41,11 +41,11 @@ class Table:
         """
         for row, line in zip(self.rows, self.lines, strict=True):
             if row.get(name) is None:
-                known = ", ".join(self.columns())
+                known = self.columns()
                 raise InputError(
-                    f"line {line} has no {shown(name)}; the columns are {shown(known)}",
+                    f"line {line} has no {shown(name)}; the columns are {shown(', '.join(known))}",
                     where=self.where,
-                    hint="say which column holds what: --columns text=COLUMN",
+                    hint=None if name in known else f"say which column holds it: --columns {name}=COLUMN",
                 )
         return [row[name] for row in self.rows]
 
@@ -88,19 +88,35 @@ def _lines(text: str, where: str) -> Table:
 
 def _object(line: str, where: str, number: int) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise InputError(f"line {number} is no JSON: {shown(str(error))}", where=where) from None
+    except _TwiceError as error:
+        raise InputError(f"line {number} has {shown(str(error))} twice", where=where) from None
     if not isinstance(row, dict):
         raise InputError(f"line {number} is no JSON object with columns", where=where, hint='as {"text": "..."}')
     return row
 
 
+class _TwiceError(Exception):
+    """A name that a JSON object has twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def _array(text: str, where: str) -> Table:
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise InputError(f"no JSON: {shown(str(error))}", where=where, hint="JSON lines end in .jsonl") from None
+    except _TwiceError as error:
+        raise InputError(f"a row has {shown(str(error))} twice", where=where) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError("no list of JSON objects with columns", where=where, hint="JSON lines end in .jsonl")
     return Table(rows, list(range(1, len(rows) + 1)), where)
@@ -112,6 +128,10 @@ def _separated(text: str, separator: str, where: str) -> Table:
     lines = []
     try:
         reader = csv.DictReader(text.splitlines(keepends=True), delimiter=separator, strict=True)
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"the first line names the column {shown(twice)} twice", where=where)
         for row in reader:
             if None in row:
                 raise InputError(f"line {reader.line_num} has more fields than the first line has columns", where=where)

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from mergekit_px.checkpoint.contents import Checkpoint
+from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import InputNotFoundError, RunError, UsageError
 from mergekit_px.learn.data import Examples, split_rows
 from mergekit_px.learn.data_files import load_data, needs_model
@@ -27,12 +28,13 @@ from mergekit_px.learn.models import load_model
 from mergekit_px.learn.objective import evaluate
 from mergekit_px.learn.search.objectives import SCORE, Metrics
 from mergekit_px.learn.search.settings import SearchSettings
-from mergekit_px.plan.inputs import fetch_checkpoint
 
 Score = Callable[[Path], Metrics]
 """From the folder of a model to numbers; NaN where the model is good for nothing."""
 
 PLACE = "{}"
+MERGED = "the merged model"
+"""How messages call what lies in a folder that is gone when they are read."""
 
 _programs: set[subprocess.Popen[str]] = set()
 """Those that score now, of all commands."""
@@ -165,7 +167,7 @@ class DataScore:
         example has one label; else the negative loss: of tokens, or of values."""
 
         def score(folder: Path) -> Metrics:
-            checkpoint = fetch_checkpoint(str(folder))
+            checkpoint = open_checkpoint(folder, label=MERGED)
             if not self._parts:
                 self._read(checkpoint)
             settings = self._settings

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.errors import DivergedError, InputError, PlanError
 from mergekit_px.learn.data import (
+    COUNTED,
     LABELS,
     Batch,
     BatchStream,
@@ -280,9 +281,18 @@ class Side:
         reading = find_reading(self.module, batch, data.where, self._device, self._dtype)
         if reading.classes is not None and data.labels is not None:
             require_classes(data.labels, reading.classes, data.where)
+        if data.labels is not None:
+            self._require_targets(reading)
         self._reading = reading
         self.loss = loss_function(settings.loss, allow_code=self._allow_code, own_loss=reading.own_loss)
         self.metric = metric_function(settings.metric, self.loss, allow_code=self._allow_code)
+
+    def _require_targets(self, reading: Reading) -> None:
+        """Raise ``InputError`` where nothing of what is held out has a label that counts."""
+        for part, batches in self._data.held_out.items():
+            if not any(bool(reading.of(batch)[COUNTED].any()) for batch in batches()):
+                what = f"no prediction of the {part} data has a label: all are padding, prompt or -100"
+                raise InputError(what, where=self._data.where)
 
     def _moved(self, batch: Mapping[str, Tensor]) -> Batch:
         moved = to_device(batch, self._device, self._dtype)

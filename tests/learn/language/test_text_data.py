@@ -255,6 +255,8 @@ TEXT = [{"text": "the cat", "label": "praise"}, {"text": "dog", "label": "blame"
         ("bert", [*TEXT, {"text": "dog", "label": 7}], [], 3, "whose classes are praise, blame, neither"),
         ("bert", [{"prompt": "the", "completion": "cat"}], [], 3, "prompts and completions are for models that write"),
         ("bert", '{"text": "the cat"}\n{"text"', [], 3, "line 2 is no JSON"),
+        ("bert", '{"text": "the", "label": 1, "text": "cat"}', [], 3, "line 1 has text twice"),
+        ("t5", [{"prompt": "the"}], [], 3, "line 1 has no completion; the columns are prompt; say which column"),
         ("bert", "[1]\n", [], 3, "line 1 is no JSON object with columns"),
         ("bert", "", [], 3, "it holds no examples"),
         ("llama", [{"text": "the cat " * 40}], [], 3, "line 1 is 80 tokens long, the model has 32 positions"),
@@ -292,6 +294,39 @@ def test_messages_without_a_template_are_refused(models_here: Path, capsys: pyte
     write_rows([{"messages": [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]}])
     assert main(["data", "llama", "d.jsonl", "-o", "a.safetensors", "--tokenizer", "plain"]) == 3
     assert "messages need a chat template, and the tokenizer has none" in capsys.readouterr().err
+
+
+def test_a_learner_says_what_the_data_lacks(models_here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("llama/chat_template.jinja").unlink()
+    model = "model.layers.0.self_attn.q_proj.weight"
+    for name, kind in (("recipe", "llama"), ("classes", "bert")):
+        Path(f"{name}.yaml").write_text(
+            f"models: {{a: ./{kind}, b: ./{kind}}}\nmerge: {{method: linear, sources: {{a: 0.5, b: 0.5}}}}\n"
+        )
+    Path("plan.yaml").write_text(
+        "models: {a: {weights: ./llama, data: twice.csv}, b: {weights: ./llama}}\n"
+        "transfer: {target: a, source: b, mode: frozen, steps: 2, pairs: "
+        f"[{{target: {model}, source: {model}, rank: 2}}]}}\noutput: ./out\n"
+    )
+    write_rows([{"messages": [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]}] * 9)
+    lines("plain.jsonl", [{"text": "the cat"}, {"text": "dog"}] * 4)
+    Path("twice.csv").write_text("text,text\nthe cat,dog\n")
+    np.savez("floats.npz", input_ids=np.ones((8, 4), np.float32), labels=np.arange(32).reshape(8, 4) % 5)
+    search = ["search", "--over", "merge.sources.a=0,1", "-o", "out", "-q"]
+    for words, message in [
+        ([*search, "recipe.yaml", "--data", "d.jsonl"], "the merged model: messages need a chat template"),
+        ([*search, "recipe.yaml", "--data", "floats.npz"], "input_ids are float32, and tokens are whole numbers"),
+        ([*search, "classes.yaml", "--data", "plain.jsonl"], "it has no labels, and the model predicts classes or"),
+        (["transfer", "plan.yaml", "-q"], "twice.csv: the first line names the column text twice"),
+        (["transfer", "plan.yaml", "-q"], "no prediction of the validation data has a label"),
+    ]:
+        if "validation" in message:
+            Path("twice.csv").write_text("text\n" + "the\n" * 4 + "dog\n" * 4)
+        capsys.readouterr()
+        assert main(words) == 3
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and message in said[0]
+        assert not Path("out").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is not None, reason="pyarrow is installed")
