@@ -45,7 +45,8 @@ def procrustes(product: Tensor) -> Tensor:
         rest -= (rest @ right.T) @ right
         left, sizes, right = torch.linalg.svd(rest, full_matrices=False)
         nearest += left[:, sizes > tolerance] @ right[sizes > tolerance]
-    return nearest.to(product.dtype)
+    found: Tensor = nearest.to(product.dtype)
+    return found
 
 
 @torch.no_grad()
