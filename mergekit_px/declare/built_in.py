@@ -256,6 +256,10 @@ LEARNERS: Mapping[str, Declared] = {
         "mergekit_px.learn.stats",
         "Measure Fisher information, Gram matrices or the use of experts on data.",
     ),
+    "regmean-order": Declared(
+        "mergekit_px.learn.regmean_order",
+        "Merge models layer by layer, each on what the merged layers below make of the models' data (RegMean++).",
+    ),
     "transfer": Declared(
         "mergekit_px.learn.transfer",
         "Train a model while another hands it knowledge (MergeNet, arXiv 2404.13322). Experimental.",

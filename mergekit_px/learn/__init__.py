@@ -17,7 +17,7 @@ from mergekit_px.located.nearest import hint_for
 from mergekit_px.plug_ins import load_plug_ins
 from mergekit_px.python_values import check_kind
 
-BUILT_IN = ("align", "ofasd", "tune", "search", "stats", "transfer", "acmap")
+BUILT_IN = ("align", "ofasd", "tune", "search", "stats", "regmean_order", "transfer", "acmap")
 """Where the learners of this package are declared, in the order in which they are listed."""
 
 

@@ -23,7 +23,7 @@ def checkpoint_activations(module: nn.Module) -> None:
     Raises:
         UsageError: no list of layers.
     """
-    layers = list(_layers(module))
+    layers = list(layers_of(module))
     if not layers:
         raise UsageError(
             f"{type(module).__name__} has no list of layers whose activations could be computed again",
@@ -33,13 +33,13 @@ def checkpoint_activations(module: nn.Module) -> None:
         layer.forward = partial(_again, layer.forward)
 
 
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
+def layers_of(module: nn.Module) -> Iterator[nn.Module]:
     """The members of the outermost lists."""
     for child in module.children():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             yield child
         else:
-            yield from _layers(child)
+            yield from layers_of(child)
 
 
 def _again(forward: Callable[..., Any], *given: Any, **named: Any) -> Any:

@@ -277,6 +277,14 @@ def split_rows(count: int, shares: Mapping[str, float], seed: int, where: str) -
     return {"train": order[start:], **parts}
 
 
+def drawn(data: Examples, count: int | None, seed: int) -> Examples:
+    """So many of the examples, drawn by the seed; all where there are no more."""
+    if count is None or count >= len(data):
+        return data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(derived_seed(seed)))
+    return data.take(order[:count])
+
+
 def derived_seed(seed: int, *labels: object) -> int:
     """A seed of 63 bits for one purpose: the same for the same labels, unrelated for others."""
     text = "\0".join(map(str, (seed, *labels)))

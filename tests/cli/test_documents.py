@@ -67,6 +67,7 @@ ELSEWHERE = {
     "tune": "learn/test_bad_input.py",
     "search": "learn/test_search.py",
     "stats": "learn/test_bad_input.py",
+    "regmean-order": "learn/test_bad_input.py",
     "acmap map": "cli/test_acmap_map.py",
     "acmap classify": "cli/test_acmap_map.py",
 }

@@ -16,7 +16,7 @@ RESULTS = {
     "learn-data.md": ["merged", "pinned/coefficients.safetensors"],
     "learn-ofasd.md": ["merged"],
     "learn-tune.md": ["tuned/model", "tuned-pool/model"],
-    "learn-stats.md": ["by-fisher", "by-regmean"],
+    "learn-stats.md": ["by-fisher", "by-regmean", "in-order/model"],
     "learn-search.md": ["found/model"],
     "learn-align.md": ["aligned/model"],
     "transfer.md": ["transfer/transfer/target"],

@@ -61,7 +61,7 @@ def refused():
 raising = refused
 """
 
-LEARNERS = ["ofasd", "align", "tune", "search", "stats"]
+LEARNERS = ["ofasd", "align", "tune", "search", "stats", "regmean-order"]
 Refused = Callable[..., str]
 
 
@@ -117,6 +117,7 @@ def words_of(learner: str, *more: str, model: str = "net.py:net") -> list[str]:
         "tune": ["tune", "components.safetensors", "--base", "base", "--steps", "2"],
         "search": ["search", "recipe.yaml", "--over", "merge.sources.a=0,1"],
         "stats": ["stats", "base"],
+        "regmean-order": ["regmean-order", "--sources", "client0", "client1"],
     }[learner]
     output = "out.safetensors" if learner == "stats" else "out"
     end = ["--data", "data.npz", "-o", output, "--device", "cpu", "-q", "--allow-code"]

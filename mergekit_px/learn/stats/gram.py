@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -55,6 +57,13 @@ class GramSums:
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
         self._batch: Batch = {}
+
+    def of(self, layers: Collection[nn.Module]) -> GramSums:
+        """Sums of some of the layers, with nothing in them yet."""
+        found = copy.copy(self)
+        found._names = {module: names for module, names in self._names.items() if module in layers}
+        found._sums, found._rows = {}, {}
+        return found
 
     @torch.no_grad()
     def add(self, number: int, examples: Examples) -> None:

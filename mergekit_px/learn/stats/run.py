@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from mergekit_px.checkpoint.task_vector import KIND_KEY
 from mergekit_px.checkpoint.tensor_file import write_tensors
 from mergekit_px.errors import InputError
-from mergekit_px.learn.data import Examples, derived_seed
+from mergekit_px.learn.data import Examples, drawn
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.memory import COMPUTED, floating, is_narrow, narrow_bytes, numbers, plan_memory
@@ -55,10 +54,7 @@ def fit(run: Run[StatsSettings]) -> StatsReport:
     }
     plan_memory(run, floating(checkpoint), kept, ways)
     model = run.model("checkpoint", narrow=True)
-    examples = run.data("data", "checkpoint")
-    if settings.examples is not None and settings.examples < len(examples):
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(derived_seed(settings.seed)))
-        examples = examples.take(order[: settings.examples])
+    examples = drawn(run.data("data", "checkpoint"), settings.examples, settings.seed)
     examples, reading = read_labels(model.module, examples, run.device)
     if reading.kind == "values":
         raise InputError("labels are values, and statistics are taken for classes", where=examples.where)
