@@ -72,7 +72,7 @@ def running_layers(module: nn.Module, sites: Sequence[Site], batch: Batch) -> li
         if linear:
             found.append(Layer(names[id(member)], member, own, linear, order.count(member)))
     if not found:
-        what = f"{type(module).__name__} has no linear layer (torch.nn.Linear) with a weight of its own that its data reach"
+        what = f"{type(module).__name__} has no linear layer (torch.nn.Linear) with weights of its own that data reach"
         raise InputError(what, hint="average it, or merge it by another method: pxmerge methods")
     return found
 
