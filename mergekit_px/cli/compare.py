@@ -20,7 +20,7 @@ Reference = Annotated[
     typer.Option("--base", metavar="MODEL", help="What the models are compared with; the first of them if left out."),
 ]
 Pattern = Annotated[str, typer.Option("--tensors", metavar="GLOB", help="Only tensors of such names.")]
-Limit = Annotated[int, typer.Option("--limit", metavar="N", min=0, help="Rows of the table; 0 for all.")]
+Limit = Annotated[int, typer.Option("--limit", metavar="N", min=0, help="Rows of each list; 0 for all.")]
 Spectral = Annotated[
     bool,
     typer.Option("--spectral", help="Also decompose the differences: effective ranks, and how far subspaces agree."),
@@ -91,7 +91,7 @@ def compare(
     if document["tensors"]:
         _show_total(document, output)
         _show_tensors(document, limit, output)
-    _show_rest(document, output)
+    _show_rest(document, limit, output)
     if not document["tensors"]:
         raise TensorMismatchError(
             "no tensor is in all models in the same shape",
@@ -200,11 +200,16 @@ def _show_tensors(document: dict[str, Any], limit: int, output: Output) -> None:
         output.text(f"and {left} more (all with --limit 0)")
 
 
-def _show_rest(document: dict[str, Any], output: Output) -> None:
-    for entry in document["missing"]:
-        output.text(f"not in {', '.join(entry['not_in'])}: {entry['name']}")
-    for entry in document["mismatched"]:
-        output.text(f"shapes differ: {entry['name']}: {' and '.join(map(str, entry['shapes']))}")
+def _show_rest(document: dict[str, Any], limit: int, output: Output) -> None:
+    missing = [f"not in {', '.join(entry['not_in'])}: {entry['name']}" for entry in document["missing"]]
+    mismatched = [
+        f"shapes differ: {entry['name']}: {' and '.join(map(str, entry['shapes']))}" for entry in document["mismatched"]
+    ]
+    for lines in (missing, mismatched):
+        for line in lines[: limit or None]:
+            output.text(line)
+        if limit and len(lines) > limit:
+            output.text(f"and {len(lines) - limit} more (all with --limit 0)")
 
 
 def _number(value: float | None) -> str:

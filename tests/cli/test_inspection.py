@@ -76,6 +76,11 @@ def test_compare_says_what_it_cannot_compare(run, models) -> None:
     shown = run("compare", "base", "math").stdout
     assert "not in math: model.norm.weight" in shown
     assert "shapes differ: lm_head.weight: [16, 8] and [4, 8]" in shown
+    short = run("compare", "base", "math", "--limit", "1").stdout.splitlines()
+    assert [line for line in short if "more (all with --limit 0)" in line] == [
+        "and 2 more (all with --limit 0)",
+        "and 3 more (all with --limit 0)",
+    ]
 
 
 def test_compare_needs_two(run, models) -> None:
