@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,8 +10,9 @@ from mergekit_px.errors import PlanError
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.sections import TEXT_SECTIONS
 
-_KIND_OF_LAYER = "the kind of layer "
-"""Before its number; of several layers the first is told."""
+_KIND_OF_LAYER, _LABEL = "the kind of layer ", "the label "
+"""Before its number; of several the first is told."""
+_UNNAMED_LABEL = re.compile(r"LABEL_\d+")
 _OTHER_PARTS = ("vision_config", "audio_config")
 _MEANING = (
     *("model_type", "position_embedding_type", "partial_rotary_factor"),
@@ -42,7 +44,7 @@ def disagreements(inputs: Mapping[str, ResolvedInput], used: Iterable[str], *, s
     lines: list[str] = []
     for key, values in stated.items():
         first = next(iter(values.values()))
-        told = key.startswith(_KIND_OF_LAYER) and any(_KIND_OF_LAYER in line for line in lines)
+        told = any(key.startswith(kind) and any(kind in line for line in lines) for kind in (_KIND_OF_LAYER, _LABEL))
         if any(value != first for value in values.values()) and not told:
             said = ", ".join(f"{value!r} in '{name}'" for name, value in values.items())
             lines.append(f"the configs disagree in {key}: {said}; the weights of these models do not mean the same")
@@ -74,6 +76,10 @@ def _part(config: Mapping[str, Any]) -> dict[str, Any]:
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
         found |= {f"{_KIND_OF_LAYER}{number}": kind for number, kind in enumerate(kinds)}
+    labels = config.get("id2label")
+    if isinstance(labels, Mapping):  # rows of a classifier; those that nobody named contradict nothing
+        named = {number: label for number, label in labels.items() if not _UNNAMED_LABEL.fullmatch(str(label))}
+        found |= {f"{_LABEL}{number}": label for number, label in named.items()}
     return found | _rope(config)
 
 

@@ -23,6 +23,7 @@ from mergekit_px.plan.agreement import disagreements
 from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
 from mergekit_px.plan.components import check_components
+from mergekit_px.plan.donated import differing_files
 from mergekit_px.plan.donors import Beside, beside_weights, config_donor, file_stems, header_donor
 from mergekit_px.plan.encoded import encoded_items
 from mergekit_px.plan.expressions import Expressions
@@ -37,7 +38,7 @@ from mergekit_px.plan.patterns import expanded
 from mergekit_px.plan.sources import copied_values, equal_sources, known_content, overshoot
 from mergekit_px.plan.texts import config_text, recipe_text
 from mergekit_px.plan.tokenizers import Vocabularies
-from mergekit_px.plan.views import refuse_quantised_by_config
+from mergekit_px.plan.views import plain_float8, refuse_quantised_by_config
 from mergekit_px.plan.vocabulary import ChosenVocabulary
 from mergekit_px.recipe.graph import references
 from mergekit_px.recipe.loaded import LoadedRecipe
@@ -134,12 +135,15 @@ def _planned(loaded: LoadedRecipe, options: PlanOptions, inputs: Mapping[str, Re
     notes.extend(expressions.notes + vocabularies.notes + list(beside.notes))
     notes.extend(note for source in resolved.values() for note in source.notes)
     refuse_quantised_by_config(items, resolved)
+    notes.extend(plain_float8(items, resolved))
     used = _used_inputs(items)
     taking_part = {name: resolved[name] for name in used}
     notes.extend(equal_sources(recipe, taking_part, known_content(taking_part)))
     notes.extend(overshoot(items))
     notes.extend(copied_values(expressions.uncomputed, resolved))
     notes.extend(disagreements(resolved, used, strict=options.strict))
+    donors = {name for name in (beside.config_from, beside.tokenizer_from) if name is not None}
+    notes.extend(differing_files(beside.side_files, donors, resolved, used))
     check_base_fingerprints(items, resolved, options)
     headers = describing_metadata(
         None if described is None else resolved[described].checkpoint, [resolved[name].source for name in used]

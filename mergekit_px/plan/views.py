@@ -146,6 +146,35 @@ def refuse_quantised_by_config(items: Iterable[WorkItem], inputs: Mapping[str, R
                 )
 
 
+def plain_float8(items: Iterable[WorkItem], inputs: Mapping[str, ResolvedInput]) -> list[str]:
+    """What to say of tensors of 8-bit floats without scales, which are taken as numbers.
+
+    Raises:
+        PlanError: a tensor is merged with one that has scales; the two cannot both be whole.
+    """
+    plain: dict[str, list[str]] = {}
+    for item in items:
+        decoded = [node for node in item.nodes if isinstance(node, Decoded)]
+        parts = {part for node in decoded for part in node.parts}
+        scaled = next((node.parts[0] for node in decoded if node.parts[0].dtype.name.startswith("F8_")), None)
+        for read in item.reads if item.action != "copy" else ():
+            if read in parts or not read.dtype.name.startswith("F8_") or len(read.shape) < 2:
+                continue
+            if scaled is not None:
+                raise PlanError(
+                    f"{shown(read.tensor.name)} is {read.dtype} without scales in '{read.model}' and with scales in"
+                    f" '{scaled.model}'; the scales of the first are lost, or kept under a name that is not known",
+                    where=inputs[read.model].reference,
+                    hint="fetch the model again, or give the dequantized checkpoint",
+                )
+            plain.setdefault(read.model, []).append(read.tensor.name)
+    return [
+        f"{len(set(names))} tensors of '{model}' are 8-bit floats without scales, as {shown(names[0])}, and are taken"
+        " as the numbers that they are"
+        for model, names in plain.items()
+    ]
+
+
 def _byte_reader(source: ResolvedInput) -> Any:
     def read(tensor: StoredTensor) -> bytes:
         if source.state is None and source.checkpoint.directory is None:

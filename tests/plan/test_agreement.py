@@ -36,6 +36,11 @@ def notes_of(folder: Path, one: dict[str, Any], other: dict[str, Any], **options
             "the kind of layer 1: 'sliding_attention' in 'one', 'full_attention' in 'other'",
         ),
         ({"sliding_window": 8, "use_sliding_window": True}, {"sliding_window": 16}, "sliding_window"),
+        (
+            {"id2label": {"0": "LABEL_0", "1": "no", "2": "yes"}},
+            {"id2label": {"0": "never", "1": "yes", "2": "no"}},
+            "the label 1: 'no' in 'one', 'yes' in 'other'",
+        ),
     ],
 )
 def test_entries_that_change_what_weights_mean_are_named(
@@ -72,3 +77,23 @@ def test_keys_without_effect_are_told_or_refused(tmp_path: Path) -> None:
     assert any("'revision' in an entry of 'models'" in note for note in plan_of(config, tmp_path / "out").notes)
     with pytest.raises(RecipeError, match=r"'revision' .* has no effect.*leave out --strict"):
         plan_of(config, tmp_path / "out", strict=True)
+
+
+def test_files_that_say_something_else_are_named_with_their_entries(tmp_path: Path) -> None:
+    files = {
+        "one": {"generation_config.json": '{"eos_token_id": 1, "transformers_version": "4"}', "modeling_tiny.py": "1"},
+        "other": {"generation_config.json": '{"eos_token_id": 2}', "modeling_tiny.py": "2", "chat_template.jinja": "x"},
+        "third": {"generation_config.json": '{"eos_token_id": 1}', "LICENSE.txt": "x"},
+    }
+    for name, texts in files.items():
+        write_checkpoint(tmp_path / "models" / name, tiny_llama_tensors(seed=len(name)), config=tiny_llama_config())
+        for file, text in texts.items():
+            (tmp_path / "models" / name / file).write_text(text)
+    plan = plan_of(
+        recipe(tmp_path / "models", {"method": "linear", "sources": ["one", "other", "third"]}), tmp_path / "out"
+    )
+    assert [note for note in plan.notes if "these files" in note] == [
+        "these files say something else in 'other', and are those of 'one': generation_config.json (eos_token_id),"
+        " modeling_tiny.py",
+        "these files are in 'other' and not in 'one', and are not copied: chat_template.jinja",
+    ]

@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_px.cli import main
 from mergekit_px.errors import InputError, PlanError
+from mergekit_px.merging import plan_recipe
+from mergekit_px.plan.model import Plan
+from mergekit_px.testing import write_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -235,3 +238,18 @@ def test_a_component_has_settings_and_a_config_of_its_own(tmp_path: Path) -> Non
     assert found.dtype == torch.float32  # as the component's config says, and not the pipeline's
     check(found, values)
     assert not (tmp_path / "out" / "text_encoder" / "quantize_config.json").exists()
+
+
+def test_floats_of_8_bits_without_scales_are_told_and_not_merged_with_scaled_ones(tmp_path: Path) -> None:
+    codes = torch.ones(4, 8).to(torch.float8_e4m3fn)
+    for name, stored in {"plain": {W: codes}, "scaled": {W: codes, W + "_scale": torch.ones(1)}}.items():
+        write_checkpoint(tmp_path / name, stored)
+
+    def plan(*names: str) -> Plan:
+        models = {name: str(tmp_path / name) for name in names}
+        step = {"method": "linear", "sources": list(names)}
+        return plan_recipe({"pxmerge": 1, "models": models, "merge": step, "output": {"path": str(tmp_path / "out")}})
+
+    assert any("1 tensors of 'plain' are 8-bit floats without scales" in note for note in plan("plain").notes)
+    with pytest.raises(PlanError, match="without scales in 'plain' and with scales in 'scaled'"):
+        plan("plain", "scaled")
