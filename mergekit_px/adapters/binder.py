@@ -39,6 +39,10 @@ class BindOptions:
     component: str | None = None
 
 
+_STORED_IN_OUT = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+"""Types of models whose layers transformers keeps as ``Conv1D``, (in, out)."""
+
+
 class Binder:
     """One adapter meeting one base. ``modules``: all of the adapter's, by name."""
 
@@ -119,11 +123,19 @@ class Binder:
         if weight.shape != wanted:
             raise self.clash(weight, wanted)
 
+    @property
+    def square_in_out(self) -> bool:
+        """Whether square matrices are stored (in, out): as ``fan_in_fan_out`` says, which PEFT leaves out of account
+        where the layers are linear ones."""
+        config = self.base.config or {}
+        linear = "model_type" in config and "auto_map" not in config and config["model_type"] not in _STORED_IN_OUT
+        return self.config.flag("fan_in_fan_out") and not linear
+
     def orientation(self, weight: StoredTensor, out: int, inside: int) -> bool:
         """Whether a matrix is stored (in, out), the transpose of a linear layer's (out, in). The shape decides; of
-        a square one, ``fan_in_fan_out``. Raises AdapterError where neither fits."""
+        a square one, ``square_in_out``. Raises AdapterError where neither fits."""
         if weight.shape == (out, inside):
-            return out == inside and self.config.flag("fan_in_fan_out")
+            return out == inside and self.square_in_out
         if weight.shape == (inside, out):
             return True
         raise self.clash(weight, (out, inside))
@@ -135,6 +147,10 @@ class Binder:
             raise self.error(f"the adapter has a bias for {shown(weight.name)}, the base has none")
         self.check_shape(bias, value.shape)
         return AddPatch(target=bias.name, source=bias.name, out_shape=bias.shape, factors={"value": value}, scale=scale)
+
+
+_PLACES = "shira_indices"
+"""The one factor that is of integers."""
 
 
 def roles(
@@ -154,6 +170,11 @@ def roles(
         raise config.error(f"{missing[0]} of {shown(module.name)} is missing (there is {present})")
     found = {role: module.tensors[name] for role, name in names.items()}
     for tensor in found.values():
+        if tensor.dtype.kind == "integer" and not tensor.name.endswith(_PLACES):
+            raise config.error(
+                f"{shown(tensor.name)} is {tensor.dtype}, and factors are no integers",
+                hint="it is quantised in a way that is not known; give the adapter in floating point",
+            )
         if not axes[0] <= len(tensor.shape) <= axes[1] or 0 in tensor.shape:
             raise config.error(f"{shown(tensor.name)} is {list(tensor.shape)}, which is no factor of {config.kind}")
     return found

@@ -66,7 +66,7 @@ def scale_patches(
     axis, groups = int(on_input), 1
     if len(weight.shape) == 2:
         square = weight.shape[0] == weight.shape[1]
-        if (square and binder.config.flag("fan_in_fan_out")) or (not square and length == weight.shape[1 - axis]):
+        if (square and binder.square_in_out) or (not square and length == weight.shape[1 - axis]):
             axis = 1 - axis  # stored (in, out)
     if on_input and len(weight.shape) > 2 and length % weight.shape[1] == 0:
         groups = length // weight.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from mergekit_px.adapters.binder import BindOptions
 from mergekit_px.adapters.open import open_adapter
-from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.open import Checkpoint, open_checkpoint
 from mergekit_px.cli import main
 from mergekit_px.errors import AdapterError
 
@@ -320,3 +321,42 @@ def test_no_tensor_of_an_adapter_is_skipped(name: str, stranger: str, tmp_path: 
     save_file(load_file(file) | {f"base_model.model.{stranger}": torch.ones(4, 4)}, file)
     with pytest.raises(AdapterError, match=stranger.split(".")[0]):
         open_adapter(tmp_path / "adapter").bind(open_checkpoint(tmp_path / "base.safetensors"))
+
+
+def square_lora(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    factors = {f"h.0.c_proj.lora_{letter}.weight": torch.ones(2, 2).to(dtype) for letter in "AB"}
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4} | config))
+    return folder
+
+
+def square_base(folder: Path, config: dict[str, str]) -> Checkpoint:
+    folder.mkdir()
+    save_file({"h.0.c_proj.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "turned"),
+    [
+        ({"model_type": "llama"}, False),
+        ({"model_type": "gpt2"}, True),
+        ({}, True),
+        ({"model_type": "own", "auto_map": "x"}, True),
+    ],
+)
+def test_square_matrices_of_linear_layers_are_never_turned(
+    config: dict[str, str], turned: bool, tmp_path: Path
+) -> None:
+    base = square_base(tmp_path / "base", config)
+    for flag in (False, True):
+        patches = open_adapter(square_lora(tmp_path / str(flag), fan_in_fan_out=flag)).bind(base)
+        assert patches["h.0.c_proj.weight"].transposed is (flag and turned)
+
+
+def test_factors_of_integers_are_refused(tmp_path: Path) -> None:
+    adapter = open_adapter(square_lora(tmp_path / "a", torch.int8))
+    with pytest.raises(AdapterError, match="is I8, and factors are no integers"):
+        adapter.bind(square_base(tmp_path / "base", {}))
