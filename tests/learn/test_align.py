@@ -419,7 +419,7 @@ def test_several_tasks_are_one_task_whose_vector_is_their_sum(world: Path, tmp_p
 
 @pytest.mark.parametrize("changes", [{}, {"parametrisation": "cayley", "sided": "two", "sites": "all"}])
 def test_matrices_are_used_again_without_data(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    aligned(options(world, tmp_path / "out", **changes))
+    first = aligned(options(world, tmp_path / "out", **changes))
     again = options(world, tmp_path / "again", data=None, maps=str(tmp_path / "out"), model=None)
     report = aligned(again)
     assert report["test"] == {} and report["scales"] == [] and set(report["not_scored"]) == set(CONTROLS)
@@ -428,6 +428,9 @@ def test_matrices_are_used_again_without_data(world: Path, tmp_path: Path, chang
         torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-7)
     scored = aligned(options(world, tmp_path / "scored", maps=str(tmp_path / "out"), steps=1))
     assert set(scored["test"]) == set(CONTROLS)
+    untrained = ("zero-shot", "naive", "aligned")
+    assert len({first["test"][name] for name in untrained[:2]}) == 2
+    assert [scored["test"][name] for name in untrained] == [first["test"][name] for name in untrained]
     with pytest.raises(PlanError, match="made for another target base"):
         aligned(again | {"output": tmp_path / "no", "base": str(world / "small" / "base")})
     with pytest.raises(UsageError, match="needs labelled examples"):

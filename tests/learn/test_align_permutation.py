@@ -22,6 +22,7 @@ from mergekit_px.learn.align.head_counts import head_counts
 from mergekit_px.learn.align.layout import find_layout
 from mergekit_px.learn.align.matching import random_permutations
 from mergekit_px.learn.align.parts import Layout
+from mergekit_px.learn.data import split_rows
 from mergekit_px.learn.life import run_learner
 
 ALL = ("heads", "mlp", "residual")
@@ -391,6 +392,12 @@ def test_with_data_all_controls_are_scored(made: Callable[[str], Path], tmp_path
     assert list(report["test"]) == [
         "zero-shot", "naive", "aligned", "sham", "few-shot fine-tune", "fine-tune from naive", "random permutation"
     ]  # fmt: skip
+    rows = split_rows(60, {"validation": 0.2, "test": 0.3}, 0, "data")["test"]
+    module = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out" / "model").eval()
+    with np.load(tmp_path / "few.npz") as arrays, torch.no_grad():
+        logits = module(pixel_values=torch.from_numpy(arrays["pixel_values"])[rows]).logits
+        right = logits.argmax(-1) == torch.from_numpy(arrays["labels"])[rows]
+    assert report["test"]["aligned"] == pytest.approx(100 * float(right.double().mean()))
     assert report["not_scored"] == {} and len(report["scales"]) == 9
     assert report["permutations"]["function_change"] < 1e-4
     aligned(options(folder, tmp_path / "b", tmp_path / "free"))

@@ -18,7 +18,7 @@ from mergekit_px.learn.precision import Precision
 
 
 class ChangedModel:
-    """The target model plus changes of some of its tensors.
+    """The target model plus changes of some of its tensors. A model has one of these: its weights come from there.
 
     Args:
         model: in evaluation mode, on the device.
@@ -35,11 +35,13 @@ class ChangedModel:
         self._scale = 1.0
         model.defer({model.names[site.name]: partial(self._value, site) for site in sites})
 
-    def logits(self, changes: Mapping[str, Tensor], batch: Batch, scale: float = 1.0) -> Tensor:
+    def logits(
+        self, changes: Mapping[str, Tensor], batch: Batch, scale: float = 1.0, precision: Precision | None = None
+    ) -> Tensor:
         """Logits with ``scale * changes`` added to the tensors that they name; differentiable in the changes, until the
         next pass."""
         self._changes, self._scale = changes, scale
-        return predict(self.module, batch, self._precision)
+        return predict(self.module, batch, precision or self._precision)
 
     def _value(self, site: Site) -> Tensor:
         return site.value + self._scale * self._changes[site.name] if site.name in self._changes else site.value

@@ -105,9 +105,9 @@ def function_change(permutations: Permutations, model: ChangedModel, batch: Batc
     Raises:
         PlanError: they are not.
     """
-    before = model.logits({}, batch)
+    before = model.logits({}, batch, precision="float32")  # rounding would hide what permutations change
     permuted = {name: permutations.permute(name, site.value) - site.value for name, site in model.sites.items()}
-    after = model.logits(permuted, batch)
+    after = model.logits(permuted, batch, precision="float32")
     change = float((after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny))
     if not change <= _TOLERANCE:
         raise PlanError(

@@ -116,8 +116,7 @@ def _with_data(
     changed = ChangedModel(model, sites, settings.precision)
     if settings.maps is not None or settings.route == "permutation":
         first = to_device(next(parts["validation"].batches(settings.batch)), device, dtype)
-        exact = ChangedModel(model, sites)  # rounding would hide what permutations change
-        fixed = _found_map(run, metadata, exact, first)
+        fixed = _found_map(run, metadata, changed, first)
     elif settings.route == "theseus":
         crossed = _crossed(run, model, parts["train"])
         maps = activation_maps(crossed)
