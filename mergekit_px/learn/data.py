@@ -169,25 +169,23 @@ def read_arrays(path: str | Path) -> dict[str, Tensor]:
     )
 
 
+def npz_problem(error: Exception) -> str:
+    """What is wrong with an archive that numpy cannot read."""
+    if "Object arrays" in str(error):
+        return "it holds Python objects, which are not read"
+    if "pickled" in str(error):  # numpy's guess about what is no archive
+        return "not a readable .npz file: it is no zip archive"
+    return f"not a readable .npz file: {shown(str(error))}"
+
+
 def _read_npz(path: Path, where: str) -> dict[str, Tensor]:
     import numpy
 
     try:
         with path.open("rb") as file, numpy.load(file, allow_pickle=False) as archive:
             loaded = {name: archive[name] for name in archive.files}
-    except (
-        OSError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        AttributeError,
-        TypeError,
-        RuntimeError,
-    ) as error:
-        if "allow_pickle" in str(error) or "pickled" in str(error):
-            raise InputError("it holds Python objects, which are not read", where=where) from error
-        raise InputError(f"not a readable .npz file: {shown(str(error))}", where=where) from error
+    except UNREADABLE_NPZ as error:
+        raise InputError(npz_problem(error), where=where) from error
     arrays = {}
     for name, array in loaded.items():
         try:

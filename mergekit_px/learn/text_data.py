@@ -295,7 +295,9 @@ def _labels(table: Table, column: str, task: Task, config: Mapping[str, Any] | N
                 f"line {line}: the label {shown(json.dumps(value, default=str))} is unknown to the head, whose classes"
                 f" are {classes or 'numbers'}",
                 where=table.where,
-                hint="give a class's name or number; config.json names classes in label2id",
+                hint="give a class's name or number; config.json names classes in label2id"
+                if known
+                else "number the classes from 0",
             )
         found.append(number)
     return torch.tensor(found)

@@ -12,7 +12,7 @@ from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.whole import read_tensors
 from mergekit_px.errors import InputError, InputNotFoundError
-from mergekit_px.learn.data import LABELS, UNREADABLE_NPZ
+from mergekit_px.learn.data import LABELS, UNREADABLE_NPZ, npz_problem
 
 
 class ArrayFile:
@@ -52,7 +52,7 @@ class ArrayFile:
         except TypeError:
             raise InputError(f"{shown(name)} holds no numbers", where=self.where) from None
         except UNREADABLE_NPZ as error:
-            raise InputError(f"{shown(name)} cannot be read: {shown(str(error))}", where=self.where) from None
+            raise InputError(f"{shown(name)}: {npz_problem(error)}", where=self.where) from None
 
     def labels(self) -> Tensor | None:
         """The class of each example, (n,) int64; None where the file has none.
@@ -83,7 +83,7 @@ class ArrayFile:
             with numpy.load(self.path, allow_pickle=False) as archive:
                 return list(archive.files)
         except UNREADABLE_NPZ as error:
-            raise InputError(f"not a readable .npz file: {shown(str(error))}", where=self.where) from None
+            raise InputError(npz_problem(error), where=self.where) from None
 
 
 class MadeArrays(ArrayFile):

@@ -109,20 +109,46 @@ class Backbone:
         """
         dtype = next((one.dtype for one in self._tensors.values() if one.is_floating_point()), torch.float32)
         with self._readout.listening():
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 require_arguments(self._module, batch, where)
                 given = with_positions(self._module, to_device(batch, self.device, dtype))
-                try:
-                    output = torch.func.functional_call(self._module, dict(tensors), (), given)
-                except _FAILURES as error:
-                    shapes = ", ".join(f"{name} {list(array.shape[1:])}" for name, array in batch.items())
-                    lines = str(error).splitlines() or [type(error).__name__]
-                    what = f"the model cannot take the arrays ({shapes} for an example): {lines[0]}"
-                    raise InputError(what, where=where) from error
-                found = self._readout.read(output, given, where)
+                found = self._feature(given, tensors, where)
                 if not bool(torch.isfinite(found).all()):
                     raise NonFiniteError("the model gives features that are NaN or infinite", where=where)
+                if number == 0:
+                    self._require_sight(given, tensors, found, where)
                 yield found
+
+    def _feature(self, given: Batch, tensors: Mapping[str, Tensor], where: str) -> Tensor:
+        try:
+            output = torch.func.functional_call(self._module, dict(tensors), (), given)
+        except _FAILURES as error:
+            shapes = ", ".join(f"{name} {list(array.shape[1:])}" for name, array in given.items())
+            lines = str(error).splitlines() or [type(error).__name__]
+            what = f"the model cannot take the arrays ({shapes} for an example): {lines[0]}"
+            raise InputError(what, where=where) from error
+        return self._readout.read(output, given, where)
+
+    def _require_sight(self, given: Batch, tensors: Mapping[str, Tensor], found: Tensor, where: str) -> None:
+        """Raise ``UsageError`` for a feature of texts that stays what it is whatever follows their first token."""
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if ids is None or ids.ndim != 2 or ids.shape[1] < 2:
+            return
+        rows = torch.arange(len(ids)) if mask is None else mask[:, :2].bool().all(dim=1).nonzero().flatten()
+        few = {name: array[rows[:2]] for name, array in given.items()}
+        ids = few["input_ids"]
+        others = torch.where(ids == ids[:, :1], ids.max(), ids[:, :1]) if len(ids) else ids
+        others[:, :1] = ids[:, :1]
+        if torch.equal(others, ids):
+            return
+        few["input_ids"] = others
+        if torch.allclose(self._feature(few, tensors, where), found[rows[:2]], rtol=0, atol=1e-6):
+            raise UsageError(
+                f"the feature of {type(self._module).__name__} depends on nothing but the first token of a text, which"
+                " sees no other",
+                where="--pool",
+                hint="read the last token, which sees all: --pool last; or --pool mean",
+            )
 
     def _bound(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the base with a PEFT adapter in them."""

@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from mergekit_px.adapters.acmap import AcmapState
+from mergekit_px.cli import main
 
 from .conftest import NEXT, VOCABULARY, learned, numbers, ofasd, padded, save, save_arrays, task
 
@@ -75,8 +76,9 @@ def test_nothing_that_is_learned_changes(world: str, line: str, file: str) -> No
         assert scores[0]["labels"] == ("next tokens" if world in NEXT else "tokens")
 
 
-@pytest.mark.parametrize("pool", ["first", "mean", "last"])
-def test_no_prototype_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
+def test_no_prototype_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=64)
@@ -84,17 +86,22 @@ def test_no_prototype_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     norms = {name: one * 1.5 for name, one in load_file("base/model.safetensors").items() if "ln_" in name}
     state = AcmapState()
     state.add(norms, "norms")
-    state.save(Path("data"))
-    shutil.copytree("data", "long") if Path("data").is_dir() else shutil.copy("data", "long")
+    state.save(Path("state"))
     arrays = {**task("gpt2", 12, 3), "labels": torch.arange(12) % 3}
     inputs = {name: one for name, one in arrays.items() if name != "labels"}
     save_arrays("data.npz", arrays)
     save_arrays("long.npz", {**padded(inputs, left=True), "labels": arrays["labels"]})
-    found = []
-    for data in ("data", "long"):
-        learned("acmap", "map", "--state", data, "--data", f"{data}.npz", "--base", "base", "--pool", pool,
-                "-o", f"{data}.safetensors")  # fmt: skip
-        found.append(load_file(f"{data}.safetensors"))
-    assert found[0].keys() == found[1].keys()
-    for name, one in found[0].items():
-        np.testing.assert_allclose(one, found[1][name], rtol=0, atol=1e-6)
+    line = ["acmap", "map", "--base", "base"]
+    for pool in ("mean", "last"):
+        found = []
+        for data in ("data", "long"):
+            shutil.copy("state", f"{data}-{pool}")
+            place = f"{data}-{pool}.safetensors"
+            learned(*line, "--state", f"{data}-{pool}", "--data", f"{data}.npz", "--pool", pool, "-o", place)
+            found.append(load_file(place))
+        assert found[0].keys() == found[1].keys()
+        for name, one in found[0].items():
+            np.testing.assert_allclose(one, found[1][name], rtol=0, atol=1e-6)
+    capsys.readouterr()
+    assert main([*line, "--state", "state", "--data", "data.npz", "-q"]) == 2
+    assert "depends on nothing but the first token of a text" in capsys.readouterr().err
