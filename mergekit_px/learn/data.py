@@ -41,11 +41,12 @@ IGNORED = -100
 """The label that losses leave out, as in ``torch.nn.functional.cross_entropy``."""
 TARGETS = "targets of the predictions"
 COUNTED = "predictions that count"
+TASK = "number of the task"
 TEACHER = "teacher log-probabilities"
 TEACHER_CLASSES = "classes of the teacher"
 _MASKED = frozenset(("input_ids", "attention_mask", "token_type_ids", LABELS))
 """Arrays of sequences, of which only what the attention mask holds counts."""
-BESIDE = frozenset((LABELS, TARGETS, COUNTED, TEACHER, TEACHER_CLASSES))
+BESIDE = frozenset((LABELS, TARGETS, COUNTED, TASK, TEACHER, TEACHER_CLASSES))
 """Arrays that lie beside the inputs of a model. But for the labels, no forward pass has arguments of such names."""
 
 Batch = dict[str, Tensor]

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mergekit_px.learn.data import TARGETS, Batch
+from mergekit_px.learn.data import TARGETS, TASK, Batch
 from mergekit_px.learn.labels import target_count
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.objective import cross_entropy, right_predictions
@@ -24,15 +24,23 @@ class ChangedModel:
         model: in evaluation mode, on the device.
         sites: its arrays.
         precision: of forward passes.
+        heads: tensors that stand for the model's own in batches of each task; none where all tasks have those.
     """
 
-    def __init__(self, model: LearningModel, sites: Sequence[Site], precision: Precision = "float32") -> None:
+    def __init__(
+        self,
+        model: LearningModel,
+        sites: Sequence[Site],
+        precision: Precision = "float32",
+        heads: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
         self.module: nn.Module = model.module
         self.sites = {site.name: site for site in sites}
         self._precision = precision
         self.dtype = model.dtype
         self._changes: Mapping[str, Tensor] = {}
         self._scale = 1.0
+        self._heads, self.task = heads, 0
         model.defer({model.names[site.name]: partial(self._value, site) for site in sites})
 
     def logits(
@@ -41,9 +49,16 @@ class ChangedModel:
         """Logits with ``scale * changes`` added to the tensors that they name; differentiable in the changes, until the
         next pass."""
         self._changes, self._scale = changes, scale
+        self.task = int(batch[TASK][0]) if TASK in batch else 0
         return predict(self.module, batch, precision or self._precision)
 
+    def in_head(self, site: Site) -> bool:
+        """Whether tasks have arrays of their own in its place."""
+        return any(site.name in head for head in self._heads)
+
     def _value(self, site: Site) -> Tensor:
+        if self._heads and site.name in self._heads[self.task]:
+            return self._heads[self.task][site.name]
         return site.value + self._scale * self._changes[site.name] if site.name in self._changes else site.value
 
     def loss(self, changes: Mapping[str, Tensor], batch: Batch, scale: float = 1.0) -> Tensor:

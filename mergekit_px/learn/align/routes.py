@@ -35,7 +35,8 @@ class Trial:
 
     life: Run[AlignTask]
     model: ChangedModel
-    parts: Mapping[str, Examples]
+    parts: Mapping[str, Sequence[Examples]]
+    """The data of each task with a head of its own, or all in one."""
     pieces: Sequence[Piece]
     fixed: FixedMap | None
     metadata: Mapping[str, str]
@@ -96,11 +97,13 @@ class Trial:
         """Percent of right labels on the test data."""
         return self.model.accuracy(changes, self.batches("test"), self.settings.scale if scale is None else scale)
 
-    def batches(self, part: str) -> Iterator[Batch]:
-        """The batches of a part, in order, on the device."""
+    def batches(self, part: str, task: int | None = None) -> Iterator[Batch]:
+        """The batches of a part, or of one of its tasks, in order, on the device."""
         return (
             to_device(batch, self.life.device, self.model.dtype)
-            for batch in self.parts[part].batches(self.settings.batch)
+            for number, examples in enumerate(self.parts[part])
+            if task in (None, number)
+            for batch in examples.batches(self.settings.batch)
         )
 
     def _transported(
@@ -155,7 +158,7 @@ class Trial:
         free = {
             site.name: start.get(site.name, torch.zeros_like(site.value)).clone().requires_grad_()
             for site in self.model.sites.values()
-            if site.is_parameter
+            if site.is_parameter and not self.model.in_head(site)
         }
         fixed = {other: delta for other, delta in start.items() if other not in free}
 
@@ -183,9 +186,10 @@ class Trial:
             free,
             [
                 (
-                    step_batches(self.parts["train"], settings, "train"),
-                    lambda part, whole: loss(part) * label_share(part, whole),
+                    step_batches(examples, settings, f"train {number}" if number else "train"),
+                    lambda part, whole: loss(part) * label_share(part, whole) / len(self.parts["train"]),
                 )
+                for number, examples in enumerate(self.parts["train"])
             ],
             score,
             Schedule(settings.steps, settings.evaluate_every, rate, settings.weight_decay),

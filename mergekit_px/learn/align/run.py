@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -38,8 +38,9 @@ from mergekit_px.learn.align.rebasin import find_rebasin, function_change
 from mergekit_px.learn.align.reuse import SOURCE_KEY, TARGET_KEY, load_map
 from mergekit_px.learn.align.routes import CONTROLS, Deltas, Trial, norm
 from mergekit_px.learn.align.settings import AlignReport, AlignTask
-from mergekit_px.learn.align.source import Differences, open_deltas
-from mergekit_px.learn.data import Batch, Examples, to_device
+from mergekit_px.learn.align.source import Differences, open_deltas, task_heads
+from mergekit_px.learn.data import TASK, Batch, Examples, split_rows, to_device
+from mergekit_px.learn.data_files import load_data
 from mergekit_px.learn.labels import find_reading
 from mergekit_px.learn.lazy import LazyTensors
 from mergekit_px.learn.life import Run
@@ -63,10 +64,10 @@ def fit(run: Run[AlignTask]) -> AlignReport:
     """
     if run.settings.data:
         _plan_memory(run)
-    parts = run.parts() if run.settings.data else {}
+    tasks = _parts(run) if run.settings.data else []
     metadata = _metadata(run)
     with closing(open_deltas(run)) as deltas:
-        return _with_data(run, parts, deltas, metadata) if parts else _without_data(run, deltas, metadata)
+        return _with_data(run, tasks, deltas, metadata) if tasks else _without_data(run, deltas, metadata)
 
 
 def _plan_memory(run: Run[AlignTask]) -> None:
@@ -96,34 +97,38 @@ def _metadata(run: Run[AlignTask]) -> dict[str, str]:
 
 
 def _with_data(
-    run: Run[AlignTask], parts: dict[str, Examples], deltas: Differences, metadata: Mapping[str, str]
+    run: Run[AlignTask], tasks: Sequence[dict[str, Examples]], deltas: Differences, metadata: Mapping[str, str]
 ) -> AlignReport:
     """Transport, train and score."""
     settings, base, device = run.settings, run.checkpoint("base"), run.device
     model = run.model(narrow=True)
     sites = find_sites(model)
     dtype = model.dtype
-    parts, reading = run.labelled(model, parts, dtype)
-    if reading.kind == "values":
-        raise InputError(
-            "the labels are values, not classes", where=" ".join(settings.data), hint="number the classes from 0"
-        )
+    changed = ChangedModel(model, sites, settings.precision, task_heads(run, {one.name: one.target for one in sites}))
+    parts: dict[str, list[Examples]] = {}
+    for changed.task, task in enumerate(tasks):
+        read, reading = run.labelled(model, task, dtype)
+        if reading.kind == "values":
+            raise InputError(
+                "the labels are values, not classes", where=" ".join(settings.data), hint="number the classes from 0"
+            )
+        for name, examples in read.items():
+            parts.setdefault(name, []).append(examples)
     deltas = deltas.on(device, dtype)
     shapes = {site.name: tuple(site.target.shape) for site in sites}
     fitting = deltas.only([name for name, shape in deltas.shapes.items() if shapes.get(name) == shape])
     pieces: list[Piece] = []
     fixed: FixedMap | None = None
-    changed = ChangedModel(model, sites, settings.precision)
     if settings.maps is not None or settings.route == "permutation":
-        first = to_device(next(parts["validation"].batches(settings.batch)), device, dtype)
+        first = to_device(next(parts["validation"][0].batches(settings.batch)), device, dtype)
         fixed = _found_map(run, metadata, changed, first)
     elif settings.route == "theseus":
-        crossed = _crossed(run, model, parts["train"])
+        crossed = _crossed(run, model, parts["train"][0])
         maps = activation_maps(crossed)
         fixed = FixedMap(partial(theseus, maps=maps), Artefact(MAPS_FILE, maps, metadata), across_shapes=True)
     elif settings.route == "gradfix":
         names = [name for name in fitting if changed.sites[name].is_parameter]
-        train = (to_device(batch, device, dtype) for batch in parts["train"].batches(settings.batch))
+        train = (to_device(batch, device, dtype) for part in parts["train"] for batch in part.batches(settings.batch))
         signs = gradient_signs(changed, train, names, majority=settings.majority)
         kept = {name: one.to("cpu", torch.int8) for name, one in signs.items()}
         fixed = FixedMap(partial(gradfix, signs=signs), Artefact(SIGNS_FILE, kept, metadata))
@@ -146,15 +151,35 @@ def _with_data(
 
     outcome = trial.run(deltas, fitting, keep)
     moved = outcome.pop("transported")
+    scored = [("zero-shot", {}), ("naive", fitting), ("aligned", moved)]
     known = {name for site in sites if site.name in moved for name in site.names}
     return AlignReport(
-        examples={part: len(one) for part, one in parts.items()},
+        examples={part: sum(map(len, found)) for part, found in parts.items()},
         labels=reading.kind,
         left_out=sorted(name for name in deltas if name not in known),
         **outcome,
         not_scored={name: f"--controls {settings.controls}" for name in CONTROLS if name not in outcome["test"]},
         scales=_scales(trial, fitting, moved),
+        tasks=[
+            {name: changed.accuracy(changes, trial.batches("test", number), settings.scale) for name, changes in scored}
+            for number in (range(len(tasks)) if len(tasks) > 1 else ())
+        ],
     )
+
+
+def _parts(run: Run[AlignTask]) -> list[dict[str, Examples]]:
+    """The parts of the data: of all tasks together, or of each that has a head of its own."""
+    settings = run.settings
+    if not settings.task_heads:
+        return [run.parts()]
+    found = []
+    shares = {name: float(getattr(settings, name)) for name in ("validation", "test")}
+    for number, (path, tuned) in enumerate(zip(settings.data, run.checkpoints("source_model"), strict=True)):
+        whole = load_data(path, tuned, settings.text, run.note)
+        whole = Examples({**whole.arrays, TASK: torch.full((len(whole),), number)}, whole.where)
+        rows = split_rows(len(whole), {name: share for name, share in shares.items() if share}, settings.seed, path)
+        found.append({name: whole.take(numbers) for name, numbers in rows.items()})
+    return found
 
 
 def _without_data(run: Run[AlignTask], deltas: Differences, metadata: Mapping[str, str]) -> AlignReport:

@@ -129,6 +129,8 @@ class AlignTask(LearnerSettings, TextSettings, AlignSettings):
         description=f"{DATA_HELP}: a few labelled examples of the task, or of each task;"
         " needed unless nothing is learned from them.",
     )
+    task_heads: Annotated[tuple[str, ...], Option(metavar="PATTERN...")] = ()
+    """Tensors that each task keeps as its fine-tune has them, as 'classifier.*'."""
     maps: Annotated[str | None, Input("file"), Option(metavar="FILE")] = None
     """What a former run transported with, or its folder; nothing is learned."""
     source_code: Code = None
@@ -148,6 +150,8 @@ class AlignTask(LearnerSettings, TextSettings, AlignSettings):
             )
         if not self.data and isinstance(self.test, str):
             raise UsageError("test data goes with --data: the controls are trained on it")
+        if self.task_heads:
+            self._check_task_heads()
         if self.project and self.parametrisation != "soft":
             raise UsageError(f"{self.parametrisation} matrices are orthogonal already", hint="project goes with soft")
         if not self.permute:
@@ -155,6 +159,15 @@ class AlignTask(LearnerSettings, TextSettings, AlignSettings):
         if self.heads is not None and self.kv_heads is not None and self.heads % self.kv_heads:
             raise UsageError(f"{self.heads} heads cannot share {self.kv_heads} key and value heads evenly")
         _ = self.roles
+
+    def _check_task_heads(self) -> None:
+        if len(self.source_model) < 2 or len(self.data) != len(self.source_model):
+            what = "heads of tasks need several source models and a file of data for each"
+            raise UsageError(what, where="--task-heads", hint="give --source-model A B ... --data A B ...")
+        if self.route not in ("orthogonal", "gradfix") or self.maps is not None:
+            raise UsageError("heads of tasks are for the routes orthogonal and gradfix", where="--task-heads")
+        if isinstance(self.validation, str) or isinstance(self.test, str):
+            raise UsageError("with heads of tasks validation and test are shares", where="--task-heads")
 
 
 class AlignReport(Report):
@@ -166,6 +179,8 @@ class AlignReport(Report):
     test: dict[str, float]
     not_scored: dict[str, str]
     scales: list[dict[str, float]]
+    tasks: list[dict[str, float]] = Field(default_factory=list)
+    """The same scores of what trains nothing, of each task with its own head."""
     trace: list[tuple[int, float | None, float]]
     labels: str | None = None
     steps: int = 0

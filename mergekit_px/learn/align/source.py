@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,6 +74,33 @@ class Differences(Mapping[str, Tensor]):
             reader.close()
 
 
+def in_heads(patterns: Sequence[str], name: str) -> bool:
+    """Whether a tensor is of the heads that tasks keep."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def task_heads(run: Run[AlignTask], sites: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The heads of the tasks, by the names of the target's arrays; none where tasks have the target's own.
+
+    Raises:
+        UsageError: patterns that name no tensor of a fine-tune and the target.
+    """
+    patterns, found = run.settings.task_heads, []
+    for tuned in run.checkpoints("source_model") if patterns else ():
+        if is_task_vector(tuned):
+            what = "it holds differences, and a head is that of a whole fine-tune"
+            raise UsageError(what, where=tuned.label, hint="give the fine-tune, or leave out --task-heads")
+        names = [name for name in tuned.tensors if in_heads(patterns, name)]
+        unknown = [name for name in names if name not in sites]
+        if unknown or not names:
+            what = f"{shown(unknown[0])} is no tensor of the target" if unknown else "it names no tensor"
+            raise UsageError(f"{what} ({tuned.label})", where="--task-heads")
+        with closing(open_source(tuned)) as reader:
+            tensors = {name: read_tensor(reader, tuned.tensors[name]) for name in names}
+        found.append({name: one.to(run.device, sites[name].dtype) for name, one in tensors.items()})
+    return found
+
+
 def open_deltas(run: Run[AlignTask]) -> Differences:
     """The task vector that is transported: that of one task, or the sum of several.
 
@@ -82,8 +112,9 @@ def open_deltas(run: Run[AlignTask]) -> Differences:
     if run.settings.source_model:
         assert base is not None
         tuned = run.checkpoints("source_model")
-        check_sources(base, tuned)
-        return Differences(tuned, base)
+        check_sources(base, tuned, partial(in_heads, run.settings.task_heads))
+        whole = Differences(tuned, base)
+        return whole.only([name for name in whole if not in_heads(run.settings.task_heads, name)])
     vectors = run.checkpoints("task_vector")
     known = None if base is None else run.fingerprint("source_base")
     for vector in vectors:

@@ -87,17 +87,23 @@ def parameters_of(sites: Sequence[Site]) -> tuple[list[Parameter], list[str]]:
     return parameters, [name for site in sites if not site.is_parameter for name in site.names]
 
 
-def check_sources(base: Checkpoint, sources: Sequence[Checkpoint]) -> None:
-    """Raise ``PlanError`` where a source does not belong to the base: names, shapes, or another base's task vector."""
+def check_sources(
+    base: Checkpoint, sources: Sequence[Checkpoint], apart: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Raise ``PlanError`` where a source does not belong to the base: names, shapes, or another base's task vector.
+
+    Args:
+        apart: tensors that may be others.
+    """
     known: str | None = None
     for source in sources:
-        missing = [name for name in base.tensors if name not in source.tensors]
-        extra = [name for name in source.tensors if name not in base.tensors]
+        missing = [name for name in base.tensors if name not in source.tensors and not apart(name)]
+        extra = [name for name in source.tensors if name not in base.tensors and not apart(name)]
         if missing or extra:
             what = f"it lacks {shown(missing[0])}" if missing else f"the base has no {shown(extra[0])}"
             raise TensorMismatchError(f"not a fine-tune of {base.label}: {what}", where=source.label)
         for name, stored in base.tensors.items():
-            if source.tensors[name].shape != stored.shape:
+            if not apart(name) and source.tensors[name].shape != stored.shape:
                 shapes = f"{list(source.tensors[name].shape)} and {list(stored.shape)} in {base.label}"
                 raise TensorMismatchError(f"{shown(name)} has shape {shapes}", where=source.label)
         recorded = base_fingerprint(source) if is_task_vector(source) else None
