@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mergekit_px.cli import main
 
-from .test_learners import learned, mixed, save
+from .conftest import learned, mixed, save_arrays
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def adapters(family: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
                     one.add_(0.1)
         tuned.save_pretrained(f"lora{which}")
         learned("adapter", "apply", "base", f"lora{which}", "-o", f"model{which}")
-    save("data.npz", mixed(kind, 60, 7))
+    save_arrays("data.npz", mixed(kind, 60, 7))
     return kind
 
 
