@@ -246,18 +246,23 @@ def _files(directory: Path) -> list[str]:
     return names
 
 
+def real_path(path: Path) -> Path:
+    """Where a path leads; one of links in a circle leads nowhere, and stays as it is for the system to refuse."""
+    return Path(os.path.realpath(path))
+
+
 def check_apart(output: Path, inputs: Iterable[Path]) -> None:
     """Raise ``OutputError`` if an output is an input, in one, around one, or what a link in one points at.
 
     Args:
         inputs: files and folders on this machine; a folder beside an input that is a file is free.
     """
-    place = output.resolve()
+    place = real_path(output)
     for source in inputs:
-        home = source.resolve()
+        home = real_path(source)
         targets = [home]
         if home.is_dir():
-            targets += [path.resolve() for path in home.iterdir() if path.is_symlink()]
+            targets += [real_path(path) for path in home.iterdir() if path.is_symlink()]
         for target in targets:
             if place == target or place in target.parents or (target.is_dir() and target in place.parents):
                 raise OutputError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_px.artefacts.row_mixtures import read_row_mixtures
-from mergekit_px.checkpoint.destination import FILE_SUFFIX, check_apart, destination
+from mergekit_px.checkpoint.destination import FILE_SUFFIX, check_apart, destination, real_path
 from mergekit_px.checkpoint.dtypes import DType, parse_dtype
 from mergekit_px.checkpoint.layout import parse_size, plan_layout
 from mergekit_px.checkpoint.object_store import ObjectStore, written_address
@@ -264,7 +264,8 @@ def check_output(plan: Plan, output: Path) -> None:
 
 def check_room(plan: Plan, output: Path) -> None:
     """Raises DiskSpaceError where the whole output does not fit on the disk."""
-    existing = next(parent for parent in (output.resolve(), *output.resolve().parents) if parent.exists())
+    place = real_path(output)
+    existing = next(parent for parent in (place, *place.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < plan.bytes_written:
         raise DiskSpaceError(f"{plan.bytes_written:,} bytes are to be written and {free:,} are free", where=str(output))

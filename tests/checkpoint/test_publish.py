@@ -139,3 +139,12 @@ def test_outputs_and_inputs_are_apart(tmp_path: Path) -> None:
         check_apart(model, [model / "weights"])
     check_apart(model / "part", [model / "weights"])
     check_apart(tmp_path / "model-2", [model])
+
+
+def test_links_in_a_circle_are_refused_as_outputs_and_ignored_in_inputs(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for folder in (tmp_path, tmp_path / "model"):
+        (folder / "one").symlink_to("other")
+        (folder / "other").symlink_to("one")
+    check_apart(tmp_path / "out", [tmp_path / "model"])
+    check_apart(tmp_path / "one", [tmp_path / "model"])

@@ -130,6 +130,17 @@ def test_a_closed_pipe_is_no_error(words: str) -> None:
     assert finished.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "code"), [("methods --json >&-", 0), ("methods x 2>&-", 2), ("methods <&- >&- 2>&-", 0)]
+)
+@pytest.mark.skipif(os.name == "nt", reason="a shell closes the streams")
+def test_closed_streams_are_no_error(words: str, code: int) -> None:
+    line = f'"{sys.executable}" -c "from mergekit_px.cli import run; run()" {words}'
+    finished = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == code
+    assert "rror" not in finished.stderr
+
+
 def test_main_leaves_stdout_as_it_found_it(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
     main(["--help"])
