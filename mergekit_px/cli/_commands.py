@@ -108,7 +108,7 @@ def own_commands() -> Mapping[str, Command]:
     """All of this package, whose methods and learners have names of their own."""
     learners = (Command(name, LEARNING, declared.summary) for name, declared in built_in.LEARNERS.items())
     methods = (_of_method(name, declared.summary) for name, declared in built_in.METHODS.items())
-    return {command.name: command for command in (*_TABLE, *learners, *methods)}
+    return {command.name: command for command in (*learners, *_TABLE, *methods)}
 
 
 def _of_method(name: str, summary: str) -> Command:
