@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.errors import UsageError
+from mergekit_px.located.nearest import hint_for, nearest
+from mergekit_px.methods import find_method
 from mergekit_px.python_values import given_path, given_paths
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ def merge(
     Raises:
         UsageError, RecipeError, InputError, PlanError, RunError: see :mod:`mergekit_px.errors`.
     """
+    _check_names(method, params)
     recipe = _single_step(sources, method, base, weights, params)
     step = recipe["merge"]
     step |= {"rules": [dict(rule) for rule in rules], "missing": missing, "vocabulary": vocabulary}
@@ -142,10 +146,8 @@ def plan_recipe(recipe: Reference | Mapping[str, Any] | LoadedRecipe, **options:
         options["output"] = Path(given_path(options["output"], "output"))
     if isinstance(options.get("memory"), str):
         options["memory"] = parse_size(options["memory"], "memory")
-    if unknown := options.keys() - {field for field in PlanOptions.__slots__}:
-        raise UsageError(
-            f"there is no option {sorted(unknown)[0]!r}", hint=f"known are {', '.join(PlanOptions.__slots__)}"
-        )
+    if unknown := sorted(options.keys() - set(PlanOptions.__slots__)):
+        raise UsageError(f"there is no option '{unknown[0]}'", hint=hint_for(unknown[0], PlanOptions.__slots__))
     return build_plan(as_recipe(recipe), PlanOptions(mode=mode, **options))
 
 
@@ -167,6 +169,15 @@ def as_recipe(recipe: Reference | Mapping[str, Any] | LoadedRecipe) -> LoadedRec
     if isinstance(recipe, (str, PathLike)):
         return load_recipe(fspath(recipe), methods=method_catalog())
     raise UsageError(f"a recipe is a file, a mapping or a loaded recipe, not {type(recipe).__name__}")
+
+
+def _check_names(method: str, params: Mapping[str, Any]) -> None:
+    """Raise ``UsageError`` for a slip in the name of an argument, which the method would be given for a parameter."""
+    own = find_method(method).params.model_fields
+    arguments = [name for name in signature(merge).parameters if name != "params"]
+    for name in params.keys() - own.keys():
+        if (near := nearest(name, [*own, *arguments])) in arguments:
+            raise UsageError(f"merge has no argument '{name}'", hint=f"did you mean '{near}'?")
 
 
 def _single_step(

@@ -71,15 +71,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Beside the fine-tunes are files of statistics, as if made of data that say the same about every parameter.
     """
     import torch
+    from folders import write_llamas
     from safetensors.torch import save_file
 
     from mergekit_px.methods import load_methods
-    from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
     folder = tmp_path_factory.mktemp("examples") / "models"
-    base = tiny_llama_tensors(layers=4)
-    for name, tensors in (("base", base), ("math", fine_tune(base, 1)), ("code", fine_tune(base, 2))):
-        write_checkpoint(folder / name, tensors, config=tiny_llama_config(layers=4))
+    base = write_llamas(folder, "math", "code", layers=4)
     statistics = {
         name + kind.suffix: torch.ones(kind.shape(tuple(tensor.shape)))
         for kind in {method.companions for method in load_methods().values() if method.companions}

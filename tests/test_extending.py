@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from folders import write_llamas
 from project_pages import marked_blocks
 
 from mergekit_px import plug_ins
@@ -20,7 +21,6 @@ from mergekit_px.learn import find_learner, load_learners
 from mergekit_px.learn.declare import REGISTRY as LEARNERS
 from mergekit_px.methods import load_methods
 from mergekit_px.methods.declare import REGISTRY
-from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
@@ -30,9 +30,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     known, learners = dict(load_methods()), dict(load_learners())
-    base = tiny_llama_tensors()
-    for name, tensors in {"base": base, "math": fine_tune(base, 1), "code": fine_tune(base, 2)}.items():
-        write_checkpoint(tmp_path / name, tensors, config=tiny_llama_config())
+    write_llamas(tmp_path, "math", "code")
     yield
     REGISTRY.clear()
     REGISTRY.update(known)

@@ -7,19 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from folders import write_llamas
 from safetensors.torch import load_file
 
 import mergekit_px as px
 from mergekit_px.cli import main
-from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    base = tiny_llama_tensors()
-    for name, tensors in {"base": base, "a": fine_tune(base, 1), "b": fine_tune(base, 2)}.items():
-        write_checkpoint(tmp_path / name, tensors, config=tiny_llama_config())
+    write_llamas(tmp_path, "a", "b")
     return tmp_path
 
 
@@ -97,6 +95,7 @@ def test_names_can_be_explored() -> None:
         (lambda: px.run_command(), "there is no command ''; pxmerge --help lists them"),
         (lambda: px.plan_recipe(3), "not int"),
         (lambda: px.plan_recipe({}, colour="red"), "there is no option 'colour'"),
+        (lambda: px.merge(["a", "b"], "linear", outputs="c"), "merge has no argument 'outputs'; did you mean 'output'"),
         (lambda: px.build_plan("recipe.yaml"), "plan_recipe takes files and mappings"),
         (lambda: px.merge_state_dicts(["a", "b"]), "this is str; merge.. merges files"),
         (lambda: px.merge_state_dicts({"a": {}, "b": {}}, weights={"c": 1.0}), "a weight is given for 'c'"),

@@ -31,6 +31,7 @@ _OTHER_NAMES = {
 """What papers and other programs call an option -> what it is called here: no likeness of letters tells that."""
 
 
+_EXTRA = re.compile(r"Got unexpected extra arguments?(?:\(s\))? \((\S+?)\)?(?: |$)")
 _BOUND = re.compile(r"Invalid value for '(.+?)': Input should be (.+?)(?:, unable to parse .*)?")
 _BOUNDS = {
     "greater than or equal to": "at least",
@@ -65,7 +66,7 @@ def explain(error: BaseException, words: Sequence[str], command: str = "") -> tu
     if isinstance(error, PxmergeError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, typer.TyperException):
-        text = _renamed(error) or _worded(" ".join(error.format_message().split()))
+        text = _renamed(error) or _surplus(error, words) or _worded(" ".join(error.format_message().split()))
         usage = f"{PROGRAM} {command}".rstrip()
         return error.exit_code, f"error: {text.rstrip('.')}; see `{usage} --help`"
     if isinstance(error, Interrupted):
@@ -93,6 +94,26 @@ def _worded(text: str) -> str:
     for theirs, ours in _BOUNDS.items():
         bound = bound.replace(theirs, ours)
     return f"{found[1]} must be {bound}"
+
+
+def _surplus(error: typer.TyperException, words: Sequence[str]) -> str | None:
+    """What is said of a word that stands after an option of several values and is none of them."""
+    found = _EXTRA.match(error.format_message())
+    context = getattr(error, "ctx", None)
+    if found is None or context is None or found[1] not in words:
+        return None
+    before = [word.partition("=")[0] for word in words[: words.index(found[1])] if word.startswith("--")]
+    lists = {
+        flag: each.metavar or ""
+        for each in context.command.params
+        if getattr(each, "multiple", False)
+        for flag in each.opts
+    }
+    if not before or before[-1] not in lists:
+        return None
+    metavar = lists[before[-1]]
+    kind = "numbers" if "X..." in metavar else "assignments" if "=" in metavar else "other values"
+    return f"'{found[1]}' is out of place: {before[-1]} takes {kind}, one after another"
 
 
 def _renamed(error: typer.TyperException) -> str | None:

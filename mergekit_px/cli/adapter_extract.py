@@ -98,6 +98,8 @@ def extract(
 ) -> int:
     """Extract a LoRA from a base and a fine-tune: the nearest one to TUNED - BASE, module by module.
 
+    The base comes first here; `pxmerge subtract` takes the fine-tune first.
+
     Changed tensors without a low-rank form (norms, biases, a resized vocabulary) are saved whole. The result is a
     folder that PEFT loads, or one file for programs that read kohya's or diffusers' names. How much of each
     difference it holds is reported.
@@ -111,6 +113,8 @@ def extract(
     """
     from mergekit_px.adapters.extract import ExtractOptions, extract_adapter
     from mergekit_px.checkpoint.identity import check_unchanged
+    from mergekit_px.plan.bases import swapped_note
+    from mergekit_px.plan.inputs import ResolvedInput
 
     if rank is not None and energy is not None:
         raise UsageError("--rank and --energy exclude each other", hint="give one of them")
@@ -131,6 +135,9 @@ def extract(
     if to != "peft" and base_name is not None:
         raise UsageError(f"--base-name has no place in a file of {to}", hint="leave it out")
     models = [find_model(model, sink, allow_pickle=allow_pickle) for model in (base, tuned)]
+    inputs = [ResolvedInput(name, name, model) for name, model in zip((base, tuned), models, strict=True)]
+    if (note := swapped_note(*inputs)) is not None:
+        sink.warning(note)
     chosen = _chooser(include, exclude)
     _require_match(models[1], include, exclude)
     with closing(open_reader(models[0])) as old, closing(open_reader(models[1])) as new:

@@ -47,8 +47,9 @@ def run_command(command: str = "", *arguments: Any, **options: Any) -> Any:
         raise UsageError(f"there is no command {command!r}", hint="pxmerge --help lists them")
     function = spoken[0].load()
     words = [*name, *_words("", arguments)]
+    negatives = _negatives(function)
     for option, value in options.items():
-        words += _option(option, value, function)
+        words += _option(option, value, negatives)
     if has_option(function, "json") and options.get("json") is None:
         words.append("--json")
     printed = io.StringIO()
@@ -69,11 +70,10 @@ def run_command(command: str = "", *arguments: Any, **options: Any) -> Any:
         return text.rstrip("\n")
 
 
-def _option(option: str, value: Any, function: Callable[..., Any]) -> Iterator[str]:
+def _option(option: str, value: Any, negatives: Mapping[str, str]) -> Iterator[str]:
     """The words of an option; none for one that is left to its default."""
     flag = f"--{option.removesuffix('_').replace('_', '-')}"
     if value is None or value is False:
-        negatives = _flags(function)
         if flag not in negatives:
             raise UsageError(f"No such option: {flag}")  # nothing is written that the command could refuse
         if value is False and negatives[flag]:
@@ -98,7 +98,7 @@ def _words(flag: str, value: Any) -> Iterator[str]:
         raise UsageError(f"{flag or 'an argument'} is {type(value).__name__}, which no command line can hold")
 
 
-def _flags(function: Callable[..., Any]) -> dict[str, str]:
+def _negatives(function: Callable[..., Any]) -> dict[str, str]:
     """The options of a command, each with the flag that turns it off, or nothing."""
     found = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():

@@ -139,10 +139,11 @@ def _weights(words: Sequence[str], count: int) -> list[Any]:
             f"--weights: {words[0]} is one weight that varies over the layers, and there are {count} sources",
             hint=f"for one weight each, separate them by spaces: --weights {apart}",
         )
+    numbers = [parse_numbers(word, "--weights") for word in words]
     if len(words) != count:
         few = "1 value" if len(words) == 1 else f"{len(words)} values"
         raise UsageError(f"--weights has {few} for {count} sources", hint="give one for each source")
-    return [parse_numbers(word, "--weights") for word in words]
+    return numbers
 
 
 def _help(method: Method, options: Sequence[ParameterOption]) -> str:

@@ -14,6 +14,7 @@ import typer
 from mergekit_px.cli._arguments import Several
 from mergekit_px.cli._merge import merge_mapping
 from mergekit_px.cli._options import RunOptions
+from mergekit_px.cli._output import output_for
 from mergekit_px.cli._parameters import parse_numbers
 from mergekit_px.errors import UsageError
 from mergekit_px.recipe.naming import model_names
@@ -68,13 +69,22 @@ def subtract(model: Model, base: Subtracted, options: RunOptions) -> int:
 
     Of two models the result is a task vector, a file of its own that is bound to BASE by a fingerprint. If BASE is
     itself a task vector, it is removed from MODEL, and the result is a model; --allow-base-mismatch says that MODEL
-    need not be the one that it was taken from.
+    need not be the one that it was taken from. The fine-tune comes first here; `pxmerge adapter extract` takes the
+    base first.
 
     \b
     Examples:
       pxmerge subtract ./math ./base -o ./tau-math
       pxmerge subtract ./chat ./tau-toxic --allow-base-mismatch -o ./detoxified
     """
+    from mergekit_px.hub.reference import parse_reference
+    from mergekit_px.plan.bases import swapped_note
+    from mergekit_px.plan.inputs import open_input
+
+    if parse_reference(model) is None and parse_reference(base) is None:
+        inputs = [open_input(reference, allow_pickle=options.allow_pickle) for reference in (base, model)]
+        if (note := swapped_note(*inputs)) is not None:
+            output_for(json=options.json, quiet=options.quiet).warning(note)
     return _combine([model, base], [1.0, -1.0], options)
 
 

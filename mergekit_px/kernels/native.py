@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from mergekit_px.kernels.random import GAMMA, LAST_SHIFT, ROUNDS
 from mergekit_px.kernels.reduction import ROW, pairs_of
 from mergekit_px.kernels.tracing import Program, Type
 
@@ -35,11 +36,6 @@ LOADED = STORED | CODES - {"I8"}
 _BITS: dict[Type, str] = {"float": "i32", "double": "i64"}
 _MAGNITUDE: dict[Type, int] = {"float": 2**31 - 1, "double": 2**63 - 1}
 _SUFFIX: dict[Type, str] = {"float": "f32", "double": "f64"}
-
-# SplitMix64, as in kernels.random.
-_GAMMA = 0x9E3779B97F4A7C15
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-_LAST_SHIFT = 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,10 +431,10 @@ def _uniform(entry: _Code, loop: _Code, number: int) -> str:
     def constant(value: int) -> str:
         return _all("i64", value, words)
 
-    word = combine("add", combine("mul", counters, constant(_GAMMA)), keys)
-    for shift, multiplier in _ROUNDS:
+    word = combine("add", combine("mul", counters, constant(GAMMA)), keys)
+    for shift, multiplier in ROUNDS:
         word = combine("mul", combine("xor", word, combine("lshr", word, constant(shift))), constant(multiplier))
-    word = combine("xor", word, combine("lshr", word, constant(_LAST_SHIFT)))
+    word = combine("xor", word, combine("lshr", word, constant(LAST_SHIFT)))
     halves = loop.put(f"bitcast {vector} {word} to {_vector('i32')}")
     low = loop.put(f"and {_vector('i32')} {halves}, {_all('i32', 2**24 - 1)}")
     value = loop.put(f"uitofp {_vector('i32')} {low} to {_vector('float')}")

@@ -17,10 +17,15 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
-_LAST_SHIFT = 31
+GAMMA = 0x9E3779B97F4A7C15
+ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+LAST_SHIFT = 31
+"""SplitMix64's, as unsigned numbers. Machine code (`kernels.native`) makes its words of them too."""
+
+_GAMMA = GAMMA - 2**64
+_ROUNDS = tuple((shift, multiplier - 2**64) for shift, multiplier in ROUNDS)
 _MANTISSA_BITS = 24
+_MANTISSA = 2**_MANTISSA_BITS - 1
 
 
 class RandomStream:
@@ -45,20 +50,13 @@ class RandomStream:
         """float32 multiples of 2**-24 in [0, 1), shape (count,), fresh memory, independent between sources."""
         import torch
 
-        first, skip = divmod(self._start, 2)
-        words = self._words(source, first, (skip + self._count + 1) // 2)
-        halves = words.view(torch.int32)[skip : skip + self._count]
-        return halves.bitwise_and(2**_MANTISSA_BITS - 1).to(torch.float32).mul_(2.0**-_MANTISSA_BITS)
-
-    def _words(self, source: int, first: int, count: int) -> torch.Tensor:
-        """int64, shape (count,): each word serves two neighbouring elements."""
-        import torch
-
         key = stream_key(self._seed, self._name, source)
-        words = torch.arange(first, first + count, dtype=torch.int64, device=self._device).mul_(_GAMMA).add_(key)
-        for shift, multiplier in _ROUNDS:
-            words.bitwise_xor_(_shift_right(words, shift)).mul_(multiplier)
-        return words.bitwise_xor_(_shift_right(words, _LAST_SHIFT))
+        if torch.device(self._device).type == "cpu":  # numpy takes a third of torch's time
+            return torch.from_numpy(_uniform(key, self._start, self._count))
+        first, skip = divmod(self._start, 2)
+        places = torch.arange(first, first + (skip + self._count + 1) // 2, dtype=torch.int64, device=self._device)
+        halves: torch.Tensor = _mixed(places, key).view(torch.int32)[skip : skip + self._count] & _MANTISSA
+        return halves.to(torch.float32).mul_(2.0**-_MANTISSA_BITS)
 
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -78,12 +76,8 @@ def drawn(seed: int, stream: str, start: int, count: int, distribution: Literal[
 def _uniform(key: int, start: int, count: int) -> Floats:
     """What ``RandomStream.uniform`` gives."""
     first, skip = divmod(start, 2)
-    words = np.arange(first, first + (skip + count + 1) // 2, dtype=np.int64).view(np.uint64)
-    words = words * np.uint64(_GAMMA % 2**64) + np.uint64(key % 2**64)
-    for shift, multiplier in _ROUNDS:
-        words = (words ^ (words >> np.uint64(shift))) * np.uint64(multiplier % 2**64)
-    words ^= words >> np.uint64(_LAST_SHIFT)
-    halves = words.view(np.uint32)[skip : skip + count] & np.uint32(2**_MANTISSA_BITS - 1)
+    words = _mixed(np.arange(first, first + (skip + count + 1) // 2, dtype=np.int64), key)
+    halves = words.view(np.int32)[skip : skip + count] & _MANTISSA
     numbers: Floats = halves.astype(np.float32) * np.float32(2.0**-_MANTISSA_BITS)
     return numbers
 
@@ -94,9 +88,23 @@ def stream_key(seed: int, name: str, source: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _shift_right(words: torch.Tensor, distance: int) -> torch.Tensor:
-    """Logical shift: torch's own copies the sign bit."""
-    return words.bitwise_right_shift(distance).bitwise_and_(2 ** (64 - distance) - 1)
+def _mixed(places: Any, key: int) -> Any:
+    """The words at these places of a stream, each for two neighbouring elements: int64 of torch or numpy, in place."""
+    words = places
+    words *= _GAMMA
+    words += key
+    for shift, multiplier in _ROUNDS:
+        words ^= _shift_right(words, shift)
+        words *= multiplier
+    words ^= _shift_right(words, LAST_SHIFT)
+    return words
+
+
+def _shift_right(words: Any, distance: int) -> Any:
+    """Logical shift: that of signed numbers copies the sign bit."""
+    shifted = words >> distance
+    shifted &= 2 ** (64 - distance) - 1
+    return shifted
 
 
 def bernoulli(uniform: torch.Tensor, probability: float | torch.Tensor) -> torch.Tensor:

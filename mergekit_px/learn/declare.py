@@ -28,6 +28,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mergekit_px.declare.built_in import LEARNERS
 from mergekit_px.declare.fields import problems
+from mergekit_px.declare.once import require_new
 from mergekit_px.errors import UsageError
 from mergekit_px.located.nearest import nearest
 
@@ -396,10 +397,7 @@ def learner(
 
     def declare(fit: Callable[[Any], Report]) -> Learner:
         called = name or fit.__name__.replace("_", "-")
-        elsewhere = LEARNERS.get(called)
-        known = REGISTRY[called].origin if called in REGISTRY else elsewhere.module if elsewhere else None
-        if known not in (None, fit.__module__):
-            raise ValueError(f"there is a learner '{called}' already, in {known}")
+        require_new("learner", called, fit.__module__, REGISTRY, LEARNERS)
         REGISTRY[called] = Learner(called, fit, (settings, report), output, form, continues, inputs, fit.__module__)
         return REGISTRY[called]
 

@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from mergekit_px.declare.built_in import METHODS
+from mergekit_px.declare.once import require_new
 from mergekit_px.errors import UsageError
 from mergekit_px.methods.weighting import total_weight
 
@@ -324,10 +325,7 @@ def merge_method(
             raise ValueError(f"{method_name}: random methods, and only they, take `random`")
         if not inspect.getdoc(function):
             raise ValueError(f"{method_name}: a method needs a docstring")
-        elsewhere = METHODS.get(method_name)
-        known = REGISTRY[method_name].origin if method_name in REGISTRY else elsewhere.module if elsewhere else None
-        if known not in (None, function.__module__):
-            raise ValueError(f"{method_name} is declared by both {known} and {function.__module__}")
+        require_new("merge method", method_name, function.__module__, REGISTRY, METHODS)
         REGISTRY[method_name] = Method(
             name=method_name,
             function=function,

@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePath
 
-from mergekit_px.errors import PlanError
+from mergekit_px.checkpoint.destination import LOCK_FILE
+from mergekit_px.errors import InputError, PlanError
 from mergekit_px.methods import find_method
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
-from mergekit_px.plan.lock import Lock
+from mergekit_px.plan.lock import Lock, read_lock
 from mergekit_px.recipe.model import MEAN, ModelInput, Recipe, Step
 
 DECLARED_BASE = "declared_base"
@@ -80,6 +82,22 @@ def complete_bases(
             f"of '{name}' (centred task vectors, arXiv:2412.12153)"
         )
     return recipe.model_copy(update={"steps": steps, "models": models}), added, notes
+
+
+def swapped_note(base: ResolvedInput, tuned: ResolvedInput) -> str | None:
+    """What is said where the card or lock of a base names the fine-tune among what it was made from."""
+    if base.is_task_vector or not _is_made_from(base, tuned) or _is_made_from(tuned, base):
+        return None
+    return f"'{base.reference}', given as the base, says that it was made from '{tuned.reference}': are they swapped?"
+
+
+def _is_made_from(model: ResolvedInput, other: ResolvedInput) -> bool:
+    sources = list(model.declared_bases())
+    if model.checkpoint.directory is not None:
+        with suppress(InputError):
+            lock = read_lock(model.checkpoint.directory / LOCK_FILE)
+            sources += [locked.reference for locked in lock.inputs.values()]
+    return PurePath(other.source).name in (PurePath(source).name for source in sources)
 
 
 def _is_centred(step: Step) -> bool:

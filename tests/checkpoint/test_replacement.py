@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from folders import write_llamas
 
 from mergekit_px.cli import main
-from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 TASK = ["--base", "base", "--sources", "a"]
 
@@ -27,9 +27,7 @@ def test_no_work_is_done_for_a_file_that_cannot_be_written(
     words: list[str], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base = tiny_llama_tensors(layers=1)
-    write_checkpoint("base", base, config=tiny_llama_config(layers=1))
-    write_checkpoint("a", fine_tune(base, 1), config=tiny_llama_config(layers=1))
+    write_llamas(tmp_path, "a", layers=1)
     Path("recipe.yaml").write_text("models: {a: a, b: base}\nmerge: {method: linear, sources: [a, b]}\n")
     Path("file").touch()
     Path(f"taken{Path(file).suffix}").mkdir()
@@ -51,9 +49,7 @@ def test_a_folder_is_not_given_the_name_of_another_kind_of_file(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base = tiny_llama_tensors(layers=1)
-    write_checkpoint("base", base, config=tiny_llama_config(layers=1))
-    write_checkpoint("a", fine_tune(base, 1), config=tiny_llama_config(layers=1))
+    write_llamas(tmp_path, "a", layers=1)
     for name in ("z.gguf", "z.safetensor"):
         assert main([*words, "-o", name]) == 4
         assert "names another kind of file" in capsys.readouterr().err and not Path(name).exists()

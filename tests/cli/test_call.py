@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import write_llamas
 
 import mergekit_px as px
 from mergekit_px.cli import main
 from mergekit_px.errors import InputError, UsageError
-from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    base = tiny_llama_tensors()
-    for name, tensors in {"base": base, "a": fine_tune(base, 1), "b": fine_tune(base, 2)}.items():
-        write_checkpoint(tmp_path / name, tensors, config=tiny_llama_config())
+    write_llamas(tmp_path, "a", "b")
     return tmp_path
 
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from folders import contents
 from safetensors.torch import load_file, save_file
 
 from mergekit_px.errors import NonFiniteError, PlanError
@@ -63,11 +64,6 @@ print(sum(weights) % 1009)
 @pytest.fixture(autouse=True)
 def recipe(models) -> None:
     Path("recipe.yaml").write_text(RECIPE)
-
-
-def contents(folder: str) -> dict[str, bytes]:
-    home = Path(folder)
-    return {path.relative_to(home).as_posix(): path.read_bytes() for path in home.rglob("*") if path.is_file()}
 
 
 def soon(act: Callable[[], bool]) -> threading.Thread:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from folders import contents
 
 RECIPE = """
 models: {base: base, math: math, code: code}
@@ -19,11 +20,6 @@ output: {shard_size: 700}
 @pytest.fixture(autouse=True)
 def recipe(models) -> None:
     Path("recipe.yaml").write_text(RECIPE)
-
-
-def contents(folder: str) -> dict[str, bytes]:
-    home = Path(folder)
-    return {path.relative_to(home).as_posix(): path.read_bytes() for path in home.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])

@@ -30,6 +30,12 @@ def test_subtract_makes_a_task_vector(taus, models) -> None:
     check("tau-math", models, is_delta=True, math=1, base=-1)
 
 
+def test_a_base_that_was_made_from_the_model_is_told(run, models) -> None:
+    assert run("linear", "--sources", "base", "math", "-o", "mean").code == 0
+    assert "given as the base, says that it was made from" in run("subtract", "base", "mean", "-o", "out").stderr
+    assert "made from" not in run("subtract", "mean", "base", "-o", "other").stderr
+
+
 def test_add_gives_the_fine_tune_back(run, taus, models) -> None:
     assert run("add", "base", "tau-math", "-o", "out").code == 0
     check("out", models, is_delta=False, math=1)

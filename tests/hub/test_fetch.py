@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from folders import contents
 from hub_server import FakeHub
 
 from mergekit_px.checkpoint.open import open_checkpoint
@@ -16,10 +17,6 @@ from mergekit_px.hub.resolve import remote_checkpoint, resolve
 
 Weights = Callable[..., bytes]
 Sharded = Callable[..., dict[str, bytes]]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def leftovers(home: Path) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from folders import contents
 from hub_server import TOKEN, FakeHub
 
 RUN = """
@@ -53,10 +54,6 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=60)
     assert TOKEN not in out + err
     return process.returncode, out.strip(), err.strip()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_push_then_pull_then_offline(

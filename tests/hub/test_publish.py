@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import contents
 from hub_protocol import USER
 from hub_server import FakeHub
 
@@ -35,10 +36,6 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
     for name, body in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(body)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def visible(hub: FakeHub, repo: str, revision: str = "main") -> dict[str, bytes]:

@@ -8,10 +8,11 @@ from random import Random
 from typing import Any
 
 import pytest
+from folders import write_llamas
 
 import mergekit_px as px
 from mergekit_px.methods import load_methods
-from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
+from mergekit_px.testing import tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 COUNT = int(os.environ.get("PXMERGE_FUZZ_RECIPES", "150"))
 ODD: tuple[Any, ...] = (
@@ -45,9 +46,7 @@ RULES: tuple[dict[str, Any], ...] = (
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    base = tiny_llama_tensors()
-    for name, tensors in {"base": base, "a": fine_tune(base, 1), "b": fine_tune(base, 2)}.items():
-        write_checkpoint(folder / name, tensors, config=tiny_llama_config())
+    write_llamas(folder, "a", "b")
     wide = tiny_llama_tensors(layers=3)
     write_checkpoint(folder / "deep", wide, config=tiny_llama_config(layers=3))
     return folder
