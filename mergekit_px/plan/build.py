@@ -32,6 +32,7 @@ from mergekit_px.plan.headers import describing_metadata
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.plan.lock import published_recipe, recipe_lock, sha256_but_of_weights
 from mergekit_px.plan.model import Dropped, Plan, WorkItem
+from mergekit_px.plan.names import wrapped
 from mergekit_px.plan.nodes import Apply, Kind, Node, combined
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.plan.patterns import expanded
@@ -136,6 +137,7 @@ def _planned(loaded: LoadedRecipe, options: PlanOptions, inputs: Mapping[str, Re
     notes.extend(note for source in resolved.values() for note in source.notes)
     refuse_quantised_by_config(items, resolved)
     notes.extend(plain_float8(items, resolved))
+    notes.extend(wrapped([item.name for item in items]) if kind == "weights" else [])
     used = _used_inputs(items)
     taking_part = {name: resolved[name] for name in used}
     notes.extend(equal_sources(recipe, taking_part, known_content(taking_part)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mergekit_px.checkpoint.json_text import shown
@@ -28,6 +28,11 @@ _WRAPPERS = frozenset(
     }
 )
 """Modules that only wrap others, so that one model is stored with and without them."""
+
+_OF_TRAINING = re.compile(
+    r"^(module|base_model\.model)\.|(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""Wrappers of training, without which models are loaded."""
 
 _RULES = 4
 """Prefixes that may differ in one pair of models, as those of the layers and of the head."""
@@ -165,6 +170,19 @@ def renamed(nodes: Mapping[str, Node], patterns: Mapping[str, str], where: str) 
                 hint=f"one of them is {shown(next(iter(nodes), ''))}",
             )
     return result
+
+
+def wrapped(names: Collection[str]) -> list[str]:
+    """What to say of a result whose names hold a wrapper of training."""
+    found = Counter(match[1] or match[2] for name in names if (match := _OF_TRAINING.search(name)) is not None)
+    if not found:
+        return []
+    wrapper = found.most_common(1)[0][0]
+    pattern = f'"*{wrapper}.*": "**"' if wrapper.startswith("_") else f'"{wrapper}.*": "*"'
+    return [
+        f"{found.total()} of {len(names)} names hold {shown(wrapper)} or the like, a wrapper of training that programs"
+        f" which load models do not know; to leave it out, give each model rename: {{{pattern}}}"
+    ]
 
 
 def difference(reference: Mapping[str, Node], model: Mapping[str, Node]) -> str:

@@ -135,3 +135,19 @@ def test_buffers_that_follow_from_the_config_stop_nothing(tmp_path: Path, holder
     torch.testing.assert_close(
         merged["model.norm.weight"], (LLAMA["model.norm.weight"] + OTHER["model.norm.weight"]) / 2
     )
+
+
+@pytest.mark.parametrize(
+    ("spelling", "rename"),
+    [
+        (lambda name: f"module.{name}", {"module.*": "*"}),
+        (lambda name: name.replace("layers.0.", "layers.0._orig_mod."), {"*_orig_mod.*": "**"}),
+    ],
+)
+def test_wrappers_of_training_that_would_stay_are_told(
+    tmp_path: Path, spelling: Callable[[str], str], rename: dict[str, str]
+) -> None:
+    models = [{spelling(name): value for name, value in model.items()} for model in (LLAMA, OTHER)]
+    told = [note for note in plan_of_two(tmp_path, *models).notes if "a wrapper of training" in note]
+    assert len(told) == 1 and str(rename).replace("'", '"') in told[0]
+    assert not any("a wrapper of training" in note for note in plan_of_two(tmp_path, LLAMA, models[1]).notes)
