@@ -311,12 +311,14 @@ from mergekit_px.plan.options import PlanOptions
 from mergekit_px.execute.run import run_plan
 from mergekit_px.recipe.load import recipe_from_mapping
 import json, time
-import mergekit_px.execute.items as items
-slow = items.Execution._write_chunk
-def slowed(self, *args):
-    slow(self, *args)
+import mergekit_px.execute.provenance as provenance
+from mergekit_px.checkpoint.writer import CheckpointWriter
+provenance._BEHIND = 0  # these files are hashed as soon as they are read
+write = CheckpointWriter.write
+def slowly(self, *args, **options):
+    write(self, *args, **options)
     time.sleep(0.05)
-items.Execution._write_chunk = slowed
+CheckpointWriter.write = slowly
 data, output, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 run_plan(build_plan(recipe_from_mapping(data), PlanOptions(output=output, mode=mode)))
 """
@@ -378,12 +380,13 @@ def test_the_cost_of_tiny_tensors_grows_with_their_number(tmp_path: Path) -> Non
 def _stopped_run(data: dict[str, Any], out: Path) -> None:
     """Leave a run that was killed after a few tensors, when its inputs had been hashed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, json.dumps(data), str(out), "new"], stderr=subprocess.PIPE
+        [sys.executable, "-c", SCRIPT.replace("0.05", "0.2"), json.dumps(data), str(out), "new"],
+        stderr=subprocess.PIPE,
     )
     journal = out / ".pxmerge" / "journal.jsonl"
     deadline = time.monotonic() + 60
     inputs = out / ".pxmerge" / "inputs.json"
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         if journal.exists() and journal.read_bytes().count(b"\n") > 4 and b"null" not in inputs.read_bytes():
             break
         time.sleep(0.01)
