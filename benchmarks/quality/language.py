@@ -99,7 +99,9 @@ class Merges:
     def _tune(self) -> None:
         steps, rate = str(STEPS), str(_RATE)
         learning = ("--tune", self._data(), "--tune-steps", steps, "--tune-rate", rate, "--max-length", str(TOKENS))
-        self._merge(("svd", "--top-k", "100%", *learning))
+        inputs = ("--base", str(self._base), "--sources", *self._sources)
+        tuned = self._lab.write("tuned", "svd", "--top-k", "100%", *learning, *inputs)
+        self._load(str(Path(tuned) / "model"))
 
     def _ofasd(self, granularity: str) -> None:
         learning = ["--data", self._data(), "--max-length", str(TOKENS), "--granularity", granularity]
