@@ -11,7 +11,7 @@ from mergekit_px.methods import load_methods
 PAGE = (Path(__file__).parents[2] / "docs" / "field.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in PAGE.splitlines()
+    for line in PAGE.partition("## Beside ")[0].splitlines()
     if line.startswith("| ") and not line.startswith(("| method", "| ---"))
 ]
 SETTINGS = {"weights: [0.2, 1.0]", "rename:"}
