@@ -49,7 +49,7 @@ def file_sha256(
             identity = file.identity()
             if expected is not None and identity != expected:
                 raise changed(path)
-            key = f"{address_of(path.resolve())}:{':'.join(map(str, identity))}"
+            key = _key(path, identity)
             large = identity.size >= _WORTH_REMEMBERING
             known = store.get(key) if remember and large else None
             if isinstance(known, str):
@@ -72,6 +72,15 @@ def file_sha256(
     if large and began - max(identity.mtime_ns, identity.ctime_ns) > _SETTLED * 1e9:
         store.put({key: digest.hexdigest()})
     return digest.hexdigest()
+
+
+def is_remembered(path: Path, identity: FileIdentity) -> bool:
+    """Whether the hash of a file is known, or its computing is not worth remembering."""
+    return identity.size < _WORTH_REMEMBERING or Remembered("sha256").get(_key(path, identity)) is not None
+
+
+def _key(path: Path, identity: FileIdentity) -> str:
+    return f"{address_of(path.resolve())}:{':'.join(map(str, identity))}"
 
 
 def _filled(file: RangedFile, start: int, buffer: memoryview) -> int:

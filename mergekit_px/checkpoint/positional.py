@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mergekit_px.checkpoint.contents import FileIdentity
+from mergekit_px.checkpoint.direct import WORTHWHILE, DirectAccess
 from mergekit_px.small_files import open_regular
 
 if TYPE_CHECKING:
@@ -57,9 +58,18 @@ class PositionalFile(Protocol):
 
 
 def open_positional(
-    path: Path, *, writable: bool = False, create: bool = False, portable: bool = False, where: str | None = None
+    path: Path,
+    *,
+    writable: bool = False,
+    create: bool = False,
+    portable: bool = False,
+    direct: bool = False,
+    where: str | None = None,
 ) -> PositionalFile:
     """Open ``path``; with ``create`` it is made if it is missing, with the permissions of the umask.
+
+    Args:
+        direct: go past the page cache where the file system is known to do that well.
 
     Raises ``OSError``; ``MalformedCheckpointError`` that names ``where``, for reading what is no regular file.
     """
@@ -69,15 +79,20 @@ def open_positional(
         descriptor = open_regular(path, where or str(path))
     if is_portable(portable):
         return _SeekingFile(descriptor, writable or create)
-    return _PreadFile(descriptor)
+    return _PreadFile(descriptor, DirectAccess.to(descriptor, writable=writable or create) if direct else None)
 
 
 class _PreadFile:
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, direct: DirectAccess | None = None) -> None:
         self._descriptor = descriptor
+        self._direct = direct
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         done = 0
+        if self._direct is not None and len(buffer) >= WORTHWHILE:
+            done = self._read_from_cache(offset, buffer)
+            if len(buffer) - done >= WORTHWHILE:
+                done += self._direct.read_into(offset + done, buffer[done:])
         while done < len(buffer):
             count = os.preadv(self._descriptor, [buffer[done : done + _LARGEST_CALL]], offset + done)
             if count == 0:
@@ -85,7 +100,21 @@ class _PreadFile:
             done += count
         return done
 
+    def _read_from_cache(self, offset: int, buffer: memoryview) -> int:
+        """The bytes that are in the page cache, up to the first that is not."""
+        try:
+            return os.preadv(self._descriptor, [buffer], offset, os.RWF_NOWAIT)
+        except (OSError, AttributeError):
+            return 0
+
     def write(self, offset: int, buffer: memoryview) -> None:
+        if self._direct is not None:
+            start, stop = self._direct.write(offset, buffer)
+            self._write(offset, buffer[:start])
+            offset, buffer = offset + stop, buffer[stop:]
+        self._write(offset, buffer)
+
+    def _write(self, offset: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):
             done += os.pwrite(self._descriptor, buffer[done : done + _LARGEST_CALL], offset + done)
@@ -106,6 +135,8 @@ class _PreadFile:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+        if self._direct is not None:
+            self._direct.close()
 
     def __del__(self) -> None:
         self.close()

@@ -154,12 +154,12 @@ def files_beside(folder: Path, weights: Collection[str] = (), parts: Collection[
     return sort_files(sizes, weights, parts)
 
 
-def open_ranged(path: Path, where: str | None = None, *, portable: bool = False) -> RangedFile:
+def open_ranged(path: Path, where: str | None = None, *, portable: bool = False, direct: bool = False) -> RangedFile:
     """Open a file of weights; ``where``: what to call it. Raises ``OSError``, ``InputError``."""
     found = _find(path)
     if found is not None and not path.exists():
         return found[0].open(found[1])
-    return open_positional(path, portable=portable, where=where)
+    return open_positional(path, portable=portable, direct=direct, where=where)
 
 
 def identity_now(path: Path) -> FileIdentity:

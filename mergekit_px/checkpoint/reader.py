@@ -41,15 +41,18 @@ class TensorReader(Protocol):
         """Release what is held open; a second call does nothing."""
 
 
-def open_reader(checkpoint: Checkpoint, *, portable: bool = False) -> TensorReader:
-    """The reader for a checkpoint on this machine. Raises ``InputError`` where its bytes are elsewhere."""
+def open_reader(checkpoint: Checkpoint, *, portable: bool = False, direct: bool = False) -> TensorReader:
+    """The reader for a checkpoint on this machine; ``direct``: past the page cache where that is known to work.
+
+    Raises ``InputError`` where its bytes are elsewhere.
+    """
     if checkpoint.directory is None:
         if checkpoint.kind == "memory":
             raise InputError("its tensors are in memory", where=checkpoint.label, hint="read them by MemoryReader")
         raise InputError("its files are not on this machine", where=checkpoint.label, hint="fetch them first")
     if checkpoint.kind == "pickle":
         return PartsReader(checkpoint) if checkpoint.parts else PickleReader(checkpoint)
-    return FileReader(checkpoint, portable=portable)
+    return FileReader(checkpoint, portable=portable, direct=direct)
 
 
 class FileReader:
@@ -59,12 +62,13 @@ class FileReader:
     longest is closed. A file that changed since its header was read is refused.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, portable: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, portable: bool = False, direct: bool = False) -> None:
         if checkpoint.directory is None:
             raise InputError("its files are not on this machine", where=checkpoint.label)
         self._checkpoint = checkpoint
         self._directory = checkpoint.directory
         self._portable = portable
+        self._direct = direct
         self._pool = FilePool(self._open)
         self.bytes_read: Counter[str] = Counter()
         """Of each file, about: threads may count at once."""
@@ -102,7 +106,7 @@ class FileReader:
     def _open(self, name: str) -> RangedFile:
         path = self._directory / name
         try:
-            file = open_ranged(path, portable=self._portable)
+            file = open_ranged(path, portable=self._portable, direct=self._direct)
         except FileNotFoundError:
             raise InputNotFoundError("the file is gone since its header was read", where=address_of(path)) from None
         expected = self._checkpoint.files[name].identity

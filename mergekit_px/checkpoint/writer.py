@@ -52,6 +52,9 @@ from mergekit_px.checkpoint.ranges import RangeSet
 from mergekit_px.errors import MalformedCheckpointError, OutputError, RunError, WriteError
 from mergekit_px.stages import timed
 
+PAST_CACHE = 2 << 30
+"""Bytes of an output from which on it goes past the page cache: it would push out what is more use there, and writing
+takes a third of the processor time. Smaller ones stay in the cache for whoever loads them next."""
 _VERIFY_PIECE = 8 << 20
 _JOURNAL_LINE = 64
 _RESUME = "mend that and continue with --resume"
@@ -85,7 +88,10 @@ class CheckpointWriter:
         self._dirty: set[int] = set()
         self._replaces: tuple[str, ...] = ()
         self._torn = False
-        self._pool = FilePool(lambda file: open_positional(self._part(file), writable=True, portable=portable))
+        self._direct = sum(shard.size for shard in layout.shards) >= PAST_CACHE
+        self._pool = FilePool(
+            lambda file: open_positional(self._part(file), writable=True, portable=portable, direct=self._direct)
+        )
         self._disposable = False
         self._journal: Journal | None = None
         self._hasher: Hasher | None = None
@@ -229,6 +235,8 @@ class CheckpointWriter:
         try:
             if self._flusher is not None and self._flusher.error is not None:
                 raise self._flusher.error
+            if self._direct and self._hasher is not None:
+                self._hasher.hold(number, offset + start, data)
             with timed("write"), self._pool.use(file) as opened:
                 opened.write(offset + start, data)
             with timed("hash"):

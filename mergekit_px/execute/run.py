@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.destination import RECIPE_FILE, check_mode, destination
+from mergekit_px.checkpoint.direct import available_memory
+from mergekit_px.checkpoint.hashing import is_remembered
 from mergekit_px.checkpoint.open import Checkpoint
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.checkpoint.reader import FileReader, TensorReader, open_reader
@@ -108,9 +110,11 @@ def _carried_out(plans: Sequence[Plan], progress: Report | None) -> list[RunResu
     reporter = Reporter(plans, progress)
     inputs = {name: source for plan in plans for name, source in plan.inputs.items()}
     checkpoints = {label: checkpoint for plan in plans for label, checkpoint in plan_checkpoints(plan).items()}
+    direct = _past_cache(plans, inputs, checkpoints)
     with ExitStack() as stack:
         readers = {
-            label: stack.enter_context(closing(open_reader(checkpoint))) for label, checkpoint in checkpoints.items()
+            label: stack.enter_context(closing(open_reader(checkpoint, direct=direct)))
+            for label, checkpoint in checkpoints.items()
         }
         writers = [stack.enter_context(_writer(plan)) for plan in plans]
         hashes = InputHashes(
@@ -145,6 +149,26 @@ def _carried_out(plans: Sequence[Plan], progress: Report | None) -> list[RunResu
         )
         for plan, files in zip(plans, published, strict=True)
     ]
+
+
+def _past_cache(
+    plans: Sequence[Plan], inputs: Mapping[str, ResolvedInput], checkpoints: Mapping[str, Checkpoint]
+) -> bool:
+    """Whether inputs are read past the page cache: where they would push each other out of it before another run can
+    gain from it. Hashes of new files are computed from what the run has brought there, so those are read through it."""
+    counted: set[tuple[str, str]] = set()
+    room = available_memory()
+    if room is None or 2 * sum(_bytes_read(plan, counted) for plan in plans) <= room:
+        return False
+    if not plans[0].options.hash_inputs and all(source.repo is None for source in inputs.values()):
+        return True
+    return all(
+        file.identity is None
+        or checkpoint.directory is None
+        or is_remembered(checkpoint.directory / name, file.identity)
+        for checkpoint in checkpoints.values()
+        for name, file in checkpoint.files.items()
+    )
 
 
 def bytes_read(readers: Mapping[str, TensorReader], label: str, file: str) -> int | None:

@@ -7,6 +7,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mergekit_px.checkpoint.background import HELD
+from mergekit_px.checkpoint.direct import PIECE
+from mergekit_px.checkpoint.writer import PAST_CACHE
 from mergekit_px.errors import MemoryBudgetError
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Leaf, Read
@@ -113,6 +116,8 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
         MemoryBudgetError: the budget cannot be met; names the tensor and the need.
     """
     workers = threads or available_cores()
+    written = outputs * sum(item.elements * item.dtype.bits // 8 for item in items)
+    beside = HELD + (workers + 1) * PIECE if written >= PAST_CACHE else 0
     whole = [item for item in items if item.action == "merge" and needs_whole(item)]
     cut = [item for item in items if not (item.action == "merge" and needs_whole(item))]
     largest_item = max(whole, key=whole_bytes, default=None)
@@ -122,7 +127,7 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
         worst = max(cut, key=lambda item: chunk_bytes(item, chunk, outputs), default=None)
         worker = chunk_bytes(worst, chunk, outputs) if worst is not None else 0
         budget = Budget(
-            baseline=BASELINE,
+            baseline=BASELINE + beside,
             workers=workers,
             worker=worker,
             largest=largest,
