@@ -27,7 +27,7 @@ from mergekit_px.checkpoint.json_text import parse_object
 from mergekit_px.checkpoint.lock import DirectoryLock
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.replacement import replacement
-from mergekit_px.checkpoint.tensor_file import tensor_bytes
+from mergekit_px.checkpoint.whole import tensor_bytes
 from mergekit_px.errors import MalformedCheckpointError, WriteError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from mergekit_px.adapters.lora import PLAIN_BY_PEFT, residual_start
 from mergekit_px.adapters.lora_modules import read_lora_modules
 from mergekit_px.adapters.save import Format, save_diffusers, save_kohya, save_peft
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.description import description
 from mergekit_px.checkpoint.json_text import shown
+from mergekit_px.checkpoint.task_vector import description
 from mergekit_px.errors import AdapterError
 
 _CARRIED = ("task_type", "revision", "peft_version")

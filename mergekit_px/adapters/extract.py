@@ -19,9 +19,9 @@ from mergekit_px.adapters.lora_modules import LoraModule
 from mergekit_px.adapters.save import Format, save_diffusers, save_kohya, save_peft
 from mergekit_px.adapters.ties import is_vocabulary
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
-from mergekit_px.checkpoint.description import MODEL_SPEC, description
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import open_reader
+from mergekit_px.checkpoint.task_vector import MODEL_SPEC, description
 from mergekit_px.checkpoint.whole import read_tensor
 from mergekit_px.errors import AdapterError, TensorMismatchError, UsageError
 

@@ -26,7 +26,7 @@ from mergekit_px.adapters.mergers import TRIMMING, Cutter, MergeInput, find_merg
 from mergekit_px.adapters.save import Format, save_diffusers, save_kohya, save_peft
 from mergekit_px.adapters.updates import Update, UpdateSource, open_updates
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.description import common_description
+from mergekit_px.checkpoint.task_vector import common_description
 from mergekit_px.errors import AdapterError, TensorMismatchError, UsageError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from mergekit_px.adapters.lora_modules import LoraModule
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.publish import new_folder
 from mergekit_px.checkpoint.selection import ADAPTER_FILE
-from mergekit_px.checkpoint.tensor_file import write_tensors
+from mergekit_px.checkpoint.whole import write_tensors
 from mergekit_px.errors import AdapterError, OutputError
 
 if TYPE_CHECKING:

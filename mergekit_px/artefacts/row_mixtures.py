@@ -13,8 +13,7 @@ import numpy as np
 from mergekit_px.checkpoint.hashing import file_sha256
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.checkpoint.tensor_file import write_tensors
-from mergekit_px.checkpoint.whole import read_bytes
+from mergekit_px.checkpoint.whole import read_bytes, write_tensors
 from mergekit_px.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,10 +1,12 @@
-"""How a safetensors file says that its tensors are differences from a base, not weights.
+"""What the headers of safetensors files say of what is in them: differences or weights, of which base, by whom.
 
-Two strings in the header's ``__metadata__`` (of every shard): the kind, and the fingerprint of the base, so
-that a task vector is recognised when it is read back and is not added to a model it does not belong to.
+Differences have two strings in the header's ``__metadata__`` (of every shard): the kind, and the fingerprint of the
+base, so that a task vector is recognised when it is read back and is not added to a model it does not belong to.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 from mergekit_px.checkpoint.open import Checkpoint
 
@@ -31,3 +33,24 @@ def task_vector_metadata(fingerprint: str | None) -> dict[str, str]:
     if fingerprint is not None:
         metadata[BASE_KEY] = fingerprint
     return metadata
+
+
+MODEL_SPEC = "modelspec."
+"""What the names of the specification of single-file models begin with."""
+
+_DESCRIBING = (MODEL_SPEC, "ss_")
+"""The second is of kohya's trainers."""
+
+_OF_THE_BYTES = ("modelspec.hash_sha256", "modelspec.date")
+"""What holds for one file alone."""
+
+
+def description(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries of a header that describe what is in the file and stay true of what is made of it."""
+    return {key: text for key, text in metadata.items() if key.startswith(_DESCRIBING) and key not in _OF_THE_BYTES}
+
+
+def common_description(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The entries in which several files agree."""
+    first, *others = [description(metadata) for metadata in headers] or [{}]
+    return {key: text for key, text in first.items() if all(other.get(key) == text for other in others)}

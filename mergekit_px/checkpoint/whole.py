@@ -1,18 +1,23 @@
-"""Whole tensors of a checkpoint, as they are stored, in fresh memory: for steps that hold one or a few at a time."""
+"""Whole tensors in memory: read from a checkpoint as they are stored, and written as one safetensors file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
+from mergekit_px.checkpoint.dtypes import dtype_of
+from mergekit_px.checkpoint.header import build_header
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
+from mergekit_px.checkpoint.replacement import replacement
 from mergekit_px.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 def read_bytes(reader: TensorReader, stored: StoredTensor) -> bytearray:
@@ -57,3 +62,25 @@ def read_elements(
         array: Any = flat.numpy()
         reader.read_into(stored, piece.start * width, memoryview(array))
     return flat.view(dtype)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file over the one before it, in one rename; tensors go one by one, without a copy.
+
+    Raises:
+        WriteError: the disk refuses.
+    """
+    entries = [(name, dtype_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    start, header = build_header(entries, metadata)
+    with replacement(path) as file:
+        file.write(start)
+        for name in header.entries:
+            file.write(tensor_bytes(tensors[name]))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The elements in row order, on the CPU."""
+    import torch
+
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)

@@ -1,8 +1,9 @@
-"""Docstrings as text for a terminal."""
+"""Docstrings as text for a terminal, as wide as it is."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import textwrap
 
 _ITEM = re.compile(r"(\d+\.|-) ")
@@ -37,3 +38,8 @@ def _wrapped(part: str, width: int) -> str:
     item = _ITEM.match(part)
     hang = " " * len(item[0]) if item else ""
     return textwrap.fill(plain(part), width, subsequent_indent=hang, break_on_hyphens=False)
+
+
+def terminal_width() -> int:
+    """Columns to write in: those of the terminal, but neither too few to read nor too many."""
+    return min(max(shutil.get_terminal_size().columns, 40), 100)

@@ -227,7 +227,7 @@ def _check_output(output: Path, first: str, *, overwrite: bool) -> None:
 
 def _write(current: AcmapState, output: Path, first: str) -> None:
     """A file, or a folder with the first adapter's configuration. Raises ``WriteError``."""
-    from mergekit_px.checkpoint.tensor_file import write_tensors
+    from mergekit_px.checkpoint.whole import write_tensors
     from mergekit_px.errors import WriteError
     from mergekit_px.small_files import read_small_file
 

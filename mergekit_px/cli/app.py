@@ -15,17 +15,37 @@ from collections.abc import Callable, Collection, Sequence
 from typing import IO, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from mergekit_px._version import __version__
 from mergekit_px.cli._arguments import expand_lists
 from mergekit_px.cli._commands import GROUPS, METHODS, USUAL, Command, all_commands, spoken_command, spoken_name
 from mergekit_px.cli._errors import PROGRAM, explain
-from mergekit_px.cli._help import GroupedCommand
-from mergekit_px.cli._options import list_options
+from mergekit_px.cli._options import ARGUMENTS, LEARNING, MERGE, METHOD, OPTIONS, OUTPUT, RUN, list_options
 from mergekit_px.cli._output import write_error_line
 from mergekit_px.cli._plugins import load_plugins
-from mergekit_px.cli._prose import plain
-from mergekit_px.cli._width import terminal_width
+from mergekit_px.cli._prose import plain, terminal_width
+
+PANELS = (ARGUMENTS, MERGE, METHOD, LEARNING, OUTPUT, RUN, OPTIONS)
+"""The order of the headings; options without one stand under ``Options``."""
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help has a heading for each panel that its options name."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                is_argument = parameter.param_type_name == "argument"
+                panel = ARGUMENTS if is_argument else getattr(parameter, "rich_help_panel", None) or OPTIONS
+                rows.setdefault(panel, []).append(record)
+        for panel in PANELS:
+            if panel in rows:
+                with formatter.section(panel):
+                    formatter.write_dl(rows[panel])
+
 
 _COMPLETION = "_PXMERGE_COMPLETE"
 """Set by the shell while it completes a command line; Typer's name for it."""

@@ -41,7 +41,7 @@ def data(
       pxmerge data ./base chats.jsonl -o chats.safetensors --max-length 512
       pxmerge data ./base table.csv -o table.safetensors --columns text=body label=topic
     """
-    from mergekit_px.learn.arrays_file import write_arrays
+    from mergekit_px.learn.data_files import write_arrays
 
     sink = output_for(json=json, quiet=quiet, writes=True)
     report = write_arrays(

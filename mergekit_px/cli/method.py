@@ -13,8 +13,7 @@ import typer
 from mergekit_px.cli._merge import merge_mapping
 from mergekit_px.cli._options import MERGE, METHOD, RunOptions, Sources, Weights
 from mergekit_px.cli._parameters import ParameterOption, choice, parameter_options, parse_numbers
-from mergekit_px.cli._prose import paragraphs
-from mergekit_px.cli._width import terminal_width
+from mergekit_px.cli._prose import paragraphs, terminal_width
 from mergekit_px.errors import UsageError
 from mergekit_px.methods.declare import Method, check_source_count, method_slug
 from mergekit_px.recipe.naming import model_names

@@ -10,8 +10,7 @@ from mergekit_px.cli._documents import MethodDocument, MethodsDocument
 from mergekit_px.cli._options import Json
 from mergekit_px.cli._output import Column, Output, output_for
 from mergekit_px.cli._parameters import ParameterOption, parameter_options
-from mergekit_px.cli._prose import paragraphs, plain
-from mergekit_px.cli._width import terminal_width
+from mergekit_px.cli._prose import paragraphs, plain, terminal_width
 from mergekit_px.cli.method import example
 from mergekit_px.declare.fields import in_words
 from mergekit_px.methods import find_method, load_methods

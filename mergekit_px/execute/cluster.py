@@ -33,9 +33,9 @@ from mergekit_px.execute.ray_tasks import RayTasks, SharedFolders, parse_cluster
 from mergekit_px.execute.run import begun, partial_sums, peak_memory, plan_checkpoints
 from mergekit_px.execute.store_output import StoreOutput
 from mergekit_px.plan.build import build_plan
-from mergekit_px.plan.groups import evenly, shared_groups
 from mergekit_px.plan.model import Plan
 from mergekit_px.plan.options import PlanOptions
+from mergekit_px.plan.schedule import evenly, shared_groups
 from mergekit_px.recipe.loaded import LoadedRecipe
 
 if TYPE_CHECKING:

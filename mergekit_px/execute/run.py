@@ -29,9 +29,9 @@ from mergekit_px.execute.provenance import CARD_FILE, InputHashes, card, lock_fi
 from mergekit_px.execute.scheduler import Scheduler
 from mergekit_px.execute.warnings import gathered_warnings
 from mergekit_px.plan.build import build_plan
-from mergekit_px.plan.groups import shared_groups
 from mergekit_px.plan.inputs import ResolvedInput, fetch_input
 from mergekit_px.plan.model import Plan, WorkItem
+from mergekit_px.plan.schedule import shared_groups
 from mergekit_px.plan.sources import equal_sources
 from mergekit_px.plan.texts import config_text, recipe_text
 from mergekit_px.recipe.chat_template import jinja_text

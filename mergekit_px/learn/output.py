@@ -11,7 +11,7 @@ from mergekit_px.checkpoint.contents import CONFIG_FILE, Checkpoint
 from mergekit_px.checkpoint.dtypes import dtype_of
 from mergekit_px.checkpoint.layout import OutputTensor, plan_layout
 from mergekit_px.checkpoint.publish import SideFile
-from mergekit_px.checkpoint.tensor_file import tensor_bytes
+from mergekit_px.checkpoint.whole import tensor_bytes
 from mergekit_px.checkpoint.writer import CheckpointWriter
 from mergekit_px.learn.models import LearningModel
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.checkpoint.reader import open_reader
-from mergekit_px.checkpoint.tensor_file import write_tensors
-from mergekit_px.checkpoint.whole import read_tensor
+from mergekit_px.checkpoint.whole import read_tensor, write_tensors
 from mergekit_px.errors import InputError, OutputError, PlanError
 from mergekit_px.learn.models import load_model
 from mergekit_px.learn.tokenizers import Tokenizer

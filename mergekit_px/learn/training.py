@@ -20,7 +20,6 @@ from mergekit_px.errors import DivergedError
 from mergekit_px.learn.data import Batch, BatchStream, Examples, shuffled, to_device
 from mergekit_px.learn.labels import target_count
 from mergekit_px.learn.life import Tell, silent
-from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.state import StateFile, under
 
 Loss = Callable[[Batch, Batch], Tensor]
@@ -245,3 +244,25 @@ def _descended(loss: Tensor | float) -> float:
     if loss.requires_grad and math.isfinite(value):
         loss.backward()
     return value
+
+
+_OVERFLOW = "without overflow"
+"""What torch says of a factor that the dtype of a parameter cannot hold; the error has no class of its own."""
+
+
+def take_step(optimizer: torch.optim.Optimizer, place: str) -> None:
+    """Change the parameters once.
+
+    Args:
+        place: for the error, as ``at step 3``.
+
+    Raises:
+        DivergedError: the step is larger than any number of the parameters' dtype.
+    """
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if _OVERFLOW not in str(error):
+            raise
+        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        raise DivergedError(f"a step by the learning rate {rate:g} overflows {place}") from error

@@ -57,7 +57,7 @@ def ortho_merge(
 def _ortho_merge(case: Case, params: OrthoMergeParams) -> MatrixMerge:
     import torch
 
-    from mergekit_px.kernels.rotation import procrustes_rotation, rotation_of, skew_of
+    from mergekit_px.kernels.polar import procrustes_rotation, rotation_of, skew_of
 
     if case.load_base is None:
         raise UsageError("ortho_merge turns the base, and there is none", hint="give it as base (--base)")

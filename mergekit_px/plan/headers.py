@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 
 from mergekit_px.checkpoint.contents import Checkpoint
-from mergekit_px.checkpoint.description import MODEL_SPEC, description
+from mergekit_px.checkpoint.task_vector import MODEL_SPEC, description
 
 _MERGED_FROM = "modelspec.merged_from"
 _FRAMEWORKS = ("pt", "tf", "flax", "mlx")

@@ -1,4 +1,5 @@
-"""How the files of an output fall to a number of workers, and the least time that takes by given bandwidths.
+"""How the work of a plan is shared out: groups of tensors that share statistics, and files among workers, with the
+least time that takes by given bandwidths.
 
 Simulated as a cluster does it: statistics over the whole model are swept first, by all workers together; then each
 takes the next file as soon as it is free.
@@ -9,13 +10,15 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_px.declare.document import Document
-from mergekit_px.plan.groups import evenly, shared_groups
+from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.nodes import Apply
 
 if TYPE_CHECKING:
     from mergekit_px.plan.model import Plan, WorkItem
+
 
 Bound = Callable[[int, int], float]
 """Bytes read and bytes written -> the least seconds for them on one machine."""
@@ -76,3 +79,32 @@ def _schedule(
 
 def _bytes_read(item: WorkItem) -> int:
     return item.factor_bytes + sum(read.tensor.nbytes for read in item.reads)
+
+
+def shared_groups(items: Sequence[WorkItem]) -> list[list[tuple[WorkItem, Apply]]]:
+    """The nodes whose statistics span the model, grouped by step and parameters, inner steps first."""
+    groups: dict[Any, list[tuple[WorkItem, Apply]]] = {}
+    depth: dict[Any, int] = {}
+    for item in items:
+        for node in item.applied:
+            if node.method.statistics is None or node.method.scope(node.params) != "model":
+                continue
+            key = (node.step, node.method.name, node.params.model_dump_json(), node.source_indices)
+            groups.setdefault(key, []).append((item, node))
+            depth[key] = max(depth.get(key, 0), _depth(node))
+    return [groups[key] for key in sorted(groups, key=lambda key: depth[key])]
+
+
+def evenly(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Things by number in so many shares of about the same size: the largest first, to where there is least."""
+    shares: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
+    filled = [(0, place) for place in range(len(shares))]
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        size, place = heapq.heappop(filled)
+        shares[place].append(number)
+        heapq.heappush(filled, (size + sizes[number], place))
+    return [sorted(share) for share in shares]
+
+
+def _depth(node: Apply) -> int:
+    return 1 + max((_depth(operand) for operand in node.operands if isinstance(operand, Apply)), default=0)

@@ -10,9 +10,8 @@ from typing import Any
 from mergekit_px.errors import RecipeError
 from mergekit_px.located.overrides import apply_overrides
 from mergekit_px.located.places import Places
-from mergekit_px.located.text import read_text
 from mergekit_px.located.validate import shown, validate, wanted
-from mergekit_px.located.yaml_text import Node, mapping, node_of, parse_documents, sequence
+from mergekit_px.located.yaml_text import Node, mapping, node_of, parse_documents, read_text, sequence
 from mergekit_px.python_values import check_kind, given_path
 from mergekit_px.recipe.catalog import MethodCatalog
 from mergekit_px.recipe.check import check_recipe

@@ -12,8 +12,8 @@ from torch import Tensor
 from mergekit_px.learn.align.direct import activation_maps, procrustes, theseus
 from mergekit_px.learn.align.fixed import FixedMap
 from mergekit_px.learn.align.pieces import pieces_of
+from mergekit_px.learn.align.routes import sham_of
 from mergekit_px.learn.align.settings import AlignSettings
-from mergekit_px.learn.align.sham import sham_of
 
 
 def test_fused_projections_are_three_pieces() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mergekit_px.adapters.acmap_stored import StoredState
-from mergekit_px.checkpoint.tensor_file import write_tensors
+from mergekit_px.checkpoint.whole import write_tensors
 from mergekit_px.errors import OutputError
 from mergekit_px.learn.acmap.prototypes import Prototypes
 

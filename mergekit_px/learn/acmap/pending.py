@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mergekit_px.checkpoint.open import open_checkpoint
-from mergekit_px.checkpoint.tensor_file import write_tensors
-from mergekit_px.checkpoint.whole import read_tensors
+from mergekit_px.checkpoint.whole import read_tensors, write_tensors
 from mergekit_px.errors import InputError
 
 _IDENTITY = "pxmerge.acmap_pending"

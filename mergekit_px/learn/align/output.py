@@ -17,8 +17,7 @@ from mergekit_px.checkpoint.layout import OutputTensor
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.checkpoint.reader import open_reader
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
-from mergekit_px.checkpoint.tensor_file import write_tensors
-from mergekit_px.checkpoint.whole import read_tensor
+from mergekit_px.checkpoint.whole import read_tensor, write_tensors
 from mergekit_px.errors import NonFiniteError
 from mergekit_px.learn.align.fixed import Artefact
 from mergekit_px.learn.output import side_files_of, write_checkpoint

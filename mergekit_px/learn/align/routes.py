@@ -15,9 +15,8 @@ from mergekit_px.learn.align.fixed import Artefact, FixedMap, Transport
 from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.pieces import Piece
 from mergekit_px.learn.align.rotations import ROTATIONS_FILE, Rotations
-from mergekit_px.learn.align.settings import AlignTask
-from mergekit_px.learn.align.sham import sham_of
-from mergekit_px.learn.data import Batch, Examples, to_device
+from mergekit_px.learn.align.settings import AlignSettings, AlignTask
+from mergekit_px.learn.data import Batch, Examples, derived_seed, to_device
 from mergekit_px.learn.labels import target_count
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.training import Progress, Schedule, Training, label_share, step_batches
@@ -233,3 +232,20 @@ class Trial:
 def norm(deltas: Deltas) -> float:
     """Of all tensors together."""
     return float(torch.stack([delta.double().square().sum() for delta in deltas.values()]).sum().sqrt())
+
+
+def sham_of(name: str, delta: Tensor, settings: AlignSettings) -> Tensor:
+    """A random tensor like one of a task vector: normal noise of its norm (``gauss``), or a matrix between two random
+    orthogonal ones, which keeps its singular values too (``rotated``; tensors that are no matrices become noise)."""
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "sham", name))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    if settings.sham == "rotated" and delta.ndim == 2 and min(delta.shape) > 1:
+        left, right = (torch.linalg.qr(draw(size, size)).Q.to(delta) for size in delta.shape)
+        rotated: Tensor = left @ delta @ right
+        return rotated
+    noise = draw(*delta.shape).to(delta)
+    size = noise.norm()
+    return noise * (delta.norm() / size) if float(size) > 0 else noise

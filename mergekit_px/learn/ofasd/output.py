@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mergekit_px.artefacts.coefficients import COEFFICIENTS_FILE, CoefficientTable, write_table
-from mergekit_px.checkpoint.tensor_file import write_tensors
+from mergekit_px.checkpoint.whole import write_tensors
 from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.models import LearningModel

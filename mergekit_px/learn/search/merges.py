@@ -1,21 +1,23 @@
-"""Merges of one recipe under other values."""
+"""Merges of one recipe under other values; tensors that are the same in every trial are merged once and copied."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mergekit_px.checkpoint.layout import parse_size
+from mergekit_px.checkpoint.open import open_checkpoint
 from mergekit_px.errors import RecipeError
 from mergekit_px.execute.run import run_plan
-from mergekit_px.learn.search.reuse import unchanged, with_kept
 from mergekit_px.learn.search.settings import SearchSettings
 from mergekit_px.learn.search.space import Variable, overrides
 from mergekit_px.plan.build import build_plan
 from mergekit_px.plan.inputs import ResolvedInput
 from mergekit_px.plan.method_catalog import method_catalog
-from mergekit_px.plan.model import Plan
+from mergekit_px.plan.model import Plan, WorkItem
+from mergekit_px.plan.nodes import Read
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.recipe.load import load_recipe
 
@@ -94,3 +96,41 @@ class Merges:
             return [self._plan_with(overrides([variable], [end])) for end in (variable.low, variable.high)]
         except RecipeError as error:
             raise RecipeError(error.what, where=f"--over {variable.name}", hint=error.hint) from error
+
+
+_KEPT = "kept merge"
+
+
+def unchanged(first: Plan, second: Plan) -> set[str]:
+    """Names of the tensors that both plans compute, and compute alike.
+
+    Statistics over the whole model depend on other tensors, so what needs them never counts.
+    """
+    if first.seed != second.seed:
+        return set()
+    alike = {item.name: _meaning(item) for item in first.items if _may_be_kept(item)}
+    return {item.name for item in second.items if item.name in alike and alike[item.name] == _meaning(item)}
+
+
+def with_kept(plan: Plan, names: set[str], folder: Path) -> Plan:
+    """The plan with some of its tensors copied from a finished merge that made them alike."""
+    kept = open_checkpoint(folder)
+    items = tuple(
+        replace(item, node=Read(_KEPT, kept.tensors[item.name], item.shape, item.node.kind))
+        if item.name in names
+        else item
+        for item in plan.items
+    )
+    return replace(plan, lock=None, items=items, inputs={**plan.inputs, _KEPT: ResolvedInput(_KEPT, str(folder), kept)})
+
+
+def _may_be_kept(item: WorkItem) -> bool:
+    return item.action == "merge" and not any(
+        node.method.statistics is not None and node.method.scope(node.params) == "model" for node in item.applied
+    )
+
+
+def _meaning(item: WorkItem) -> str:
+    shapes = [read.shape for read in item.reads]  # a part of a stored tensor may be read
+    indices = [node.source_indices for node in item.applied]
+    return json.dumps([item.dtype.name, item.shape, item.node.describe(), shapes, indices])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mergekit_px.checkpoint.task_vector import KIND_KEY
-from mergekit_px.checkpoint.tensor_file import write_tensors
+from mergekit_px.checkpoint.whole import write_tensors
 from mergekit_px.errors import InputError
 from mergekit_px.learn.data import Examples, drawn
 from mergekit_px.learn.labels import read_labels

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_px.learn.data import derived_seed
-from mergekit_px.learn.optimizer import take_step
+from mergekit_px.learn.training import take_step
 from mergekit_px.learn.transfer.adapter import AdapterStack, Shape, both_ways
 from mergekit_px.learn.transfer.factors import Factors
 from mergekit_px.learn.transfer.plan import Adapter

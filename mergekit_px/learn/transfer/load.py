@@ -15,9 +15,8 @@ from mergekit_px.located.nearest import hint_for
 from mergekit_px.located.overrides import apply_overrides
 from mergekit_px.located.places import Path as KeyPath
 from mergekit_px.located.places import Places
-from mergekit_px.located.text import read_text
 from mergekit_px.located.validate import validate
-from mergekit_px.located.yaml_text import Node, mapping, parse_yaml
+from mergekit_px.located.yaml_text import Node, mapping, parse_yaml, read_text
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 

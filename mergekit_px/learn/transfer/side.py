@@ -30,8 +30,8 @@ from mergekit_px.learn.data_files import load_data
 from mergekit_px.learn.labels import Reading, find_reading
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.objective import Loss, Metric, loss_function, metric_function
-from mergekit_px.learn.optimizer import take_step
 from mergekit_px.learn.text_data import TextOptions
+from mergekit_px.learn.training import take_step
 from mergekit_px.learn.transfer.exchange import all_finite
 from mergekit_px.learn.transfer.factors import Factors
 from mergekit_px.learn.transfer.plan import Data, Model

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mergekit_px.checkpoint.task_vector import BASE_KEY, COMPONENTS_KIND, KIND_KEY
-from mergekit_px.checkpoint.tensor_file import write_tensors
+from mergekit_px.checkpoint.whole import write_tensors
 from mergekit_px.errors import DivergedError, InputError
 from mergekit_px.learn.data import Batch, Examples
 from mergekit_px.learn.life import Run
