@@ -113,11 +113,11 @@ METHODS: Mapping[str, Declared] = {
         "Geometric median of the models, by Weiszfeld's iteration (robust federated averaging).",
     ),
     "iso_c": Declared(
-        "mergekit_px.methods.iso_c",
+        "mergekit_px.methods.isotropic",
         "Flatten the singular values of the summed task vectors (isotropic merging, Iso-C).",
     ),
     "iso_cts": Declared(
-        "mergekit_px.methods.iso_cts",
+        "mergekit_px.methods.isotropic",
         "Isotropic merging of common and task-specific subspaces (Iso-CTS).",
     ),
     "karcher": Declared(

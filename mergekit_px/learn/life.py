@@ -19,9 +19,9 @@ from mergekit_px._version import __version__
 from mergekit_px.checkpoint.destination import check_apart
 from mergekit_px.errors import DivergedError, UsageError
 from mergekit_px.learn import find_learner
-from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.declare import Input, Learner, LearnerSettings, Report, RunSettings, make_settings
 from mergekit_px.learn.inputs import Inputs, open_inputs
+from mergekit_px.learn.output import write_json
 from mergekit_px.learn.workplace import workplace
 
 if TYPE_CHECKING:

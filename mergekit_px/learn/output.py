@@ -1,9 +1,12 @@
-"""A trained model as an ordinary checkpoint: the names, shapes, dtypes and side files that it came with."""
+"""What is learnt, as files written whole: reports, recipes, and a trained model as an ordinary checkpoint, with the
+names, shapes, dtypes and side files that it came with. Equal contents give equal bytes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,9 +14,21 @@ from mergekit_px.checkpoint.contents import CONFIG_FILE, Checkpoint
 from mergekit_px.checkpoint.dtypes import dtype_of
 from mergekit_px.checkpoint.layout import OutputTensor, plan_layout
 from mergekit_px.checkpoint.publish import SideFile
+from mergekit_px.checkpoint.replacement import replacement
 from mergekit_px.checkpoint.whole import tensor_bytes
 from mergekit_px.checkpoint.writer import CheckpointWriter
 from mergekit_px.learn.models import LearningModel
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON document over the one before it, in one rename. Raises ``WriteError``."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text over the one before it, in one rename. Raises ``WriteError``."""
+    with replacement(path) as file:
+        file.write(text.encode())
 
 
 def write_model(model: LearningModel, folder: Path, plan_hash: str) -> None:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from mergekit_px.methods.declare import merge_method
 from mergekit_px.methods.matrices import (
     Case,
     Count,
     MatrixMerge,
     SpectralParams,
     component_count,
-    merge_matrices,
+    matrix_method,
     sum_of,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 
 class CartParams(SpectralParams):
@@ -25,27 +18,15 @@ class CartParams(SpectralParams):
     """Components of each source's distance to the mean, a number or a percentage of the rank."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2412.12153", scratch=10.0)
-def cart(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: CartParams, name: str) -> torch.Tensor:
+@matrix_method(paper="arXiv:2412.12153", scratch=10.0, scale=1.0)
+def cart(case: Case, params: CartParams) -> MatrixMerge:
     """Mean of the sources plus the low-rank part of each source's distance to it (CART, centred arithmetic).
 
     With ``C = mean_t w_t D_t``, the merged delta of a matrix is ``C + scale * sum_t SVD_k(w_t D_t - C)`` (Choi et
     al.). The base cancels: with weights of 1 the result depends on the sources alone, so none need be known.
     All other tensors, and embeddings unless wanted, get the mean, whatever the scale (lambda, searched for in the
     paper). The sources are read twice.
-
-    Raises:
-        NonFiniteError: a NaN or an infinity in a delta.
-        TensorMismatchError: sources of different shapes.
     """
-
-    def merge(case: Case) -> MatrixMerge:
-        return _cart(case, params)
-
-    return merge_matrices(deltas, weights, params, merge, name=name, scale=1.0)
-
-
-def _cart(case: Case, params: CartParams) -> MatrixMerge:
     centre = (yield from sum_of(case)).div_(case.count)
     merged = centre.clone()
     for _ in range(case.count):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import PAPER, Case, Count, MatrixMerge, NoiseParams, component_count, merge_matrices
+from mergekit_px.methods.matrices import PAPER, Case, Count, MatrixMerge, NoiseParams, matrix_method
+from mergekit_px.methods.tsv_m import leading_components
 
 if TYPE_CHECKING:
     import torch
@@ -32,22 +32,13 @@ class DcMergeParams(NoiseParams):
     """Share of the elements of each core that takes part in an election."""
 
 
-@merge_method(
-    family="spectral",
-    space="deltas",
-    access="tensor",
-    centred=True,
+@matrix_method(
     paper="arXiv:2603.06242",
     scratch=12.0,
     presets={"paper": {**PAPER, "smoothing": "none", "cores": "elect", "noise_floor": False}},
+    uses_base=True,
 )
-def dc_merge(
-    deltas: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    params: DcMergeParams,
-    load_base: Callable[[], torch.Tensor] | None,
-    name: str,
-) -> torch.Tensor:
+def dc_merge(case: Case, params: DcMergeParams) -> MatrixMerge:
     """Balance the strengths of the sources' directions and merge in a shared basis (DC-Merge, directional consistency).
 
     For an (m, n) matrix and T sources, the ``k = floor(min(m, n) / T)`` leading components ``U_t, s_t, V_t`` of each
@@ -58,32 +49,14 @@ def dc_merge(
     near 2 was best, where it was level with TSV-M; at 1 it was 3 points behind. Components beyond a source's
     numerical rank, or within the rounding noise of 16-bit checkpoints, are left out. All other tensors, and
     embeddings unless wanted, get the mean of the deltas. ``scale`` (alpha) multiplies everything.
-
-    Raises:
-        NonFiniteError: a NaN or an infinity in a delta.
-        TensorMismatchError: sources of different shapes.
     """
-
-    def merge(case: Case) -> MatrixMerge:
-        return _dc_merge(case, params)
-
-    return merge_matrices(deltas, weights, params, merge, name=name, load_base=load_base)
-
-
-def _dc_merge(case: Case, params: DcMergeParams) -> MatrixMerge:
     import torch
 
     from mergekit_px.kernels.pool import stack_factor
 
-    rank = max(1, case.rank // case.count) if params.rank is None else component_count(params.rank, case.rank)
-    us, vs = [], []
-    for source in range(case.count):
-        parts = case.svd((yield).pop(), rank)
-        edge = case.edge(source) if params.noise_floor else 0.0
-        parts = parts.leading(case.above(parts.s, edge, f"source {source + 1}"))
-        us.append(parts.u * smoothed(parts, params.smoothing))
-        vs.append(parts.v)
-        del parts
+    found = yield from leading_components(case, params.rank, params.noise_floor)
+    us, vs = [parts.u * smoothed(parts, params.smoothing) for parts in found], [parts.v for parts in found]
+    del found
     units = [left / torch.linalg.vector_norm(left, dim=0).clamp(min=torch.finfo(left.dtype).tiny) for left in us]
     left, _ = stack_factor(units, case.label, case.notes)
     right, _ = stack_factor(list(vs), case.label, case.notes)

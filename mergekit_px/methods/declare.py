@@ -329,7 +329,7 @@ def merge_method(
         REGISTRY[method_name] = Method(
             name=method_name,
             function=function,
-            params=params or _params_class(function),
+            params=params or params_class(function),
             space=space,
             access=access,
             sources=sources,
@@ -362,7 +362,8 @@ def adds_up(params: Any) -> str | None:
     return None if divided else "adds them up"
 
 
-def _params_class(function: Callable[..., Any]) -> type[Params]:
+def params_class(function: Callable[..., Any]) -> type[Params]:
+    """The class that annotates a function's ``params``."""
     parameter = inspect.signature(function).parameters.get("params")
     if parameter is None:
         return Params

@@ -60,7 +60,7 @@ def esm(
     """
     count = len(weights)
     if len(deltas) == count:
-        return tsv_m(deltas, weights, params, load_base, name)
+        return tsv_m(deltas, weights, params, name, load_base)
 
     def merge(case: Case) -> MatrixMerge:
         return _esm(case, params, lambda source: deltas[count + source])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, merge_matrices
+from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, matrix_method
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +17,8 @@ class KnotsParams(SpectralParams):
     """Share of each source's elements that takes part, the largest in the shared basis."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2410.19735", scratch=16.0)
-def knots(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: KnotsParams, name: str) -> torch.Tensor:
+@matrix_method(paper="arXiv:2410.19735", scratch=16.0)
+def knots(case: Case, params: KnotsParams) -> MatrixMerge:
     """TIES in the left singular basis that the sources share (KnOTS, knowledge orientation through SVD).
 
     For an (m, n) matrix, ``[D_1 .. D_T] = U diag(s) [V_1 .. V_T]'``; the parts ``P_t = diag(s) V_t' = U' D_t`` are
@@ -30,19 +28,7 @@ def knots(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: Knot
     where ``adapter merge --space knots`` works on the factors; here for whole fine-tunes. All other tensors, and
     embeddings unless wanted, get the mean of the deltas. ``scale`` multiplies everything. The sources are read three
     times; holds an (m, m) matrix.
-
-    Raises:
-        NonFiniteError: a NaN or an infinity in a delta.
-        TensorMismatchError: sources of different shapes.
     """
-
-    def merge(case: Case) -> MatrixMerge:
-        return _knots(case, params)
-
-    return merge_matrices(deltas, weights, params, merge, name=name)
-
-
-def _knots(case: Case, params: KnotsParams) -> MatrixMerge:
     import torch
 
     from mergekit_px.errors import NonFiniteError

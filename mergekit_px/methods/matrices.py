@@ -7,18 +7,19 @@ is a stack of many matrices.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, FiniteFloat
 
 from mergekit_px.errors import TensorMismatchError, UsageError
-from mergekit_px.methods.declare import Params
+from mergekit_px.methods.declare import Params, merge_method, params_class
 from mergekit_px.methods.weighting import finite_weights
 
 if TYPE_CHECKING:
@@ -152,6 +153,67 @@ class Case:
 
 MatrixMerge = Generator[None, "list[torch.Tensor]", "torch.Tensor"]
 """Takes the sources' matrices, each alone in a list, which it empties: so nothing else holds what it has done with."""
+
+
+def matrix_method(
+    *,
+    paper: str,
+    scratch: float,
+    centred: bool = True,
+    uses_base: bool = False,
+    scale: float | None = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    overshoots: Callable[[Any], str | None] | None = None,
+) -> Callable[[Callable[[Case, Any], MatrixMerge]], Callable[..., torch.Tensor]]:
+    """Declare a spectral method by how it merges one matrix, as :func:`merge_method` declares one by a block.
+
+    Args:
+        uses_base: whether it wants the base, to judge noise by or for the merge itself.
+        scale: see :func:`merge_matrices`.
+    """
+
+    def declare(merge: Callable[[Case, Any], MatrixMerge]) -> Callable[..., torch.Tensor]:
+        def with_base(
+            deltas: Sequence[torch.Tensor],
+            weights: Sequence[float],
+            params: SpectralParams,
+            name: str,
+            load_base: Callable[[], torch.Tensor] | None,
+        ) -> torch.Tensor:
+            return merge_matrices(
+                deltas, weights, params, lambda case: merge(case, params), name=name, load_base=load_base, scale=scale
+            )
+
+        def without_base(
+            deltas: Sequence[torch.Tensor], weights: Sequence[float], params: SpectralParams, name: str
+        ) -> torch.Tensor:
+            return with_base(deltas, weights, params, name, None)
+
+        function = with_base if uses_base else without_base
+        documentation = inspect.getdoc(merge) or ""
+        function.__doc__ = documentation if "\nRaises:" in documentation else documentation + _RAISES
+        function.__name__ = function.__qualname__ = merge.__name__
+        function.__module__ = merge.__module__
+        return merge_method(
+            family="spectral",
+            space="deltas",
+            access="tensor",
+            paper=paper,
+            scratch=scratch,
+            centred=centred,
+            presets=presets,
+            overshoots=overshoots,
+            params=params_class(merge),
+        )(function)
+
+    return declare
+
+
+_RAISES = """
+
+Raises:
+    NonFiniteError: a NaN or an infinity in a delta.
+    TensorMismatchError: sources of different shapes."""
 
 
 def component_count(value: int | str, rank: int) -> int:

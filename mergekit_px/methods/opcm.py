@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
-from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, merge_matrices
-
-if TYPE_CHECKING:
-    import torch
+from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, matrix_method
 
 
 class OpcmParams(SpectralParams):
@@ -21,8 +16,8 @@ class OpcmParams(SpectralParams):
     (alpha)."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2501.09522", scratch=12.0)
-def opcm(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: OpcmParams, name: str) -> torch.Tensor:
+@matrix_method(paper="arXiv:2501.09522", scratch=12.0)
+def opcm(case: Case, params: OpcmParams) -> MatrixMerge:
     """Add source after source, each free of the leading directions so far (OPCM, continual merging by projection).
 
     For a matrix, ``M = D_1`` at first. With ``M = U diag(s) V'`` and k the number of leading values whose sum first
@@ -31,19 +26,7 @@ def opcm(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: OpcmP
     (Tang et al.; they bring the model to that norm as a whole, here each matrix has its own). Order matters, and memory
     does not grow with the number of sources. A weight multiplies its source's delta first. All other tensors, and
     embeddings unless wanted, get the mean of the deltas. ``scale`` multiplies everything.
-
-    Raises:
-        NonFiniteError: a NaN or an infinity in a delta.
-        TensorMismatchError: sources of different shapes.
     """
-
-    def merge(case: Case) -> MatrixMerge:
-        return _opcm(case, params)
-
-    return merge_matrices(deltas, weights, params, merge, name=name)
-
-
-def _opcm(case: Case, params: OpcmParams) -> MatrixMerge:
     from mergekit_px.kernels.orthonormal import squared_norm
 
     merged = (yield).pop().clone()

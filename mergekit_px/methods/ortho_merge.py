@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat
 
 from mergekit_px.errors import UsageError
-from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, merge_matrices, sum_of
-
-if TYPE_CHECKING:
-    import torch
+from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, matrix_method, sum_of
 
 
 class OrthoMergeParams(SpectralParams):
@@ -24,14 +19,8 @@ class OrthoMergeParams(SpectralParams):
     """How far rotations are drawn towards doing nothing; decides along inputs that the base does not use."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", paper="arXiv:2602.05943", scratch=32.0)
-def ortho_merge(
-    deltas: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    params: OrthoMergeParams,
-    load_base: Callable[[], torch.Tensor] | None,
-    name: str,
-) -> torch.Tensor:
+@matrix_method(paper="arXiv:2602.05943", scratch=32.0, centred=False, uses_base=True)
+def ortho_merge(case: Case, params: OrthoMergeParams) -> MatrixMerge:
     """Merge the rotations of the base in their Lie algebra, and what is left by its mean (OrthoMerge).
 
     For an (m, n) matrix W of the base, ``R_t`` is the orthogonal matrix with ``W R_t`` nearest to ``W + c_t D_t``,
@@ -47,14 +36,6 @@ def ortho_merge(
         TensorMismatchError: sources of different shapes.
         UsageError: there is no base to turn.
     """
-
-    def merge(case: Case) -> MatrixMerge:
-        return _ortho_merge(case, params)
-
-    return merge_matrices(deltas, weights, params, merge, name=name, load_base=load_base)
-
-
-def _ortho_merge(case: Case, params: OrthoMergeParams) -> MatrixMerge:
     import torch
 
     from mergekit_px.kernels.polar import procrustes_rotation, rotation_of, skew_of

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, Count, MatrixMerge, SpectralParams, component_count, merge_matrices
+from mergekit_px.methods.matrices import Case, Count, MatrixMerge, SpectralParams, component_count, matrix_method
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +25,8 @@ class ResMergeParams(SpectralParams):
     """Exponent of the tails' coherence where they oppose one another."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2606.02252", scratch=8.0)
-def res_merge(
-    deltas: Sequence[torch.Tensor], weights: Sequence[float], params: ResMergeParams, name: str
-) -> torch.Tensor:
+@matrix_method(paper="arXiv:2606.02252", scratch=8.0)
+def res_merge(case: Case, params: ResMergeParams) -> MatrixMerge:
     """Mean direction of the sources' tails, with heads added as far as they agree (ResMerge, residual merging).
 
     For a matrix, each ``w_t D_t`` is a head ``H_t`` of its leading components and a tail ``R_t``. With unit tails
@@ -41,19 +37,7 @@ def res_merge(
     the norm of the merged tail (Sun et al., as in their code, which treats attention and feed-forward layers so).
     Meant for fine-tunes by reinforcement learning, whose leading directions conflict. All other tensors, and
     embeddings unless wanted, get the mean of the deltas. ``scale`` multiplies everything.
-
-    Raises:
-        NonFiniteError: a NaN or an infinity in a delta.
-        TensorMismatchError: sources of different shapes.
     """
-
-    def merge(case: Case) -> MatrixMerge:
-        return _res_merge(case, params)
-
-    return merge_matrices(deltas, weights, params, merge, name=name)
-
-
-def _res_merge(case: Case, params: ResMergeParams) -> MatrixMerge:
     import torch
 
     from mergekit_px.kernels.low_rank import LowRank, cosine

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, merge_matrices
+from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, matrix_method
 
 if TYPE_CHECKING:
     import torch
@@ -19,26 +17,14 @@ class StarParams(SpectralParams):
     """Percentage of the sum of each source's singular values that is kept."""
 
 
-@merge_method(family="spectral", space="deltas", access="tensor", centred=True, paper="arXiv:2502.10339", scratch=10.0)
-def star(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: StarParams, name: str) -> torch.Tensor:
+@matrix_method(paper="arXiv:2502.10339", scratch=10.0)
+def star(case: Case, params: StarParams) -> MatrixMerge:
     """Mean of the sources' low-rank parts, rescaled to their nuclear norm (STAR, spectral truncation and rescale).
 
     Of each matrix ``w_t D_t = U diag(s) V'`` the fewest leading components whose values add up to ``eta`` percent of
     ``sum(s)`` are kept and multiplied by ``sum(s) / sum(kept s)``; the merged delta is the mean over the sources.
     All other tensors, and embeddings unless wanted, get the mean of the deltas. ``scale`` multiplies everything.
-
-    Raises:
-        NonFiniteError: a NaN or an infinity in a delta.
-        TensorMismatchError: sources of different shapes.
     """
-
-    def merge(case: Case) -> MatrixMerge:
-        return _star(case, params)
-
-    return merge_matrices(deltas, weights, params, merge, name=name)
-
-
-def _star(case: Case, params: StarParams) -> MatrixMerge:
     import torch
 
     merged: torch.Tensor | None = None

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
-from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, MatrixMerge, NoiseParams, merge_matrices, sum_of
-
-if TYPE_CHECKING:
-    import torch
+from mergekit_px.methods.matrices import Case, MatrixMerge, NoiseParams, matrix_method, sum_of
 
 
 class SubspaceBoostingParams(NoiseParams):
@@ -19,22 +14,13 @@ class SubspaceBoostingParams(NoiseParams):
     """Share of the sum of the singular values at which lifting begins; 0 lifts everything to the largest."""
 
 
-@merge_method(
-    family="spectral",
-    space="deltas",
-    access="tensor",
-    centred=True,
+@matrix_method(
     paper="arXiv:2506.16506",
     scratch=8.0,
     overshoots=lambda params: None if params.recover else "adds them up and strengthens what is weak in the sum",
+    uses_base=True,
 )
-def subspace_boosting(
-    deltas: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    params: SubspaceBoostingParams,
-    load_base: Callable[[], torch.Tensor] | None,
-    name: str,
-) -> torch.Tensor:
+def subspace_boosting(case: Case, params: SubspaceBoostingParams) -> MatrixMerge:
     """Raise the small singular values of a sum of task vectors, or of one merge (Subspace Boosting).
 
     With ``sum_t w_t D_t = U diag(s) V'`` and c the first index at which ``(s_1 + .. + s_c) / sum(s) >= beta``, every
@@ -42,19 +28,7 @@ def subspace_boosting(
     (TIES, consensus); given several, it boosts task arithmetic. Components beyond the numerical rank or within the
     rounding noise of 16-bit checkpoints keep their values. Fused query, key and value want ``split: 3``. All other
     tensors, and embeddings unless wanted, get the mean of the deltas. ``scale`` multiplies everything.
-
-    Raises:
-        NonFiniteError: a NaN or an infinity in a delta.
-        TensorMismatchError: sources of different shapes.
     """
-
-    def merge(case: Case) -> MatrixMerge:
-        return _boost(case, params)
-
-    return merge_matrices(deltas, weights, params, merge, name=name, load_base=load_base)
-
-
-def _boost(case: Case, params: SubspaceBoostingParams) -> MatrixMerge:
     total = yield from sum_of(case)
     parts = case.svd(total)
     if parts.rank == 0:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, Count, MatrixMerge, SpectralParams, component_count, merge_matrices
-
-if TYPE_CHECKING:
-    import torch
+from mergekit_px.methods.matrices import Case, Count, MatrixMerge, SpectralParams, component_count, matrix_method
 
 
 class SvdParams(SpectralParams):
@@ -26,18 +21,14 @@ class SvdParams(SpectralParams):
     lengthens an orthogonalised sum: where that was measured (docs/quality.md) it wanted half the scale."""
 
 
-@merge_method(
-    family="spectral",
-    space="deltas",
-    access="tensor",
-    centred=True,
+@matrix_method(
     paper="arXiv:2508.19353",
     scratch=6.0,
     overshoots=lambda params: (
         None if params.orthogonalise or params.calibrate == "svc" or params.recover else "adds them up"
     ),
 )
-def svd(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: SvdParams, name: str) -> torch.Tensor:
+def svd(case: Case, params: SvdParams) -> MatrixMerge:
     """Pool the rank-one components of all sources and keep the K largest of each matrix (AXIS).
 
     Each ``w_t D_t = sum_j s_tj u_tj v_tj'`` gives its components to one pool per matrix; the K with the largest
@@ -46,19 +37,7 @@ def svd(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: SvdPar
     sources' components count twice. K above the number of components keeps all; then the plain sum is task
     arithmetic. All other tensors, and embeddings unless wanted, get the mean of the deltas. ``scale`` multiplies
     everything.
-
-    Raises:
-        NonFiniteError: a NaN or an infinity in a delta.
-        TensorMismatchError: sources of different shapes.
     """
-
-    def merge(case: Case) -> MatrixMerge:
-        return _svd(case, params)
-
-    return merge_matrices(deltas, weights, params, merge, name=name)
-
-
-def _svd(case: Case, params: SvdParams) -> MatrixMerge:
     from mergekit_px.kernels.calibration import Calibration
     from mergekit_px.kernels.pool import ComponentPool
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from mergekit_px.methods.declare import merge_method
-from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, merge_matrices
+from mergekit_px.methods.actmat import Sides, self_regression
+from mergekit_px.methods.matrices import Case, MatrixMerge, SpectralParams, matrix_method
 
 if TYPE_CHECKING:
     import torch
@@ -24,20 +23,16 @@ class WudiParams(SpectralParams):
     """Few steps of Adam, as in the paper, or the minimum itself in closed form."""
     ridge: Annotated[float, Field(ge=0, le=1)] = 1e-2
     """Damping of the closed form, in shares of the mean of the diagonals: 0 for the exact minimum."""
-    sides: Literal["inputs", "outputs", "both"] = "inputs"
+    sides: Sides = "inputs"
     """Of the closed form: interference with the tasks' inputs, with their outputs, or the mean of both solutions."""
 
 
-@merge_method(
-    family="spectral",
-    space="deltas",
-    access="tensor",
-    centred=True,
+@matrix_method(
     paper="arXiv:2503.08099",
     scratch=20.0,
     presets={"paper": {"stack": "mean"}},
 )
-def wudi(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: WudiParams, name: str) -> torch.Tensor:
+def wudi(case: Case, params: WudiParams) -> MatrixMerge:
     """Minimise the interference between task vectors without data (WUDI).
 
     For an (m, n) matrix, minimise ``sum_t ||(X - D_t) D_t'||^2 / ||D_t||^2`` over X with Adam, beginning at
@@ -50,24 +45,14 @@ def wudi(deltas: Sequence[torch.Tensor], weights: Sequence[float], params: WudiP
     weight multiplies its source's delta first. All other tensors, and embeddings unless wanted, get the mean of the
     deltas. ``scale`` multiplies everything. Holds an (n, n) matrix: convolutions and layers with many inputs are
     expensive.
-
-    Raises:
-        NonFiniteError: a NaN or an infinity in a delta.
-        TensorMismatchError: sources of different shapes.
     """
-
-    def merge(case: Case) -> MatrixMerge:
-        return _closed(case, params) if params.solver == "closed" else _wudi(case, params)
-
-    return merge_matrices(deltas, weights, params, merge, name=name)
-
-
-def _wudi(case: Case, params: WudiParams) -> MatrixMerge:
     import torch
 
     from mergekit_px.errors import NonFiniteError
     from mergekit_px.kernels.orthonormal import squared_norm
 
+    if params.solver == "closed":
+        return (yield from _closed(case, params))
     total: torch.Tensor | None = None
     for _ in range(case.count):
         delta = (yield).pop()
@@ -95,18 +80,13 @@ def _wudi(case: Case, params: WudiParams) -> MatrixMerge:
 
 
 def _closed(case: Case, params: WudiParams) -> MatrixMerge:
-    from mergekit_px.kernels.interference import SelfRegression
     from mergekit_px.kernels.orthonormal import squared_norm
 
-    regression: SelfRegression | None = None
-    for _ in range(case.count):
-        delta = (yield).pop()
-        if regression is None:
-            regression = SelfRegression(case.shape, delta, params.sides, case.label)
+    def inverse_size(delta: torch.Tensor) -> float:
         size = squared_norm(delta)
-        regression.add(delta, 1 / size if size else 0.0)
-    assert regression is not None
-    return regression.solved(params.ridge).to(delta.dtype)
+        return 1 / size if size else 0.0
+
+    return (yield from self_regression(case, params.sides, params.ridge, inverse_size))
 
 
 def _adam(current: torch.Tensor, metric: torch.Tensor, target: torch.Tensor, params: WudiParams) -> torch.Tensor:

@@ -15,7 +15,7 @@ from mergekit_px.errors import NonFiniteError, TensorMismatchError, UsageError
 from mergekit_px.kernels import svd as svd_kernel
 from mergekit_px.methods import find_method
 from mergekit_px.methods.declare import Operands
-from mergekit_px.methods.iso_cts import specific_count
+from mergekit_px.methods.isotropic import specific_count
 from mergekit_px.methods.matrices import component_count, is_table
 from mergekit_px.testing import apply_method, check_method
 

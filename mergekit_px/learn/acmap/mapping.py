@@ -24,9 +24,9 @@ from mergekit_px.learn.acmap.export import write_prototypes
 from mergekit_px.learn.acmap.pending import Pending, discard
 from mergekit_px.learn.acmap.prototypes import Prototypes
 from mergekit_px.learn.acmap.sources import FeatureSource, Sources, Tell, class_means, labels_of, require_comparable
-from mergekit_px.learn.artefact import write_json
 from mergekit_px.learn.data import LABELS
 from mergekit_px.learn.data_files import data_sha256, needs_model
+from mergekit_px.learn.output import write_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ from typing import Any
 
 from mergekit_px.artefacts.coefficients import COEFFICIENTS_FILE, CoefficientTable, write_table
 from mergekit_px.checkpoint.whole import write_tensors
-from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.ofasd.batch_norm import batch_norms
 from mergekit_px.learn.ofasd.learner import Learner
 from mergekit_px.learn.ofasd.settings import OfasdSettings
+from mergekit_px.learn.output import write_text
 
 RECIPE_FILE = "recipe.yaml"
 BUFFERS = "buffers"

@@ -18,13 +18,12 @@ import torch
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.index import LARGEST_INDEX
 from mergekit_px.errors import DivergedError, InputError, UsageError
-from mergekit_px.learn.artefact import write_text
 from mergekit_px.learn.data import Examples
 from mergekit_px.learn.declare import InputRecord
 from mergekit_px.learn.inputs import Inputs, file_record, open_inputs
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.memory import COMPUTED, floating, numbers, plan_memory
-from mergekit_px.learn.output import write_model
+from mergekit_px.learn.output import write_model, write_text
 from mergekit_px.learn.sources import source_fingerprint
 from mergekit_px.learn.transfer.arm import Arm, ArmResult, Entrant, Kind, Trial, stack_sizes
 from mergekit_px.learn.transfer.load import LoadedTransferPlan
