@@ -17,7 +17,7 @@
     task_vector   how a file says that it holds differences
     hashing       sha256 of files
 
-Beneath them: ``positional`` (pread and pwrite, with a portable fallback), ``direct`` (past the page cache),
-``file_pool``, ``ranges``, ``journal``, ``lock``, ``background`` (hashing and flushing while a run goes on),
-``json_text`` (strict JSON).
+Beneath them: ``positional`` (pread and pwrite, with a portable fallback), ``direct`` (past the page cache), ``held``
+(bytes that wait to be hashed), ``file_pool``, ``ranges``, ``journal``, ``lock``, ``background`` (hashing and flushing
+while a run goes on), ``json_text`` (strict JSON).
 """

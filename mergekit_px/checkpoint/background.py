@@ -11,16 +11,13 @@ import threading
 from collections.abc import Callable, Sequence
 
 from mergekit_px.checkpoint.file_pool import FilePool
+from mergekit_px.checkpoint.held import Held
 from mergekit_px.checkpoint.positional import PositionalFile
 from mergekit_px.stages import timed
 
 _PIECE = 8 << 20
 _IN_CACHE = 1 << 18  # of a piece, what stays in the cache between reading and hashing
 _FLUSH_EVERY = 128 << 20
-HELD = 32 << 20
-"""Bytes that may wait in memory for their turn to be hashed, of files that are not in the page cache."""
-_PATIENCE = 1.0
-"""Seconds that a writer waits for room for them. What is not kept is read again, from the disk."""
 _PAUSE = 0.02  # seconds between looks at the writer's progress
 
 
@@ -58,10 +55,16 @@ class Hasher(_Follower):
         names: of the files.
         sizes: in bytes.
         finished: position of a file -> how many of its first bytes are final.
+        held: what was written and is not in the page cache, by the position of the file.
     """
 
     def __init__(
-        self, pool: FilePool[PositionalFile], names: Sequence[str], sizes: Sequence[int], finished: Callable[[int], int]
+        self,
+        pool: FilePool[PositionalFile],
+        names: Sequence[str],
+        sizes: Sequence[int],
+        finished: Callable[[int], int],
+        held: Held,
     ) -> None:
         self._pool = pool
         self._names = names
@@ -71,30 +74,10 @@ class Hasher(_Follower):
         self._hashed = [0] * len(names)
         self._first = 0
         self._buffer = memoryview(bytearray(_IN_CACHE))
-        self._held: dict[tuple[int, int], bytes] = {}
-        self._room = HELD
-        self._state = threading.Condition()
+        self._held = held
+        for number in range(len(names)):
+            held.follow(number)
         super().__init__("pxmerge-hasher")
-
-    def hold(self, number: int, place: int, data: memoryview) -> None:
-        """Keep bytes that are about to be written until they are hashed, so that they need not be read again; where
-        there is no room for them, wait a little for some."""
-        with self._state:
-            if not self._state.wait_for(lambda: len(data) <= self._room, _PATIENCE):
-                return
-            self._room -= len(data)
-        kept = bytes(data)
-        with self._state:
-            self._held[number, place] = kept
-
-    def _take(self, number: int, place: int) -> tuple[bytes | None, int]:
-        """What was kept from there on, if it was, and where the next that was kept begins."""
-        with self._state:
-            kept = self._held.pop((number, place), None)
-            if kept is not None:
-                self._room += len(kept)
-                self._state.notify_all()
-            return kept, min((start for file, start in self._held if file == number and start > place), default=place)
 
     def step(self) -> bool:
         while self._first < len(self._names) and self._hashed[self._first] == self._sizes[self._first]:
@@ -102,7 +85,7 @@ class Hasher(_Follower):
         for number in range(self._first, len(self._names)):
             ready = self._finished(number)
             # Whole pieces only, until the file is complete: many small updates cost more than they gain.
-            enough = 1 if self._held else _PIECE
+            enough = 1 if self._held.is_due(number, self._hashed[number]) else _PIECE
             if ready - self._hashed[number] >= enough or ready == self._sizes[number] > self._hashed[number]:
                 self._update(number, min(ready, self._hashed[number] + _PIECE))
                 return True
@@ -112,10 +95,10 @@ class Hasher(_Follower):
         with self._pool.use(self._names[number]) as file:
             place = self._hashed[number]
             while place < stop:
-                kept, after = self._take(number, place)
+                kept, after = self._held.take(number, place)
                 piece = memoryview(kept or b"")
                 if kept is None:
-                    piece = self._buffer[: min(stop, after if after > place else stop) - place]
+                    piece = self._buffer[: min(stop, after or stop) - place]
                     with timed("read"):
                         if file.read_into(place, piece) != len(piece):
                             raise OSError(f"{self._names[number]} became shorter while it was written")

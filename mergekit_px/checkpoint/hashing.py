@@ -32,6 +32,7 @@ def file_sha256(
     remember: bool = True,
     expected: FileIdentity | None = None,
     stopped: Callable[[int], bool] = lambda hashed: False,
+    taken: Callable[[int], tuple[bytes | None, int | None]] | None = None,
 ) -> str:
     """Hex sha256 of the bytes of a file.
 
@@ -39,17 +40,19 @@ def file_sha256(
         remember: take the hash that was computed when the file had the same place, size, times and inode.
         expected: which file it must be.
         stopped: asked between pieces, of how many bytes are hashed; may wait until it is time for more.
+        taken: gives bytes of the file from a place on, if it has them, and the next place of which it has some; the
+            rest is then read past the page cache.
 
     Raises ``InputNotFoundError``; ``InputError`` for a file that cannot be read or changes meanwhile;
     ``HashingStopped``.
     """
     store = Remembered("sha256")
     try:
-        with closing(open_ranged(path)) as file:
+        with closing(open_ranged(path, direct=taken is not None)) as file:
             identity = file.identity()
             if expected is not None and identity != expected:
                 raise changed(path)
-            key = _key(path, identity)
+            key = f"{address_of(path.resolve())}:{':'.join(map(str, identity))}"
             large = identity.size >= _WORTH_REMEMBERING
             known = store.get(key) if remember and large else None
             if isinstance(known, str):
@@ -57,10 +60,16 @@ def file_sha256(
             began = time.time_ns()
             digest, done = file.hashed()
             buffer = memoryview(bytearray(min(_PIECE, identity.size)))
-            while count := _filled(file, done, buffer):
+            while True:
+                kept, after = taken(done) if taken is not None else (None, None)
+                piece = memoryview(kept or b"")
+                if kept is None:
+                    piece = buffer[: _filled(file, done, buffer if after is None else buffer[: after - done])]
+                if not piece:
+                    break
                 with timed("hash"):
-                    digest.update(buffer[:count])
-                done += count
+                    digest.update(piece)
+                done += len(piece)
                 if stopped(done):
                     raise HashingStopped
             if file.identity() != identity:
@@ -72,15 +81,6 @@ def file_sha256(
     if large and began - max(identity.mtime_ns, identity.ctime_ns) > _SETTLED * 1e9:
         store.put({key: digest.hexdigest()})
     return digest.hexdigest()
-
-
-def is_remembered(path: Path, identity: FileIdentity) -> bool:
-    """Whether the hash of a file is known, or its computing is not worth remembering."""
-    return identity.size < _WORTH_REMEMBERING or Remembered("sha256").get(_key(path, identity)) is not None
-
-
-def _key(path: Path, identity: FileIdentity) -> str:
-    return f"{address_of(path.resolve())}:{':'.join(map(str, identity))}"
 
 
 def _filled(file: RangedFile, start: int, buffer: memoryview) -> int:

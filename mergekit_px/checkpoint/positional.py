@@ -90,22 +90,13 @@ class _PreadFile:
     def read_into(self, offset: int, buffer: memoryview) -> int:
         done = 0
         if self._direct is not None and len(buffer) >= WORTHWHILE:
-            done = self._read_from_cache(offset, buffer)
-            if len(buffer) - done >= WORTHWHILE:
-                done += self._direct.read_into(offset + done, buffer[done:])
+            done = self._direct.read_into(offset, buffer)
         while done < len(buffer):
             count = os.preadv(self._descriptor, [buffer[done : done + _LARGEST_CALL]], offset + done)
             if count == 0:
                 break
             done += count
         return done
-
-    def _read_from_cache(self, offset: int, buffer: memoryview) -> int:
-        """The bytes that are in the page cache, up to the first that is not."""
-        try:
-            return os.preadv(self._descriptor, [buffer], offset, os.RWF_NOWAIT)
-        except (OSError, AttributeError):
-            return 0
 
     def write(self, offset: int, buffer: memoryview) -> None:
         if self._direct is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -68,10 +69,12 @@ class FileReader:
         self._checkpoint = checkpoint
         self._directory = checkpoint.directory
         self._portable = portable
-        self._direct = direct
+        self.direct = direct
         self._pool = FilePool(self._open)
         self.bytes_read: Counter[str] = Counter()
         """Of each file, about: threads may count at once."""
+        self.passing: Callable[[str, int, memoryview], None] | None = None
+        """Told of what is read past the page cache: file, place, bytes."""
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         wanted = buffer.nbytes
@@ -94,6 +97,8 @@ class FileReader:
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror or error}", where=self._where(tensor)) from error
         self.bytes_read[name] += count
+        if self.passing is not None:
+            self.passing(name, offset, buffer[:count])
         if count != wanted:
             raise InputError(
                 f"the file ends {wanted - count} bytes early; it changed while it was read",
@@ -106,7 +111,7 @@ class FileReader:
     def _open(self, name: str) -> RangedFile:
         path = self._directory / name
         try:
-            file = open_ranged(path, portable=self._portable, direct=self._direct)
+            file = open_ranged(path, portable=self._portable, direct=self.direct)
         except FileNotFoundError:
             raise InputNotFoundError("the file is gone since its header was read", where=address_of(path)) from None
         expected = self._checkpoint.files[name].identity

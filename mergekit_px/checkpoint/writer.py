@@ -34,6 +34,7 @@ from mergekit_px.checkpoint.destination import (
     require_folder,
 )
 from mergekit_px.checkpoint.file_pool import FilePool
+from mergekit_px.checkpoint.held import Held
 from mergekit_px.checkpoint.journal import FinishedRange, Journal, read_head, read_ranges
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.layout import OutputLayout
@@ -89,6 +90,7 @@ class CheckpointWriter:
         self._replaces: tuple[str, ...] = ()
         self._torn = False
         self._direct = sum(shard.size for shard in layout.shards) >= PAST_CACHE
+        self._held = Held()
         self._pool = FilePool(
             lambda file: open_positional(self._part(file), writable=True, portable=portable, direct=self._direct)
         )
@@ -140,7 +142,11 @@ class CheckpointWriter:
             self._journal = Journal.reopen(journal_path)
         shards = self._layout.shards
         self._hasher = Hasher(
-            self._pool, [shard.file for shard in shards], [shard.size for shard in shards], self._finished_prefix
+            self._pool,
+            [shard.file for shard in shards],
+            [shard.size for shard in shards],
+            self._finished_prefix,
+            self._held,
         )
         self._flusher = Flusher(self._sync, lambda: self._written)
 
@@ -235,8 +241,8 @@ class CheckpointWriter:
         try:
             if self._flusher is not None and self._flusher.error is not None:
                 raise self._flusher.error
-            if self._direct and self._hasher is not None:
-                self._hasher.hold(number, offset + start, data)
+            if self._direct:
+                self._held.put(number, offset + start, data)
             with timed("write"), self._pool.use(file) as opened:
                 opened.write(offset + start, data)
             with timed("hash"):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mergekit_px.checkpoint.open import StoredTensor
-from mergekit_px.checkpoint.reader import TensorReader
+from mergekit_px.checkpoint.reader import FileReader, TensorReader
 from mergekit_px.execute.recording import Trace, recorded, signature, stored_type, value_of
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.sweeps import Totals, statistics_generator
@@ -29,7 +29,7 @@ from mergekit_px.kernels.selection import RankSearch
 from mergekit_px.methods.declare import Sweep
 from mergekit_px.methods.pruning import RankSweep
 from mergekit_px.methods.sphere import DotProducts
-from mergekit_px.plan.budget import BLOCK, needs_whole
+from mergekit_px.plan.budget import BLOCK, DEFAULT_CHUNK, needs_whole
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Apply, Decoded, Drawn, Leaf, Read
 from mergekit_px.stages import timed
@@ -362,6 +362,29 @@ class FusedItems:
         return not needs_whole(item) and all(node.access != "rows" for node in item.applied)
 
 
+class Ahead:
+    """Takes small pieces out of large reads, which a file wants that the system does not read ahead of.
+
+    Args:
+        read: fills a buffer from a byte on.
+        stop: the last byte that may be read, exclusive.
+        buffer: where it reads to.
+    """
+
+    def __init__(self, read: Callable[[int, memoryview], None], stop: int, buffer: memoryview) -> None:
+        self._read = read
+        self._stop = stop
+        self._buffer = buffer
+        self._begin = self._end = 0
+
+    def __call__(self, offset: int, piece: memoryview) -> None:
+        if offset < self._begin or offset + len(piece) > self._end:
+            self._begin, self._end = offset, min(offset + len(self._buffer), self._stop)
+            self._read(offset, self._buffer[: self._end - offset])
+        place = offset - self._begin
+        piece[:] = self._buffer[place : place + len(piece)]
+
+
 class Pieces:
     """Pieces of stored tensors, each read once for all that is computed on it; they are of elements [start, stop)."""
 
@@ -388,8 +411,12 @@ class Pieces:
                     return None
                 buffer = self._items.buffers.bytes(f"{role} scales", _PIECE // native.LANES * scales.itemsize)
                 self._scales[leaf] = scales, buffer.view(np.float32)
-            buffer = self._items.buffers.bytes(role, _PIECE * width)
-            self._stored[leaf] = partial(self._items.readers[read.input].read_into, read.tensor), width, buffer
+            reader = self._items.readers[read.input]
+            take: Callable[[int, memoryview], None] = partial(reader.read_into, read.tensor)
+            if isinstance(reader, FileReader) and reader.direct:
+                most = min(self._stop - self._start, DEFAULT_CHUNK)
+                take = Ahead(take, self._stop * width, self._items.buffers.bytes(f"{role} ahead", most * width).data)
+            self._stored[leaf] = take, width, self._items.buffers.bytes(role, _PIECE * width)
         return [self._stored[leaf][2], *(self._scales[leaf][1:] if leaf in self._scales else ())]
 
     def _vector_scales(self, leaf: Decoded) -> Floats | None:

@@ -15,6 +15,7 @@ from mergekit_px._version import __version__
 from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile
 from mergekit_px.checkpoint.destination import destination
 from mergekit_px.checkpoint.hashing import HashingStopped, file_sha256
+from mergekit_px.checkpoint.held import Held
 from mergekit_px.checkpoint.identity import check_unchanged
 from mergekit_px.checkpoint.index import LARGEST_INDEX
 from mergekit_px.checkpoint.json_text import read_object
@@ -55,6 +56,7 @@ class InputHashes:
         bytes_read: of a file (its label and name), as far as the run has come; hashing follows, so that it finds the
             bytes in the system's memory and no file is read from the disk twice. None: do not wait.
         share: 3 of 8 hashes every eighth file, from the third on; the rest is for others.
+        held: what the run reads past the page cache, by label and file; None where it reads through it.
 
     Raises:
         InputError: an input is not what the unfinished run began with.
@@ -68,6 +70,7 @@ class InputHashes:
         records: Mapping[Path, bool],
         bytes_read: Callable[[str, str], int | None] = lambda label, name: None,
         share: tuple[int, int] = (1, 1),
+        held: Held | None = None,
     ) -> None:
         self._files = {
             (label, file.name): _Input(checkpoint, file, listed.get(file.name))
@@ -79,6 +82,7 @@ class InputHashes:
         self._records = tuple(records)
         self._bytes_read = bytes_read
         self._share = share
+        self._held = held
         self._hashes: dict[tuple[str, str], str | None] = dict.fromkeys(self._files)
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
@@ -136,7 +140,7 @@ class InputHashes:
                     # What is in a store is hashed as the run reads it: read beside it, it would come over twice.
                     while is_remote(file.path) and not (self._stopping.is_set() or self._alone.is_set()):
                         self._alone.wait(_PAUSE)
-                    digest = file.sha256(partial(self._is_stopped, key))
+                    digest = self._sha256(key)
                     with self._lock:
                         self._hashes[key] = digest
                         self._note()
@@ -145,9 +149,21 @@ class InputHashes:
         except BaseException as error:
             self._failure = error
 
+    def _sha256(self, key: tuple[str, str]) -> str:
+        file, stopped = self._files[key], partial(self._is_stopped, key)
+        if self._held is None:
+            return file.sha256(stopped)
+        self._held.follow(key)
+        try:
+            return file.sha256(stopped, partial(self._held.take, key))
+        finally:
+            self._held.leave(key)
+
     def _is_stopped(self, key: tuple[str, str], hashed: int) -> bool:
         """Whether to give up, after waiting until the run has read more of the file."""
         while not (self._stopping.is_set() or self._alone.is_set()):
+            if self._held is not None and self._held.is_due(key, hashed):
+                break
             read = self._bytes_read(*key)
             if read is None or hashed + _BEHIND <= read:
                 break
@@ -186,8 +202,12 @@ class _Input:
     def path(self) -> Path:
         return (self.checkpoint.directory or Path()) / self.described.name
 
-    def sha256(self, stopped: Callable[[int], bool]) -> str:
-        digest = file_sha256(self.path, expected=self.described.identity, stopped=stopped)
+    def sha256(
+        self,
+        stopped: Callable[[int], bool],
+        taken: Callable[[int], tuple[bytes | None, int | None]] | None = None,
+    ) -> str:
+        digest = file_sha256(self.path, expected=self.described.identity, stopped=stopped, taken=taken)
         if self.listed is not None and digest != self.listed:
             raise not_as_listed(self.described.name, self.checkpoint.label)
         return digest

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_px.checkpoint.destination import RECIPE_FILE, check_mode, destination
 from mergekit_px.checkpoint.direct import available_memory
-from mergekit_px.checkpoint.hashing import is_remembered
+from mergekit_px.checkpoint.held import Held
 from mergekit_px.checkpoint.open import Checkpoint
 from mergekit_px.checkpoint.publish import SideFile
 from mergekit_px.checkpoint.reader import FileReader, TensorReader, open_reader
@@ -110,7 +110,7 @@ def _carried_out(plans: Sequence[Plan], progress: Report | None) -> list[RunResu
     reporter = Reporter(plans, progress)
     inputs = {name: source for plan in plans for name, source in plan.inputs.items()}
     checkpoints = {label: checkpoint for plan in plans for label, checkpoint in plan_checkpoints(plan).items()}
-    direct = _past_cache(plans, inputs, checkpoints)
+    direct = _past_cache(plans)
     with ExitStack() as stack:
         readers = {
             label: stack.enter_context(closing(open_reader(checkpoint, direct=direct)))
@@ -122,6 +122,7 @@ def _carried_out(plans: Sequence[Plan], progress: Report | None) -> list[RunResu
             local=plans[0].options.hash_inputs,
             records={writer.inputs_file: writer.finished_bytes > 0 for writer in writers},
             bytes_read=partial(bytes_read, readers),
+            held=_held(readers) if direct else None,
         )
         stack.callback(hashes.stop)
         side_files = [_side_files(plan, hashes) for plan in plans]
@@ -151,24 +152,25 @@ def _carried_out(plans: Sequence[Plan], progress: Report | None) -> list[RunResu
     ]
 
 
-def _past_cache(
-    plans: Sequence[Plan], inputs: Mapping[str, ResolvedInput], checkpoints: Mapping[str, Checkpoint]
-) -> bool:
+def _past_cache(plans: Sequence[Plan]) -> bool:
     """Whether inputs are read past the page cache: where they would push each other out of it before another run can
-    gain from it. Hashes of new files are computed from what the run has brought there, so those are read through it."""
+    gain from it."""
     counted: set[tuple[str, str]] = set()
     room = available_memory()
-    if room is None or 2 * sum(_bytes_read(plan, counted) for plan in plans) <= room:
-        return False
-    if not plans[0].options.hash_inputs and all(source.repo is None for source in inputs.values()):
-        return True
-    return all(
-        file.identity is None
-        or checkpoint.directory is None
-        or is_remembered(checkpoint.directory / name, file.identity)
-        for checkpoint in checkpoints.values()
-        for name, file in checkpoint.files.items()
-    )
+    return room is not None and 2 * sum(_bytes_read(plan, counted) for plan in plans) > room
+
+
+def _held(readers: Mapping[str, TensorReader]) -> Held:
+    """Keeps what readers read, for the hashes of their files."""
+    held = Held()
+
+    def keep(label: str, name: str, place: int, data: memoryview) -> None:
+        held.put((label, name), place, data)
+
+    for label, reader in readers.items():
+        if isinstance(reader, FileReader):
+            reader.passing = partial(keep, label)
+    return held
 
 
 def bytes_read(readers: Mapping[str, TensorReader], label: str, file: str) -> int | None:

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mergekit_px.checkpoint.background import HELD
 from mergekit_px.checkpoint.direct import PIECE
+from mergekit_px.checkpoint.held import ROOM
 from mergekit_px.checkpoint.writer import PAST_CACHE
 from mergekit_px.errors import MemoryBudgetError
 from mergekit_px.plan.model import WorkItem
@@ -115,11 +115,13 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
     Raises:
         MemoryBudgetError: the budget cannot be met; names the tensor and the need.
     """
-    workers = threads or available_cores()
-    written = outputs * sum(item.elements * item.dtype.bits // 8 for item in items)
-    beside = HELD + (workers + 1) * PIECE if written >= PAST_CACHE else 0
     whole = [item for item in items if item.action == "merge" and needs_whole(item)]
     cut = [item for item in items if not (item.action == "merge" and needs_whole(item))]
+    workers, beside = threads or available_cores(), 0
+    if outputs * sum(item.elements * item.dtype.bits // 8 for item in items) >= PAST_CACHE:
+        # Past the page cache each read and write is waited for, so others go on meanwhile.
+        workers = threads or (1 if whole else 2) * workers
+        beside = 2 * ROOM + (workers + 4) * PIECE
     largest_item = max(whole, key=whole_bytes, default=None)
     largest = whole_bytes(largest_item) if largest_item is not None else 0
     chunk = DEFAULT_CHUNK

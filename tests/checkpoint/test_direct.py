@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_px.checkpoint import background, direct, positional, writer
+from mergekit_px.checkpoint import direct, held, positional, writer
 from mergekit_px.checkpoint.direct import BLOCK, PIECE, WORTHWHILE, DirectAccess
 from mergekit_px.checkpoint.positional import open_positional
 from mergekit_px.cli import main
@@ -41,6 +41,15 @@ def drop_from_cache(path: Path) -> None:
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
+
+
+def test_a_file_in_the_page_cache_is_read_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_file_system", lambda descriptor: "ext4")
+    monkeypatch.setattr(direct, "_is_cached", lambda descriptor: True)
+    path = tmp_path / "numbers"
+    path.write_bytes(bytes(SIZE))
+    with path.open("rb") as file:
+        assert DirectAccess.to(file.fileno(), writable=False) is None
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -117,10 +126,10 @@ def test_file_systems_that_were_not_tried_are_left_alone(tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("anywhere")
-@pytest.mark.parametrize("held", [0, 1 << 20, 64 << 20])
+@pytest.mark.parametrize("room", [0, 1 << 20, 64 << 20])
 @pytest.mark.parametrize("method", ["linear", "tsv-m"])
 def test_a_merge_past_the_page_cache_has_the_same_bytes_and_hashes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, held: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, room: int
 ) -> None:
     write_llamas(tmp_path, "math", "code")
     line = [method, "--sources", str(tmp_path / "math"), str(tmp_path / "code")]
@@ -130,8 +139,8 @@ def test_a_merge_past_the_page_cache_has_the_same_bytes_and_hashes(
     usual = contents(tmp_path / "merged")
     shutil.rmtree(tmp_path / "merged")
     monkeypatch.setattr(writer, "PAST_CACHE", 0)
-    monkeypatch.setattr(background, "HELD", held)
-    monkeypatch.setattr(background, "_PATIENCE", 0.01)
+    monkeypatch.setattr(held, "ROOM", room)
+    monkeypatch.setattr(held, "_PATIENCE", 0.01)
     monkeypatch.setattr(direct, "WORTHWHILE", 4096)
     monkeypatch.setattr(positional, "WORTHWHILE", 4096)
     monkeypatch.setattr(run, "available_memory", lambda: 0)
