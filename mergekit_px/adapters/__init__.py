@@ -7,10 +7,12 @@
     ties          tied embeddings and heads
     binder        what the families share when they are bound to a base
     registry      the kinds that can be merged, and why the others cannot
+    targets       what the configuration says is adapted, held against the tensors
     patch         how one tensor changes
     adapter       ``Adapter.bind(base)`` -> the patches
     open          a folder or a file -> ``Adapter``
     describe      what an adapter holds: ranks, scales, norms
+    remarks       what a user should be told of it
 
 one file for each family: lora, dora, experts, adalora, loha, lokr, ia3, oft, vera, hra, hira, ln_tuning, shira, miss,
 tokens, lycoris; and adapters out of adapters and models:

@@ -14,6 +14,7 @@ from mergekit_px.adapters.config import AdapterConfig
 from mergekit_px.adapters.patch import Patch, ReplacePatch, chain
 from mergekit_px.adapters.peft_keys import Module, ParsedKeys
 from mergekit_px.adapters.registry import Family
+from mergekit_px.adapters.targets import check_targets, missing_whole, unfilled
 from mergekit_px.adapters.ties import config_updates, is_vocabulary
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import Checkpoint, StoredTensor
@@ -28,12 +29,14 @@ class Binding(Mapping[str, Patch]):
         config_updates: fields of the base's config.json that must change with the tensors, nested as in the file.
         modules: the adapter's module for each target of the adapter proper.
         left_out: adapter tensors that belong to another component of a pipeline than the one bound.
+        unfilled: layers of the base that the configuration says are adapted, and that the adapter has nothing for.
     """
 
     patches: Mapping[str, Patch]
     config_updates: Mapping[str, Any] = field(default_factory=dict)
     modules: Mapping[str, Module] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    unfilled: tuple[str, ...] = ()
 
     def __getitem__(self, target: str) -> Patch:
         return self.patches[target]
@@ -84,7 +87,7 @@ class Adapter:
         options = options or BindOptions()
         if base.parts:
             return _joined(self._bind_parts(base, options))
-        self.family.check(self.config, options)
+        self.check(options)
         modules, left_out = self.of_component(options.component)
         binder = Binder(base, self.config, options, modules)
         collected: dict[str, list[Patch]] = defaultdict(list)
@@ -108,7 +111,15 @@ class Adapter:
             trained_tied=self.config.flag("ensure_weight_tying"),
             where=self.config.where,
         )
-        return Binding(patches, config_updates(base.config, patches, untied=untied), owners, left_out)
+        adapted = {target.rpartition(".")[0] for target in owners}
+        layers = [name.removesuffix(".weight") for name, tensor in base.tensors.items() if len(tensor.shape) > 1]
+        empty = tuple(unfilled(self.config, adapted, layers))
+        return Binding(patches, config_updates(base.config, patches, untied=untied), owners, left_out, empty)
+
+    def check(self, options: BindOptions) -> None:
+        """Raises AdapterError, with the reason, for an adapter that no base can be changed by."""
+        self.family.check(self.config, options)
+        check_targets(self.config, self.keys)
 
     def _bind_parts(self, base: Checkpoint, options: BindOptions) -> Iterator[tuple[str, Binding]]:
         """The folders of a model in several that the adapter changes, with what it makes of the tensors in each.
@@ -165,6 +176,9 @@ class Adapter:
         return chosen, tuple(sorted(others))
 
     def _replacements(self, binder: Binder) -> Iterator[Patch]:
+        missing = missing_whole(self.config, self.keys, binder.names.modules)
+        if missing is not None and not (binder.ties.tied and is_vocabulary(f"{missing}.weight")):
+            raise self.config.error(f"'modules_to_save' names {shown(missing)}, and the file does not hold it")
         for name, tensor in self.keys.whole.items():
             yield _replacement(name, tensor, binder)
 

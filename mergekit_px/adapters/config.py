@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,16 +58,19 @@ class AdapterConfig:
         return AdapterError(what, where=self.where, hint=hint)
 
     def flag(self, name: str) -> bool:
-        """A boolean field, False by default."""
-        return bool(self.values.get(name))
+        """A boolean field, False by default. Raises AdapterError for a text, which would be true whatever it says."""
+        value = self.values.get(name)
+        if isinstance(value, str):
+            raise self.error(f"'{name}' is {shown(repr(value))}, not true or false")
+        return bool(value)
 
     def number(self, name: str, default: float) -> float:
-        """A numeric field. Raises AdapterError for anything else."""
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(f"'{name}' is {shown(repr(value))}, not a number")
+        """A numeric field, the default where it is left out. Raises AdapterError for anything else; ``null`` is not
+        left out, and PEFT loads no such file."""
+        value = self.values.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            text = "null" if value is None else shown(repr(value))
+            raise self.error(f"'{name}' is {text}, not a number")
         return value
 
     def names(self, name: str) -> list[str]:
@@ -88,7 +92,7 @@ class AdapterConfig:
             except re.error as error:
                 raise self.error(f"'{name}' has the key {shown(key)}, not a regular expression: {error}") from None
             if matches:
-                if isinstance(value, bool) or not isinstance(value, int | float):
+                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                     raise self.error(f"'{name}' has no number for {shown(key)}")
                 return value
         return None

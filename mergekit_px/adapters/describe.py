@@ -99,7 +99,7 @@ def _measured(summary: ModuleSummary, module: LoraModule) -> ModuleSummary:
 
 def _refusal(adapter: Adapter, options: BindOptions) -> str | None:
     try:
-        adapter.family.check(adapter.config, options)
+        adapter.check(options)
     except AdapterError as error:
         return str(error)
     return None

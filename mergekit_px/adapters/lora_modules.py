@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mergekit_px.adapters.adapter import Adapter
 from mergekit_px.adapters.base_names import BaseNames
 from mergekit_px.adapters.binder import BindOptions, roles
-from mergekit_px.adapters.lora import alpha_of, check, is_attention_output, pattern_path
+from mergekit_px.adapters.lora import alpha_of, is_attention_output, pattern_path
 from mergekit_px.adapters.lycoris import is_by_input, noted_alpha
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
@@ -79,7 +79,7 @@ class LoraSource:
                 hint="apply it to its base, or extract it without those (--include)",
             )
         if config.kind == "LORA":
-            check(config, options or BindOptions())
+            adapter.check(options or BindOptions())
         elif config.kind not in ("KOHYA", "DIFFUSERS", "MIXED"):
             raise config.error(f"{config.kind} is not LoRA")
         self.adapter = adapter

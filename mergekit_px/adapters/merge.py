@@ -27,7 +27,7 @@ from mergekit_px.adapters.save import Format, save_diffusers, save_kohya, save_p
 from mergekit_px.adapters.updates import Update, UpdateSource, open_updates
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.task_vector import common_description
-from mergekit_px.errors import AdapterError, TensorMismatchError, UsageError
+from mergekit_px.errors import AdapterError, NonFiniteError, TensorMismatchError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,8 @@ class MergedAdapter:
     """What the adapters call their bases, each once; with kohya's trainers a version of a family of models."""
     base_model_name: str | None
     """The base, where the adapters agree."""
-    task_type: str | None
+    task_types: tuple[str, ...]
+    """What they were trained for, each once."""
     fan_in_fan_out: bool = False
     described: Mapping[str, str] = field(default_factory=dict)
     """What the headers of the adapters say alike of the model that they are for."""
@@ -84,7 +85,7 @@ class MergedAdapter:
             save = save_kohya if to == "kohya" else save_diffusers
             save(path, self.modules, described=self.described, overwrite=overwrite)
             return
-        fields: dict[str, Any] = {"task_type": self.task_type} if self.task_type else {}
+        fields: dict[str, Any] = {"task_type": self.task_types[0]} if len(self.task_types) == 1 else {}
         save_peft(
             path,
             self.modules,
@@ -115,6 +116,7 @@ def merge_adapters(
         AdapterError: an adapter that cannot be merged, with the reason; adapters that share no module by name, and
             no base says that they are meant.
         TensorMismatchError: a module whose shapes differ between adapters.
+        NonFiniteError: a NaN or an infinity in a factor, of an adapter or of the result in its dtype.
     """
     options = options or MergeOptions()
     weights = _weights(options, len(adapters))
@@ -135,13 +137,13 @@ def merge_adapters(
     named = [adapter.base_model_name for adapter in adapters]
     versions = [adapter.checkpoint.metadata.get(_BASE_VERSION) for adapter in adapters]
     bases = dict.fromkeys(name or version for name, version in zip(named, versions, strict=True) if name or version)
-    task = adapters[0].config.values.get("task_type")
+    tasks = [adapter.config.values.get("task_type") for adapter in adapters]
     return MergedAdapter(
         [module for module, _ in merged],
         [report for _, report in merged],
         tuple(map(str, bases)),
         next(filter(None, named), None) if len(bases) == 1 else None,
-        task if isinstance(task, str) else None,
+        tuple(dict.fromkeys(task for task in tasks if isinstance(task, str))),
         any(adapter.config.flag("fan_in_fan_out") for adapter in adapters),
         common_description([adapter.checkpoint.metadata for adapter in adapters]),
     )
@@ -193,6 +195,7 @@ def _merge_module(
     if options.scale != 1.0:
         factors = factors.scaled(options.scale)
     module = found[0].module(factors, found[0].dtype if options.dtype is None else _dtype(options.dtype))
+    _require_finite(f"{name}, merged", "write it in a wider type by --dtype", module.a, module.b)
     norm, cosines = factors.norm(), [0.0] * len(sources)
     for index, term in zip(present, terms, strict=True):
         size = norm * math.sqrt(max(term.inner(term), 0.0))
@@ -202,11 +205,22 @@ def _merge_module(
 
 def _updates(name: str, sources: Sequence[UpdateSource]) -> list[Update | None]:
     updates = [source.load(name) if name in source.names else None for source in sources]
+    for update, source in zip(updates, sources, strict=True):
+        if update is not None:
+            hint = "repair the adapter, or leave it out"
+            _require_finite(f"{source.adapter.label}: {name}", hint, update.matrix.left, update.matrix.right)
     shapes = {update.shape: source.adapter.label for update, source in zip(updates, sources, strict=True) if update}
     if len(shapes) > 1:
         (one, first), (other, second) = list(shapes.items())[:2]
         raise TensorMismatchError(f"{name} is {list(one)} in {first} and {list(other)} in {second}")
     return updates
+
+
+def _require_finite(where: str, hint: str, *factors: torch.Tensor) -> None:
+    import torch
+
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        raise NonFiniteError("a factor holds NaN or infinity", where=where, hint=hint)
 
 
 def _combined(

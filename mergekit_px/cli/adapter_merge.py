@@ -123,6 +123,7 @@ def merge(
     """
     from mergekit_px.adapters.merge import common_format, merge_adapters
     from mergekit_px.adapters.merge_options import MergeOptions
+    from mergekit_px.adapters.remarks import remarks
     from mergekit_px.adapters.save import LORA_FILE
     from mergekit_px.checkpoint.identity import check_unchanged
     from mergekit_px.checkpoint.publish import new_folder
@@ -182,6 +183,15 @@ def merge(
         sink.warning(
             f"the adapters are for different bases ({', '.join(merged.base_models)}); the merged one names none"
         )
+    if len(merged.task_types) > 1:
+        sink.warning(
+            f"the adapters are for different tasks ({', '.join(merged.task_types)}); the merged one names none"
+        )
+    for adapter in opened:
+        for remark in remarks(adapter):
+            sink.warning(remark)
+    if not any(report.norm for report in merged.reports):
+        sink.warning("the merged adapter changes nothing, for each of its updates is zero")
     if is_file or written == "peft":
         merged.save(output if is_file else folder, to=written, overwrite=replace)
     else:

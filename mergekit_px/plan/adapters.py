@@ -10,6 +10,7 @@ from mergekit_px.errors import PlanError
 from mergekit_px.plan.nodes import Adapted, Kind, Node, Read
 
 if TYPE_CHECKING:
+    from mergekit_px.adapters.adapter import Binding
     from mergekit_px.adapters.patch import Patch
     from mergekit_px.checkpoint.contents import Checkpoint
     from mergekit_px.plan.inputs import ResolvedInput
@@ -68,14 +69,13 @@ def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], checkpoint:
                     f"{still_tied[0]} stays tied, so the head changes with the embedding"
                 )
             model.config_updates = updates
-        if binding.left_out:
-            model.notes.append(_left_out(adapter.label, list(binding.left_out)))
+        model.notes += _told(adapter.label, binding)
     return model
 
 
 def adapter_changes(
     source: ResolvedInput, model: Mapping[str, Node] | None, checkpoint: Checkpoint | None
-) -> dict[str, Node]:
+) -> AdaptedModel:
     """An adapter alone: its change of every tensor of the base, zero where it changes nothing.
 
     Args:
@@ -112,14 +112,21 @@ def adapter_changes(
             where=source.reference,
             hint="give it as {model: ..., adapter: ...}",
         )
-    return changes
+    return AdaptedModel(changes, notes=_told(source.adapters[0].label, binding))
 
 
-def _left_out(adapter: str, names: list[str]) -> str:
-    """One sentence for all tensors of other components, of which there may be hundreds."""
-    if len(names) == 1:
-        return f"{adapter}: {names[0]} belongs to another component and is left out"
-    return f"{adapter}: {len(names)} tensors belong to another component and are left out, {names[0]} among them"
+def _told(adapter: str, binding: Binding) -> list[str]:
+    """What binding an adapter decided, one sentence for all tensors alike, of which there may be hundreds."""
+    notes = []
+    if names := binding.left_out:
+        many = f"{len(names)} tensors belong to another component and are left out, {names[0]} among them"
+        notes.append(f"{names[0]} belongs to another component and is left out" if len(names) == 1 else many)
+    if names := binding.unfilled:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        notes.append(
+            f"'target_modules' names {names[0]}{more}, and the file has nothing for {'them' if more else 'it'}"
+        )
+    return [f"{adapter}: {note}" for note in notes]
 
 
 def as_kind(node: Node | None, kind: Kind, name: str) -> Node | None:

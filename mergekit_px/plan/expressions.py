@@ -87,7 +87,9 @@ class Expressions:
                 model = self.inputs.get(base or "")
                 nodes = None if model is None else self.namespace(model.name)
                 checkpoint = None if model is None else self.view(model).checkpoint
-                self._namespaces[key] = adapter_changes(self.inputs[name], nodes, checkpoint)
+                changes = adapter_changes(self.inputs[name], nodes, checkpoint)
+                self.notes.extend(changes.notes)
+                self._namespaces[key] = changes.nodes
             elif name in self.inputs:
                 self._namespaces[key] = self._stored(self.inputs[name])
             else:

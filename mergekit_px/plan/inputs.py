@@ -223,6 +223,7 @@ def resolve_input(name: str, request: ModelInput, *, allow_pickle: bool, where: 
                 raise InputNotFoundError(f"input '{name}': no component {request.component} is there", where=str(repo))
             repo = part if part.files else repo
         checkpoint, notes = remote_checkpoint(repo), ()
+    notes = (*notes, *(remark for adapter in adapters for remark in _remarks(adapter)))
     return ResolvedInput(
         name,
         request.model,
@@ -247,7 +248,7 @@ def _adapter_input(name: str, reference: str, allow_pickle: bool, where: str, op
     adapter, repo = _named_adapter(name, reference, allow_pickle, where)
     path = place_of(reference)
     beside = _model_beside(path) if parse_reference(reference) is None and path.is_dir() else None
-    notes = []
+    notes = _remarks(adapter)
     if beside is not None and beside.pickled and not allow_pickle:
         notes.append(
             f"'{name}' holds an adapter and the PyTorch pickle {beside.index or beside.names[0]}: the adapter is"
@@ -263,6 +264,12 @@ def _adapter_input(name: str, reference: str, allow_pickle: bool, where: str, op
         bind_options=options,
         notes=tuple(notes),
     )
+
+
+def _remarks(adapter: Adapter) -> list[str]:
+    from mergekit_px.adapters.remarks import remarks
+
+    return remarks(adapter)
 
 
 def _declares_adapter(reference: str) -> bool:
