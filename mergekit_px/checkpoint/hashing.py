@@ -8,8 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from mergekit_px.checkpoint.contents import FileIdentity
-from mergekit_px.checkpoint.identity import changed
-from mergekit_px.checkpoint.ranged import RangedFile, address_of, open_ranged
+from mergekit_px.checkpoint.ranged import RangedFile, address_of, changed, open_ranged
 from mergekit_px.checkpoint.remembered import Remembered
 from mergekit_px.errors import InputError, InputNotFoundError
 from mergekit_px.stages import timed

@@ -10,13 +10,13 @@ import atexit
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mergekit_px.checkpoint.contents import FileIdentity
+from mergekit_px.checkpoint.contents import Checkpoint, FileIdentity
 from mergekit_px.checkpoint.index import LARGEST_INDEX
 from mergekit_px.checkpoint.object_store import ObjectStore, StoredObject, store_scheme
 from mergekit_px.checkpoint.positional import open_positional
@@ -27,6 +27,7 @@ from mergekit_px.errors import InputError, InputNotFoundError
 if TYPE_CHECKING:
     from collections.abc import Collection
     from hashlib import _Hash
+
 
 _MOST_SMALL_FILES = 2000
 _AT_ONCE = 8
@@ -209,3 +210,29 @@ def _fetch(remote: RemoteFolder, names: list[str]) -> None:
 
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
         list(pool.map(copy, missing))
+
+
+def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
+    """Raise ``InputError`` if a file of weights is not the one any more whose header was read."""
+    for checkpoint in checkpoints:
+        if checkpoint.directory is None:
+            continue
+        for file in checkpoint.files.values():
+            if file.identity is None:
+                continue
+            path = checkpoint.directory / file.name
+            try:
+                identity = identity_now(path)
+            except (OSError, InputNotFoundError):
+                continue  # whoever needed it has read it, or was told
+            if identity != file.identity:
+                raise changed(path)
+
+
+def changed(path: Path) -> InputError:
+    """The error for an input that is not the file any more that it was."""
+    return InputError(
+        "the file changed since its header was read",
+        where=address_of(path),
+        hint="let no program write to inputs; run again",
+    )

@@ -11,10 +11,9 @@ from typing import Protocol
 
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.file_pool import FilePool
-from mergekit_px.checkpoint.identity import changed, check_unchanged
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.pieces import read_pieces
-from mergekit_px.checkpoint.ranged import RangedFile, address_of, open_ranged
+from mergekit_px.checkpoint.ranged import RangedFile, address_of, changed, check_unchanged, open_ranged
 from mergekit_px.checkpoint.state_dict import MemoryReader, checkpoint_from_state_dict
 from mergekit_px.errors import InputError, InputNotFoundError
 from mergekit_px.stages import timed

@@ -35,7 +35,7 @@ from mergekit_px.checkpoint.destination import (
 )
 from mergekit_px.checkpoint.file_pool import FilePool
 from mergekit_px.checkpoint.held import Held
-from mergekit_px.checkpoint.journal import FinishedRange, Journal, read_head, read_ranges
+from mergekit_px.checkpoint.journal import FinishedRange, Journal, RangeSet, read_head, read_ranges
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.layout import OutputLayout
 from mergekit_px.checkpoint.lock import DirectoryLock
@@ -49,7 +49,6 @@ from mergekit_px.checkpoint.publish import (
     stage,
     withdraw,
 )
-from mergekit_px.checkpoint.ranges import RangeSet
 from mergekit_px.errors import MalformedCheckpointError, OutputError, RunError, WriteError
 from mergekit_px.stages import timed
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,12 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_px.cli._arguments import Several
-from mergekit_px.cli._profile import profiled
+from mergekit_px.cli._output import write_error_line
 from mergekit_px.errors import UsageError
+from mergekit_px.stages import StageTime, measured
 
 if TYPE_CHECKING:
     from mergekit_px.checkpoint.destination import Mode
     from mergekit_px.plan.options import PlanOptions
+
 
 ARGUMENTS, OPTIONS, METHOD, MERGE, OUTPUT, RUN = "Arguments", "Options", "Method", "Merge", "Output", "Run"
 LEARNING = "Learning"
@@ -292,3 +296,31 @@ def list_options(command: Callable[..., Any]) -> dict[str, Several]:
 def has_option(command: Callable[..., Any], name: str) -> bool:
     """Whether a command has a parameter of that name."""
     return name in inspect.signature(command).parameters
+
+
+@contextmanager
+def profiled(asked: bool) -> Iterator[None]:
+    """Measure what is done inside and print a table of it, also where it fails."""
+    if not asked:
+        yield
+        return
+    with measured() as stages:
+        try:
+            yield
+        finally:
+            for line in _lines(stages.rows(), stages.seconds):
+                write_error_line(line)
+
+
+def _lines(rows: Sequence[StageTime], seconds: float) -> Iterator[str]:
+    processor = sum(row.processor for row in rows)
+    yield f"{'stage':<12}{'processor s':>12}{'share':>8}{'waiting s':>12}"
+    for row in rows:
+        share = row.processor / processor if processor else 0.0
+        yield f"{row.stage:<12}{row.processor:>12.2f}{share:>8.0%}{row.waiting:>12.2f}"
+    yield f"{'all':<12}{processor:>12.2f}{1:>8.0%}"
+    used = os.times()
+    yield (
+        f"{processor:.2f} s of processor time ({used.user:.2f} user, {used.system:.2f} system), start included,"
+        f" and {seconds:.2f} s of time after the start; waiting is summed over threads"
+    )

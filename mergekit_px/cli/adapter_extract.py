@@ -112,7 +112,7 @@ def extract(
       pxmerge adapter extract model.safetensors style.safetensors --to kohya -o style-lora.safetensors --rest drop
     """
     from mergekit_px.adapters.extract import ExtractOptions, extract_adapter
-    from mergekit_px.checkpoint.identity import check_unchanged
+    from mergekit_px.checkpoint.ranged import check_unchanged
     from mergekit_px.plan.bases import swapped_note
     from mergekit_px.plan.inputs import ResolvedInput
 

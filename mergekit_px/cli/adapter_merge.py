@@ -125,8 +125,8 @@ def merge(
     from mergekit_px.adapters.merge_options import MergeOptions
     from mergekit_px.adapters.remarks import remarks
     from mergekit_px.adapters.save import LORA_FILE
-    from mergekit_px.checkpoint.identity import check_unchanged
     from mergekit_px.checkpoint.publish import new_folder
+    from mergekit_px.checkpoint.ranged import check_unchanged
 
     _check(options, into, base)
     given = plain_numbers(weights, len(adapters), "adapters")

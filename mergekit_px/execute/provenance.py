@@ -16,11 +16,10 @@ from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile
 from mergekit_px.checkpoint.destination import destination
 from mergekit_px.checkpoint.hashing import HashingStopped, file_sha256
 from mergekit_px.checkpoint.held import Held
-from mergekit_px.checkpoint.identity import check_unchanged
 from mergekit_px.checkpoint.index import LARGEST_INDEX
 from mergekit_px.checkpoint.json_text import read_object
 from mergekit_px.checkpoint.publish import PublishedFile
-from mergekit_px.checkpoint.ranged import address_of, is_remote
+from mergekit_px.checkpoint.ranged import address_of, check_unchanged, is_remote
 from mergekit_px.checkpoint.replacement import replacement
 from mergekit_px.errors import InputError
 from mergekit_px.execute.locking import lock_entries

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from mergekit_px.execute.fused import FusedItems, write_together
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.plan.budget import needs_whole, plan_budget, unit
-from mergekit_px.plan.model import Plan, WorkItem
+from mergekit_px.plan.model import Budget, Plan, WorkItem
 from mergekit_px.plan.nodes import Apply, Decoded, Leaf, Node, Read
-from mergekit_px.plan.peak import Budget
 from mergekit_px.stages import timed
 
 if TYPE_CHECKING:

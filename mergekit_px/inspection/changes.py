@@ -25,9 +25,9 @@ from mergekit_px.execute.run import plan_checkpoints
 from mergekit_px.execute.views import Values, ViewValues, stored_factors
 from mergekit_px.inspection.compare import Difference, difference_of
 from mergekit_px.kernels.workers import workers
+from mergekit_px.plan.layers import Place, expert_of, place_of
 from mergekit_px.plan.model import Plan, WorkItem
 from mergekit_px.plan.nodes import Adapted, Apply, Node, Read
-from mergekit_px.plan.places import Place, expert_of, place_of
 from mergekit_px.plan.views import stored_view
 
 _ELEMENTS = 1 << 18

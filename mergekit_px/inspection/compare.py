@@ -18,7 +18,7 @@ from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.inspection.compare_spectra import mean_spectra, spectra
 from mergekit_px.inspection.values import Values, offered_values
-from mergekit_px.plan.places import Place, place_of
+from mergekit_px.plan.layers import Place, place_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

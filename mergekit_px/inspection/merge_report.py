@@ -18,9 +18,8 @@ from mergekit_px.inspection.changes import Changes, measure_changes
 from mergekit_px.inspection.rebuild import plan_again
 from mergekit_px.inspection.verify import verify
 from mergekit_px.methods import find_method
-from mergekit_px.plan.layers import depth, stack_sizes
+from mergekit_px.plan.layers import Place, depth, place_of, stack_sizes
 from mergekit_px.plan.model import Plan, WorkItem
-from mergekit_px.plan.places import Place, place_of
 from mergekit_px.plan.rules import matching
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from torch.nn import functional
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.data import BESIDE, IGNORED, LABELS, TARGETS, Batch, Examples, to_device
 from mergekit_px.learn.labels import target_count
-from mergekit_px.learn.outputs import forward, logits_of, loss_of
-from mergekit_px.learn.precision import Precision, passes
+from mergekit_px.learn.outputs import Precision, forward, logits_of, loss_of, passes
 from mergekit_px.user_code import user_function
 
 Loss = Callable[[nn.Module, Batch], Tensor]

@@ -1,15 +1,28 @@
-"""What a model says to a batch."""
+"""What a model says to a batch, in float32, or in bfloat16 where it was asked for.
+
+What is trained, summed or written stays in the dtype of the model; only the products of a pass are made in bfloat16.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mergekit_px.errors import InputError
 from mergekit_px.learn.data import BESIDE, LABELS, Batch, forward_names
-from mergekit_px.learn.precision import Precision, passes
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def passes(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Inside, forward passes are in that precision (torch's autocast); backward passes follow them of themselves."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def forward(module: nn.Module, batch: Batch, *, with_labels: bool = False) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from mergekit_px.learn.declare import Table
 from mergekit_px.pictures.curves import Curves, curves
 from mergekit_px.pictures.heat_map import HeatMap, heat_map
-from mergekit_px.plan.places import place_of
+from mergekit_px.plan.layers import place_of
 
 
 def by_layer(

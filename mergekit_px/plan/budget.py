@@ -11,9 +11,8 @@ from mergekit_px.checkpoint.direct import PIECE
 from mergekit_px.checkpoint.held import ROOM
 from mergekit_px.checkpoint.writer import PAST_CACHE
 from mergekit_px.errors import MemoryBudgetError
-from mergekit_px.plan.model import WorkItem
+from mergekit_px.plan.model import Budget, WorkItem
 from mergekit_px.plan.nodes import Leaf, Read
-from mergekit_px.plan.peak import Budget
 
 BLOCK = 1 << 18
 """Elements on which a method computes at a time: 1 MiB of float32, so that its temporaries stay in the cache.

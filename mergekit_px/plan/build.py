@@ -24,11 +24,10 @@ from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
 from mergekit_px.plan.components import check_components
 from mergekit_px.plan.donated import differing_files
-from mergekit_px.plan.donors import Beside, beside_weights, config_donor, file_stems, header_donor
+from mergekit_px.plan.donors import Beside, beside_weights, config_donor, describing_metadata, file_stems, header_donor
 from mergekit_px.plan.encoded import encoded_items
 from mergekit_px.plan.expressions import Expressions
 from mergekit_px.plan.fingerprints import base_fingerprint, check_base_fingerprints
-from mergekit_px.plan.headers import describing_metadata
 from mergekit_px.plan.inputs import ResolvedInput, resolve_input
 from mergekit_px.plan.lock import published_recipe, recipe_lock, sha256_but_of_weights
 from mergekit_px.plan.model import Dropped, Plan, WorkItem

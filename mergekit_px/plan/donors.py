@@ -1,16 +1,18 @@
-"""What goes with the weights: whose config, edited how, and whose tokenizer and other side files."""
+"""What goes with the weights: whose config, edited how, whose tokenizer and other side files, and what headers say."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from mergekit_px.checkpoint.contents import Checkpoint, StoredTensor
 from mergekit_px.checkpoint.dtypes import DType
 from mergekit_px.checkpoint.file_kind import LFS_POINTER
 from mergekit_px.checkpoint.side_files import SideFiles, is_tokenizer_file
+from mergekit_px.checkpoint.task_vector import MODEL_SPEC, description
 from mergekit_px.errors import InputError, PlanError
 from mergekit_px.plan import config as config_edits
 from mergekit_px.plan.consistency import contradictions
@@ -374,3 +376,30 @@ def file_stems(donor: Checkpoint | None) -> dict[str, str]:
         folder: next((stem for stem in _STEMS if any(name.startswith(stem) for name in part.files)), "model")
         for folder, part in parts.items()
     }
+
+
+_MERGED_FROM = "modelspec.merged_from"
+_FRAMEWORKS = ("pt", "tf", "flax", "mlx")
+"""What libraries take for ``format``, which says how tensors of this file are laid out."""
+
+
+def describing_metadata(donor: Checkpoint | None, sources: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The strings of each folder's headers; ``""`` where the model has no parts.
+
+    Args:
+        sources: the references of all models that are merged.
+    """
+    if donor is None:
+        return {}
+    return {folder: _kept(part.metadata, sources) for folder, part in (donor.parts or {"": donor}).items()}
+
+
+def _kept(metadata: Mapping[str, str], sources: Iterable[str]) -> dict[str, str]:
+    kept = description(metadata)
+    if any(key.startswith(MODEL_SPEC) for key in kept):
+        # Names, not paths: whoever gets the file is not on this machine.
+        names = (PurePath(source).name.removesuffix(".safetensors") for source in sources)
+        kept[_MERGED_FROM] = ",".join(dict.fromkeys(names))
+    if metadata.get("format") in _FRAMEWORKS:
+        kept["format"] = metadata["format"]
+    return kept

@@ -1,4 +1,4 @@
-"""Layer numbers and depth, read from tensor names alone.
+"""Layer numbers, depth, and places in grids of measures, read from tensor names alone.
 
 A *stack* is a numbered list of layers: ``model.layers.`` in ``model.layers.7.mlp.experts.3.up_proj.weight``. The
 layer is the first component of the name that is a number; later numbers (experts, sub-blocks) are part of the
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 _DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "attn.masked_bias", "embeddings.position_ids")
 _EMBEDDING_MARKS = ("embed", "wte", "wpe", "cls_token", "patch_", "position")
@@ -72,3 +73,45 @@ def depth(name: str, sizes: Mapping[str, int]) -> float:
 def position(index: int, count: int) -> float:
     """Position of one of ``count`` layers: 0 for the first, 1 for the last."""
     return index / (count - 1) if count > 1 else 1.0
+
+
+_KINDS = (".weight", ".bias")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A cell of a grid: ``mlp.up_proj`` of layer 7 in the stack ``model.layers``.
+
+    The experts of a layer share a place; ``layer`` is None outside the numbered layers.
+    """
+
+    stack: str
+    module: str
+    layer: int | None
+
+
+def place_of(name: str) -> Place:
+    """The place of a tensor; the weight and the bias of a module share one."""
+    found = split_layer(name)
+    if found is None:
+        return Place("", _module(name), None)
+    return Place(found.stack.rstrip("."), _module(found.suffix.lstrip(".")) or found.stack.rstrip("."), found.layer)
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert that a tensor belongs to; None where names do not number experts."""
+    words = name.split(".")
+    return next((int(word) for before, word in pairwise(words) if _is_expert(before, word)), None)
+
+
+def _module(suffix: str) -> str:
+    for kind in _KINDS:
+        suffix = suffix.removesuffix(kind)
+    words = suffix.split(".")
+    return ".".join(
+        "*" if number and _is_expert(words[number - 1], word) else word for number, word in enumerate(words)
+    )
+
+
+def _is_expert(before: str, word: str) -> bool:
+    return "expert" in before and word.isdecimal()

@@ -20,7 +20,6 @@ from mergekit_px.checkpoint.layout import OutputLayout, OutputTensor
 from mergekit_px.escaping import html_table
 from mergekit_px.methods.declare import Access
 from mergekit_px.plan.nodes import Adapted, Apply, Kind, Leaf, Node, Read, View, finest, walk
-from mergekit_px.plan.peak import Budget
 from mergekit_px.storage.encoding import Encodable
 
 if TYPE_CHECKING:
@@ -29,6 +28,34 @@ if TYPE_CHECKING:
     from mergekit_px.plan.lock import Lock
     from mergekit_px.plan.options import PlanOptions
     from mergekit_px.recipe.loaded import LoadedRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Peak memory, in bytes, as planned.
+
+    ``total = baseline + workers * worker + side_by_side * largest``: the interpreter with its libraries, the buffers
+    of each worker, and the largest tensor that a method needs whole, as often as such are worked on at once.
+    """
+
+    baseline: int
+    workers: int
+    worker: int
+    largest: int
+    largest_tensor: str | None
+    chunk: int
+    """Elements of a tensor that one worker holds at a time."""
+    side_by_side: int = 1
+    """How many tensors as large as the largest fit at once."""
+
+    @property
+    def total(self) -> int:
+        return self.baseline + self.workers * self.worker + self.whole
+
+    @property
+    def whole(self) -> int:
+        """What tensors that are needed whole may occupy together."""
+        return self.side_by_side * self.largest
 
 
 @dataclass(frozen=True, eq=False)

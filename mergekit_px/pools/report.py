@@ -20,8 +20,8 @@ from mergekit_px.methods.matrices import component_count, cut_into_matrices
 from mergekit_px.pictures.curves import Curves, curves
 from mergekit_px.pictures.drawing import draw
 from mergekit_px.pictures.heat_map import HeatMap, heat_map
+from mergekit_px.plan.layers import place_of
 from mergekit_px.plan.model import Plan
-from mergekit_px.plan.places import place_of
 from mergekit_px.pools.deltas import Merge, merges_of, open_deltas
 
 

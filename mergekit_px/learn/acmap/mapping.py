@@ -1,7 +1,11 @@
-"""A task's prototypes into the state, and the translations of all before it (section 3 of arXiv 2412.18219)."""
+"""A task's prototypes into the state, and the translations of all before it (section 3 of arXiv 2412.18219).
+
+Finished passes of a mapping that was interrupted are beside the state: NAME.pending.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,15 +19,23 @@ from torch import Tensor
 from mergekit_px._version import __version__
 from mergekit_px.adapters.acmap_file import locked
 from mergekit_px.adapters.acmap_stored import StoredState
+from mergekit_px.checkpoint.open import open_checkpoint
+from mergekit_px.checkpoint.whole import read_tensors, write_tensors
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.acmap.arrays import ArrayFile
 from mergekit_px.learn.acmap.backbone import ModelOptions
-from mergekit_px.learn.acmap.class_means import ClassMeans
 from mergekit_px.learn.acmap.drift import oracle_drift
 from mergekit_px.learn.acmap.export import write_prototypes
-from mergekit_px.learn.acmap.pending import Pending, discard
 from mergekit_px.learn.acmap.prototypes import Prototypes
-from mergekit_px.learn.acmap.sources import FeatureSource, Sources, Tell, class_means, labels_of, require_comparable
+from mergekit_px.learn.acmap.sources import (
+    ClassMeans,
+    FeatureSource,
+    Sources,
+    Tell,
+    class_means,
+    labels_of,
+    require_comparable,
+)
 from mergekit_px.learn.data import LABELS
 from mergekit_px.learn.data_files import data_sha256, needs_model
 from mergekit_px.learn.output import write_json
@@ -263,3 +275,40 @@ def _relative(table: Prototypes, task: int) -> float:
     """``|Delta|`` over the mean norm of the task's prototypes."""
     size = float(table.vectors[table.tasks == task].norm(dim=1).mean())
     return float(table.shifts[task - 1].norm()) / size if size else 0.0
+
+
+_IDENTITY = "pxmerge.acmap_pending"
+
+
+class Pending:
+    """Class means by the number of the merged adapter that they were measured under.
+
+    Args:
+        identity: of everything that they follow from; what was kept for another one is not taken up.
+        resume: take up what is there; else begin anew.
+    """
+
+    def __init__(self, state: Path, identity: str, *, resume: bool) -> None:
+        self._path = _place(state)
+        self._identity = identity
+        self.means: dict[int, Tensor] = {}
+        if resume:
+            with contextlib.suppress(InputError):  # nothing there, or a file that a kill left half written
+                checkpoint = open_checkpoint(self._path)
+                if checkpoint.metadata.get(_IDENTITY) == identity:
+                    self.means = {int(name): tensor for name, tensor in read_tensors(checkpoint).items()}
+
+    def keep(self, number: int, means: Tensor) -> None:
+        """Write down one more pass. Raises WriteError."""
+        self.means[number] = means
+        tensors = {str(one): tensor for one, tensor in self.means.items()}
+        write_tensors(self._path, tensors, {_IDENTITY: self._identity})
+
+
+def discard(state: Path) -> None:
+    """Forget the passes: what follows from them is in the state."""
+    _place(state).unlink(missing_ok=True)
+
+
+def _place(state: Path) -> Path:
+    return state.with_name(state.name + ".pending")

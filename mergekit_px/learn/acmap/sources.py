@@ -19,7 +19,6 @@ from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import InputError, UsageError
 from mergekit_px.learn.acmap.arrays import ArrayFile, MadeArrays
 from mergekit_px.learn.acmap.backbone import Backbone, ModelOptions
-from mergekit_px.learn.acmap.class_means import ClassMeans
 from mergekit_px.learn.data import LABELS, Batch
 from mergekit_px.learn.data_files import data_arrays, needs_model
 from mergekit_px.learn.life import Run
@@ -29,6 +28,7 @@ from mergekit_px.plan.inputs import fetch_checkpoint
 
 if TYPE_CHECKING:
     from mergekit_px.learn.acmap.settings import FeatureSettings
+
 
 FEATURES = "features"
 _OF_A_HEAD = ("architectures", "id2label", "label2id", "num_labels")
@@ -278,3 +278,36 @@ def class_means(source: FeatureSource, number: int, tell: Tell) -> ClassMeans:
         done += len(batch)
         tell(f"{what}, examples", done, source.rows)
     return found
+
+
+class ClassMeans:
+    """Means over the examples of each class.
+
+    Args:
+        labels: of all examples, (n,) int64.
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        self.classes, self._places, self.counts = labels.unique(return_inverse=True, return_counts=True)
+        self._sums: Tensor | None = None
+        self._done = 0
+
+    def add(self, features: Tensor, where: str) -> None:
+        """Take in the features (b, d) of the next examples.
+
+        Raises:
+            InputError: features of another width than those before.
+        """
+        wide = features.double().cpu()
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.classes), wide.shape[1], dtype=torch.float64)
+        if wide.shape[1] != self._sums.shape[1]:
+            raise InputError(f"features of {wide.shape[1]} numbers after some of {self._sums.shape[1]}", where=where)
+        self._sums.index_add_(0, self._places[self._done : self._done + len(wide)], wide)
+        self._done += len(wide)
+
+    def means(self) -> Tensor:
+        """(classes, d) float64, in ascending order of the classes, once all examples are in."""
+        assert self._sums is not None and self._done == len(self._places)
+        means: Tensor = self._sums / self.counts.unsqueeze(1)
+        return means

@@ -17,8 +17,7 @@ from mergekit_px.learn.align.pieces import pieces_of
 from mergekit_px.learn.data import Batch
 from mergekit_px.learn.labels import real_rows
 from mergekit_px.learn.models import LearningModel
-from mergekit_px.learn.outputs import predict
-from mergekit_px.learn.precision import Precision
+from mergekit_px.learn.outputs import Precision, predict
 
 MAPS_FILE = "maps.safetensors"
 SIGNS_FILE = "signs.safetensors"

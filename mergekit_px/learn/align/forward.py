@@ -13,8 +13,7 @@ from mergekit_px.learn.labels import target_count
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.objective import cross_entropy, right_predictions
 from mergekit_px.learn.ofasd.blend import Site
-from mergekit_px.learn.outputs import predict
-from mergekit_px.learn.precision import Precision
+from mergekit_px.learn.outputs import Precision, predict
 
 
 class ChangedModel:

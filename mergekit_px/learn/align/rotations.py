@@ -6,7 +6,7 @@ Weights are (out, in). With one matrix U of a piece ``D`` becomes ``U' D U`` (ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +14,26 @@ from torch import Tensor
 
 from mergekit_px.learn.align.pieces import Piece
 from mergekit_px.learn.align.settings import AlignSettings
-from mergekit_px.learn.lazy import LazyTensors
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """By name, from what makes them."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = dict(makers)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
 
 ROTATIONS_FILE = "rotations.safetensors"
 

@@ -36,13 +36,13 @@ from mergekit_px.learn.align.output import write_result
 from mergekit_px.learn.align.pieces import Piece, find_pieces, matrix_sizes
 from mergekit_px.learn.align.rebasin import find_rebasin, function_change
 from mergekit_px.learn.align.reuse import SOURCE_KEY, TARGET_KEY, load_map
+from mergekit_px.learn.align.rotations import LazyTensors
 from mergekit_px.learn.align.routes import CONTROLS, Deltas, Trial, norm
 from mergekit_px.learn.align.settings import AlignReport, AlignTask
 from mergekit_px.learn.align.source import Differences, open_deltas, task_heads
 from mergekit_px.learn.data import TASK, Batch, Examples, split_rows, to_device
 from mergekit_px.learn.data_files import load_data
 from mergekit_px.learn.labels import find_reading
-from mergekit_px.learn.lazy import LazyTensors
 from mergekit_px.learn.life import Run
 from mergekit_px.learn.memory import COMPUTED, floating, is_narrow, narrow_bytes, numbers, plan_memory
 from mergekit_px.learn.models import LearningModel

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergekit_px.learn.data import Batch
-from mergekit_px.learn.outputs import predict
-from mergekit_px.learn.precision import Precision
+from mergekit_px.learn.outputs import Precision, predict
 
 
 def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:

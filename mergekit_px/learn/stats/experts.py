@@ -17,8 +17,7 @@ from mergekit_px.errors import InputError
 from mergekit_px.learn.data import Batch, Examples, to_device
 from mergekit_px.learn.labels import real_rows
 from mergekit_px.learn.models import LearningModel
-from mergekit_px.learn.outputs import forward
-from mergekit_px.learn.precision import Precision, passes
+from mergekit_px.learn.outputs import Precision, forward, passes
 from mergekit_px.learn.sources import source_fingerprint
 from mergekit_px.learn.stats.sums import FINGERPRINT_KEY, STATISTICS_KIND, Tensors, require_finite
 from mergekit_px.plan.layers import split_layer

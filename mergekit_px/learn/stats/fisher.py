@@ -15,8 +15,7 @@ from mergekit_px.learn.data import COUNTED, IGNORED, TARGETS, Batch, Examples, d
 from mergekit_px.learn.deferred import Widened
 from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import LearningModel
-from mergekit_px.learn.outputs import forward, logits_of
-from mergekit_px.learn.precision import Precision, passes
+from mergekit_px.learn.outputs import Precision, forward, logits_of, passes
 from mergekit_px.learn.stats.sums import Tell, Tensors, add_up, require_finite
 
 Labels = Literal["expected", "sampled", "given"]

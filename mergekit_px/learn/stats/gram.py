@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from mergekit_px.learn.data import Batch, Examples, to_device
 from mergekit_px.learn.labels import read_labels, real_rows
 from mergekit_px.learn.models import LearningModel
-from mergekit_px.learn.outputs import forward
-from mergekit_px.learn.precision import Precision, passes
+from mergekit_px.learn.outputs import Precision, forward, passes
 from mergekit_px.learn.stats.sums import Tell, Tensors, add_up, require_finite
 
 

@@ -18,7 +18,7 @@ from mergekit_px.learn.life import Run
 from mergekit_px.learn.memory import floating, is_narrow, narrow_bytes, plan_memory
 from mergekit_px.learn.objective import evaluate, loss_function
 from mergekit_px.learn.output import write_model
-from mergekit_px.learn.precision import passes
+from mergekit_px.learn.outputs import passes
 from mergekit_px.learn.training import Schedule, Training, label_share, step_batches
 from mergekit_px.learn.tune.components import read_components
 from mergekit_px.learn.tune.settings import TuneReport, TuneSettings
