@@ -138,9 +138,9 @@ def plain(work: Path, clients: int, steps: int) -> None:
     from torch.func import functional_call
     from torch.nn.functional import cross_entropy
 
-    from mergekit_px.learn.data import load_examples, shuffled, split_rows
+    from mergekit_px.learn.data import examples, read_arrays, shuffled, split_rows
 
-    data = load_examples(work / "data.npz")
+    data = examples(read_arrays(work / "data.npz"), "data.npz")
     rows = split_rows(len(data), {"validation": 0.2, "test": 0.2}, 0, data.where)["train"]
     stream = shuffled(data.take(rows), BATCH, 0, "train")
     model = transformers.BertForSequenceClassification.from_pretrained(work / "base").eval()

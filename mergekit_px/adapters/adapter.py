@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mergekit_px.adapters import tokens
 from mergekit_px.adapters.binder import Binder, BindOptions
 from mergekit_px.adapters.components import DENOISERS
 from mergekit_px.adapters.config import AdapterConfig
 from mergekit_px.adapters.patch import Patch, ReplacePatch, chain
 from mergekit_px.adapters.peft_keys import Module, ParsedKeys
 from mergekit_px.adapters.registry import Family
+from mergekit_px.adapters.replaced import bind_rows
 from mergekit_px.adapters.targets import check_targets, missing_whole, unfilled
 from mergekit_px.adapters.ties import config_updates, is_vocabulary
 from mergekit_px.checkpoint.json_text import shown
@@ -103,7 +103,7 @@ class Adapter:
                     raise self._both_fit(other, module, patch.target)
                 collected[patch.target].append(patch)
         for path, rows in self.keys.tokens.items():
-            patch = tokens.bind(path, rows, resized, binder)
+            patch = bind_rows(path, rows, resized, binder)
             collected[patch.target].append(patch)
         patches, untied = binder.ties.resolve(
             {target: chain(patches) for target, patches in collected.items()},

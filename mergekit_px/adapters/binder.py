@@ -8,7 +8,7 @@ from typing import Literal
 
 from mergekit_px.adapters.base_names import BaseNames
 from mergekit_px.adapters.config import AdapterConfig
-from mergekit_px.adapters.patch import AddPatch
+from mergekit_px.adapters.patch import AddPatch, onto
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.adapters.ties import Ties
 from mergekit_px.checkpoint.json_text import shown
@@ -146,7 +146,7 @@ class Binder:
         if bias is None:
             raise self.error(f"the adapter has a bias for {shown(weight.name)}, the base has none")
         self.check_shape(bias, value.shape)
-        return AddPatch(target=bias.name, source=bias.name, out_shape=bias.shape, factors={"value": value}, scale=scale)
+        return AddPatch(**onto(bias), factors={"value": value}, scale=scale)
 
 
 _PLACES = "shira_indices"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mergekit_px.adapters.binder import Binder, only, roles
 from mergekit_px.adapters.config import AdapterConfig
-from mergekit_px.adapters.patch import AdditivePatch, Factors, Patch, get, taken
+from mergekit_px.adapters.patch import AdditivePatch, Factors, Patch, get, onto, taken
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import StoredTensor
@@ -162,9 +162,7 @@ def _patches(
         start = 0
         for part in parts:
             yield ExpertSlicePatch(
-                target=part.name,
-                source=part.name,
-                out_shape=part.shape,
+                **onto(part),
                 factors=pair,
                 scale=scale,
                 rank=rank,

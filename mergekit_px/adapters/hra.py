@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_px.adapters.binder import Binder, only, roles
-from mergekit_px.adapters.patch import Factors, Patch, columns, get, present
+from mergekit_px.adapters.patch import Factors, Patch, columns, get, onto, present
 from mergekit_px.adapters.peft_keys import Module
 
 if TYPE_CHECKING:
@@ -50,12 +50,4 @@ def bind(module: Module, binder: Binder) -> list[Patch]:
     shape = factors["u"].shape
     if len(weight.shape) < 2 or shape[0] != columns(weight.shape):
         raise binder.clash(weight, (*weight.shape[:1], shape[0]))
-    return [
-        HraPatch(
-            target=weight.name,
-            source=weight.name,
-            out_shape=weight.shape,
-            factors=factors,
-            orthonormal=binder.config.flag("apply_GS"),
-        )
-    ]
+    return [HraPatch(**onto(weight), factors=factors, orthonormal=binder.config.flag("apply_GS"))]

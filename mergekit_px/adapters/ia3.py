@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_px.adapters.binder import Binder, only, roles
-from mergekit_px.adapters.patch import Factors, Patch, get, present, taken
+from mergekit_px.adapters.patch import Factors, Patch, get, onto, present, taken
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import StoredTensor
@@ -83,15 +83,7 @@ def scale_patches(
 
 
 def _scaled(tensor: StoredTensor, vector: StoredTensor, axis: int, offset: float, groups: int) -> ScalePatch:
-    return ScalePatch(
-        target=tensor.name,
-        source=tensor.name,
-        out_shape=tensor.shape,
-        factors={"vector": vector},
-        axis=axis,
-        offset=offset,
-        groups=groups,
-    )
+    return ScalePatch(**onto(tensor), factors={"vector": vector}, axis=axis, offset=offset, groups=groups)
 
 
 def _is_feedforward(module: Module, vector: StoredTensor, binder: Binder) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_px.adapters.binder import Binder, only, roles
 from mergekit_px.adapters.config import AdapterConfig
-from mergekit_px.adapters.patch import AdditivePatch, Factors, Patch, columns, get, taken
+from mergekit_px.adapters.patch import AdditivePatch, Factors, Patch, columns, get, onto, taken
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.open import StoredTensor
 
@@ -107,11 +107,4 @@ def patch_of(factors: dict[str, StoredTensor], weight: StoredTensor, scale: floa
             shape = (left[0], right[1])
         if shape != (weight.shape[0], columns(weight.shape)):
             raise binder.clash(weight, shape)
-    return LohaPatch(
-        target=weight.name,
-        source=weight.name,
-        out_shape=weight.shape,
-        factors=factors,
-        scale=scale,
-        rank=rank_of(factors),
-    )
+    return LohaPatch(**onto(weight), factors=factors, scale=scale, rank=rank_of(factors))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mergekit_px.adapters.binder import Binder, only, roles
 from mergekit_px.adapters.config import AdapterConfig
 from mergekit_px.adapters.loha import rebuilt, scale_of
-from mergekit_px.adapters.patch import AdditivePatch, Factors, Patch, columns, get
+from mergekit_px.adapters.patch import AdditivePatch, Factors, Patch, columns, get, onto
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.open import StoredTensor
 
@@ -136,12 +136,4 @@ def patch_of(
     shape = (first[0] * second[0], first[1] * second[1])
     if shape != (weight.shape[0], columns(weight.shape)):
         raise binder.clash(weight, shape)
-    return LokrPatch(
-        target=weight.name,
-        source=weight.name,
-        out_shape=weight.shape,
-        factors=factors,
-        scale=scale,
-        rank=rank,
-        right_aligned=right_aligned,
-    )
+    return LokrPatch(**onto(weight), factors=factors, scale=scale, rank=rank, right_aligned=right_aligned)

@@ -1,4 +1,5 @@
-"""LoRA and rsLoRA on linear, embedding, convolution and multi-head attention layers (arXiv 2106.09685, 2312.03732).
+"""LoRA, rsLoRA and AdaLoRA on linear, embedding, convolution and multi-head attention layers (arXiv 2106.09685,
+2312.03732, 2303.10512).
 
 W' = W + s B A, with s = alpha / r, or alpha / sqrt(r) for rsLoRA; rank and alpha may differ between modules
 (``rank_pattern``, ``alpha_pattern``). The rank is that of the tensors; a configuration that says otherwise is an
@@ -13,7 +14,7 @@ from mergekit_px.adapters.binder import Binder, BindOptions, only, roles
 from mergekit_px.adapters.config import AdapterConfig
 from mergekit_px.adapters.dora import decomposed
 from mergekit_px.adapters.experts import bind_experts, is_expert_module
-from mergekit_px.adapters.patch import LowRankPatch, Patch, columns
+from mergekit_px.adapters.patch import LowRankPatch, Patch, columns, onto
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import StoredTensor
@@ -73,14 +74,19 @@ def residual_start(config: AdapterConfig) -> str | None:
     return None if start in _PLAIN_STARTS else start
 
 
-def alpha_of(config: AdapterConfig, path: str, rank: int) -> float:
-    """The alpha of a module of this rank for which s = alpha / r, whatever the configuration divides by. Raises
-    AdapterError where the configuration has another rank for the module."""
+def check_rank(config: AdapterConfig, path: str, rank: int) -> None:
+    """Raises AdapterError where the configuration has another rank for a module."""
     stated = config.pattern("rank_pattern", path)
     if stated is None:
         stated = config.number("r", rank)
     if stated != rank:
         raise config.error(f"the rank of {shown(path)} is {rank} in the tensors and {stated:g} in the configuration")
+
+
+def alpha_of(config: AdapterConfig, path: str, rank: int) -> float:
+    """The alpha of a module of this rank for which s = alpha / r, whatever the configuration divides by. Raises
+    as ``check_rank``."""
+    check_rank(config, path, rank)
     alpha = config.pattern("alpha_pattern", path)
     if alpha is None:
         alpha = config.number("lora_alpha", 8)
@@ -135,37 +141,24 @@ def low_rank(pair: dict[str, StoredTensor], weight: StoredTensor, scale: float, 
         )
     else:
         binder.check_shape(weight, (up.shape[0], *down.shape[1:]))
-    return LowRankPatch(
-        target=weight.name,
-        source=weight.name,
-        out_shape=weight.shape,
-        factors=pair,
-        scale=scale,
-        rank=rank,
-        transposed=transposed,
-    )
+    return LowRankPatch(**onto(weight), factors=pair, scale=scale, rank=rank, transposed=transposed)
 
 
 def _embedding(module: Module, binder: Binder) -> Patch:
     """E + s (B A)^T: E is (vocabulary, dimension), A (r, vocabulary), B (dimension, r)."""
-    config = binder.config
-    pair = roles(module, config, {"A": "lora_embedding_A", "B": "lora_embedding_B"}, (2, 2))
-    only(module, config, {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
-    weight = binder.weight(module)
-    rank = pair["A"].shape[0]
+    pair = roles(module, binder.config, {"A": "lora_embedding_A", "B": "lora_embedding_B"}, (2, 2))
+    only(module, binder.config, {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
+    scale = scale_of(binder.config, module.name, pair["A"].shape[0])
+    return _with_magnitude(module, low_rank_of_embedding(module, pair, scale, binder), 1, binder)
+
+
+def low_rank_of_embedding(module: Module, pair: dict[str, StoredTensor], scale: float, binder: Binder) -> LowRankPatch:
+    """The patch of an embedding, once its factors are known to fit. Raises AdapterError otherwise."""
+    weight, rank = binder.weight(module), pair["A"].shape[0]
     if pair["B"].shape[1] != rank:
-        raise config.error(f"the factors of {shown(module.name)} have no product")
+        raise binder.error(f"the factors of {shown(module.name)} have no product")
     binder.check_shape(weight, (pair["A"].shape[1], pair["B"].shape[0]))
-    patch = LowRankPatch(
-        target=weight.name,
-        source=weight.name,
-        out_shape=weight.shape,
-        factors=pair,
-        scale=scale_of(config, module.name, rank),
-        rank=rank,
-        transposed=True,
-    )
-    return _with_magnitude(module, patch, 1, binder)
+    return LowRankPatch(**onto(weight), factors=pair, scale=scale, rank=rank, transposed=True)
 
 
 def _with_magnitude(module: Module, patch: LowRankPatch, axis: int, binder: Binder) -> Patch:
@@ -190,3 +183,41 @@ def pattern_path(module: Module) -> str:
     """The path by which a configuration knows a module: the out_proj of an attention has the rank and alpha of the
     whole."""
     return module.name.removesuffix(".out_proj") if is_attention_output(module) else module.name
+
+
+ADALORA_PARAMETERS = frozenset({"lora_A", "lora_B", "lora_E", "ranknum"})
+
+_EPSILON = 1e-5
+
+
+def bind_adalora(module: Module, binder: Binder) -> list[Patch]:
+    """AdaLoRA: W + s B diag(E) A on linear and 2d convolution layers (arXiv 2303.10512, eq. 3), s = alpha / (r + 1e-5).
+
+    r is ``init_r``: the scaling stays that of the first rank when ranks are pruned, so the tensors' own rank does not
+    enter. A convolution's A is (r, in * kernel), flat.
+    """
+    config = binder.config
+    only(module, config, set(ADALORA_PARAMETERS))
+    if all(0 in tensor.shape for tensor in module.tensors.values()):
+        return []  # pruned away
+    factors = roles(module, config, {"A": "lora_A", "B": "lora_B", "E": "lora_E"}, (2, 2))
+    weight = binder.weight(module)
+    down, up, singular = (factors[role].shape for role in ("A", "B", "E"))
+    if len(down) != 2 or up[1:] != down[:1] or singular != (down[0], 1):
+        raise config.error(f"the factors of {module.name} have no product")
+    transposed = False
+    if len(weight.shape) == 2:
+        transposed = binder.orientation(weight, up[0], down[1])
+    elif (weight.shape[0], columns(weight.shape)) != (up[0], down[1]):
+        raise binder.clash(weight, (up[0], down[1]))
+    first_rank = config.number("init_r", 12)
+    alpha = config.number("lora_alpha", 8)
+    return [
+        LowRankPatch(
+            **onto(weight),
+            factors=factors,
+            scale=(alpha if alpha > 0 else first_rank) / (first_rank + _EPSILON),
+            rank=down[0],
+            transposed=transposed,
+        )
+    ]

@@ -25,6 +25,7 @@ from mergekit_px.adapters.patch import (
     Patch,
     ReplacePatch,
     get,
+    onto,
     present,
 )
 from mergekit_px.adapters.peft_keys import Module
@@ -112,7 +113,7 @@ def _lora(module: Module, weight: StoredTensor, binder: Binder) -> AdditivePatch
         wanted = (pair["B"].shape[0], *pair["A"].shape[1:2], *mid.shape[2:])
         if wanted != weight.shape or mid.shape[:2] != (rank, rank):
             raise binder.clash(weight, wanted)
-        patch = LowRankPatch(target=weight.name, source=weight.name, out_shape=weight.shape, factors=factors, rank=rank)
+        patch = LowRankPatch(**onto(weight), factors=factors, rank=rank)
     else:
         patch = lora.low_rank(_as_stored(pair, weight), weight, noted_alpha(module, rank, binder.config) / rank, binder)
     return _with_alpha(patch, module)
@@ -143,7 +144,7 @@ def _oft(module: Module, weight: StoredTensor, binder: Binder) -> Patch:
         raise binder.clash(weight, (shape[0] * shape[-1], *weight.shape[1:]))
     if "rescale" in factors and factors["rescale"].elements != weight.shape[0]:
         raise binder.clash(weight, (factors["rescale"].elements, *weight.shape[1:]))
-    return DiagonalOftPatch(target=weight.name, source=weight.name, out_shape=weight.shape, factors=factors)
+    return DiagonalOftPatch(**onto(weight), factors=factors)
 
 
 _FAMILIES: tuple[tuple[frozenset[str], Callable[[Module, StoredTensor, Binder], Patch]], ...] = (
@@ -175,7 +176,7 @@ def _whole(role: str, tensor: StoredTensor, target: StoredTensor, binder: Binder
         raise binder.clash(target, tensor.shape)
     if role.startswith("set_"):
         return ReplacePatch(target=target.name, source=None, out_shape=target.shape, factors={"value": tensor})
-    return AddPatch(target=target.name, source=target.name, out_shape=target.shape, factors={"value": tensor})
+    return AddPatch(**onto(target), factors={"value": tensor})
 
 
 def _with_alpha(patch: AdditivePatch, module: Module) -> AdditivePatch:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_px.adapters.binder import Binder, only, roles
-from mergekit_px.adapters.patch import Access, Factors, LowRankPatch, Patch, get, present
+from mergekit_px.adapters.patch import Access, Factors, LowRankPatch, Patch, get, onto, present
 from mergekit_px.adapters.peft_keys import Module
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def bind(module: Module, binder: Binder) -> list[Patch]:
         size = shape[-1]
         if shape != (out // size, size, size) or out % size or inside % size:
             raise binder.clash(weight, (shape[0] * size, inside))
-        return [MissBatPatch(target=weight.name, source=weight.name, out_shape=weight.shape, factors=factors)]
+        return [MissBatPatch(**onto(weight), factors=factors)]
     if out % shape[1] or shape[0] > inside or (shape[1] != out and shape[1] != binder.config.number("mini_r", out)):
         raise binder.clash(weight, (shape[1], inside))
-    return [MissPatch(target=weight.name, source=weight.name, out_shape=weight.shape, factors=factors, rank=shape[0])]
+    return [MissPatch(**onto(weight), factors=factors, rank=shape[0])]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_px.adapters.binder import Binder, BindOptions, only, roles
 from mergekit_px.adapters.config import AdapterConfig
-from mergekit_px.adapters.patch import Factors, Patch, columns, get, present
+from mergekit_px.adapters.patch import Factors, Patch, columns, get, onto, present
 from mergekit_px.adapters.peft_keys import Module
 
 if TYPE_CHECKING:
@@ -110,9 +110,7 @@ def bind(module: Module, binder: Binder) -> list[Patch]:
     neumann = config.flag("use_cayley_neumann")  # files without the field are from before there was a choice
     return [
         OftPatch(
-            target=weight.name,
-            source=weight.name,
-            out_shape=weight.shape,
+            **onto(weight),
             factors={"R": stored},
             block=size,
             neumann_terms=int(config.number("num_cayley_neumann_terms", 5)) if neumann else None,

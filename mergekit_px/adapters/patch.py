@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from mergekit_px.checkpoint.dtypes import DType
 from mergekit_px.checkpoint.open import StoredTensor
@@ -84,6 +84,17 @@ class Patch(ABC):
         """``(B, A)`` in float32 with ``dW = B @ A`` exactly, dW with its last axes flattened, rows as stored in
         the base: B is (rows, r), A is (r, columns). None where the change is not of that form."""
         return None
+
+
+class _Onto(TypedDict):
+    target: str
+    source: str
+    out_shape: tuple[int, ...]
+
+
+def onto(tensor: StoredTensor) -> _Onto:
+    """What a patch that changes a base tensor in its own place and shape says of it."""
+    return {"target": tensor.name, "source": tensor.name, "out_shape": tensor.shape}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from functools import cache
 
 from mergekit_px.adapters import (
-    adalora,
     hira,
     hra,
     ia3,
-    ln_tuning,
     loha,
     lokr,
     lora,
     miss,
     oft,
+    replaced,
     shira,
     vera,
 )
@@ -49,7 +48,7 @@ def _no_modules(module: Module, binder: Binder) -> list[Patch]:
 
 FAMILIES: dict[str, Family] = {
     "LORA": Family(lora.PARAMETERS, lora.bind, lora.check),
-    "ADALORA": Family(adalora.PARAMETERS, adalora.bind),
+    "ADALORA": Family(lora.ADALORA_PARAMETERS, lora.bind_adalora),
     "LOHA": Family(loha.PARAMETERS, loha.bind),
     "LOKR": Family(lokr.PARAMETERS, lokr.bind),
     "IA3": Family(ia3.PARAMETERS, ia3.bind),
@@ -57,7 +56,7 @@ FAMILIES: dict[str, Family] = {
     "VERA": Family(vera.PARAMETERS, vera.bind),
     "HRA": Family(hra.PARAMETERS, hra.bind),
     "HIRA": Family(hira.PARAMETERS, hira.bind),
-    "LN_TUNING": Family(ln_tuning.PARAMETERS, ln_tuning.bind),
+    "LN_TUNING": Family(replaced.PARAMETERS, replaced.bind),
     "SHIRA": Family(shira.PARAMETERS, shira.bind),
     "MISS": Family(miss.PARAMETERS, miss.bind),
     "TRAINABLE_TOKENS": Family(frozenset(), _no_modules),

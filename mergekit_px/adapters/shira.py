@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_px.adapters.binder import Binder, only, roles
-from mergekit_px.adapters.patch import AdditivePatch, Factors, Patch, get
+from mergekit_px.adapters.patch import AdditivePatch, Factors, Patch, get, onto
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.errors import AdapterError
 
@@ -41,4 +41,4 @@ def bind(module: Module, binder: Binder) -> list[Patch]:
     count = factors["values"].shape
     if len(weight.shape) != 2 or factors["places"].shape != (2, *count):
         raise binder.error(f"{factors['places'].name} does not give a place in a matrix to each value")
-    return [ShiraPatch(target=weight.name, source=weight.name, out_shape=weight.shape, factors=factors)]
+    return [ShiraPatch(**onto(weight), factors=factors)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_px.adapters.binder import Binder, only, roles
-from mergekit_px.adapters.patch import Factors, LowRankPatch, Patch, get
+from mergekit_px.adapters.patch import Factors, LowRankPatch, Patch, get, onto
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.open import StoredTensor
 
@@ -85,17 +85,7 @@ def bind(module: Module, binder: Binder) -> list[Patch]:
     else:
         largest_in, largest_out = _largest(binder)
         drawn = (int(config.number("projection_prng_key", 0)), rank, largest_in, largest_out)
-    return [
-        VeraPatch(
-            target=weight.name,
-            source=weight.name,
-            out_shape=weight.shape,
-            factors=factors,
-            rank=rank,
-            transposed=transposed,
-            drawn=drawn,
-        )
-    ]
+    return [VeraPatch(**onto(weight), factors=factors, rank=rank, transposed=transposed, drawn=drawn)]
 
 
 def _inputs(weight: StoredTensor, out: int) -> int:

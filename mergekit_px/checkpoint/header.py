@@ -226,12 +226,6 @@ def read_range(file: RangedFile, start: int, length: int) -> bytes:
     return bytes(buffer[: file.read_into(start, memoryview(buffer))])
 
 
-def read_header(path: Path) -> Header:
-    """Read and check the header of one file. Raises as ``read_raw_header`` and ``parse_header`` do."""
-    raw, identity = read_raw_header(path)
-    return parse_header(raw, identity.size, str(path))
-
-
 def build_header(
     tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, Header]:

@@ -70,6 +70,9 @@ Weights = Annotated[
     Several("--weights", "numbers"),
 ]
 
+_run_option = functools.partial(typer.Option, rich_help_panel=RUN)
+_output_option = functools.partial(typer.Option, rich_help_panel=OUTPUT)
+
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
@@ -77,119 +80,62 @@ class RunOptions:
 
     output: Annotated[
         Path | None,
-        typer.Option(
+        _output_option(
             "-o",
             "--output",
             metavar="PATH",
             help="Where the result is written: a folder, or one .safetensors file.  [default: ./merged]",
-            rich_help_panel=OUTPUT,
         ),
     ] = None
     assignments: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE...",
-            help="Set keys of the recipe, as in --set output.dtype=float32.",
-            rich_help_panel=RUN,
-        ),
+        _run_option("--set", metavar="KEY=VALUE...", help="Set keys of the recipe, as in --set output.dtype=float32."),
         Several("--set", "assignments"),
     ] = None
-    device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.", rich_help_panel=RUN)
-    ] = "auto"
+    device: Annotated[str, _run_option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")] = "auto"
     memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory", metavar="SIZE", help="Peak memory of the process, as 4GB; never exceeded.", rich_help_panel=RUN
-        ),
+        str | None, _run_option("--memory", metavar="SIZE", help="Peak memory of the process, as 4GB; never exceeded.")
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option(
-            "--threads",
-            metavar="N",
-            min=1,
-            help="Number of workers; the result does not depend on it.",
-            rich_help_panel=RUN,
-        ),
+        _run_option("--threads", metavar="N", min=1, help="Number of workers; the result does not depend on it."),
     ] = None
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype", metavar="TYPE", help="Storage type of the result, as bfloat16.", rich_help_panel=OUTPUT
-        ),
+        str | None, _output_option("--dtype", metavar="TYPE", help="Storage type of the result, as bfloat16.")
     ] = None
     quantize: Annotated[
         str | None,
-        typer.Option(
-            "--quantize",
-            metavar="keep",
-            help="keep: store quantised what the base or first source stores so.",
-            rich_help_panel=OUTPUT,
+        _output_option(
+            "--quantize", metavar="keep", help="keep: store quantised what the base or first source stores so."
         ),
     ] = None
     shard_size: Annotated[
-        str | None,
-        typer.Option(
-            "--shard-size", metavar="SIZE", help="Largest file of the result, as 5GB.", rich_help_panel=OUTPUT
-        ),
+        str | None, _output_option("--shard-size", metavar="SIZE", help="Largest file of the result, as 5GB.")
     ] = None
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run of the output.", rich_help_panel=RUN)
-    ] = False
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output of before.", rich_help_panel=OUTPUT)
-    ] = False
+    resume: Annotated[bool, _run_option("--resume", help="Go on with an interrupted run of the output.")] = False
+    overwrite: Annotated[bool, _output_option("--overwrite", help="Replace an output of before.")] = False
     push: Annotated[
-        str | None,
-        typer.Option(
-            "--push", metavar="REPO", help="Upload the result to org/name on the Hub.", rich_help_panel=OUTPUT
-        ),
+        str | None, _output_option("--push", metavar="REPO", help="Upload the result to org/name on the Hub.")
     ] = None
-    private: Annotated[
-        bool, typer.Option("--private", help="With --push: make the repository private.", rich_help_panel=OUTPUT)
-    ] = False
+    private: Annotated[bool, _output_option("--private", help="With --push: make the repository private.")] = False
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity in the inputs through.", rich_help_panel=RUN)
+        bool, _run_option("--allow-nonfinite", help="Let NaN and infinity in the inputs through.")
     ] = False
     allow_pickle: AllowPickle = False
     allow_base_mismatch: Annotated[
-        bool,
-        typer.Option(
-            "--allow-base-mismatch",
-            help="Use task vectors on a base that they were not taken from.",
-            rich_help_panel=RUN,
-        ),
+        bool, _run_option("--allow-base-mismatch", help="Use task vectors on a base that they were not taken from.")
     ] = False
     strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict",
-            help="Refuse sources whose configs disagree in meaning, and keys without effect.",
-            rich_help_panel=RUN,
-        ),
+        bool, _run_option("--strict", help="Refuse sources whose configs disagree in meaning, and keys without effect.")
     ] = False
     no_hash_inputs: Annotated[
-        bool,
-        typer.Option(
-            "--no-hash-inputs", help="Leave the hashes of local inputs out of the lock file.", rich_help_panel=RUN
-        ),
+        bool, _run_option("--no-hash-inputs", help="Leave the hashes of local inputs out of the lock file.")
     ] = False
     report: Annotated[
-        Path | None,
-        typer.Option(
-            "--report",
-            metavar="FILE",
-            help="Also write what the merge was as one HTML page.",
-            rich_help_panel=OUTPUT,
-        ),
+        Path | None, _output_option("--report", metavar="FILE", help="Also write what the merge was as one HTML page.")
     ] = None
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=RUN)] = False
-    profile: Annotated[
-        bool,
-        typer.Option("--profile", help="Print where the time went, by stage.", rich_help_panel=RUN),
-    ] = False
+    dry_run: Annotated[bool, _run_option("--dry-run", help="Print the plan and stop.")] = False
+    profile: Annotated[bool, _run_option("--profile", help="Print where the time went, by stage.")] = False
     json: Json = False
     quiet: Quiet = False
 

@@ -93,10 +93,6 @@ class LowRank:
             "factored", identifiable=int(kept.sum()), fallbacks=inner.fallbacks,
         )  # fmt: skip
 
-    def truncated(self, rank: int) -> LowRank:
-        """The nearest matrix of that rank."""
-        return LowRank.from_svd(self.svd(rank))
-
     def _core(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
         left, left_triangle = torch.linalg.qr(self.left.double())
         right, right_triangle = torch.linalg.qr(self.right.double())

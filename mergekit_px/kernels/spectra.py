@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,24 +45,22 @@ def storage_dtype(weights: Tensor, change: Tensor | None = None) -> torch.dtype:
     return torch.float32
 
 
-def rounding_noise_edge(base: Tensor, dtype: torch.dtype | None = None, weights: Sequence[float] = (1.0,)) -> float:
-    """Largest singular value that rounding alone gives a weighted sum of deltas (source minus base).
+def rounding_noise_edge(base: Tensor, dtype: torch.dtype | None = None) -> float:
+    """Largest singular value that rounding alone gives a delta (source minus base).
 
-    ``0.57 std(base) u (sqrt m + sqrt n)`` for one delta of an (m, n) matrix whose weights were rounded to a dtype
-    with unit roundoff u. The sources' roundings are independent of one another; that of the base is shared.
+    ``0.57 std(base) u (sqrt m + sqrt n)`` for an (m, n) matrix whose weights were rounded to a dtype with unit
+    roundoff u.
 
     Args:
         base: the base's matrix, (m, n), in any dtype.
         dtype: the dtype it was stored in; found from the values if left out.
-        weights: the coefficients of the deltas in the sum.
     """
     if base.numel() < 2:
         return 0.0
     unit = ROUNDING_UNIT[dtype or storage_dtype(base)]
     rows, columns = base.shape
     spread = _standard_deviation(base)
-    factor = math.sqrt((sum(w * w for w in weights) + sum(weights) ** 2) / 2)
-    return _ROUNDING_SPREAD * spread * unit * (math.sqrt(rows) + math.sqrt(columns)) * factor
+    return _ROUNDING_SPREAD * spread * unit * (math.sqrt(rows) + math.sqrt(columns))
 
 
 def _standard_deviation(values: Tensor) -> float:
@@ -100,13 +97,6 @@ def energy_kept(values: Tensor, count: int) -> float:
     energy = values.double().square()
     total = float(energy.sum())
     return float(energy[:count].sum()) / total if total > 0 else 1.0
-
-
-def numerical_rank(values: Tensor, floor: float = 0.0) -> int:
-    """Number of singular values above both ``floor`` and the rounding error of their dtype."""
-    if len(values) == 0:
-        return 0
-    return int((values > max(floor, null_floor(values.dtype) * float(values.max()))).sum())
 
 
 def effective_rank(values: Tensor) -> float:

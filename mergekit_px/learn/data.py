@@ -140,16 +140,6 @@ def _stacked(name: str, parts: Sequence[Examples]) -> Tensor:
     return torch.cat(arrays)
 
 
-def load_examples(path: str | Path) -> Examples:
-    """The examples of a ``.npz`` or safetensors file.
-
-    Raises:
-        InputError: no such file, not of these formats, Python objects in it, and as `examples` does.
-    """
-    where = str(path)
-    return examples(read_arrays(path), where)
-
-
 def read_arrays(path: str | Path) -> dict[str, Tensor]:
     """The arrays of a ``.npz`` or safetensors file, by name, in the machine's byte order.
 

@@ -51,8 +51,8 @@ class Read:
         return f"{self.input}:{self.tensor.name}"
 
 
-class _RowView:
-    """What views of rows share: they are of their operands' width, kind and dtype."""
+class _View:
+    """What views share: they are of their operands' kind and dtype."""
 
     __slots__ = ()
 
@@ -61,20 +61,30 @@ class _RowView:
         raise NotImplementedError
 
     @property
-    def rows(self) -> int:
-        raise NotImplementedError
-
-    @property
     def kind(self) -> Kind:
         return self.operands[0].kind
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.rows, *self.operands[0].shape[1:])
-
-    @property
     def dtype(self) -> DType:
         return self.operands[0].dtype
+
+    @property
+    def access(self) -> Access:
+        return finest(self.operands)
+
+
+class _RowView(_View):
+    """Views of rows are of their operands' width too."""
+
+    __slots__ = ()
+
+    @property
+    def rows(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.operands[0].shape[1:])
 
     @property
     def access(self) -> Access:
@@ -209,7 +219,7 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Section:
+class Section(_View):
     """Neighbouring elements of an operand, from ``start`` on, as a tensor of their own: one expert of a stack."""
 
     operand: Node
@@ -225,18 +235,6 @@ class Section:
         return (self.operand,)
 
     @property
-    def kind(self) -> Kind:
-        return self.operand.kind
-
-    @property
-    def dtype(self) -> DType:
-        return self.operand.dtype
-
-    @property
-    def access(self) -> Access:
-        return finest(self.operands)
-
-    @property
     def digest(self) -> str:
         return f"from {self.start}"
 
@@ -245,7 +243,7 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Joined:
+class Joined(_View):
     """Operands one after another, as one tensor: the experts of a layer in a stack.
 
     The operands are what inputs offer, or what a method makes of that element by element.
@@ -261,18 +259,6 @@ class Joined:
     @property
     def operands(self) -> tuple[Node, ...]:
         return self.parts
-
-    @property
-    def kind(self) -> Kind:
-        return self.parts[0].kind
-
-    @property
-    def dtype(self) -> DType:
-        return self.parts[0].dtype
-
-    @property
-    def access(self) -> Access:
-        return finest(self.parts)
 
     @property
     def digest(self) -> str:

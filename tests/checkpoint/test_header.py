@@ -12,8 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergekit_px.checkpoint.dtypes import DTYPES
-from mergekit_px.checkpoint.header import MAX_HEADER_BYTES, build_header, header_length, parse_header, read_header
+from mergekit_px.checkpoint.header import (
+    MAX_HEADER_BYTES,
+    Header,
+    build_header,
+    header_length,
+    parse_header,
+    read_raw_header,
+)
 from mergekit_px.errors import InputNotFoundError, MalformedCheckpointError, UsageError
+
+
+def read_header(path: Path) -> Header:
+    raw, identity = read_raw_header(path)
+    return parse_header(raw, identity.size, str(path))
 
 
 def file_with(tmp_path: Path, document: object, data: bytes = b"", *, raw: bytes | None = None) -> Path:

@@ -15,12 +15,12 @@ from mergekit_px.kernels.spectra import (
     energy_kept,
     interference,
     noise_onset,
-    numerical_rank,
     rounding_noise_edge,
     source_shares,
     stable_rank,
     storage_dtype,
 )
+from mergekit_px.methods.matrices import Case
 
 
 def noise(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -42,10 +42,10 @@ def test_edge_of_a_sum_counts_the_base_once_for_all() -> None:
     sources = [(base + noise(300, 300, seed) * 0.01).bfloat16().float() for seed in (1, 2, 3, 4)]
     exact = [base + noise(300, 300, seed) * 0.01 for seed in (1, 2, 3, 4)]
     total = sum((s - e for s, e in zip(sources, exact, strict=True)), torch.zeros(300, 300))
-    single = rounding_noise_edge(base)
-    assert rounding_noise_edge(base, weights=[1.0] * 4) == pytest.approx(single * math.sqrt(10))
+    case = Case("", (300, 300), (1.0,) * 4, rounding_noise_edge(base))
+    assert case.sum_edge() == pytest.approx(case.noise * math.sqrt(10))
     # Only the sources are rounded here, so the noise stays below the edge, which allows for the base's too.
-    assert float(torch.linalg.matrix_norm(total, 2)) < rounding_noise_edge(base, weights=[1.0] * 4)
+    assert float(torch.linalg.matrix_norm(total, 2)) < case.sum_edge()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -79,10 +79,6 @@ def test_noise_onset_counts_all_of_a_steep_spectrum() -> None:
 
 def test_ranks_and_energy() -> None:
     values = torch.tensor([2.0, 1.0, 1.0, 1e-9])
-    assert numerical_rank(values) == 3
-    assert numerical_rank(values, floor=1.5) == 1
-    assert numerical_rank(torch.zeros(3)) == 0
-    assert numerical_rank(torch.zeros(0)) == 0
     share = np.array([0.5, 0.25, 0.25])
     assert effective_rank(values) == pytest.approx(np.exp(-np.sum(share * np.log(share))), rel=1e-6)
     assert effective_rank(torch.ones(7)) == pytest.approx(7)

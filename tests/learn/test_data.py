@@ -11,15 +11,20 @@ from torch import nn
 from mergekit_px.errors import InputError, InputNotFoundError, UsageError
 from mergekit_px.learn.data import (
     BatchStream,
+    Examples,
     derived_seed,
     examples,
-    load_examples,
+    read_arrays,
     require_arguments,
     require_classes,
     shuffled,
     split_rows,
     to_device,
 )
+
+
+def load_examples(path: Path) -> Examples:
+    return examples(read_arrays(path), str(path))
 
 
 def few(rows: int = 10) -> dict[str, torch.Tensor]:

@@ -16,13 +16,14 @@ from mergekit_px.cli import main
 from mergekit_px.cli._output import Output
 from mergekit_px.cli.learner import told
 from mergekit_px.errors import InputError, UsageError
-from mergekit_px.learn.data import examples
+from mergekit_px.learn.data import Examples, examples
+from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.life import run_learner
 from mergekit_px.learn.models import LearningModel, load_model
 from mergekit_px.learn.state import StateFile
 from mergekit_px.learn.stats import run, sums
-from mergekit_px.learn.stats.fisher import Labels, fisher_information
-from mergekit_px.learn.stats.gram import gram_matrices
+from mergekit_px.learn.stats.fisher import FisherSums, Labels
+from mergekit_px.learn.stats.gram import GramSums
 from mergekit_px.testing import write_checkpoint
 
 CODE = """
@@ -88,6 +89,22 @@ def loaded(made: Made, function: str = "small", folder: Path | None = None) -> L
 
 def data_of(given: dict[str, np.ndarray]):
     return examples({name: torch.from_numpy(array) for name, array in given.items()}, "data")
+
+
+def fisher_information(
+    model: LearningModel, data: Examples, labels: Labels = "expected", seed: int = 0
+) -> dict[str, torch.Tensor]:
+    device = torch.device("cpu")
+    found = FisherSums(model, labels=labels, seed=seed, device=device, precision="float32")
+    sums.add_up(found, read_labels(model.module, data, device)[0])
+    return found.means(len(data))
+
+
+def gram_matrices(model: LearningModel, data: Examples, batch: int = 64) -> dict[str, torch.Tensor]:
+    device = torch.device("cpu")
+    found = GramSums(model, batch=batch, device=device, precision="float32")
+    sums.add_up(found, read_labels(model.module, data, device)[0])
+    return found.means()
 
 
 def dense_fisher(module: nn.Module, name: str, label_of) -> torch.Tensor:

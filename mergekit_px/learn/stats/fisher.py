@@ -13,10 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from mergekit_px.errors import UsageError
 from mergekit_px.learn.data import COUNTED, IGNORED, TARGETS, Batch, Examples, derived_seed, to_device
 from mergekit_px.learn.deferred import Widened
-from mergekit_px.learn.labels import read_labels
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.outputs import Precision, forward, logits_of, passes
-from mergekit_px.learn.stats.sums import Tell, Tensors, add_up, require_finite
+from mergekit_px.learn.stats.sums import Tensors, require_finite
 
 Labels = Literal["expected", "sampled", "given"]
 
@@ -24,38 +23,16 @@ MOST_CLASSES = 100
 """Classes up to which every one of them is gone through, with a backward pass each."""
 
 
-def fisher_information(
-    model: LearningModel,
-    data: Examples,
-    *,
-    labels: Labels = "expected",
-    seed: int = 0,
-    device: torch.device | None = None,
-    precision: Precision = "float32",
-    tell: Tell = lambda done, total: None,
-) -> Tensors:
-    """The diagonal of the Fisher information, by tensor name in the checkpoint.
+class FisherSums:
+    """Squared gradients of log-likelihoods, added up example by example.
 
     ``F = mean_n E_y [(d log p(y | x_n) / d theta)^2]`` with y as ``labels`` says (Matena and Raffel,
     arXiv:2111.09832, equation 3). Float32 on the CPU, in the shapes of the tensors. Tensors that no gradient reaches
     (buffers, parts that the data do not use) have zeros.
 
-    Raises:
-        InputError: labels that are not classes.
-        UsageError: ``expected`` for a model with too many classes, or with several predictions for an example.
-        NonFiniteError: a gradient is not finite.
-    """
-    device = device or torch.device("cpu")
-    sums = FisherSums(model, labels=labels, seed=seed, device=device, precision=precision)
-    add_up(sums, read_labels(model.module, data, device)[0], tell)
-    return sums.means(len(data))
-
-
-class FisherSums:
-    """Squared gradients of log-likelihoods, added up example by example.
-
     Args:
-        labels: whose log-likelihood, see `fisher_information`.
+        labels: whose log-likelihood; ``expected`` refuses models with too many classes, or with several predictions
+            for an example.
         seed: draws labels, where they are drawn, from it and the number of the example.
     """
 

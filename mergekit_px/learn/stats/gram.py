@@ -10,37 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_px.learn.data import Batch, Examples, to_device
-from mergekit_px.learn.labels import read_labels, real_rows
+from mergekit_px.learn.labels import real_rows
 from mergekit_px.learn.models import LearningModel
 from mergekit_px.learn.outputs import Precision, forward, passes
-from mergekit_px.learn.stats.sums import Tell, Tensors, add_up, require_finite
-
-
-def gram_matrices(
-    model: LearningModel,
-    data: Examples,
-    *,
-    batch: int = 64,
-    device: torch.device | None = None,
-    precision: Precision = "float32",
-    tell: Tell = lambda done, total: None,
-) -> Tensors:
-    """``E x x'`` of the inputs x of every ``nn.Linear``, by the name of its weight in the checkpoint.
-
-    The mean is over all rows that the layer sees (examples, and tokens in them); positions that an
-    ``attention_mask`` of the data leaves out do not count. (n, n) float32 on the CPU, summed in float64.
-
-    Raises:
-        NonFiniteError: an input of a layer is not finite.
-    """
-    device = device or torch.device("cpu")
-    sums = GramSums(model, batch=batch, device=device, precision=precision)
-    add_up(sums, read_labels(model.module, data, device)[0], tell)
-    return sums.means()
+from mergekit_px.learn.stats.sums import Tensors, require_finite
 
 
 class GramSums:
-    """Products ``x x'`` of the inputs of linear layers, added up batch by batch in float64."""
+    """``E x x'`` of the inputs x of every ``nn.Linear``, by the name of its weight in the checkpoint.
+
+    The mean is over all rows that the layer sees (examples, and tokens in them); positions that an
+    ``attention_mask`` of the data leaves out do not count. (n, n) float32 on the CPU, added up in float64.
+    """
 
     def __init__(self, model: LearningModel, *, batch: int, device: torch.device, precision: Precision) -> None:
         self.batch = batch

@@ -26,7 +26,6 @@ _COLUMNS = Wanted("a mapping from roles to columns, as {text: body, label: topic
 
 Count = Annotated[int, Field(ge=1), _COUNT]
 Positive = Annotated[float, Field(gt=0), _NUMBER]
-NotNegative = Annotated[float, Field(ge=0), _NOT_NEGATIVE]
 Schedule = Annotated[Literal["constant", "cosine"], Wanted("constant or cosine")]
 
 

@@ -1,16 +1,34 @@
-"""Trained embedding rows: rows REPLACED by stored ones, at indices that only the configuration has."""
+"""What adapters store whole: norms by LN tuning (arXiv 2312.11420), and rows of embeddings at indices that only the
+configuration has (trainable tokens)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mergekit_px.adapters.binder import Binder
-from mergekit_px.adapters.patch import Patch, RowsReplacedPatch
+from mergekit_px.adapters.binder import Binder, only
+from mergekit_px.adapters.patch import Patch, ReplacePatch, RowsReplacedPatch
+from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import StoredTensor
 
+PARAMETERS = frozenset({"ln_tuning_layers"})
 
-def bind(path: str, rows: StoredTensor, shapes: dict[str, tuple[int, ...]], binder: Binder) -> Patch:
+
+def bind(module: Module, binder: Binder) -> list[Patch]:
+    """The weights and biases of norms."""
+    only(module, binder.config, {"ln_tuning_layers", "ln_tuning_layers.bias"})
+    weight = binder.weight(module)
+    patches: list[Patch] = []
+    for role, tensor in module.tensors.items():
+        target = binder.bias(weight.name) if role.endswith(".bias") else weight
+        if target is None:
+            raise binder.error(f"the adapter has a bias for {module.name}, the base has none")
+        binder.check_shape(target, tensor.shape)
+        patches.append(ReplacePatch(target=target.name, source=None, out_shape=tensor.shape, factors={"value": tensor}))
+    return patches
+
+
+def bind_rows(path: str, rows: StoredTensor, shapes: dict[str, tuple[int, ...]], binder: Binder) -> Patch:
     """The patch of one embedding (or of a head: a linear layer's rows are its outputs).
 
     Args:
