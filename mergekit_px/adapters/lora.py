@@ -1,4 +1,4 @@
-"""LoRA, rsLoRA and AdaLoRA on linear, embedding, convolution and multi-head attention layers (arXiv 2106.09685,
+"""LoRA, rsLoRA, AdaLoRA and HiRA on linear, embedding, convolution and multi-head attention layers (arXiv 2106.09685,
 2312.03732, 2303.10512).
 
 W' = W + s B A, with s = alpha / r, or alpha / sqrt(r) for rsLoRA; rank and alpha may differ between modules
@@ -9,15 +9,21 @@ error.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mergekit_px.adapters.binder import Binder, BindOptions, only, roles
 from mergekit_px.adapters.config import AdapterConfig
 from mergekit_px.adapters.dora import decomposed
 from mergekit_px.adapters.experts import bind_experts, is_expert_module
-from mergekit_px.adapters.patch import LowRankPatch, Patch, columns, onto
+from mergekit_px.adapters.patch import Factors, LowRankPatch, Patch, columns, onto, present
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.open import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
 
 PARAMETERS = frozenset(
     {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag", "lora_E"}
@@ -221,3 +227,36 @@ def bind_adalora(module: Module, binder: Binder) -> list[Patch]:
             transposed=transposed,
         )
     ]
+
+
+HIRA_PARAMETERS = frozenset({"hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HiraPatch(Patch):
+    """HiRA: W + W * (B A), without a scale, on linear, embedding and convolution layers (Huang et al., ICLR 2025)."""
+
+    inner: LowRankPatch
+
+    @property
+    def scratch(self) -> float:
+        return 2.0
+
+    def merged(self, base: torch.Tensor | None, factors: Factors, rows: slice | None = None) -> torch.Tensor:
+        block = present(base)
+        return block.addcmul(block, self.inner.delta(factors, rows, block))
+
+
+def bind_hira(module: Module, binder: Binder) -> list[Patch]:
+    config = binder.config
+    weight = binder.weight(module)
+    if "hira_embedding_A" in module.tensors or "hira_embedding_B" in module.tensors:
+        pair = roles(module, config, {"A": "hira_embedding_A", "B": "hira_embedding_B"}, (2, 2))
+        only(module, config, {"hira_embedding_A", "hira_embedding_B"})
+        inner = low_rank_of_embedding(module, pair, 1.0, binder)
+    else:
+        pair = roles(module, config, {"A": "hira_A", "B": "hira_B"}, (2, 5))
+        only(module, config, {"hira_A", "hira_B"})
+        inner = low_rank(pair, weight, 1.0, binder)
+    check_rank(config, module.name, inner.rank)
+    return [HiraPatch(**onto(weight), factors=inner.factors, inner=inner)]

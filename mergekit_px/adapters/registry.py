@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 
 from mergekit_px.adapters import (
-    hira,
     hra,
     ia3,
     loha,
@@ -55,7 +54,7 @@ FAMILIES: dict[str, Family] = {
     "OFT": Family(oft.PARAMETERS, oft.bind, oft.check),
     "VERA": Family(vera.PARAMETERS, vera.bind),
     "HRA": Family(hra.PARAMETERS, hra.bind),
-    "HIRA": Family(hira.PARAMETERS, hira.bind),
+    "HIRA": Family(lora.HIRA_PARAMETERS, lora.bind_hira),
     "LN_TUNING": Family(replaced.PARAMETERS, replaced.bind),
     "SHIRA": Family(shira.PARAMETERS, shira.bind),
     "MISS": Family(miss.PARAMETERS, miss.bind),

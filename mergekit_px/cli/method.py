@@ -167,7 +167,8 @@ def example(method: Method, options: Sequence[ParameterOption]) -> str:
         words += [f"{source}-statistics.safetensors" for source in sources]
     if method.uses_weights and count == 2:
         words += ["--weights", "0.6", "0.4"]
-    own = [option for option in options if option.name in method.params.__annotations__]
+    classes = [one for one in method.params.__mro__ if one.__module__ == method.origin]
+    own = [option for one in classes for option in options if option.name in one.__annotations__]
     for option in own:  # Those that it shares with its family say less about it.
         if option.words:
             words += [option.flag, "64"]

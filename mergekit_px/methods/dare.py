@@ -9,8 +9,7 @@ from pydantic import FiniteFloat
 
 from mergekit_px.methods.consensus import MERGEKIT, PEFT, ConsensusParams, divided_twice, merge_by_consensus
 from mergekit_px.methods.declare import Extent, Operands, Params, RandomStream, Sweep, merge_method
-from mergekit_px.methods.pruning import SharePerSource, l1_factors, per_source
-from mergekit_px.methods.weighting import finite_weights, total_weight
+from mergekit_px.methods.pruning import SharePerSource, l1_factors, per_source, rescaled_sum
 
 if TYPE_CHECKING:
     import torch
@@ -18,29 +17,26 @@ if TYPE_CHECKING:
 Rescale = Literal["density", "l1", "none"]
 
 
-class DareLinearParams(Params):
+class _Dropped(Params):
     density: SharePerSource = 0.5
     """Probability with which an element of a source is kept, 1 minus the drop rate."""
     rescale: Rescale = "density"
     """``density``: divide what is left by the density, which keeps its expectation. ``l1``: multiply it so that
     each tensor has the L1 norm that it had. ``none``: leave it."""
+
+
+class DareLinearParams(_Dropped):
     scale: FiniteFloat = 1.0
     """Factor of the merged task vector (lambda)."""
     normalize: bool = False
     """Divide the weights by their sum."""
 
 
-class DareTiesParams(ConsensusParams):
-    density: SharePerSource = 0.5
-    """Probability with which an element of a source is kept, 1 minus the drop rate."""
-    rescale: Rescale = "density"
-    """``density``: divide what is left by the density, which keeps its expectation. ``l1``: multiply it so that
-    each tensor has the L1 norm that it had. ``none``: leave it."""
+class DareTiesParams(_Dropped, ConsensusParams):
+    pass
 
 
-def _sparsified(
-    deltas: Sequence[torch.Tensor], random: RandomStream, params: DareLinearParams | DareTiesParams
-) -> Iterator[torch.Tensor]:
+def _sparsified(deltas: Sequence[torch.Tensor], random: RandomStream, params: _Dropped) -> Iterator[torch.Tensor]:
     """Each task vector with its dropped elements zero."""
     from mergekit_px.kernels.random import bernoulli
 
@@ -92,12 +88,7 @@ def dare_linear(
         UsageError: the weights add up to zero and are to be divided by their sum, one is not finite, or densities
             are given for another number of sources.
     """
-    from mergekit_px.kernels.reduction import weighted_sum
-
-    factor = params.scale / total_weight(weights) if params.normalize else params.scale
-    factors = statistics or (1.0,) * len(deltas)
-    coefficients = [factor * weight * rescale for weight, rescale in zip(finite_weights(weights), factors, strict=True)]
-    return weighted_sum(_sparsified(deltas, random, params), coefficients)
+    return rescaled_sum(_sparsified(deltas, random, params), weights, params, statistics)
 
 
 @merge_method(

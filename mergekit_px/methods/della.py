@@ -9,8 +9,7 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from mergekit_px.methods.consensus import MERGEKIT, ConsensusParams, divided_twice, merge_by_consensus
 from mergekit_px.methods.declare import Extent, Operands, Params, PerSource, RandomStream, Sweep, merge_method
-from mergekit_px.methods.pruning import SharePerSource, l1_factors, per_source
-from mergekit_px.methods.weighting import finite_weights, total_weight
+from mergekit_px.methods.pruning import SharePerSource, l1_factors, per_source, rescaled_sum
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +28,7 @@ def _check_window(density: float | tuple[float, ...], epsilon: float | tuple[flo
             raise ValueError(f"density {share:g} plus or minus epsilon {window:g} leaves the range from 0 to 1")
 
 
-class DellaLinearParams(Params):
+class _Dropped(Params):
     density: SharePerSource = 0.5
     """Mean probability with which an element of a source is kept, 1 minus the drop rate."""
     epsilon: WindowPerSource = 0.15
@@ -37,30 +36,22 @@ class DellaLinearParams(Params):
     rescale: Rescale = "probability"
     """``probability``: divide each element that is left by the probability that it had. ``l1``: multiply what is left
     so that each tensor has the L1 norm that it had. ``none``: leave it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_window(self.density, self.epsilon)
+        return self
+
+
+class DellaLinearParams(_Dropped):
     scale: FiniteFloat = 1.0
     """Factor of the merged task vector (lambda)."""
     normalize: bool = False
     """Divide the weights by their sum."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _check_window(self.density, self.epsilon)
-        return self
 
-
-class DellaParams(ConsensusParams):
-    density: SharePerSource = 0.5
-    """Mean probability with which an element of a source is kept, 1 minus the drop rate."""
-    epsilon: WindowPerSource = 0.15
-    """The smallest element of a row is kept with probability density - epsilon, the largest with density + epsilon."""
-    rescale: Rescale = "probability"
-    """``probability``: divide each element that is left by the probability that it had. ``l1``: multiply what is left
-    so that each tensor has the L1 norm that it had. ``none``: leave it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _check_window(self.density, self.epsilon)
-        return self
+class DellaParams(_Dropped, ConsensusParams):
+    pass
 
 
 def _keep_probabilities(delta: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
@@ -75,9 +66,7 @@ def _keep_probabilities(delta: torch.Tensor, density: float, epsilon: float) -> 
     return torch.empty_like(delta, dtype=torch.float32).scatter_(-1, order, ladder.expand(delta.shape))
 
 
-def _sparsified(
-    deltas: Sequence[torch.Tensor], random: RandomStream, params: DellaLinearParams | DellaParams
-) -> Iterator[torch.Tensor]:
+def _sparsified(deltas: Sequence[torch.Tensor], random: RandomStream, params: _Dropped) -> Iterator[torch.Tensor]:
     """Each task vector with its dropped elements zero, the others rescaled."""
     import torch
 
@@ -135,12 +124,7 @@ def della_linear(
         UsageError: the weights add up to zero and are to be divided by their sum, one is not finite, or densities
             are given for another number of sources.
     """
-    from mergekit_px.kernels.reduction import weighted_sum
-
-    factor = params.scale / total_weight(weights) if params.normalize else params.scale
-    factors = statistics or (1.0,) * len(deltas)
-    coefficients = [factor * weight * rescale for weight, rescale in zip(finite_weights(weights), factors, strict=True)]
-    return weighted_sum(_sparsified(deltas, random, params), coefficients)
+    return rescaled_sum(_sparsified(deltas, random, params), weights, params, statistics)
 
 
 @merge_method(

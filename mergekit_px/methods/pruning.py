@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from mergekit_px.errors import UsageError
 from mergekit_px.methods.declare import Extent, Operands, PerSource, Sweep
+from mergekit_px.methods.weighting import finite_weights, total_weight
 
 if TYPE_CHECKING:
     import torch
@@ -89,3 +90,19 @@ def l1_factors(
 
     total = yield norms
     return tuple(whole / left if left else 1.0 for whole, left in total.tolist())
+
+
+def rescaled_sum(
+    thinned: Iterable[torch.Tensor], weights: Sequence[float], params: Any, factors: Sequence[float] | None
+) -> torch.Tensor:
+    """The sum of task vectors that were thinned out, by their weights (divided by their sum where the parameters say
+    so) and by what gives each its size again.
+
+    Raises:
+        UsageError: the weights add up to zero and are to be divided by their sum, or one is not finite.
+    """
+    from mergekit_px.kernels.reduction import weighted_sum
+
+    factor = params.scale / total_weight(weights) if params.normalize else params.scale
+    rescaling = factors or (1.0,) * len(weights)
+    return weighted_sum(thinned, [factor * w * f for w, f in zip(finite_weights(weights), rescaling, strict=True)])

@@ -42,7 +42,7 @@ from mergekit_px.plan.views import plain_float8, refuse_quantised_by_config
 from mergekit_px.plan.vocabulary import ChosenVocabulary
 from mergekit_px.recipe.graph import references
 from mergekit_px.recipe.loaded import LoadedRecipe
-from mergekit_px.recipe.mergekit import advice
+from mergekit_px.recipe.mergekit.differences import advice
 from mergekit_px.recipe.model import Recipe
 
 _ROW_MIXTURES = ArtefactFile("row mixtures", read_row_mixtures)

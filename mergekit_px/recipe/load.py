@@ -110,7 +110,7 @@ def _build(
     differences: tuple[str, ...] = ()
     idle: tuple[tuple[str, str], ...] = ()
     if dialect == "mergekit":
-        from mergekit_px.recipe.mergekit import translate
+        from mergekit_px.recipe.mergekit.translate import translate
 
         # Of several documents an override cannot say which it means, but each is a step of the translation.
         several = len(roots) > 1

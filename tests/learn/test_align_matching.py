@@ -20,7 +20,7 @@ from mergekit_px.learn.align.head_counts import HeadCounts, head_counts
 from mergekit_px.learn.align.heads import Heads, match_by_spectrum
 from mergekit_px.learn.align.layout import find_layout
 from mergekit_px.learn.align.matching import match
-from mergekit_px.learn.align.parts import Attention
+from mergekit_px.learn.align.permutations import Attention
 
 ALL = ("heads", "mlp", "residual")
 

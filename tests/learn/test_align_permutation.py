@@ -21,7 +21,7 @@ from mergekit_px.errors import InputError, NonFiniteError, PlanError, PxmergeErr
 from mergekit_px.learn.align.head_counts import head_counts
 from mergekit_px.learn.align.layout import find_layout
 from mergekit_px.learn.align.matching import random_permutations
-from mergekit_px.learn.align.parts import Layout
+from mergekit_px.learn.align.permutations import Layout
 from mergekit_px.learn.data import split_rows
 from mergekit_px.learn.life import run_learner
 

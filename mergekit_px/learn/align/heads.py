@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mergekit_px.learn.align.assignment import TIE, best_assignment, is_better, total
-from mergekit_px.learn.align.parts import Attention
+from mergekit_px.learn.align.permutations import Attention
 
 Inside = Literal["joint", "separate"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.errors import PlanError, UsageError
 from mergekit_px.learn.align.head_counts import HeadCounts
-from mergekit_px.learn.align.parts import Attention, Hidden, Layout, Part
+from mergekit_px.learn.align.permutations import Attention, Hidden, Layout, Part
 from mergekit_px.learn.align.roles import (
     ATTENTION_ROLES,
     DOUBTFUL_FUSIONS,

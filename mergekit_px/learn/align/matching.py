@@ -18,8 +18,7 @@ from torch import Tensor
 
 from mergekit_px.learn.align.assignment import best_assignment, is_better
 from mergekit_px.learn.align.heads import HeadOrder, Heads, Inside, head_order, match_by_spectrum
-from mergekit_px.learn.align.parts import RESIDUAL, Attention, Hidden, Layout, Part
-from mergekit_px.learn.align.permutations import Permutations, identity_units
+from mergekit_px.learn.align.permutations import RESIDUAL, Attention, Hidden, Layout, Part, Permutations, identity_units
 from mergekit_px.learn.data import derived_seed
 
 Tensors = Mapping[str, Tensor]

@@ -18,8 +18,7 @@ from mergekit_px.learn.align.forward import ChangedModel
 from mergekit_px.learn.align.head_counts import head_counts, require_equal_heads
 from mergekit_px.learn.align.layout import find_layout
 from mergekit_px.learn.align.matching import match, random_permutations
-from mergekit_px.learn.align.parts import Layout
-from mergekit_px.learn.align.permutations import Permutations
+from mergekit_px.learn.align.permutations import Layout, Permutations
 from mergekit_px.learn.align.settings import AlignSettings
 from mergekit_px.learn.data import Batch
 

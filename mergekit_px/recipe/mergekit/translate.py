@@ -17,16 +17,17 @@ from mergekit_px.recipe.mergekit.entries import IdleKeys, entries_of
 from mergekit_px.recipe.mergekit.mixture import MARKS, translate_mixture
 from mergekit_px.recipe.mergekit.modules import join_modules, read_modules
 from mergekit_px.recipe.mergekit.output import (
+    TOKENIZER_DIFFERENCE,
     not_yet,
     precision_differences,
     read_chat_template,
     read_dtype,
+    read_tokenizer,
 )
 from mergekit_px.recipe.mergekit.pieces import Piece, Source, read_models, read_slices
 from mergekit_px.recipe.mergekit.references import Reference, read_reference, short_name
 from mergekit_px.recipe.mergekit.settings import Choice, Settings, read_choices
 from mergekit_px.recipe.mergekit.table import METHODS, Parameter, PeerMethod
-from mergekit_px.recipe.mergekit.tokenizer import DIFFERENCE, read_tokenizer
 from mergekit_px.recipe.model import UNION
 
 STEP = "merge"
@@ -434,7 +435,7 @@ class _Translator:
             self.idle,
         )
         if self.tokenizer is not None:
-            self.differences.append(DIFFERENCE)
+            self.differences.append(TOKENIZER_DIFFERENCE)
 
 
 def _alone(pieces: list[Piece]) -> bool:
