@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,63 @@ def test_a_layer_is_measured_on_what_the_merged_layers_give(
     assert report["layers"] == ["layers.0", "layers.1", "head"] and report["examples"] == [30] * 3
     assert sorted(report["matrices"]) == sorted(f"{name}.weight" for name in NAMES)
     assert "embed.weight" in report["averaged"] and "head.bias" in report["averaged"]
+
+
+def gpt2_by_hand(models: list[Any], ids: list[Tensor], shrink: float, ridge: float) -> dict[str, Tensor]:
+    """The merge of GPT-2's blocks, whose weights are (in, out), by whole forward passes of float64."""
+    shares = [weight / sum(WEIGHTS) for weight in WEIGHTS]
+    states = [model.double().state_dict() for model in models]
+    merged = {name: sum(s * one[name] for s, one in zip(shares, states, strict=True)) for name in states[0]}
+    net = copy.deepcopy(models[0])
+    parts = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    for layer in range(2):
+        prefix = f"transformer.h.{layer}."
+        grams: dict[str, list[Tensor]] = {part: [] for part in parts}
+        for state, rows in zip(states, ids, strict=True):
+            net.load_state_dict({name: state[name] if name.startswith(prefix) else one for name, one in merged.items()})
+            hooks = [
+                net.get_submodule(prefix + part).register_forward_pre_hook(
+                    lambda module, given, seen=grams[part]: seen.append(given[0].flatten(0, 1))
+                )
+                for part in parts
+            ]
+            net(input_ids=rows)
+            for hook in hooks:
+                hook.remove()
+        for part, inputs in grams.items():
+            name = f"{prefix}{part}.weight"
+            products = [rows.T @ rows / len(rows) for rows in inputs]
+            products = [shrink * one + (1 - shrink) * one.diag().diag() for one in products]
+            products = [share * one for share, one in zip(shares, products, strict=True)]
+            total = sum(products)
+            pull = ridge * total.diag().mean()
+            right = sum(gram @ state[name] for gram, state in zip(products, states, strict=True)) + pull * merged[name]
+            merged[name] = torch.linalg.inv(total + pull * torch.eye(len(total)).double()) @ right
+    return merged
+
+
+@torch.no_grad()
+def test_weights_that_are_stored_in_by_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's, among which are square ones."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=8, n_head=2, n_positions=6, vocab_size=11, bos_token_id=0, eos_token_id=0
+    )
+    models, ids = [], []
+    for number in range(3):
+        torch.manual_seed(number)
+        models.append(transformers.GPT2LMHeadModel(config).eval())
+        for parameter in models[-1].parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        models[-1].save_pretrained(f"m{number}")
+        ids.append(torch.randint(0, 5 + 3 * number, (40, 6)))
+        np.savez(f"d{number}.npz", input_ids=ids[-1].numpy(), labels=ids[-1].numpy())
+    report = run_learner("regmean-order", **settings("out", model=None, ridge=0.01)).report.model_dump()
+    assert report["layers"] == ["transformer.h.0", "transformer.h.1"] and len(report["matrices"]) == 8
+    found, expected = load_file("out/model/model.safetensors"), gpt2_by_hand(models, ids, 0.9, 0.01)
+    for name, one in found.items():
+        torch.testing.assert_close(one.double(), expected[name], rtol=2e-3, atol=2e-4)
 
 
 def test_equal_models_stay_what_they_are(world: list[dict[str, Tensor]]) -> None:

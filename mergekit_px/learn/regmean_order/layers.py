@@ -14,6 +14,7 @@ from mergekit_px.learn.activations import layers_of
 from mergekit_px.learn.data import Batch
 from mergekit_px.learn.ofasd.blend import Site
 from mergekit_px.learn.outputs import forward
+from mergekit_px.learn.stats.gram import is_transposed
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,19 @@ class Layer:
     Attributes:
         module: it.
         sites: the arrays that are in it and nowhere else.
-        linear: the modules whose weights are among them.
+        linear: the linear modules whose weights are among them.
         calls: how often it runs in a forward pass.
     """
 
     name: str
     module: nn.Module
     sites: Sequence[Site]
-    linear: Sequence[nn.Linear]
+    linear: Sequence[nn.Module]
     calls: int
+
+    def is_transposed(self, site: Site) -> bool:
+        """Whether an array is a linear module's weight that is stored (in, out)."""
+        return any(is_transposed(part) and part._parameters["weight"] is site.target for part in self.linear)
 
 
 class _DoneError(Exception):
@@ -46,7 +51,7 @@ def running_layers(module: nn.Module, sites: Sequence[Site], batch: Batch) -> li
     """
     members = list(layers_of(module))
     inside = {id(part) for member in members for part in member.modules()}
-    members += [part for part in module.modules() if isinstance(part, nn.Linear) and id(part) not in inside]
+    members += [part for part in module.modules() if _is_linear(part) and id(part) not in inside]
     order: list[nn.Module] = []
     hooks = [member.register_forward_hook(lambda own, *given: order.append(own)) for member in set(members)]
     try:
@@ -64,17 +69,18 @@ def running_layers(module: nn.Module, sites: Sequence[Site], batch: Batch) -> li
     for member in dict.fromkeys(order):
         own = [site for site in sites if owners[id(site.target)] == {id(member)}]
         arrays = {id(site.target) for site in own}
-        linear = [
-            part
-            for part in member.modules()
-            if isinstance(part, nn.Linear) and id(part._parameters["weight"]) in arrays
-        ]
+        linear = [part for part in member.modules() if _is_linear(part) and id(part._parameters["weight"]) in arrays]
         if linear:
             found.append(Layer(names[id(member)], member, own, linear, order.count(member)))
     if not found:
-        what = f"{type(module).__name__} has no linear layer (torch.nn.Linear) with weights of its own that data reach"
+        kinds = "(torch.nn.Linear, Conv1D)"
+        what = f"{type(module).__name__} has no linear layer {kinds} with weights of its own that data reach"
         raise InputError(what, hint="average it, or merge it by another method: pxmerge methods")
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 @contextmanager

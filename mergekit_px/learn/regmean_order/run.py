@@ -86,7 +86,9 @@ class _Merge:
         self._sources, self._readers = sources, readers
         self._weights = settings.weights or (1.0,) * len(sources)
         self._params = RegMeanParams(shrink=settings.shrink, ridge=settings.ridge)
-        self._sums = GramSums(model, batch=settings.batch, device=run.device, precision=settings.precision)
+        self._sums = GramSums(
+            model, batch=settings.batch, device=run.device, precision=settings.precision, transposed=True
+        )
 
     def average(self, site: Site) -> Tensor:
         """Of all models, by their weights."""
@@ -105,10 +107,13 @@ class _Merge:
         measured = [site for site in layer.sites if any(site.name in found for found in grams)]
         for site in layer.sites:
             values = [self._value(site, number) for number in range(len(self._sources))]
+            transposed = layer.is_transposed(site)
             if site in measured:
-                width = site.target.shape[1]
+                values = [value.T for value in values] if transposed else values
+                width = values[0].shape[1]
                 values += [found.get(site.name, torch.zeros(width, width)).to(values[0].device) for found in grams]
-            site.target.copy_(self._merged(values))
+            merged = self._merged(values)
+            site.target.copy_(merged.T if transposed and site in measured else merged)
         return [site.name for site in measured]
 
     def _merged(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -148,6 +153,7 @@ def _few(run: Run[RegmeanOrderSettings], data: Examples) -> dict[str, Tensor]:
 
 def _plan_memory(run: Run[RegmeanOrderSettings], sources: Sequence[Checkpoint]) -> None:
     stored = floating(sources[0])
+    # where weights are (in, out), as in GPT-2, it is the other side; there this is more in sum
     squares = by_layer({one.name: one.shape[1] ** 2 for one in stored if len(one.shape) == 2})
     grams = (2 + len(sources)) * COMPUTED * squares
     kept = {"weights": COMPUTED * numbers(stored), "Gram matrices of one layer": grams}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -16,14 +17,31 @@ from mergekit_px.learn.outputs import Precision, forward, passes
 from mergekit_px.learn.stats.sums import Tensors, require_finite
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is a linear layer whose weight is (in, out): the ``Conv1D`` of GPT-2 and its like."""
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)
+
+
 class GramSums:
     """``E x x'`` of the inputs x of every ``nn.Linear``, by the name of its weight in the checkpoint.
 
     The mean is over all rows that the layer sees (examples, and tokens in them); positions that an
     ``attention_mask`` of the data leaves out do not count. (n, n) float32 on the CPU, added up in float64.
+
+    Args:
+        transposed: and of linear layers whose weights are (in, out).
     """
 
-    def __init__(self, model: LearningModel, *, batch: int, device: torch.device, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: LearningModel,
+        *,
+        batch: int,
+        device: torch.device,
+        precision: Precision,
+        transposed: bool = False,
+    ) -> None:
         self.batch = batch
         self._module = model.module
         self._device = device
@@ -31,7 +49,11 @@ class GramSums:
         names: dict[int, list[str]] = {}
         for name in model.names:
             names.setdefault(id(model.tensor(name)), []).append(name)
-        linear = [module for module in model.module.modules() if isinstance(module, nn.Linear)]
+        linear = [
+            module
+            for module in model.module.modules()
+            if isinstance(module, nn.Linear) or (transposed and is_transposed(module))
+        ]
         weights = [(module, names.get(id(module._parameters["weight"]), [])) for module in linear]
         self._names = {module: found for module, found in weights if found}
         self._sums: dict[str, Tensor] = {}
@@ -80,7 +102,7 @@ class GramSums:
         }
         return {name: means[names[0]] for names in self._names.values() if names[0] in means for name in names}
 
-    def _add(self, module: nn.Linear, arguments: tuple[Any, ...]) -> None:
+    def _add(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         name = self._names[module][0]
         inputs = arguments[0].detach()
         seen = real_rows(inputs, self._batch).double()
