@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -62,6 +65,18 @@ def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_refuse_network)
 
 hold_to_the_schema()
+
+
+@pytest.fixture(scope="session")
+def import_benchmark() -> Callable[[str], ModuleType]:
+    """Imports a module of ``benchmarks/``, which may import others there, by its name."""
+
+    def load(name: str) -> ModuleType:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+            return importlib.import_module(name)
+
+    return load
 
 
 @pytest.fixture(scope="session")

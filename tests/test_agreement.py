@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,15 +14,8 @@ from mergekit_px.recipe.load import load_recipe
 
 
 @pytest.fixture(scope="module")
-def agreement() -> Iterator[ModuleType]:
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        import agreement
-
-        yield agreement
-    finally:
-        sys.path.remove(folder)
+def agreement(import_benchmark) -> ModuleType:
+    return import_benchmark("agreement")
 
 
 def test_ulps_are_counted_through_zero(agreement: ModuleType) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -36,15 +34,8 @@ CLASSES = {
 
 
 @pytest.fixture(scope="module")
-def architectures() -> Iterator[ModuleType]:
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        import architectures
-
-        yield architectures
-    finally:
-        sys.path.remove(folder)
+def architectures(import_benchmark) -> ModuleType:
+    return import_benchmark("architectures")
 
 
 @pytest.mark.parametrize("model_type", CLASSES)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,15 +17,8 @@ TOKENS = (torch.arange(48).reshape(2, 24) * 7) % 96
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Iterator[ModuleType]:
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        import tiny_models
-
-        yield tiny_models
-    finally:
-        sys.path.remove(folder)
+def tiny(import_benchmark) -> ModuleType:
+    return import_benchmark("tiny_models")
 
 
 def make(tiny: ModuleType, folder: Path, model_type: str, class_name: str, count: int) -> list[Any]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import FakeHub, point_client_at
 from safetensors.torch import save_file
 
 from mergekit_px.cli import main
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from hub_server import FakeHub, point_client_at
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from folders import contents
 from safetensors.torch import load_file, save_file
+from store_server import FakeStore, point_at
 
 from mergekit_px.errors import NonFiniteError, PlanError
 from mergekit_px.execute.array import publish_parts
@@ -33,10 +34,6 @@ from mergekit_px.plan.method_catalog import method_catalog
 from mergekit_px.plan.model import Plan
 from mergekit_px.plan.options import PlanOptions
 from mergekit_px.recipe.load import load_recipe
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from store_server import FakeStore, point_at
 
 RECIPE = """
 models: {base: base, math: math, code: code}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -13,12 +12,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
+from store_server import FakeStore, cut_short, point_at, refuse, slow
 
 from mergekit_px.checkpoint.signed_ranges import SignedRanges
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from store_server import FakeStore, cut_short, point_at, refuse, slow
 
 RECIPE = """
 models: {base: base, math: math, code: code}

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from store_server import FakeStore, point_at, refuse
 
 from mergekit_px.checkpoint.destination import destination
 from mergekit_px.errors import OutputError
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from store_server import FakeStore, point_at, refuse
 
 RECIPE = """
 models: {base: base, math: math, code: code}
