@@ -12,15 +12,6 @@ from typing import TypeVar
 
 from mergekit_px.learn.transfer.plan import Adapter, Model, Optimizer, Transfer
 
-DEFAULT_LR = 1e-3
-DEFAULT_WEIGHT_DECAY = 1e-2
-DEFAULT_BATCH = 32
-DEFAULT_CYCLE = 4
-DEFAULT_LAYERS = 2
-DEFAULT_HEADS = 4
-DEFAULT_ADAPTER_LR = 1e-4
-DEFAULT_ADAPTER_WEIGHT_DECAY = 1e-2
-
 
 @dataclass(frozen=True, slots=True)
 class Role:
@@ -41,11 +32,19 @@ class Preset:
     cycle: int
     layers: int = 2
     heads: int = 8
-    adapter_lr: float | None = None
-    adapter_weight_decay: float | None = None
+    adapter_lr: float = 1e-4
+    adapter_weight_decay: float = 1e-2
 
 
 _VISION = Role(batch=128, lr=1e-2, weight_decay=1e-4)
+
+_DEFAULTS = Preset(
+    "what no preset says",
+    Role(batch=32, lr=1e-3, weight_decay=1e-2),
+    Role(batch=32, lr=1e-3, weight_decay=1e-2),
+    cycle=4,
+    heads=4,
+)
 
 PRESETS: Mapping[str, Preset] = {
     "cross-structure": Preset(
@@ -83,55 +82,28 @@ PRESETS: Mapping[str, Preset] = {
 
 def filled_transfer(transfer: Transfer) -> Transfer:
     """The transfer with no value left open, but for ``save_every``."""
-    preset = PRESETS[transfer.preset] if transfer.preset is not None else None
-    adapter = transfer.adapter
-    filled_adapter = _filled(
-        adapter,
-        {
-            "layers": (preset and preset.layers, DEFAULT_LAYERS),
-            "heads": (preset and preset.heads, DEFAULT_HEADS),
-            "lr": (preset and preset.adapter_lr, DEFAULT_ADAPTER_LR),
-            "weight_decay": (preset and preset.adapter_weight_decay, DEFAULT_ADAPTER_WEIGHT_DECAY),
-        },
-    )
-    filled = _filled(
-        transfer,
-        {
-            "cycle": (preset and preset.cycle, DEFAULT_CYCLE),
-        },
-    )
-    return filled.model_copy(update={"adapter": filled_adapter})
+    preset = _preset(transfer)
+    learning = {"lr": preset.adapter_lr, "weight_decay": preset.adapter_weight_decay}
+    adapter = _filled(transfer.adapter, {"layers": preset.layers, "heads": preset.heads, **learning})
+    return _filled(transfer, {"cycle": preset.cycle}).model_copy(update={"adapter": adapter})
 
 
 def filled_model(model: Model, transfer: Transfer, *, is_source: bool) -> Model:
     """The model with no value left open, in its role in a transfer."""
-    preset = PRESETS[transfer.preset] if transfer.preset is not None else None
-    role = None if preset is None else preset.source if is_source else preset.target
-    optimizer = _filled(
-        model.optimizer,
-        {
-            "lr": (role and role.lr, DEFAULT_LR),
-            "weight_decay": (role and role.weight_decay, DEFAULT_WEIGHT_DECAY),
-        },
-    )
-    filled = _filled(
-        model,
-        {
-            "batch": (role and role.batch, DEFAULT_BATCH),
-            "goal": (None, "min" if model.metric == "loss" else "max"),
-        },
-    )
+    preset = _preset(transfer)
+    role = preset.source if is_source else preset.target
+    optimizer = _filled(model.optimizer, {"lr": role.lr, "weight_decay": role.weight_decay})
+    filled = _filled(model, {"batch": role.batch, "goal": "min" if model.metric == "loss" else "max"})
     return filled.model_copy(update={"optimizer": optimizer})
+
+
+def _preset(transfer: Transfer) -> Preset:
+    return _DEFAULTS if transfer.preset is None else PRESETS[transfer.preset]
 
 
 _Part = TypeVar("_Part", Adapter, Model, Optimizer, Transfer)
 
 
-def _filled(part: _Part, values: Mapping[str, tuple[object, object]]) -> _Part:
-    """The part with (preset's value, default) put in where it leaves a field open."""
-    update = {
-        name: preset if preset is not None else default
-        for name, (preset, default) in values.items()
-        if getattr(part, name) is None
-    }
-    return part.model_copy(update=update)
+def _filled(part: _Part, values: Mapping[str, object]) -> _Part:
+    """The part with these values where it leaves a field open."""
+    return part.model_copy(update={name: value for name, value in values.items() if getattr(part, name) is None})
