@@ -19,11 +19,10 @@ from mergekit_px.checkpoint.remembered import user_cache
 from mergekit_px.checkpoint.task_vector import task_vector_metadata
 from mergekit_px.errors import DiskSpaceError, OutputError, PlanError, RecipeError, UsageError
 from mergekit_px.methods.declare import ArtefactFile
-from mergekit_px.plan.agreement import disagreements
+from mergekit_px.plan.agreement import differing_files, disagreements
 from mergekit_px.plan.bases import complete_bases
 from mergekit_px.plan.budget import plan_budget
 from mergekit_px.plan.components import check_components
-from mergekit_px.plan.donated import differing_files
 from mergekit_px.plan.donors import Beside, beside_weights, config_donor, describing_metadata, file_stems, header_donor
 from mergekit_px.plan.encoded import encoded_items
 from mergekit_px.plan.expressions import Expressions

@@ -23,8 +23,7 @@ from mergekit_px.learn.search.merges import Merges
 from mergekit_px.learn.search.objectives import BALANCED, Metrics, most_balanced, non_dominated, require_objectives
 from mergekit_px.learn.search.scorers import Scorers, result_of
 from mergekit_px.learn.search.settings import SearchReport, SearchSettings, parse_time
-from mergekit_px.learn.search.space import overrides
-from mergekit_px.learn.search.start import start_points
+from mergekit_px.learn.search.space import overrides, start_points
 from mergekit_px.learn.search.strategies import FOLLOW_ALL, StrategyOptions, begin_search
 from mergekit_px.learn.search.trials import LOG, Trial, TrialLog, Values, trial_head
 
