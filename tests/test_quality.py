@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 from benchmarks.quality import packages
 from benchmarks.quality.every_method import VARIANTS, Measured, table, variants
+from benchmarks.quality.experiment import Claim, Experiment, Scores, ahead
 from benchmarks.quality.lab import Lab, State
+from benchmarks.quality.runner import report
 from mergekit_px.methods import load_methods
 
 
@@ -63,6 +66,19 @@ def test_every_method_without_data_is_in() -> None:
     known = {name for name, method in load_methods().items() if method.family == "spectral"}
     assert known - {"svc"} <= {variant.line[0].replace("-", "_") for variant in variants().values()}
     assert all(variant.corrects is None or variant.corrects in VARIANTS for variant in variants().values())
+
+
+def test_differences_below_the_noise_are_ties(capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[Scores] = [{"a": 70.0 + n, "b": 69.5 - n, "c": 71.0 + n * (-1) ** n} for n in range(5)]
+
+    def said(*claims: Claim, compared: Sequence[Claim] = ()) -> tuple[bool, list[str]]:
+        held = report(Experiment("one", lambda lab: {}, claims, tuple(compared)), rows, 1.0)
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines() if " seeds)" in line]
+        return held, [line.split(":")[0] for line in lines]
+
+    assert said(ahead("a", "b"), compared=[ahead("a", "c"), ahead("b", "a")]) == (True, ["holds", "a tie", "FAILS"])
+    assert said(ahead("a", "c")) == (False, ["a tie"])
+    assert said(ahead("a", "b", by=6)) == (False, ["a tie"])
 
 
 def test_packages_of_one_source_are_in_one_part(monkeypatch: pytest.MonkeyPatch) -> None:

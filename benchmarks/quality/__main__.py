@@ -24,7 +24,7 @@ def main() -> int:
         metavar="EXPERIMENT",
         help=f"{titles}; all but {', '.join(named)} by default",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...; 3 by default")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ...; 5 by default")
     parser.add_argument("--jobs", type=int, default=1, help="processes; 1 by default")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep what is made here, and go on with it")
     parser.add_argument(

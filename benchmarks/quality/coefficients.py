@@ -16,6 +16,7 @@ def learned(
     data: str,
     settings: CoefficientSettings,
     counts: Sequence[float] = (),
+    model: str = MODEL,
 ) -> State:
     """The model with the coefficients that ``settings`` lead to."""
     output = lab.folder / "coefficients"
@@ -31,6 +32,6 @@ def learned(
         overwrite=True,
         allow_code=True,
         **settings.model_dump(exclude={"model"}),
-        model=MODEL,
+        model=model,
     )
     return lab.merge("run", str(output / "recipe.yaml"))

@@ -11,16 +11,26 @@ import benchmarks.quality
 from benchmarks.quality.lab import Lab
 
 Scores = dict[str, float]
-Claim = tuple[str, Callable[[Mapping[str, float]], bool]]
+Claim = tuple[str, Callable[[Mapping[str, float]], float]]
+"""What is said, and by how much it is so: above 0 where it is true."""
+
+
+def ahead(first: str, second: str, *, by: float = 0.0) -> Claim:
+    """That a score is above another."""
+    text = f"{first} > {second} + {by:g}" if by else f"{first} > {second}"
+    return text, lambda scores: scores[first] - scores[second] - by
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A function from the data of one seed to scores, and what is claimed of their means over the seeds."""
+    """A function from the data of one seed to scores, and what is claimed of them."""
 
     name: str
     measure: Callable[[Lab], Scores]
     claims: tuple[Claim, ...] = ()
+    """Checked: on average over the seeds true by more than two standard errors."""
+    compared: tuple[Claim, ...] = ()
+    """Shown in the same way, and not checked."""
     table: Callable[[Sequence[Scores]], str] | None = None
     """Makes the table of the scores of all seeds; a line for each score if left out."""
     by_default: bool = True

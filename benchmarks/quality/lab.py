@@ -53,11 +53,22 @@ class Lab:
         return np.random.default_rng(self.seed).permutation(len(_digits().target))
 
     def train(
-        self, start: State | None, images: Tensor, labels: Tensor, *, epochs: int = 30, rate: float = 3e-3
+        self,
+        start: State | None,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        epochs: int = 30,
+        rate: float = 3e-3,
+        make: Callable[[], nn.Module] = TinyViT,
     ) -> State:
-        """AdamW with a cosine schedule in batches of 64, from ``start`` or from the seed's own initial weights."""
+        """AdamW with a cosine schedule in batches of 64, from ``start`` or from the seed's own initial weights.
+
+        Args:
+            labels: classes, or a probability for each of them.
+        """
         torch.manual_seed(self.seed)
-        model = TinyViT()
+        model = make()
         if start is not None:
             model.load_state_dict(start)
         steps = epochs * -(-len(images) // 64)
@@ -120,9 +131,9 @@ def _digits() -> Any:
 
 
 @torch.no_grad()
-def predict(state: State, images: Tensor) -> Tensor:
+def predict(state: State, images: Tensor, make: Callable[[], nn.Module] = TinyViT) -> Tensor:
     """Logits, (images, 10)."""
-    model = TinyViT().eval()
+    model = make().eval()
     model.load_state_dict(state)
     logits: Tensor = model(images)
     return logits

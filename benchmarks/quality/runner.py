@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import mean, stdev
 
 from benchmarks.quality.experiment import Experiment, Scores, find_experiments
 from benchmarks.quality.lab import Lab
@@ -36,20 +37,34 @@ def measure(
 
 
 def report(experiment: Experiment, rows: Sequence[Scores], seconds: float) -> bool:
-    """Print the scores of an experiment and whether its claims hold in the mean."""
-    means = {title: sum(row[title] for row in rows) / len(rows) for title in rows[0]}
+    """Print the scores of an experiment and whether its claims hold."""
+    means = {title: mean(row[title] for row in rows) for title in rows[0]}
     print(f"\n{experiment.name}, {len(rows)} seeds, {seconds:.0f} s of processor time")
     if experiment.table is not None:
         print(experiment.table(rows))
     else:
-        for title, mean in means.items():
-            print(f"  {title:36} {mean:7.2f}   " + " ".join(f"{row[title]:7.2f}" for row in rows))
-    holds = {text: bool(claim(means)) for text, claim in experiment.claims}
-    for text, claim in experiment.claims:
-        each = sum(bool(claim(row)) for row in rows)
-        print(f"  {'holds' if holds[text] else 'FAILS'}: {text} (in {each} of {len(rows)} seeds)")
-    print(json.dumps({"experiment": experiment.name, "mean": means, "seeds": rows, "holds": holds}), flush=True)
-    return all(holds.values())
+        for title, value in means.items():
+            print(f"  {title:36} {value:7.2f}   " + " ".join(f"{row[title]:7.2f}" for row in rows))
+    verdicts = {}
+    for text, margin in (*experiment.claims, *experiment.compared):
+        margins = [margin(row) for row in rows]
+        verdicts[text] = verdict(margins)
+        each = f"above 0 in {sum(one > 0 for one in margins)} of {len(rows)} seeds"
+        print(f"  {verdicts[text]}: {text} (by {mean(margins):.2f} ± {standard_error(margins):.2f}, {each})")
+    print(json.dumps({"experiment": experiment.name, "mean": means, "seeds": rows, "holds": verdicts}), flush=True)
+    return all(verdicts[text] == "holds" for text, _ in experiment.claims)
+
+
+def verdict(margins: Sequence[float]) -> str:
+    """Of a claim, from how much it is true by at each seed."""
+    if abs(mean(margins)) <= 2 * standard_error(margins):
+        return "a tie"
+    return "holds" if mean(margins) > 0 else "FAILS"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; 0 for a single one, of which nothing is known."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def run(

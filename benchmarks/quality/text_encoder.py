@@ -45,6 +45,14 @@ def tokenized(texts: Sequence[str]) -> Lines:
     return lines
 
 
+def padded(lines: Lines) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, (texts, longest)."""
+    longest = max(map(len, lines))
+    tokens = torch.tensor([line + [0] * (longest - len(line)) for line in lines])
+    mask = torch.tensor([[1] * len(line) + [0] * (longest - len(line)) for line in lines])
+    return tokens, mask
+
+
 class Encoder(nn.Module):
     """Mean of the last hidden states, of length 1."""
 
@@ -58,9 +66,9 @@ class Encoder(nn.Module):
         self.model: Any = AutoModel.from_pretrained(folder(), dtype=torch.float32, add_pooling_layer=False).eval()
 
     def forward(self, lines: Lines) -> Tensor:
-        longest = max(map(len, lines))
-        tokens = torch.tensor([line + [0] * (longest - len(line)) for line in lines])
-        mask = torch.tensor([[1] * len(line) + [0] * (longest - len(line)) for line in lines])
+        return self.pooled(*padded(lines))
+
+    def pooled(self, tokens: Tensor, mask: Tensor) -> Tensor:
         hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
         return nn.functional.normalize((hidden * mask[..., None]).sum(1), dim=-1)
 

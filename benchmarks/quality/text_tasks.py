@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -74,9 +75,7 @@ class TextTasks:
 
     def _head(self, name: str) -> Tensor:
         lines, labels = self._part(name, "train")
-        rows = [(labels == place).nonzero()[:SHOTS, 0] for place in range(len(TASKS[name].classes))]
-        means = [self._encoder.features([lines[row] for row in chosen.tolist()]).mean(0) for chosen in rows]
-        return _SHARPNESS * nn.functional.normalize(torch.stack(means), dim=-1)
+        return head(self._encoder, lines, labels, len(TASKS[name].classes))
 
     def _tuned(self, name: str) -> str:
         """The path of a fine-tune: a checkpoint, or an adapter."""
@@ -99,20 +98,47 @@ class TextTasks:
     def _fit(self, encoder: Encoder, name: str) -> None:
         lines, labels = self._part(name, "train")
         rate = RATES[self._kind]
-        parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=STEPS)
-        generator = torch.Generator().manual_seed(self._lab.seed)
-        order: list[int] = []
-        for _ in range(STEPS):
-            if len(order) < BATCH:
-                order = torch.randperm(len(lines), generator=generator).tolist()
-            rows, order = order[:BATCH], order[BATCH:]
-            optimizer.zero_grad()
-            logits = encoder([lines[row] for row in rows]) @ self._heads[name].T
-            nn.functional.cross_entropy(logits, labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
+
+        def logits(rows: list[int]) -> Tensor:
+            return encoder([lines[row] for row in rows]) @ self._heads[name].T
+
+        fit(encoder, logits, labels, STEPS, rate, self._lab.seed)
+
+
+def head(encoder: Encoder, lines: Lines, labels: Tensor, classes: int) -> Tensor:
+    """The directions of the mean features of a few lines of each class."""
+    rows = [(labels == place).nonzero()[:SHOTS, 0] for place in range(classes)]
+    means = [encoder.features([lines[row] for row in chosen.tolist()]).mean(0) for chosen in rows]
+    return _SHARPNESS * nn.functional.normalize(torch.stack(means), dim=-1)
+
+
+def fit(
+    module: nn.Module,
+    logits: Callable[[list[int]], Tensor],
+    targets: Tensor,
+    steps: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """AdamW in one cycle.
+
+    Args:
+        logits: of the examples in some rows.
+        targets: the class of each example, or a probability for each class.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order = torch.randperm(len(targets), generator=generator).tolist()
+        rows, order = order[:BATCH], order[BATCH:]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits(rows), targets[rows]).backward()
+        optimizer.step()
+        schedule.step()
 
 
 def _add_lora(encoder: Encoder) -> None:

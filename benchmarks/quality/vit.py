@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class TinyViT(nn.Module):
-    """8 x 8 digits in patches of 2 x 2, two blocks, four heads of attention."""
+    """8 x 8 digits in patches of 2 x 2, four heads of attention."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int = 48, blocks: int = 2) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, 2)
         self.position = nn.Parameter(torch.randn(1, 16, width) * 0.02)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
-            for _ in range(2)
+            for _ in range(blocks)
         )
         self.norm = nn.LayerNorm(width)
         self.head: nn.Module = nn.Linear(width, 10)
@@ -26,3 +26,7 @@ class TinyViT(nn.Module):
             hidden = block(hidden)
         logits: Tensor = self.head(self.norm(hidden).mean(dim=1))
         return logits
+
+
+def larger() -> TinyViT:
+    return TinyViT(128, 4)
