@@ -93,7 +93,7 @@ def parse_keys(tensors: Mapping[str, StoredTensor], parameters: Collection[str],
             parsed.tokens[unwrapped(path)] = tensor
             continue
         role = parameter if leaf == "weight" else f"{parameter}.{leaf}"
-        if role in found.setdefault(path, {}):
+        if role in found.setdefault(path, {}) and len(infixes) < 2:
             raise AdapterError(
                 f"{shown(key)} and {shown(found[path][role].name)} are the same factor of one module", where=where
             )

@@ -102,5 +102,8 @@ def family(config: AdapterConfig) -> Family:
         raise config.error(f"{config.kind} cannot be merged: {REFUSED[config.kind]}")
     known = families()
     if config.kind not in known:
-        raise config.error(f"unknown peft_type {shown(config.kind)}", hint=f"known are {', '.join(sorted(known))}")
+        raise config.error(
+            f"unknown peft_type {shown(config.kind)}; known are {', '.join(sorted(known))}",
+            hint="let PEFT put it into its base (merge_and_unload), and give the model that it saves",
+        )
     return known[config.kind]

@@ -13,7 +13,7 @@ import typer
 from mergekit_px.cli._arguments import is_numbers
 from mergekit_px.cli._output import Output
 from mergekit_px.cli._progress import progress_on
-from mergekit_px.errors import UsageError
+from mergekit_px.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
     from mergekit_px.adapters.binder import BindOptions
@@ -68,12 +68,17 @@ class AdapterOptions:
 
 
 def find_model(reference: str, output: Output, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model with its bytes on this machine, telling how far it is fetched. Raises ``InputError``."""
-    from mergekit_px.plan.inputs import fetch_checkpoint
+    """Open a model with its bytes on this machine, telling how far it is fetched. Raises ``InputError``; AdapterError
+    for an adapter."""
+    from mergekit_px.adapters.single_file import is_adapter_file
+    from mergekit_px.plan.inputs import fetch_checkpoint, is_adapter
 
     with progress_on(output) as advance:
         progress = partial(advance, f"fetching {reference}")
-        return fetch_checkpoint(reference, allow_pickle=allow_pickle, progress=progress)
+        found = fetch_checkpoint(reference, allow_pickle=allow_pickle, progress=progress)
+    if is_adapter_file(found.tensors) or is_adapter(reference, allow_pickle):
+        raise AdapterError("it is an adapter, and a model is wanted here", where=reference, hint="give its base model")
+    return found
 
 
 def check_format(to: Format, output: Path) -> Format:

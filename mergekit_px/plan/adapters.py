@@ -54,7 +54,7 @@ def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], checkpoint:
             # An earlier adapter has untied this head already; the embedding may have changed since.
             if isinstance(patch, KeepPatch) and target in nodes:
                 continue
-            if isinstance(patch, KeepPatch) and _grows(binding.get(patch.source or ""), patch.out_shape):
+            if isinstance(patch, KeepPatch) and _resizes(binding.get(patch.source or ""), patch.out_shape):
                 still_tied.append(target)
                 continue
             nodes[target] = _patched(source.name, number, patch, before)
@@ -65,7 +65,7 @@ def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], checkpoint:
                 for part in parts:
                     part.pop("tie_word_embeddings", None)
                 model.notes.append(
-                    f"{adapter.label}: it adds rows to the embedding and holds none for the head that is tied to it; "
+                    f"{adapter.label}: its embedding has other rows, and it holds none for the head that is tied to it; "
                     f"{still_tied[0]} stays tied, so the head changes with the embedding"
                 )
             model.config_updates = updates
@@ -141,8 +141,8 @@ def is_unchanged(node: Node | None) -> bool:
     return isinstance(node, Adapted) and node.patch is None
 
 
-def _grows(patch: Patch | None, shape: tuple[int, ...]) -> bool:
-    return patch is not None and patch.out_shape[0] > shape[0]
+def _resizes(patch: Patch | None, shape: tuple[int, ...]) -> bool:
+    return patch is not None and patch.out_shape[0] != shape[0]
 
 
 def _patched(source: str, number: int, patch: Patch, nodes: Mapping[str, Node]) -> Node:

@@ -281,22 +281,21 @@ class Vocabularies:
 
 
 def adapter_tokenizer(source: ResolvedInput, items: Iterable[WorkItem]) -> tuple[dict[str, str], list[str]]:
-    """The tokenizer files (file -> ``input#adapter``) of the adapter that a vocabulary grew by, and what to say.
-
-    Both are empty where the vocabulary did not grow.
-    """
+    """The tokenizer files (file -> ``input#adapter``) of the adapter that a vocabulary grew or shrank by, and what to
+    say. Both are empty where it did neither."""
     stored = source.checkpoint.tensors
-    grown = [
+    resized = [
         item
         for item in items
         if is_vocabulary(item.name)
         and item.name in stored
         and item.shape
-        and item.shape[0] > stored[item.name].shape[0]
+        and item.shape[0] != stored[item.name].shape[0]
     ]
-    if not grown or not source.adapters:
+    if not resized or not source.adapters:
         return {}, []
-    rows = f"{grown[0].name} grew from {stored[grown[0].name].shape[0]} to {grown[0].shape[0]} rows"
+    before, after = stored[resized[0].name].shape[0], resized[0].shape[0]
+    rows = f"{resized[0].name} {'grew' if after > before else 'shrank'} from {before} to {after} rows"
     for number, adapter in reversed(list(enumerate(source.adapters))):
         directory = adapter.checkpoint.directory
         beside = side_files(directory).carried if directory is not None and directory.is_dir() else ()
@@ -304,7 +303,8 @@ def adapter_tokenizer(source: ResolvedInput, items: Iterable[WorkItem]) -> tuple
         if any(name.startswith(("token", "vocab", "spiece", "tekken", "added")) for name in files):
             note = f"{rows}; the tokenizer that lies beside {adapter.label} goes along"
             return dict.fromkeys(files, f"{source.name}#{number}"), [note]
-    return {}, [f"{rows}; no tokenizer lies beside the adapter, so the model's own goes along, without the new tokens"]
+    lacks = "without the new tokens" if after > before else "with tokens that may have no row"
+    return {}, [f"{rows}; no tokenizer lies beside the adapter, so the model's own goes along, {lacks}"]
 
 
 def _differing(tokens: Vocabulary, target: Vocabulary) -> list[int]:

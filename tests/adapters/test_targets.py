@@ -215,6 +215,35 @@ def test_merged_factors_are_finite(base: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_where_a_model_is_wanted_is_named(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_adapter(tmp_path / "folder", {})
+    file = tmp_path / "lora.safetensors"
+    save_file({f"lora_unet_x.lora_{end}.weight": torch.ones(2, 2) for end in ("down", "up")}, file)
+    for adapter in (folder, file):
+        for words in (
+            ["extract", str(base), str(adapter)],
+            ["extract", str(adapter), str(base)],
+            ["merge", str(folder), "--base", str(adapter)],
+            ["merge", str(folder), "--into", str(adapter)],
+            ["convert", str(folder), "--to", "peft", "--base", str(adapter)],
+        ):
+            assert main(["adapter", *words, "-o", str(tmp_path / "out")]) == 3
+            assert f"{adapter}: it is an adapter, and a model is wanted here" in capsys.readouterr().err
+
+
+def test_two_adapters_in_one_file_are_said_to_be_two(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", {}, {"model.layers.0.q_proj": 1.0})
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    both = {name.replace(".weight", f".{one}.weight"): t.clone() for name, t in tensors.items() for one in ("x", "y")}
+    save_file(both, adapter / "adapter_model.safetensors")
+    code, told = applied(base, adapter, tmp_path / "out", capsys)
+    assert code == 3 and "several adapters in one file: x, y" in told
+
+
 def test_tasks_that_differ_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(write_adapter(tmp_path / task, {"task_type": task})) for task in ("CAUSAL_LM", "SEQ_CLS")]
     assert main(["adapter", "merge", *paths, "-o", str(tmp_path / "out")]) == 0

@@ -131,14 +131,17 @@ def test_a_config_with_ids_of_rows_that_are_cut_is_refused_where_it_was_asked_fo
         plan_of(recipe(tmp_path / "m", TRUNCATED, {"config_from": "long"}), tmp_path / "out")
 
 
-def test_an_adapter_that_adds_rows_brings_its_tokenizer_and_keeps_a_tied_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "word"), [(67, "grew"), (61, "shrank")])
+def test_an_adapter_with_other_rows_brings_its_tokenizer_and_keeps_a_tied_head(
+    rows: int, word: str, tmp_path: Path
+) -> None:
     base = tiny_llama_tensors(tied=True, dtype=torch.float32)
     write_checkpoint(tmp_path / "base", base, config=tiny_llama_config(tied=True))
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     (tmp_path / "base" / "merges.txt").write_text("a b")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    grown = torch.ones(67, base["model.embed_tokens.weight"].shape[1])
+    grown = torch.ones(rows, base["model.embed_tokens.weight"].shape[1])
     save_file({"base_model.model.model.embed_tokens.weight": grown}, adapter / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -150,7 +153,8 @@ def test_an_adapter_that_adds_rows_brings_its_tokenizer_and_keeps_a_tied_head(tm
     }
     plan = plan_of(data, tmp_path / "plan")
     assert plan.config is not None
-    assert (plan.config["vocab_size"], plan.config["tie_word_embeddings"]) == (67, True)
+    assert (plan.config["vocab_size"], plan.config["tie_word_embeddings"]) == (rows, True)
+    assert any(f"{word} from 64 to {rows} rows" in note for note in plan.notes)
     result = merge(data, tmp_path / "out")
     assert "lm_head.weight" not in result
     assert torch.equal(result["model.embed_tokens.weight"], grown)

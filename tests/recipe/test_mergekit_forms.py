@@ -51,6 +51,15 @@ def test_idle_keys_below_the_top_level() -> None:
     assert load(f"merge_method: linear\n{TWO}").idle == ()
 
 
+@pytest.mark.parametrize("layers", ["[2, 2]", "[4, 1]"])
+def test_a_slice_without_layers_is_told(layers: str) -> None:
+    first, second = (f"{{sources: [{{model: a, layer_range: {one}}}]}}" for one in ("[0, 3]", layers))
+    loaded = load(f"merge_method: passthrough\nslices: [{first}, {second}]\n")
+    told = "A slice whose 'layer_range' ends where it begins, or before, has no effect, there or here."
+    assert dict(loaded.idle) == {told: "m.yml:2:56"}
+    assert not load(f"merge_method: passthrough\nslices: [{first}]\n").idle
+
+
 @pytest.mark.parametrize(
     ("flags", "rules"),
     [

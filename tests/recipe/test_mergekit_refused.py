@@ -24,6 +24,9 @@ def error(text: str) -> str:
     [
         (SLERP + "chat_template: chatlm", "there is no chat template 'chatlm'; did you mean 'chatml'?"),
         (SLERP + "modules: {default: {models: []}}", "m.yml:3:1: either modules or models, not both"),
+        (SLERP.replace("0.5", "[[0, 0.5], 1]"), "m.yml:4:18: 't' must be a finite number, not [0, 0.5]"),
+        (SLERP.replace("models: [{model: b}]", "models: {model: b}"), "'models' must be a list, not a mapping"),
+        (SLERP + "dtype: [float16]", "'dtype' cannot be ['float16']"),
         ("merge_method: linear\nmodules: {}", "m.yml:2:10: 'modules' is empty"),
         ("genome: {models: [a, b]}\ntasks: []", "m.yml:1:1: this is a genome of mergekit-evolve; `pxmerge search`"),
         ("layer_slices: [{model: a, start: 0, end: 2}]", "m.yml:1:1: this is a config of bakllama"),

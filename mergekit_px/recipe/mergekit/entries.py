@@ -33,7 +33,7 @@ def entries_of(
         RecipeError: not a mapping, or a key that is not known and no idle one.
     """
     if not isinstance(node.value, dict):
-        raise RecipeError(f"{what} must be a mapping, not {shown(node.value)}", where=str(node.place))
+        raise RecipeError(f"{what} must be a mapping, not {shown(node.data())}", where=str(node.place))
     given = {key: child for key, child in node.value.items() if child.value is not None}
     if known is None:
         return given

@@ -115,5 +115,5 @@ def _family(node: Node | None) -> Node | None:
     name = node.value.lower() if isinstance(node.value, str) else None
     if name not in _FAMILIES:
         hint = hint_for(name, list(_FAMILIES)) if name is not None else None
-        raise RecipeError(f"'architecture' cannot be {shown(node.value)}", where=str(node.place), hint=hint)
+        raise RecipeError(f"'architecture' cannot be {shown(node.data())}", where=str(node.place), hint=hint)
     return Node(_FAMILIES[name], node.place)

@@ -26,7 +26,7 @@ def read_dtype(node: Node | None, key: str) -> Node | None:
     name = node.value.removeprefix("torch.") if isinstance(node.value, str) else None
     if name not in DTYPES:
         hint = hint_for(name, DTYPES) if name is not None else None
-        raise RecipeError(f"'{key}' cannot be {shown(node.value)}", where=str(node.place), hint=hint)
+        raise RecipeError(f"'{key}' cannot be {shown(node.data())}", where=str(node.place), hint=hint)
     return Node(name, node.place)
 
 

@@ -68,6 +68,9 @@ def read_slices(node: Node, base: Reference | None, idle: IdleKeys) -> list[Piec
         pieces.append(
             Piece(item, _distinct(sources), own_base, entries.get("parameters"), first, "residual_weight" in entries)
         )
+        if not lengths[0]:
+            what = "A slice whose 'layer_range' ends where it begins, or before, has no effect, there or here."
+            idle.setdefault(what, item.place)
         first += lengths[0]
     if first == 0:
         raise RecipeError("the slices have no layers at all", where=str(node.place))
@@ -76,7 +79,7 @@ def read_slices(node: Node, base: Reference | None, idle: IdleKeys) -> list[Piec
 
 def _items(node: Node, what: str) -> list[Node]:
     if not isinstance(node.value, list):
-        raise RecipeError(f"{what} must be a list, not {shown(node.value)}", where=str(node.place))
+        raise RecipeError(f"{what} must be a list, not {shown(node.data())}", where=str(node.place))
     if not node.value:
         raise RecipeError(f"{what} is empty", where=str(node.place))
     return node.value

@@ -33,7 +33,7 @@ def read_reference(node: Node) -> Reference:
     if isinstance(node.value, str):
         return split_reference(node.value, str(node.place))
     if not isinstance(node.value, dict):
-        raise RecipeError(f"a model is a path or org/name, not {shown(node.value)}", where=str(node.place))
+        raise RecipeError(f"a model is a path or org/name, not {shown(node.data())}", where=str(node.place))
     known = ("model", "lora", "override_architecture")
     for key in node.value:
         if key not in known:

@@ -135,14 +135,14 @@ def _read_scalar(node: Node, kind: Kind, name: str) -> Node:
             return Node(bool(value), node.place)
         if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
             return Node(value.lower() in _TRUE, node.place)
-        raise RecipeError(f"'{name}' must be true or false, not {shown(value)}", where=str(node.place))
+        raise RecipeError(f"'{name}' must be true or false, not {shown(node.data())}", where=str(node.place))
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
             value = math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RecipeError(f"'{name}' must be a finite number, not {shown(node.value)}", where=str(node.place))
+        raise RecipeError(f"'{name}' must be a finite number, not {shown(node.data())}", where=str(node.place))
     return Node(value, node.place)
 
 
