@@ -16,6 +16,7 @@ left alone, and so is every input.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -277,7 +278,7 @@ def cannot_use(directory: Path, error: OSError) -> OutputError:
     return OutputError(
         f"the output cannot be used: {error.strerror or error}",
         where=str(directory),
-        hint="choose another with -o",
+        hint="raise the limit on files (ulimit -f)" if error.errno == errno.EFBIG else "choose another with -o",
     )
 
 

@@ -65,7 +65,7 @@ def adapted_model(source: ResolvedInput, stored: Mapping[str, Node], checkpoint:
                 for part in parts:
                     part.pop("tie_word_embeddings", None)
                 model.notes.append(
-                    f"{adapter.label}: its embedding has other rows, and it holds none for the head that is tied to it; "
+                    f"{adapter.label}: it resizes the embedding and holds nothing for the head that is tied to it; "
                     f"{still_tied[0]} stays tied, so the head changes with the embedding"
                 )
             model.config_updates = updates

@@ -128,7 +128,11 @@ _NAMED = 3
 
 
 def differing_files(
-    donated: Mapping[str, str], donors: set[str], inputs: Mapping[str, ResolvedInput], used: Iterable[str]
+    donated: Mapping[str, str],
+    donors: set[str],
+    inputs: Mapping[str, ResolvedInput],
+    used: Iterable[str],
+    config_from: str | None = None,
 ) -> list[str]:
     """One line for each model whose files say something else than those that are taken, or that has more of them.
 
@@ -136,6 +140,7 @@ def differing_files(
         donated: side file -> the input that gives it.
         donors: the inputs whose config and whose tokenizer are taken.
         used: the inputs that are merged.
+        config_from: the input whose config is taken.
     """
     notes: list[str] = []
     if not donors:
@@ -145,6 +150,8 @@ def differing_files(
         if source.is_task_vector or source.state is not None:
             continue
         others = [f"{file}{detail}" for file, detail in _differences(donated, inputs, source)]
+        if config_from is not None and (ids := _special_ids(inputs[config_from].config, source.config)):
+            others.insert(0, f"config.json ({_listed([shown(key) for key in ids])})")
         more = [
             file
             for file in sorted(file_names(source))
@@ -179,6 +186,25 @@ def _differences(
         keys = [key for key in {**entries[0], **entries[1]} if entries[0].get(key) != entries[1].get(key)]
         if keys:
             yield file, f" ({_listed([shown(key) for key in keys])})"
+
+
+def _special_ids(taken: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> list[str]:
+    """The entries for special tokens that two configs both have, and that differ; of the text part too."""
+    found: list[str] = []
+    parts = [(taken or {}, other or {})]
+    parts += [(one, parts[0][1].get(key, {})) for key, one in parts[0][0].items() if isinstance(one, Mapping)]
+    for one, two in parts:
+        for key in one if isinstance(two, Mapping) else ():
+            ids = [_as_list(part.get(key)) for part in (one, two)]
+            if key.endswith("_token_id") and all(ids) and ids[0] != ids[1] and key not in found:
+                found.append(key)
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    """The ids of an entry, one or several, in one order."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    return sorted(ids, key=str)
 
 
 def _entries(text: bytes | None) -> dict[str, Any] | None:

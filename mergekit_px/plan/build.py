@@ -143,7 +143,7 @@ def _planned(loaded: LoadedRecipe, options: PlanOptions, inputs: Mapping[str, Re
     notes.extend(copied_values(expressions.uncomputed, resolved))
     notes.extend(disagreements(resolved, used, strict=options.strict))
     donors = {name for name in (beside.config_from, beside.tokenizer_from) if name is not None}
-    notes.extend(differing_files(beside.side_files, donors, resolved, used))
+    notes.extend(differing_files(beside.side_files, donors, resolved, used, beside.config_from))
     check_base_fingerprints(items, resolved, options)
     headers = describing_metadata(
         None if described is None else resolved[described].checkpoint, [resolved[name].source for name in used]

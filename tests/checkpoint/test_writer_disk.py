@@ -116,9 +116,12 @@ def test_limit_on_file_size(tmp_path) -> None:
         with pytest.raises(WriteError, match=r"File too large.*--resume"):
             for name, start, data in pieces(LAYOUT, 5000):
                 writer.write(name, start, memoryview(data))
+        with pytest.raises(OutputError, match=r"File too large; raise the limit on files \(ulimit -f\)"):
+            CheckpointWriter(tmp_path / "another", LAYOUT, PLAN, mode="new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     writer.close()
+    assert not (tmp_path / "another").exists()
     finish(tmp_path)
 
 

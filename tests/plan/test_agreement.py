@@ -97,3 +97,27 @@ def test_files_that_say_something_else_are_named_with_their_entries(tmp_path: Pa
         " modeling_tiny.py",
         "these files are in 'other' and not in 'one', and are not copied: chat_template.jinja",
     ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({"eos_token_id": 2}, {"eos_token_id": 3}, "eos_token_id"),
+        ({"eos_token_id": 2}, {"eos_token_id": [2, 7]}, "eos_token_id"),
+        ({"pad_token_id": 1, "bos_token_id": 1}, {"pad_token_id": 5, "bos_token_id": 1}, "pad_token_id"),
+        ({"text_config": {"image_token_id": 1}}, {"text_config": {"image_token_id": 2}}, "image_token_id"),
+        ({"eos_token_id": [7, 2]}, {"eos_token_id": [2, 7]}, None),
+        ({"eos_token_id": 2}, {"eos_token_id": [2]}, None),
+        ({"eos_token_id": 2}, {"eos_token_id": None}, None),
+        ({"eos_token_id": 2}, {}, None),
+    ],
+    ids=str,
+)
+def test_special_tokens_that_differ_in_the_configs_are_told(
+    one: dict[str, object], other: dict[str, object], told: str | None, tmp_path: Path
+) -> None:
+    for name, more in (("one", one), ("other", other)):
+        write_checkpoint(tmp_path / "models" / name, tiny_llama_tensors(), config=tiny_llama_config() | more)
+    plan = plan_of(recipe(tmp_path / "models", {"method": "linear", "sources": ["one", "other"]}), tmp_path / "out")
+    line = f"these files say something else in 'other', and are those of 'one': config.json ({told})"
+    assert [note for note in plan.notes if "these files" in note] == ([line] if told else [])

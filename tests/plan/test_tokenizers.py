@@ -137,8 +137,9 @@ def test_an_adapter_with_other_rows_brings_its_tokenizer_and_keeps_a_tied_head(
 ) -> None:
     base = tiny_llama_tensors(tied=True, dtype=torch.float32)
     write_checkpoint(tmp_path / "base", base, config=tiny_llama_config(tied=True))
-    (tmp_path / "base" / "tokenizer.json").write_text("{}")
-    (tmp_path / "base" / "merges.txt").write_text("a b")
+    if rows > 64:  # tokens of the base's without a row would be refused
+        (tmp_path / "base" / "tokenizer.json").write_text("{}")
+        (tmp_path / "base" / "merges.txt").write_text("a b")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     grown = torch.ones(rows, base["model.embed_tokens.weight"].shape[1])
