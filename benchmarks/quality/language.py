@@ -20,8 +20,6 @@ from benchmarks.quality.text_domains import DOMAINS, texts
 COUNTS = {"train": 40, "validation": 8, "test": 16}
 """Texts of each domain; a few are too short and fall out."""
 STEPS = 20
-_RATE = 1e-4
-"""Of the singular values of differences as small as these, which the default of tune throws far off."""
 
 Line = Sequence[str]
 
@@ -48,7 +46,8 @@ class Merges:
         made: dict[str, Callable[[], None]] = {"base": partial(self._load, str(self._base))}
         made["average"] = partial(self._merge, merged["average"])
         made["ofasd"] = partial(self._ofasd, "tensor")
-        made["svd, then tune"] = self._tune
+        made["svd, then tune"] = partial(self._tune, "--orthogonalise")
+        made["svd plain, then tune"] = partial(self._tune, "--no-orthogonalise")
         made |= {title: partial(self._merge, line) for title, line in merged.items()}
         made |= {f"fine-tune on {name}": partial(self._alone, n) for n, name in enumerate(DOMAINS)}
         made["LoRA from the average, same labels"] = self._continued
@@ -96,9 +95,8 @@ class Merges:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in few))
         return str(path)
 
-    def _tune(self) -> None:
-        steps, rate = str(STEPS), str(_RATE)
-        learning = ("--tune", self._data(), "--tune-steps", steps, "--tune-rate", rate, "--max-length", str(TOKENS))
+    def _tune(self, start: str) -> None:
+        learning = (start, "--tune", self._data(), "--tune-steps", str(STEPS), "--max-length", str(TOKENS))
         inputs = ("--base", str(self._base), "--sources", *self._sources)
         tuned = self._lab.write("tuned", "svd", "--top-k", "100%", *learning, *inputs)
         self._load(str(Path(tuned) / "model"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -134,11 +136,28 @@ def test_gradients_are_projections_of_the_dense_gradient_and_finite_differences(
     module(x).log_softmax(-1)[:, 0].sum().backward()
     update = load_file(made["components.safetensors"])
     u, v = (update[f"last.weight.{part}"].double()[:, :2] for part in "UV")
-    projected = u.T @ weight.grad @ v
+    unit = 2.0 ** round(math.log2(float(update["last.weight.S"][:2].square().mean().sqrt())))
+    projected = u.T @ weight.grad @ v * unit
     count = 4 if core else 2
     torch.testing.assert_close(
         gradient[-count:], projected.flatten() if core else projected.diagonal(), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("core", [False, True])
+def test_a_step_moves_values_of_every_size_by_the_same_share(made, core: bool) -> None:
+    shares = []
+    for factor in (1.0, 2.0**-9):
+        components = read_components(made["components.safetensors"])
+        smaller = {
+            label: dataclasses.replace(each, values=each.values * factor) for label, each in components.factors.items()
+        }
+        values = TunedValues(loaded(made), dataclasses.replace(components, factors=smaller), core=core)
+        values.values.grad = torch.ones_like(values.values)
+        torch.optim.AdamW([values.values], lr=0.1, weight_decay=0.1).step()
+        shares.append(values.changes())
+    assert shares[0] == shares[1]
+    assert all(0.05 < share < 0.6 for share in shares[0].values()), shares[0]
 
 
 @pytest.mark.parametrize("core", [False, True])

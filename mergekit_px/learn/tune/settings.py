@@ -48,7 +48,7 @@ class TuneSettings(LearnerSettings, LabelledSettings, TrainingSettings):
     evaluate_every: Annotated[int | None, Field(ge=1), Option(unset="a pass over the data")] = None
     """Steps between two validations."""
     learning_rate: Finite = 0.1
-    """At the start of the cosine."""
+    """At the start of the cosine, in units of the root mean square of each matrix's values."""
     weight_decay: Finite = 0.1
     """Of AdamW, towards the base."""
     clip: Finite = 1.0

@@ -31,6 +31,8 @@ class _Matrix:
     rest: Factors
     slots: slice
     """Its part of the trained values: N of them, or N x N in row order for a core."""
+    unit: float
+    """What a trained value of 1 stands for; see ``_unit``."""
 
 
 class TunedValues:
@@ -108,14 +110,15 @@ class TunedValues:
                 self._fix(name, partial(_add_product, factors=rest))
                 start = torch.diag(free.values).flatten() if core else free.values
                 slots = slice(begin, begin + len(start))
-                self._matrices.append(_Matrix(label, model.names[name], free, rest, slots))
-                initial.append(start)
+                unit = _unit(free.values)
+                self._matrices.append(_Matrix(label, model.names[name], free, rest, slots, unit))
+                initial.append(start / unit)
                 begin = slots.stop
         inner = [(matrix.inner, matrix.free.place) for matrix in self._matrices]
         if len(set(inner)) < len(inner):
             raise TensorMismatchError("two of its matrices are one tensor of the model", where=components.where)
         self.values = nn.Parameter(torch.cat(initial))
-        """All trained values, one matrix after another, in the dtype of the model."""
+        """All trained values, one matrix after another, in the dtype of the model, each in the unit of its matrix."""
         self._changed = list(dict.fromkeys([*self._fixed, *(matrix.inner for matrix in self._matrices)]))
         model.defer({inner: partial(self._weight, inner) for inner in self._changed})
 
@@ -141,7 +144,7 @@ class TunedValues:
         for matrix in self._matrices:
             began = torch.diag(matrix.free.values).flatten() if self.core else matrix.free.values
             norm = float(began.norm())
-            found[matrix.label] = float((self.values.detach()[matrix.slots] - began).norm()) / norm if norm else 0.0
+            found[matrix.label] = float((self._trained(matrix).detach() - began).norm()) / norm if norm else 0.0
         return found
 
     @torch.no_grad()
@@ -160,7 +163,7 @@ class TunedValues:
         found = {f"{name}.delta": delta for name, delta in self._components.deltas.items()}
         every = dict(self._frozen)
         for matrix in self._matrices:
-            free = self.values.detach()[matrix.slots]
+            free = self._trained(matrix)
             left, right = matrix.free.left, matrix.free.right
             if self.core:
                 turn, free, other = torch.linalg.svd(free.view(left.shape[1], -1))
@@ -174,8 +177,11 @@ class TunedValues:
         found |= as_stored(every)
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
+    def _trained(self, matrix: _Matrix) -> Tensor:
+        return self.values[matrix.slots] * matrix.unit
+
     def _update(self, matrix: _Matrix) -> Tensor:
-        free, (left, right) = self.values[matrix.slots], (matrix.free.left, matrix.free.right)
+        free, (left, right) = self._trained(matrix), (matrix.free.left, matrix.free.right)
         if self.core:
             return left @ free.view(left.shape[1], -1) @ right.T
         return (left * free) @ right.T
@@ -208,6 +214,16 @@ def decomposed(factors: Factors) -> Factors:
     turn, values, other = torch.linalg.svd((inner_left * factors.values) @ inner_right.T, full_matrices=False)
     count = max(1, int((values > _NOTHING * values[0]).sum()))
     return Factors((left @ turn)[:, :count], values[:count], (right @ other.T)[:, :count], factors.place)
+
+
+def _unit(values: Tensor) -> float:
+    """The root mean square of values, to a power of two, so that nothing is rounded; 1 for zeros.
+
+    Updates differ by orders of magnitude: that of a LoRA is often a hundredth of that of a full fine-tune. A rate in
+    this unit fits them all, where one for the values themselves (AXIS has 0.1, on CLIP) fits some.
+    """
+    size = float(values.double().square().mean().sqrt())
+    return 2.0 ** round(math.log2(size)) if 0 < size < math.inf else 1.0
 
 
 def _is_orthonormal(vectors: Tensor) -> bool:
