@@ -50,7 +50,9 @@ class Merges:
         made["svd plain, then tune"] = partial(self._tune, "--no-orthogonalise")
         made |= {title: partial(self._merge, line) for title, line in merged.items()}
         made |= {f"fine-tune on {name}": partial(self._alone, n) for n, name in enumerate(DOMAINS)}
-        made["LoRA from the average, same labels"] = self._continued
+        made["LoRA from the average, same labels"] = partial(self._continued, merged["average"], BATCH)
+        made["the same, all texts in each step"] = partial(self._continued, merged["average"], 3 * COUNTS["validation"])
+        made["LoRA from svd, 100%, the same"] = partial(self._continued, merged["svd, 100%"], 3 * COUNTS["validation"])
         made["ofasd, one coefficient a source"] = partial(self._ofasd, "model")
         return made
 
@@ -108,15 +110,15 @@ class Merges:
         found = self._lab.write("coefficients", "ofasd", *inputs, *learning, "--test", "0.02")
         self._load(self._lab.write("merged", "run", str(Path(found) / "recipe.yaml")))
 
-    def _continued(self) -> None:
+    def _continued(self, start: Line, batch: int) -> None:
         """What the same texts are worth without any learner of merges."""
         inputs = ("--base", str(self._base), "--sources", *self._sources)
-        average = self._lab.write("average", "linear", *inputs)
-        self._load(average)
+        merged = self._lab.write("start", *start, *inputs)
+        self._load(merged)
         few = torch.cat([self._tokens(domain, "validation") for domain in DOMAINS])
         output = self._lab.folder / "continued"
-        self._model.fine_tune(few, STEPS, self._lab.seed, output)
-        self._load(self._lab.write("merged", "task-arithmetic", "--base", average, "--sources", str(output)))
+        self._model.fine_tune(few, STEPS, self._lab.seed, output, batch)
+        self._load(self._lab.write("merged", "task-arithmetic", "--base", merged, "--sources", str(output)))
 
 
 def language(lab: Lab) -> Scores:

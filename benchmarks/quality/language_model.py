@@ -77,7 +77,7 @@ class LanguageModel:
         found = [torch.stack(_losses(self._model.eval(), rows)) for rows in tokens.split(8)]
         return torch.cat([one.mean(-1) for one in found], dim=1) * torch.tensor([[1.0], [100.0]])
 
-    def fine_tune(self, tokens: Tensor, steps: int, seed: int, output: Path) -> None:
+    def fine_tune(self, tokens: Tensor, steps: int, seed: int, output: Path, batch: int = BATCH) -> None:
         """Train a LoRA on all linear layers, beginning at the weights as they are, and write it."""
         from peft import LoraConfig, get_peft_model
 
@@ -89,7 +89,7 @@ class LanguageModel:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
         generator = torch.Generator().manual_seed(seed)
         rows = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(steps)])
-        for chosen in rows.split(BATCH)[:steps]:
+        for chosen in rows.split(batch)[:steps]:
             optimizer.zero_grad()
             _losses(adapted, tokens[chosen])[0].mean().backward()
             optimizer.step()

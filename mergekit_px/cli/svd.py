@@ -114,7 +114,7 @@ def _command() -> Callable[..., int]:
         if into is not None or own["tune"] is not None:
             form = "components"
         # Said even where it is the default, so that the card and the recipe kept with the result tell it.
-        params.setdefault("orthogonalise", form != "components")
+        params.setdefault("orthogonalise", form != "components" or own["tune"] is not None)
         recipe["merge"]["params"] = params
         if form in (None, "checkpoint"):
             if report is not None:

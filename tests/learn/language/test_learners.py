@@ -131,11 +131,14 @@ def test_tuning_follows_the_loss_of_the_model(world: str, data: str) -> None:
 
 
 @TWO
-def test_pooling_and_tuning_are_one_command(world: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("asked", "form"), [((), "--orthogonalise"), (("--no-orthogonalise",), "--no-orthogonalise")])
+def test_pooling_and_tuning_are_one_command(
+    world: str, asked: tuple[str, ...], form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["svd", "--base", "base", "--sources", "tuned1", "tuned2", "--top-k", "6"]
-    learned(*words, "--as", "components", "-o", "pool")
+    learned(*words, "--as", "components", form, "-o", "pool")
     learned("tune", "pool", "--base", "base", "--data", "data.npz", "-o", "apart", "--steps", "2", "--top", "4")
-    learned(*words, "--tune", "data.npz", "--tune-steps", "2", "--tune-top", "4", "-o", "together")
+    learned(*words, *asked, "--tune", "data.npz", "--tune-steps", "2", "--tune-top", "4", "-o", "together")
     first, second = (load_file(f"{name}/model/model.safetensors") for name in ("apart", "together"))
     assert all(torch.equal(one, second[name]) for name, one in first.items())
     assert not list(Path().glob(".*pool*"))
