@@ -13,7 +13,7 @@ from mergekit_px.adapters.dora import DoraPatch
 from mergekit_px.adapters.experts import ExpertSlicePatch, ExpertsPatch
 from mergekit_px.adapters.lora import repeats
 from mergekit_px.adapters.lora_modules import LoraModule, LoraSource
-from mergekit_px.adapters.patch import KeepPatch, LowRankPatch, Patch, ReplacePatch, RowsReplacedPatch
+from mergekit_px.adapters.patch import ChainPatch, KeepPatch, LowRankPatch, Patch, ReplacePatch, RowsReplacedPatch
 from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.checkpoint.contents import Checkpoint
 from mergekit_px.checkpoint.json_text import shown
@@ -206,9 +206,10 @@ def _stored_transposed(patch: Patch, adapter: Adapter) -> bool:
 def _check(target: str, patch: Patch, adapter: Adapter) -> None:
     """Raises AdapterError for what is no update of a layer's weight."""
     hint = "apply the adapters to their base and merge the models instead"
-    if isinstance(patch, ReplacePatch | RowsReplacedPatch):
+    links = patch.links if isinstance(patch, ChainPatch) else (patch,)
+    if any(isinstance(link, ReplacePatch | RowsReplacedPatch) for link in links):
         raise adapter.config.error(f"{shown(target)} is replaced, not changed by a low-rank update", hint=hint)
     if isinstance(patch, ExpertsPatch | ExpertSlicePatch):
         raise adapter.config.error(f"{shown(target)} belongs to stacked experts", hint=hint)
-    if len(patch.out_shape) < 2 or patch.source is None or not math.prod(patch.out_shape):
+    if len(patch.out_shape) < 2 or not math.prod(patch.out_shape):
         raise adapter.config.error(f"{shown(target)} is not a matrix", hint=hint)

@@ -244,6 +244,21 @@ def test_two_adapters_in_one_file_are_said_to_be_two(
     assert code == 3 and "several adapters in one file: x, y" in told
 
 
+def test_a_module_replaced_and_adapted_is_said_to_be_replaced(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT saves embeddings and heads whole beside their own factors."""
+    whole = {"base_model.model.head.weight": load_file(base)["head.weight"]}
+    adapter = write_adapter(tmp_path / "adapter", {"target_modules": ["head"]}, {"head": 1.0}, **whole)
+    code, _ = applied(base, adapter, tmp_path / "applied", capsys)
+    assert code == 0
+    for name, tensor in merged_by_peft(base, adapter).items():
+        got = load_file(tmp_path / "applied" / "model.safetensors")[name]
+        torch.testing.assert_close(got, tensor, atol=1e-6, rtol=0)
+    assert main(["adapter", "merge", str(adapter), "--base", str(base), "-o", str(tmp_path / "out")]) == 3
+    assert "head.weight is replaced, not changed by a low-rank update" in capsys.readouterr().err
+
+
 def test_tasks_that_differ_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(write_adapter(tmp_path / task, {"task_type": task})) for task in ("CAUSAL_LM", "SEQ_CLS")]
     assert main(["adapter", "merge", *paths, "-o", str(tmp_path / "out")]) == 0
