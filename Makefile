@@ -43,7 +43,7 @@ docs-check: .venv/.dev  ## fail where a generated page differs from the declarat
 site: .venv/.dev  ## the documentation as a site in build/site; a dead link or a page that is nowhere fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-quality: .venv/.dev  ## what merging and learning gain on real data, five seeds with all controls; a quarter of an hour
+quality: .venv/.dev  ## what merging and learning gain on real data, five seeds with all controls; half an hour or more
 	$(BIN)/python -m benchmarks.quality --jobs 2
 
 quality-llm: .venv/.dev  ## a small language model fine-tuned on three kinds of text and merged; 91 MB, an hour of one core
