@@ -19,6 +19,7 @@ from mergekit_px.errors import InputError, InputNotFoundError
 from mergekit_px.stages import timed
 
 __all__ = [
+    "Ahead",
     "FileReader",
     "MemoryReader",
     "PickleReader",
@@ -121,6 +122,29 @@ class FileReader:
 
     def _where(self, tensor: StoredTensor) -> str:
         return f"{address_of(self._directory / tensor.file)}: {shown(tensor.name)}"
+
+
+class Ahead:
+    """Takes small pieces out of large reads, which a file wants that the system does not read ahead of.
+
+    Args:
+        read: fills a buffer from a byte on.
+        stop: the last byte that may be read, exclusive.
+        buffer: where it reads to.
+    """
+
+    def __init__(self, read: Callable[[int, memoryview], None], stop: int, buffer: memoryview) -> None:
+        self._read = read
+        self._stop = stop
+        self._buffer = buffer
+        self._begin = self._end = 0
+
+    def __call__(self, offset: int, piece: memoryview) -> None:
+        if offset < self._begin or offset + len(piece) > self._end:
+            self._begin, self._end = offset, min(offset + len(self._buffer), self._stop)
+            self._read(offset, self._buffer[: self._end - offset])
+        place = offset - self._begin
+        piece[:] = self._buffer[place : place + len(piece)]
 
 
 class PickleReader:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mergekit_px.checkpoint.open import StoredTensor
-from mergekit_px.checkpoint.reader import FileReader, TensorReader
+from mergekit_px.checkpoint.reader import Ahead, FileReader, TensorReader
 from mergekit_px.execute.recording import Trace, recorded, signature, stored_type, value_of
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.sweeps import Totals, statistics_generator
@@ -360,29 +360,6 @@ class FusedItems:
         if not all(map(_is_decoded_here, item.leaves)):
             return False
         return not needs_whole(item) and all(node.access != "rows" for node in item.applied)
-
-
-class Ahead:
-    """Takes small pieces out of large reads, which a file wants that the system does not read ahead of.
-
-    Args:
-        read: fills a buffer from a byte on.
-        stop: the last byte that may be read, exclusive.
-        buffer: where it reads to.
-    """
-
-    def __init__(self, read: Callable[[int, memoryview], None], stop: int, buffer: memoryview) -> None:
-        self._read = read
-        self._stop = stop
-        self._buffer = buffer
-        self._begin = self._end = 0
-
-    def __call__(self, offset: int, piece: memoryview) -> None:
-        if offset < self._begin or offset + len(piece) > self._end:
-            self._begin, self._end = offset, min(offset + len(self._buffer), self._stop)
-            self._read(offset, self._buffer[: self._end - offset])
-        place = offset - self._begin
-        piece[:] = self._buffer[place : place + len(piece)]
 
 
 class Pieces:

@@ -93,9 +93,9 @@ def l1_factors(
 
 
 def rescaled_sum(
-    thinned: Iterable[torch.Tensor], weights: Sequence[float], params: Any, factors: Sequence[float] | None
+    pruned: Iterable[torch.Tensor], weights: Sequence[float], params: Any, factors: Sequence[float] | None
 ) -> torch.Tensor:
-    """The sum of task vectors that were thinned out, by their weights (divided by their sum where the parameters say
+    """The sum of pruned task vectors, by their weights (divided by their sum where the parameters say
     so) and by what gives each its size again.
 
     Raises:
@@ -105,4 +105,4 @@ def rescaled_sum(
 
     factor = params.scale / total_weight(weights) if params.normalize else params.scale
     rescaling = factors or (1.0,) * len(weights)
-    return weighted_sum(thinned, [factor * w * f for w, f in zip(finite_weights(weights), rescaling, strict=True)])
+    return weighted_sum(pruned, [factor * w * f for w, f in zip(finite_weights(weights), rescaling, strict=True)])

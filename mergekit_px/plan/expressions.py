@@ -37,10 +37,7 @@ from mergekit_px.recipe.model import Rule, Step, Value
 
 @dataclass
 class Expressions:
-    """Builds the namespaces of a recipe's models and steps, each once.
-
-    ``notes`` and ``dropped`` fill up while namespaces are built.
-    """
+    """Builds the namespaces of a recipe's models and steps, each once; notes and dropped names fill up meanwhile."""
 
     loaded: LoadedRecipe
     inputs: Mapping[str, ResolvedInput]
