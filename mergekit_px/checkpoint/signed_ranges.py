@@ -7,7 +7,6 @@ knows what to do about another region, and whose errors are told.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from typing import Any
@@ -65,7 +64,10 @@ class SignedRanges:
         return self._session
 
 
-@functools.cache
+_ranges: dict[int, SignedRanges] = {}
+"""By the identity of the file system, which what is here keeps alive."""
+
+
 def signed_ranges(files: Any) -> SignedRanges:
-    """Of a file system, one for all that read from it."""
-    return SignedRanges(files)
+    """Of a file system, one for all that read from it. To fsspec two made alike are equal, whatever their endpoints."""
+    return _ranges.setdefault(id(files), SignedRanges(files))
