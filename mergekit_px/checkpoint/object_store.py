@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from mergekit_px.checkpoint.signed_ranges import signed_ranges
+from mergekit_px.checkpoint.signed_ranges import SignedRanges
 from mergekit_px.errors import InputError, InputNotFoundError, PxmergeError, UsageError
 
 Result = TypeVar("Result")
@@ -82,7 +82,7 @@ class ObjectStore:
                 hint="the store's own package finds them in the environment or its profile; see docs/remote.md",
             )
         self.address = address.rstrip("/")
-        self._files = _file_system(scheme or "", address)
+        self._files, self._signed = _file_system(scheme or "", address)
         self._path = str(self._files._strip_protocol(self.address))
         if not self._path.strip("/") or self._path.endswith(":"):
             raise UsageError("the address names no bucket", where=address, hint=f"write {scheme}://bucket/key")
@@ -129,7 +129,7 @@ class ObjectStore:
         path = self._at(name)
 
         def range_of_bytes() -> bytes:
-            data = signed_ranges(self._files).read(path, start, stop) if self._is_s3 else None
+            data = self._signed.read(path, start, stop) if self._signed is not None else None
             if data is None:
                 data = bytes(self._files.cat_file(path, start=start, end=stop))
             if len(data) != stop - start:
@@ -149,7 +149,8 @@ class ObjectStore:
         """Upload a file, a large one in parts; what the store then says of it. Raises ``InputError``."""
         size = path.stat().st_size
         # Its own way is ten parts of 50 MB at a time, all of them in memory.
-        parts = {"chunksize": max(_PART, size // _MOST_PARTS), "max_concurrency": _PARTS_AT_ONCE} if self._is_s3 else {}
+        is_s3 = self._signed is not None
+        parts = {"chunksize": max(_PART, size // _MOST_PARTS), "max_concurrency": _PARTS_AT_ONCE} if is_s3 else {}
         with self._told("writing it", name):
             patiently(lambda: self._files.put_file(str(path), self._at(name), **parts))
         return self._written(name, size)
@@ -172,10 +173,6 @@ class ObjectStore:
     def where(self, name: str) -> str:
         """An object's address, for messages."""
         return f"{self.address}/{name}" if name else self.address
-
-    @property
-    def _is_s3(self) -> bool:
-        return _EXTRAS.get(store_scheme(self.address) or "") == "s3fs"
 
     @property
     def _caches(self) -> bool:
@@ -290,19 +287,20 @@ def _described(files: Any, path: str, info: dict[str, Any]) -> StoredObject:
 
 
 @functools.cache
-def _opened(scheme: str, settings: tuple[tuple[str, str], ...]) -> Any:
-    """A file system of fsspec with the credentials that the environment names."""
+def _opened(scheme: str, settings: tuple[tuple[str, str], ...]) -> tuple[Any, SignedRanges | None]:
+    """A file system of fsspec with the credentials that the environment names, and its way past it for S3."""
     # The tries are ours: with those of all layers below, one error would take minutes.
     settled = {"retries": {"total_max_attempts": 1}, "signature_version": "s3v4"}
-    options = {"config_kwargs": settled} if _EXTRAS.get(scheme) == "s3fs" else {}
+    is_s3 = _EXTRAS.get(scheme) == "s3fs"
+    options = {"config_kwargs": settled} if is_s3 else {}
     fsspec = importlib.import_module("fsspec")
     opened = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
     if hasattr(opened, "retries"):
         opened.retries = 1
-    return opened
+    return opened, SignedRanges(opened) if is_s3 else None
 
 
-def _file_system(scheme: str, address: str) -> Any:
+def _file_system(scheme: str, address: str) -> tuple[Any, SignedRanges | None]:
     known = importlib.import_module("fsspec.registry").known_implementations
     if scheme not in known or "::" in address:
         raise UsageError(

@@ -62,12 +62,3 @@ class SignedRanges:
                 max_pool_connections=_AT_ONCE,
             )
         return self._session
-
-
-_ranges: dict[int, SignedRanges] = {}
-"""By the identity of the file system, which what is here keeps alive."""
-
-
-def signed_ranges(files: Any) -> SignedRanges:
-    """Of a file system, one for all that read from it. To fsspec two made alike are equal, whatever their endpoints."""
-    return _ranges.setdefault(id(files), SignedRanges(files))

@@ -63,6 +63,19 @@ def test_a_merge_of_models_in_a_store_has_the_bytes_of_a_merge_of_files(run, sto
     assert shown.code == 0 and "s3://models/runs/base" in shown.stdout
 
 
+def test_another_store_in_the_same_process_is_read_where_it_is(run, store: FakeStore, monkeypatch) -> None:
+    assert run("plan", "remote.yaml").code == 0
+    asked = len(store.requests)
+    with FakeStore() as other:
+        other.create("models")
+        for name in ("base", "math", "code"):
+            other.put("models", {f"runs/{name}/{path.name}": path.read_bytes() for path in Path(name).iterdir()})
+        point_at(other, monkeypatch)
+        outcome = run("run", "remote.yaml", "-o", "there")
+        assert outcome.code == 0, outcome.stderr
+        assert other.bytes_sent("math/model.safetensors") > 0 and len(store.requests) == asked
+
+
 def test_a_store_that_takes_no_signed_addresses_is_read_as_well(run, store: FakeStore) -> None:
     signed: list[str] = []
 
