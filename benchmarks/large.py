@@ -25,34 +25,23 @@ import threading
 import time
 from pathlib import Path
 
-from peers import drop_from_cache, peer_environment, timed
+from peers import drop_from_cache, llama, peer_environment, timed
 
-HIDDEN, INNER, VOCABULARY = 4096, 11008, 32000
 SHARD = 5_000_000_000
 _PIECE = 4 << 20
-
-
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(layers):
-        start = f"model.layers.{layer}."
-        found |= {f"{start}self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
-        found |= {f"{start}mlp.{name}_proj.weight": (INNER, HIDDEN) for name in ("gate", "up")}
-        found |= {f"{start}mlp.down_proj.weight": (HIDDEN, INNER)}
-        found |= {f"{start}{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
-    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
 
 
 def make_model(folder: Path, layers: int, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
 
+    shapes, config = llama(layers, 4096, 11008, 32)
     folder.mkdir(parents=True)
     # The same numbers again and again: to draw them all would take longer than the benchmark.
     numbers = (torch.randn(1 << 24, generator=torch.Generator().manual_seed(seed)) * 0.02).to(torch.bfloat16)
     shards: list[dict[str, torch.Tensor]] = [{}]
     sizes = [0]
-    for name, shape in shapes(layers).items():
+    for name, shape in shapes.items():
         count = torch.Size(shape).numel()
         if sizes[-1] and sizes[-1] + 2 * count > SHARD:
             shards.append({})
@@ -68,9 +57,6 @@ def make_model(folder: Path, layers: int, seed: int) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN}
-    config |= {"intermediate_size": INNER, "num_hidden_layers": layers, "num_attention_heads": 32}
-    config |= {"vocab_size": VOCABULARY, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -51,9 +51,11 @@ class Run:
     peak: float
 
 
-def llama(layers: int) -> tuple[dict[str, tuple[int, ...]], dict[str, object]]:
+def llama(
+    layers: int, hidden: int = 2048, intermediate: int = 5632, heads: int = 16
+) -> tuple[dict[str, tuple[int, ...]], dict[str, object]]:
     """The shapes of a Llama's tensors, and its config; 9 layers make 1.2 GB."""
-    hidden, intermediate, vocabulary = 2048, 5632, 32000
+    vocabulary = 32000
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -71,8 +73,8 @@ def llama(layers: int) -> tuple[dict[str, tuple[int, ...]], dict[str, object]]:
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
         "vocab_size": vocabulary,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,

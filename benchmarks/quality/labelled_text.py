@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from benchmarks.quality.experiment import Experiment, Scores
 from benchmarks.quality.lab import Lab, State
 from benchmarks.quality.packages import TASKS, examples
-from benchmarks.quality.text_encoder import TOKENS, Encoder, Lines, tokenized
-from benchmarks.quality.text_tasks import TextTasks
+from benchmarks.quality.text_encoder import Encoder, Lines, padded, tokenized
+from benchmarks.quality.text_tasks import TextTasks, fit
 
 LABELS = 8
 """Lines of each class."""
-STEPS, BATCH, RATE = 100, 32, 1e-4
+STEPS, RATE = 200, 1e-4
 """Of the fine-tunes beside."""
 _HEADS = "PXMERGE_QUALITY_HEADS"
 
@@ -99,13 +99,11 @@ class FewLabels:
 
     def _tuned(self, start: str) -> State:
         data = self._lab.folder / "few.npz"
-        tokens = np.zeros((2, len(self._lines), TOKENS), dtype=np.int64)
-        for row, line in enumerate(self._lines):
-            tokens[0, row, : len(line)], tokens[1, row, : len(line)] = line, 1
-        arrays = {"input_ids": tokens[0], "attention_mask": tokens[1], "task": self._task.numpy()}
-        np.savez(data, labels=self._labels.numpy(), **arrays)
+        tokens, mask = padded(self._lines)
+        arrays = {"input_ids": tokens, "attention_mask": mask, "task": self._task, "labels": self._labels}
+        np.savez(data, **{name: array.numpy() for name, array in arrays.items()})
         pool = self._lab.write("pool", "svd", "--top-k", "100%", "--as", "components", start, *self._inputs)
-        learning = ["--base", self._tasks.base_folder, "--data", str(data), "--batch", str(BATCH), "--test", "0"]
+        learning = ["--base", self._tasks.base_folder, "--data", str(data), "--batch", "32", "--test", "0"]
         learning += ["--model", f"{__file__}:TaskEncoder", "--allow-code"]
         return load_file(Path(self._lab.write("tuned", "tune", pool, *learning)) / "model/model.safetensors")
 
@@ -113,20 +111,13 @@ class FewLabels:
         """All weights trained on the same lines."""
         module = TaskEncoder()
         module.load_state_dict(self._merge(*line) if line else self._tasks.base)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, weight_decay=0.0, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
-        generator = torch.Generator().manual_seed(self._lab.seed)
-        for _ in range(STEPS):
-            rows = torch.randperm(len(self._lines), generator=generator)[:BATCH]
-            lines = [self._lines[row] for row in rows.tolist()]
-            longest = max(map(len, lines))
-            tokens = torch.tensor([line + [0] * (longest - len(line)) for line in lines])
-            mask = torch.tensor([[1] * len(line) + [0] * (longest - len(line)) for line in lines])
-            optimizer.zero_grad()
-            logits = module(input_ids=tokens, attention_mask=mask, task=self._task[rows])
-            nn.functional.cross_entropy(logits, self._labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
+
+        def logits(rows: list[int]) -> Tensor:
+            tokens, mask = padded([self._lines[row] for row in rows])
+            found: Tensor = module(input_ids=tokens, attention_mask=mask, task=self._task[rows])
+            return found
+
+        fit(module, logits, self._labels, STEPS, RATE, self._lab.seed)
         return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
