@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from mergekit_px.checkpoint.file_pool import FilePool
-from mergekit_px.checkpoint.held import Held
+from mergekit_px.checkpoint.held import Held, in_order
 from mergekit_px.checkpoint.positional import PositionalFile
 from mergekit_px.stages import timed
 
@@ -93,19 +94,13 @@ class Hasher(_Follower):
 
     def _update(self, number: int, stop: int) -> None:
         with self._pool.use(self._names[number]) as file:
-            place = self._hashed[number]
-            while place < stop:
-                kept, after = self._held.take(number, place)
-                piece = memoryview(kept or b"")
-                if kept is None:
-                    piece = self._buffer[: min(stop, after or stop) - place]
-                    with timed("read"):
-                        if file.read_into(place, piece) != len(piece):
-                            raise OSError(f"{self._names[number]} became shorter while it was written")
+            taken = partial(self._held.take, number)
+            for piece in in_order(file.read_into, self._hashed[number], stop, self._buffer, taken):
                 with timed("hash"):
                     self._digests[number].update(piece)
-                place += len(piece)
-        self._hashed[number] = place
+                self._hashed[number] += len(piece)
+        if self._hashed[number] < stop:
+            raise OSError(f"{self._names[number]} became shorter while it was written")
 
     def result(self) -> list[str]:
         """Hex sha256 per file, once all files are complete: hashes what is left. Raises ``OSError``."""

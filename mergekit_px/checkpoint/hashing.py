@@ -8,7 +8,8 @@ from contextlib import closing
 from pathlib import Path
 
 from mergekit_px.checkpoint.contents import FileIdentity
-from mergekit_px.checkpoint.ranged import RangedFile, address_of, changed, open_ranged
+from mergekit_px.checkpoint.held import Taken, in_order
+from mergekit_px.checkpoint.ranged import address_of, changed, open_ranged
 from mergekit_px.checkpoint.remembered import Remembered
 from mergekit_px.errors import InputError, InputNotFoundError
 from mergekit_px.stages import timed
@@ -31,7 +32,7 @@ def file_sha256(
     remember: bool = True,
     expected: FileIdentity | None = None,
     stopped: Callable[[int], bool] = lambda hashed: False,
-    taken: Callable[[int], tuple[bytes | None, int | None]] | None = None,
+    taken: Taken | None = None,
 ) -> str:
     """Hex sha256 of the bytes of a file.
 
@@ -39,8 +40,7 @@ def file_sha256(
         remember: take the hash that was computed when the file had the same place, size, times and inode.
         expected: which file it must be.
         stopped: asked between pieces, of how many bytes are hashed; may wait until it is time for more.
-        taken: gives bytes of the file from a place on, if it has them, and the next place of which it has some; the
-            rest is then read past the page cache.
+        taken: gives what was kept of the file; the rest is then read past the page cache.
 
     Raises ``InputNotFoundError``; ``InputError`` for a file that cannot be read or changes meanwhile;
     ``HashingStopped``.
@@ -59,13 +59,7 @@ def file_sha256(
             began = time.time_ns()
             digest, done = file.hashed()
             buffer = memoryview(bytearray(min(_PIECE, identity.size)))
-            while True:
-                kept, after = taken(done) if taken is not None else (None, None)
-                piece = memoryview(kept or b"")
-                if kept is None:
-                    piece = buffer[: _filled(file, done, buffer if after is None else buffer[: after - done])]
-                if not piece:
-                    break
+            for piece in in_order(file.read_into, done, identity.size, buffer, taken):
                 with timed("hash"):
                     digest.update(piece)
                 done += len(piece)
@@ -80,8 +74,3 @@ def file_sha256(
     if large and began - max(identity.mtime_ns, identity.ctime_ns) > _SETTLED * 1e9:
         store.put({key: digest.hexdigest()})
     return digest.hexdigest()
-
-
-def _filled(file: RangedFile, start: int, buffer: memoryview) -> int:
-    with timed("read"):
-        return file.read_into(start, buffer)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
+
+from mergekit_px.stages import timed
 
 ROOM = 32 << 20
 """Bytes that may wait."""
@@ -74,3 +76,25 @@ class Held:
         self._room += len(piece)
         self._stuck = False
         self._state.notify_all()
+
+
+Taken = Callable[[int], tuple[bytes | None, int | None]]
+"""Gives bytes of a file from a place on, if it has them, and the next place of which it has some."""
+
+
+def in_order(
+    read_into: Callable[[int, memoryview], int], place: int, stop: int, buffer: memoryview, taken: Taken | None
+) -> Iterator[memoryview]:
+    """The bytes of a file from a place on until there are ``stop`` or more: those that were kept, and between them what
+    is read into ``buffer``; less where the file ends."""
+    while place < stop:
+        kept, after = taken(place) if taken is not None else (None, None)
+        piece = memoryview(kept or b"")
+        if kept is None:
+            piece = buffer[: min(stop, after or stop) - place]
+            with timed("read"):
+                piece = piece[: read_into(place, piece)]
+        if not piece:
+            return
+        yield piece
+        place += len(piece)

@@ -52,9 +52,6 @@ from mergekit_px.checkpoint.publish import (
 from mergekit_px.errors import MalformedCheckpointError, OutputError, RunError, WriteError
 from mergekit_px.stages import timed
 
-PAST_CACHE = 2 << 30
-"""Bytes of an output from which on it goes past the page cache: it would push out what is more use there, and writing
-takes a third of the processor time. Smaller ones stay in the cache for whoever loads them next."""
 _VERIFY_PIECE = 8 << 20
 _JOURNAL_LINE = 64
 _RESUME = "mend that and continue with --resume"
@@ -70,13 +67,21 @@ class CheckpointWriter:
         mode: ``new`` wants an empty folder; ``resume`` continues an unfinished run, or begins in an empty
             folder; ``overwrite`` begins anew and replaces an older output when the new one is complete.
         portable: use seek and write instead of ``pwrite``.
+        direct: go past the page cache, where the file system is known to do that well.
 
     Raises ``OutputLockedError`` while another run writes there, ``OutputError`` where the folder cannot be
     used in this mode, ``DiskSpaceError``.
     """
 
     def __init__(
-        self, directory: Path, layout: OutputLayout, plan_hash: str, *, mode: Mode, portable: bool = False
+        self,
+        directory: Path,
+        layout: OutputLayout,
+        plan_hash: str,
+        *,
+        mode: Mode,
+        portable: bool = False,
+        direct: bool = False,
     ) -> None:
         self.directory = directory
         self._layout = layout
@@ -88,10 +93,10 @@ class CheckpointWriter:
         self._dirty: set[int] = set()
         self._replaces: tuple[str, ...] = ()
         self._torn = False
-        self._direct = sum(shard.size for shard in layout.shards) >= PAST_CACHE
+        self._direct = direct
         self._held = Held()
         self._pool = FilePool(
-            lambda file: open_positional(self._part(file), writable=True, portable=portable, direct=self._direct)
+            lambda file: open_positional(self._part(file), writable=True, portable=portable, direct=direct)
         )
         self._disposable = False
         self._journal: Journal | None = None

@@ -134,7 +134,9 @@ def run_part(
             for label, checkpoint in plan_checkpoints(plan).items()
         }
         mode: Mode = "overwrite" if anew else "resume"
-        writer = stack.enter_context(CheckpointWriter(folder, layout, plan.hash, mode=mode))
+        writer = stack.enter_context(
+            CheckpointWriter(folder, layout, plan.hash, mode=mode, direct=plan.budget.past_cache)
+        )
         hashes = InputHashes(
             plan.inputs,
             local=plan.options.hash_inputs,

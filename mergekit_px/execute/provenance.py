@@ -15,7 +15,7 @@ from mergekit_px._version import __version__
 from mergekit_px.checkpoint.contents import Checkpoint, CheckpointFile
 from mergekit_px.checkpoint.destination import destination
 from mergekit_px.checkpoint.hashing import HashingStopped, file_sha256
-from mergekit_px.checkpoint.held import Held
+from mergekit_px.checkpoint.held import Held, Taken
 from mergekit_px.checkpoint.index import LARGEST_INDEX
 from mergekit_px.checkpoint.json_text import read_object
 from mergekit_px.checkpoint.publish import PublishedFile
@@ -201,11 +201,7 @@ class _Input:
     def path(self) -> Path:
         return (self.checkpoint.directory or Path()) / self.described.name
 
-    def sha256(
-        self,
-        stopped: Callable[[int], bool],
-        taken: Callable[[int], tuple[bytes | None, int | None]] | None = None,
-    ) -> str:
+    def sha256(self, stopped: Callable[[int], bool], taken: Taken | None = None) -> str:
         digest = file_sha256(self.path, expected=self.described.identity, stopped=stopped, taken=taken)
         if self.listed is not None and digest != self.listed:
             raise not_as_listed(self.described.name, self.checkpoint.label)

@@ -154,10 +154,11 @@ def _carried_out(plans: Sequence[Plan], progress: Report | None) -> list[RunResu
 
 def _past_cache(plans: Sequence[Plan]) -> bool:
     """Whether inputs are read past the page cache: where they would push each other out of it before another run can
-    gain from it."""
+    gain from it, and the memory for that is planned."""
     counted: set[tuple[str, str]] = set()
     room = available_memory()
-    return room is not None and 2 * sum(_bytes_read(plan, counted) for plan in plans) > room
+    planned = all(plan.budget.past_cache for plan in plans)
+    return planned and room is not None and 2 * sum(_bytes_read(plan, counted) for plan in plans) > room
 
 
 def _held(readers: Mapping[str, TensorReader]) -> Held:
@@ -181,7 +182,7 @@ def bytes_read(readers: Mapping[str, TensorReader], label: str, file: str) -> in
 
 def _writer(plan: Plan) -> CheckpointWriter:
     assert plan.output is not None
-    return CheckpointWriter(plan.output, plan.layout, plan.hash, mode=plan.options.mode)
+    return CheckpointWriter(plan.output, plan.layout, plan.hash, mode=plan.options.mode, direct=plan.budget.past_cache)
 
 
 def _equal_sources(plan: Plan, hashes: Mapping[tuple[str, str], str | None]) -> list[str]:

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from mergekit_px.checkpoint.direct import PIECE
 from mergekit_px.checkpoint.held import ROOM
-from mergekit_px.checkpoint.writer import PAST_CACHE
 from mergekit_px.errors import MemoryBudgetError
 from mergekit_px.plan.model import Budget, WorkItem
 from mergekit_px.plan.nodes import Leaf, Read
@@ -26,6 +25,10 @@ _JOINT = 16 * BLOCK
 
 BASELINE = 340_000_000
 """What the interpreter with torch occupies before the first tensor is read."""
+
+PAST_CACHE = 2 << 30
+"""Bytes of an output from which on it goes past the page cache: it would push out what is more use there, and writing
+takes a third of the processor time. Smaller ones stay in the cache for whoever loads them next."""
 
 _ACCUMULATION = 4
 _ENCODING = 6
@@ -117,7 +120,8 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
     whole = [item for item in items if item.action == "merge" and needs_whole(item)]
     cut = [item for item in items if not (item.action == "merge" and needs_whole(item))]
     workers, beside = threads or available_cores(), 0
-    if outputs * sum(item.elements * item.dtype.bits // 8 for item in items) >= PAST_CACHE:
+    past_cache = outputs * sum(item.elements * item.dtype.bits // 8 for item in items) >= PAST_CACHE
+    if past_cache:
         # Past the page cache each read and write is waited for, so others go on meanwhile.
         workers = threads or (1 if whole else 2) * workers
         beside = 2 * ROOM + (workers + 4) * PIECE
@@ -134,6 +138,7 @@ def plan_budget(items: Sequence[WorkItem], *, memory: int | None, threads: int |
             largest=largest,
             largest_tensor=largest_item.name if largest_item is not None else None,
             chunk=chunk,
+            past_cache=past_cache,
         )
         if memory is None:
             return replace(budget, side_by_side=max(1, min(workers, len(whole))))

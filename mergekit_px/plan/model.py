@@ -47,6 +47,8 @@ class Budget:
     """Elements of a tensor that one worker holds at a time."""
     side_by_side: int = 1
     """How many tensors as large as the largest fit at once."""
+    past_cache: bool = False
+    """Whether there is room, in the baseline, for bytes on their way past the page cache."""
 
     @property
     def total(self) -> int:

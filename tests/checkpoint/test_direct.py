@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from mergekit_px.checkpoint import direct, held, positional, writer
+from mergekit_px.checkpoint import direct, held, positional
 from mergekit_px.checkpoint.direct import BLOCK, PIECE, WORTHWHILE, DirectAccess
 from mergekit_px.checkpoint.positional import open_positional
 from mergekit_px.cli import main
 from mergekit_px.execute import run
+from mergekit_px.plan import budget
 from tests.folders import contents, write_llamas
 
 SIZE = 3 * PIECE + 12345
@@ -138,7 +139,7 @@ def test_a_merge_past_the_page_cache_has_the_same_bytes_and_hashes(
     assert main(line) == 0
     usual = contents(tmp_path / "merged")
     shutil.rmtree(tmp_path / "merged")
-    monkeypatch.setattr(writer, "PAST_CACHE", 0)
+    monkeypatch.setattr(budget, "PAST_CACHE", 0)
     monkeypatch.setattr(held, "ROOM", room)
     monkeypatch.setattr(held, "_PATIENCE", 0.01)
     monkeypatch.setattr(direct, "WORTHWHILE", 4096)
