@@ -12,7 +12,7 @@ from mergekit_px.adapters.peft_keys import Module
 from mergekit_px.adapters.targets import untargeted
 from mergekit_px.checkpoint.json_text import shown
 from mergekit_px.checkpoint.reader import TensorReader, open_reader
-from mergekit_px.checkpoint.whole import read_tensor
+from mergekit_px.checkpoint.whole import read_bytes
 
 _FACTORS = frozenset(
     {"lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B", "A", "B", "mid", "vera_lambda_b"}
@@ -76,8 +76,13 @@ def _is_zero(module: Module, adapter: Adapter, reader: TensorReader) -> bool:
 
 
 def _all_zero(module: Module, role: str, reader: TensorReader) -> bool:
+    import numpy as np
+
     stored = module.tensors[role]
-    return stored.dtype.bits >= 8 and not bool(read_tensor(reader, stored).float().any())
+    if stored.dtype.bits < 8:
+        return False
+    words = np.frombuffer(read_bytes(reader, stored), dtype=f"u{stored.dtype.bits // 8}")
+    return not (words << 1).any()  # without the sign: of zeros there are two
 
 
 def _listed(names: Sequence[str]) -> str:
