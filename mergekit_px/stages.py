@@ -66,13 +66,21 @@ class Stages:
             yield
         finally:
             processor, wall = time.thread_time_ns() - processor, time.perf_counter_ns() - wall
-            inside = inner.pop()
-            if inner:
-                inner[-1] = (inner[-1][0] + processor, inner[-1][1] + wall)
-            processor, wall = processor - inside[0], wall - inside[1]
-            with self._lock:
-                known = self._spent.get(name, (0, 0))
-                self._spent[name] = (known[0] + processor, known[1] + max(0, wall - processor))
+            self._add(name, processor, wall, inside=inner.pop())
+
+    def count(self, name: str, processor: int, wall: int) -> None:
+        """Nanoseconds that were measured otherwise, in a thread that is in another stage."""
+        self._add(name, processor, wall)
+
+    def _add(self, name: str, processor: int, wall: int, inside: tuple[int, int] = (0, 0)) -> None:
+        """Time of a stage, with that of the stages inside it; the stage around it, if there is one, is told."""
+        inner = self._threads.inner
+        if inner:
+            inner[-1] = (inner[-1][0] + processor, inner[-1][1] + wall)
+        processor, wall = processor - inside[0], wall - inside[1]
+        with self._lock:
+            known = self._spent.get(name, (0, 0))
+            self._spent[name] = (known[0] + processor, known[1] + max(0, wall - processor))
 
 
 _measuring: Stages | None = None
@@ -82,6 +90,17 @@ _NOTHING = nullcontext()
 def timed(name: str) -> AbstractContextManager[None]:
     """What is done inside is time of the stage ``name``, one of :data:`ORDER`."""
     return _NOTHING if _measuring is None else _measuring.timed(name)
+
+
+def is_measuring() -> bool:
+    """Whether times are wanted."""
+    return _measuring is not None
+
+
+def count(name: str, processor: int, wall: int) -> None:
+    """Add nanoseconds to a stage that were measured otherwise, within another stage, from whose time they are taken."""
+    if _measuring is not None:
+        _measuring.count(name, processor, wall)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from mergekit_px.stages import timed
 
 _PIECE = 8 << 20
 _IN_CACHE = 1 << 18  # of a piece, what stays in the cache between reading and hashing
+_FAR_BEHIND = 32 << 20
+"""Written bytes that wait for the hash: with more, who writes them lends a hand, so that little is left at the end."""
 _FLUSH_EVERY = 128 << 20
 _PAUSE = 0.02  # seconds between looks at the writer's progress
 
@@ -76,11 +78,21 @@ class Hasher(_Follower):
         self._first = 0
         self._buffer = memoryview(bytearray(_IN_CACHE))
         self._held = held
+        self._step = threading.Lock()
         for number in range(len(names)):
             held.follow(number)
         super().__init__("pxmerge-hasher")
 
     def step(self) -> bool:
+        with self._step:
+            return self._next_piece()
+
+    def catch_up(self, written: int) -> None:
+        """Hash a piece here and now if the thread is far behind the bytes that were written."""
+        if written - sum(self._hashed) > _FAR_BEHIND:
+            self.step()
+
+    def _next_piece(self) -> bool:
         while self._first < len(self._names) and self._hashed[self._first] == self._sizes[self._first]:
             self._first += 1
         for number in range(self._first, len(self._names)):

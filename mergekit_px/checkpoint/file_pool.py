@@ -38,7 +38,7 @@ class FilePool(Generic[File]):
         self._open_file = open_file
         self._files: OrderedDict[str, File] = OrderedDict()
         self._users: dict[str, int] = {}
-        self._most_of_all = _allowed()
+        self._most_of_all = files_at_once()
         with _lock:
             _pools.add(self)
 
@@ -83,7 +83,7 @@ class FilePool(Generic[File]):
             del self._users[name]
 
 
-def _allowed() -> int:
+def files_at_once() -> int:
     """How many files all pools may have open: what the system allows the process, less what others need."""
     if sys.platform == "win32":
         return 4 * _OPEN_FILES

@@ -41,6 +41,10 @@ class PositionalFile(Protocol):
     def write(self, offset: int, buffer: memoryview) -> None:
         """Write all of ``buffer`` at ``offset``."""
 
+    @property
+    def descriptor(self) -> int | None:
+        """The system's number of it, if ``pread`` of any place is how to read it."""
+
     def identity(self) -> FileIdentity:
         """Which file it is, by what the system records."""
 
@@ -86,6 +90,10 @@ class _PreadFile:
     def __init__(self, descriptor: int, direct: DirectAccess | None = None) -> None:
         self._descriptor = descriptor
         self._direct = direct
+
+    @property
+    def descriptor(self) -> int | None:
+        return self._descriptor if self._direct is None else None
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         done = 0
@@ -137,6 +145,7 @@ class _SeekingFile:
     def __init__(self, descriptor: int, writable: bool) -> None:
         self._file = os.fdopen(descriptor, "r+b" if writable else "rb", buffering=0)
         self._lock = threading.Lock()
+        self.descriptor = None
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         done = 0

@@ -39,6 +39,10 @@ class RangedFile(Protocol):
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` from ``offset`` on; return the bytes read, fewer only at the end of the file."""
 
+    @property
+    def descriptor(self) -> int | None:
+        """The system's number of it, if ``pread`` of any place is how to read it."""
+
     def identity(self) -> FileIdentity:
         """Which file it is, now."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -89,6 +90,22 @@ class FileReader:
         else:
             fill(tensor.file, tensor.offset + start, buffer.cast("B"))
 
+    @contextmanager
+    def located(self, tensor: StoredTensor) -> Iterator[tuple[int, int] | None]:
+        """The descriptor of a tensor's file, open as long as the context, and the tensor's place in it; None where its
+        bytes are to be had from :meth:`read_into` alone. Who reads them tells :meth:`count`."""
+        with ExitStack() as stack:
+            place = None
+            if not tensor.pieces and self.passing is None:
+                with suppress(OSError):  # which reading words
+                    file = stack.enter_context(self._pool.use(tensor.file))
+                    place = None if file.descriptor is None else (file.descriptor, tensor.offset)
+            yield place
+
+    def count(self, name: str, nbytes: int) -> None:
+        """Add to the bytes that were read of a file."""
+        self.bytes_read[name] += nbytes
+
     def _fill(self, tensor: StoredTensor, name: str, offset: int, buffer: memoryview) -> None:
         wanted = buffer.nbytes
         try:
@@ -96,7 +113,7 @@ class FileReader:
                 count = file.read_into(offset, buffer)
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror or error}", where=self._where(tensor)) from error
-        self.bytes_read[name] += count
+        self.count(name, count)
         if self.passing is not None:
             self.passing(name, offset, buffer[:count])
         if count != wanted:

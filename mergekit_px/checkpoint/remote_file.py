@@ -82,6 +82,7 @@ class RemoteFile:
         self._digest = hashlib.sha256()
         self._hashed = 0
         self._waiting: dict[int, bytes] = {}
+        self.descriptor = None
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """As of a local file. Raises ``InputError``."""

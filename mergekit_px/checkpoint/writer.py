@@ -259,6 +259,11 @@ class CheckpointWriter:
             self._finished[number].add(offset + start, offset + start + len(data))
             self._written += len(data)
             self._dirty.add(number)
+        if self._hasher is not None:
+            try:
+                self._hasher.catch_up(self._written)
+            except OSError as error:
+                raise self._refused(error, str(self._part(file))) from error
 
     def publish(self, files: Mapping[str, SideFile]) -> PublishedCheckpoint:
         """Give the complete output its names and end the run.

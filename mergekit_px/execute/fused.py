@@ -8,44 +8,34 @@ anything is not of this kind, or a value is not finite, the item goes the way of
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from mergekit_px.checkpoint.open import StoredTensor
-from mergekit_px.checkpoint.reader import Ahead, FileReader, TensorReader
+from mergekit_px.checkpoint.reader import TensorReader
+from mergekit_px.execute.pieces import Buffers, Computation, Pieces
 from mergekit_px.execute.recording import Trace, recorded, signature, stored_type, value_of
 from mergekit_px.execute.scheduler import Job, Routine
 from mergekit_px.execute.sweeps import Totals, statistics_generator
 from mergekit_px.execute.values import Block
 from mergekit_px.kernels import native
-from mergekit_px.kernels.random import drawn, stream_key
+from mergekit_px.kernels.random import stream_key
 from mergekit_px.kernels.reduction import ROW, gram_of_rows
 from mergekit_px.kernels.selection import RankSearch
 from mergekit_px.methods.declare import Sweep
 from mergekit_px.methods.pruning import RankSweep
 from mergekit_px.methods.sphere import DotProducts
-from mergekit_px.plan.budget import BLOCK, DEFAULT_CHUNK, needs_whole
+from mergekit_px.plan.budget import BLOCK, needs_whole
 from mergekit_px.plan.model import WorkItem
 from mergekit_px.plan.nodes import Apply, Decoded, Drawn, Leaf, Read
-from mergekit_px.stages import timed
-from mergekit_px.storage.scaled import Floats, Scaled
-
-_PIECE = 1 << 16
-"""Elements that are read and computed at a time: what stands between the file and the output stays in the cache."""
+from mergekit_px.storage.scaled import Scaled
 
 _COPY_BYTES = 8 << 20
 
-_DRAWN_BYTES = 4
-"""Of a random number before it is rounded."""
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Member = tuple[WorkItem, Apply]
-_ALIGNMENT = 64
 
 _SWEPT = 64 * BLOCK
 """Elements that a job sweeps: nothing of them is kept, and adding up thousands of counters takes time."""
@@ -72,26 +62,6 @@ class ByTorch(Protocol):
     ) -> None: ...
 
 
-class Buffers(threading.local):
-    """Memory that each thread reuses, by what it is for."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, Bytes] = {}
-
-    def bytes(self, role: str, count: int) -> Bytes:
-        """``count`` bytes, aligned, and some more behind them; their old contents are lost."""
-        held = self._held.get(role)
-        if held is None or held.size < count + _SPARE:
-            whole = np.empty(count + _SPARE + _ALIGNMENT, dtype=np.uint8)
-            skip = -whole.ctypes.data % _ALIGNMENT
-            held = self._held[role] = whole[skip : skip + count + _SPARE]
-        return held
-
-
-_SPARE = native.LANES * 8
-"""Room behind the elements of a buffer for the rest of a vector."""
-
-
 @dataclass
 class FusedItems:
     """The items of a run that can be made so, and how. Arguments are those of ``Execution``."""
@@ -99,6 +69,7 @@ class FusedItems:
     readers: Mapping[str, TensorReader]
     sink: Sink
     chunk: int
+    workers: int
     seed: int
     allow_nonfinite: bool
     advance: Callable[[str, int], None]
@@ -226,31 +197,42 @@ class FusedItems:
         """Write elements [start, stop) of an item; False, and nothing is written, where that is not for this class."""
         return write_together([(self, item, statistics)], start, stop)
 
-    def runner(
-        self, item: WorkItem, trace: Trace, kernel: native.Kernel, pieces: Pieces, prefixes: Sequence[int] = ()
-    ) -> Callable[[int, int, int], tuple[int, int]] | None:
-        """Computes on a piece that was read: from its first element, their number and where the output is, to the
-        largest magnitudes of inputs and output as bits. None where torch is to decode an input."""
-        buffers: list[np.ndarray[Any, Any]] = []
+    def pieces(self, start: int, stop: int) -> Pieces:
+        """Of what items read, from their element ``start`` to ``stop``."""
+        return Pieces(self.readers, self.buffers, self.seed, start, stop, self.workers)
+
+    def computation(
+        self,
+        item: WorkItem,
+        trace: Trace,
+        kernel: native.Kernel,
+        pieces: Pieces,
+        output: np.ndarray[Any, Any],
+        *,
+        width: int = 0,
+        largest: int | None = None,
+        prefixes: Sequence[int] = (),
+    ) -> Computation | None:
+        """A program of an item with its arguments; ``largest``: the bits of the largest result that can be stored. None
+        where torch is to decode an input."""
+        inputs: list[int] = []
         for place in trace.leaves:
-            held = pieces.of(item.leaves[place], self.seed)
-            if held is None:
+            addresses = pieces.of(item.leaves[place])
+            if addresses is None:
                 return None
-            buffers += held
+            inputs += addresses
         streams = [stream_key(self.seed, f"{step}/{item.name}", source) for step, source in trace.streams]
-        numbers = np.array(trace.program.numbers or [0.0])
-        keys = np.array([*streams, *prefixes] or [0], dtype=np.int64)
-        maxima = np.zeros(2, dtype=np.uint32 if trace.program.type == "float" else np.uint64)
-        arrays = [numbers, keys, maxima, *buffers]
-        # Found once: for each piece they would take as long as the arithmetic.
-        numbers_at, keys_at, maxima_at, *inputs_at = [array.ctypes.data for array in arrays]
-
-        def run(begin: int, count: int, output: int) -> tuple[int, int]:
-            with timed("arithmetic"):
-                kernel.call(output, numbers_at, keys_at, begin, count, maxima_at, *inputs_at)
-            return int(arrays[2][0]), int(arrays[2][1])
-
-        return run
+        finite = kernel.limit - 1
+        return Computation(
+            kernel=kernel,
+            numbers=np.array(trace.program.numbers or [0.0]),
+            keys=np.array([*streams, *prefixes] or [0], dtype=np.int64),
+            inputs=np.array(inputs, dtype=np.int64),
+            output=output,
+            width=width,
+            maxima=np.zeros(2, dtype=np.uint32 if trace.program.type == "float" else np.uint64),
+            limits=(finite, finite if largest is None else largest),
+        )
 
     def sweep(
         self,
@@ -290,21 +272,18 @@ class FusedItems:
     ) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]] | None:
         """The Gram matrices of blocks, by their first elements."""
         kernel = native.compiled(trace.program, native.Summing(trace.results))
-        pieces = Pieces(self, start, stop)
-        run = self.runner(item, trace, kernel, pieces)
-        if run is None:
-            return None
         count = len(trace.results)
         sums = np.empty((count * (count + 1) // 2, ROW))
         found = {}
-        for block in range(start, stop, BLOCK):
-            sums[:] = 0
-            for begin in range(block, min(block + BLOCK, stop), _PIECE):
-                elements = min(_PIECE, stop - begin)
-                pieces.read(begin, elements, repeat=False)
-                if run(begin, elements, sums.ctypes.data)[0] >= kernel.limit:
+        with self.pieces(start, stop) as pieces:
+            computation = self.computation(item, trace, kernel, pieces, sums)
+            if computation is None:
+                return None
+            for begin, end in cut(stop - start, BLOCK):
+                sums[:] = 0
+                if not pieces.compute([computation], start + begin, start + end, repeat=False):
                     return None
-            found[block] = gram_of_rows(sums, count)
+                found[start + begin] = gram_of_rows(sums, count)
         return found
 
     def _counts(
@@ -315,21 +294,16 @@ class FusedItems:
         targets = list(dict.fromkeys((target.source, target.prefix >> shift) for target in search.targets))
         counting = native.Counting(tuple(trace.results[source] for source, _ in targets), shift, size)
         kernel = native.compiled(trace.program, counting)
-        pieces = Pieces(self, start, stop)
-        run = self.runner(item, trace, kernel, pieces, [prefix for _, prefix in targets])
-        if run is None:
-            return None
         counts, last = np.zeros((2, len(targets), size + 1), dtype=np.int32)
-        for begin in range(start, stop, _PIECE):
-            count = min(_PIECE, stop - begin)
-            pieces.read(begin, count)
-            if run(begin, count, counts.ctypes.data)[0] >= kernel.limit:
+        prefixes = [prefix for _, prefix in targets]
+        with self.pieces(start, stop) as pieces:
+            computation = self.computation(item, trace, kernel, pieces, counts, prefixes=prefixes)
+            if computation is None or not pieces.compute([computation], start, stop):
                 return None
-        if spare := (start - stop) % native.LANES:
-            # The last element was repeated to fill its vector; a vector of it alone tells where it counts.
-            pieces.read(stop - 1, 1)
-            run(stop - 1, 1, last.ctypes.data)
-            counts -= last // native.LANES * spare
+            if spare := (start - stop) % native.LANES:
+                # The last element was repeated to fill its vector; a vector of it alone tells where it counts.
+                pieces.compute([replace(computation, output=last)], stop - 1, stop)
+                counts -= last // native.LANES * spare
         rows = {target: row[:size] for target, row in zip(targets, counts, strict=True)}
         found = [rows[target.source, target.prefix >> shift] for target in search.targets]
         return {start: np.concatenate([*found, [stop - start, 0]]).astype(np.int64)}
@@ -362,101 +336,31 @@ class FusedItems:
         return not needs_whole(item) and all(node.access != "rows" for node in item.applied)
 
 
-class Pieces:
-    """Pieces of stored tensors, each read once for all that is computed on it; they are of elements [start, stop)."""
-
-    def __init__(self, items: FusedItems, start: int, stop: int) -> None:
-        self._items = items
-        self._start = start
-        self._stop = stop
-        self._stored: dict[Leaf, tuple[Callable[[int, memoryview], None], int, Bytes]] = {}
-        self._scales: dict[Leaf, tuple[Floats, Floats]] = {}
-        """Of decoded tensors: the scales of all their vectors, and where those of a piece will be."""
-
-    def of(self, leaf: Leaf, seed: int) -> list[np.ndarray[Any, Any]] | None:
-        """Where the pieces of a leaf will be: elements as stored, and one scale for each vector of what is decoded."""
-        if isinstance(leaf, Drawn) and leaf not in self._stored:
-            buffer = self._items.buffers.bytes(f"read {len(self._stored)}", _PIECE * _DRAWN_BYTES)
-            self._stored[leaf] = partial(_draw, leaf, seed), _DRAWN_BYTES, buffer
-        if leaf not in self._stored:
-            read = leaf.parts[0] if isinstance(leaf, Decoded) else leaf
-            assert isinstance(read, Read)
-            width, role = read.dtype.bits // 8, f"read {len(self._stored)}"
-            if isinstance(leaf, Decoded):
-                scales = self._vector_scales(leaf)
-                if scales is None:
-                    return None
-                buffer = self._items.buffers.bytes(f"{role} scales", _PIECE // native.LANES * scales.itemsize)
-                self._scales[leaf] = scales, buffer.view(np.float32)
-            reader = self._items.readers[read.input]
-            take: Callable[[int, memoryview], None] = partial(reader.read_into, read.tensor)
-            if isinstance(reader, FileReader) and reader.direct:
-                most = min(self._stop - self._start, DEFAULT_CHUNK)
-                take = Ahead(take, self._stop * width, self._items.buffers.bytes(f"{role} ahead", most * width).data)
-            self._stored[leaf] = take, width, self._items.buffers.bytes(role, _PIECE * width)
-        return [self._stored[leaf][2], *(self._scales[leaf][1:] if leaf in self._scales else ())]
-
-    def _vector_scales(self, leaf: Decoded) -> Floats | None:
-        reader = self._items.readers[leaf.parts[0].input]
-
-        def read(tensor: StoredTensor, begin: int, end: int) -> Bytes:
-            width = tensor.dtype.bits // 8
-            buffer = np.empty((end - begin) * width, dtype=np.uint8)
-            reader.read_into(tensor, begin * width, buffer.data)
-            return buffer
-
-        assert isinstance(leaf.encoding, Scaled)
-        return leaf.encoding.vector_scales(read, self._start, self._stop, native.LANES)
-
-    def read(self, begin: int, count: int, *, repeat: bool = True) -> None:
-        """Read ``count`` elements of each from ``begin`` on; copies of the last one, or zeros, fill its vector."""
-        spare = -count % native.LANES
-        for read, width, buffer in self._stored.values():
-            stop = count * width
-            read(begin * width, buffer[:stop].data)
-            if spare:
-                buffer[stop : stop + spare * width] = np.tile(buffer[stop - width : stop], spare) if repeat else 0
-        first = (begin - self._start) // native.LANES
-        for scales, held in self._scales.values():
-            some = scales[first : first + -(-count // native.LANES)]
-            held[: len(some)] = some
-
-
 def write_together(members: Sequence[tuple[FusedItems, WorkItem, Mapping[int, Any]]], start: int, stop: int) -> bool:
     """Write elements [start, stop) of items of several outputs, whose leaves are the same objects where they are the
     same tensors: what they share is read once. False, and nothing is written, where one is not for this class."""
     first = members[0][0]
-    pieces = Pieces(first, start, stop)
-    made = []
-    for number, (fused, item, statistics) in enumerate(members):
-        trace = fused.trace(item, statistics)
-        if trace is None or start % native.LANES:
-            return False
-        kernel = native.compiled(trace.program, item.dtype.name)
-        out = first.buffers.bytes(f"output {number}", (stop - start) * (item.dtype.bits // 8))
-        run = fused.runner(item, trace, kernel, pieces)
-        if run is None:
-            return False
-        made.append((run, out, out.ctypes.data, item.dtype.bits // 8, kernel.limit, _limit(item, kernel.limit)))
-    for begin in range(start, stop, _PIECE):
-        count = min(_PIECE, stop - begin)
-        pieces.read(begin, count)
-        for run, _, address, width, infinity, limit in made:
-            magnitudes = run(begin, count, address + (begin - start) * width)
-            if magnitudes[0] >= infinity or magnitudes[1] > limit:
+    made: list[Computation] = []
+    with first.pieces(start, stop) as pieces:
+        for number, (fused, item, statistics) in enumerate(members):
+            trace = fused.trace(item, statistics)
+            if trace is None or start % native.LANES:
                 return False
-    for (fused, item, _), (_, out, _, width, *_) in zip(members, made, strict=True):
-        nbytes = (stop - start) * width
-        fused.sink.write(item.name, start * width, out[:nbytes].data)
+            kernel = native.compiled(trace.program, item.dtype.name)
+            width = item.dtype.bits // 8
+            out = first.buffers.bytes(f"output {number}", (stop - start) * width)
+            largest = _limit(item, kernel.limit)
+            computation = fused.computation(item, trace, kernel, pieces, out, width=width, largest=largest)
+            if computation is None:
+                return False
+            made.append(computation)
+        if not pieces.compute(made, start, stop):
+            return False
+    for (fused, item, _), computation in zip(members, made, strict=True):
+        nbytes = (stop - start) * computation.width
+        fused.sink.write(item.name, start * computation.width, computation.output[:nbytes].data)
         fused.advance(item.name, nbytes)
     return True
-
-
-def _draw(leaf: Drawn, seed: int, start: int, buffer: memoryview) -> None:
-    """Random numbers as if they were stored."""
-    numbers = np.frombuffer(buffer, dtype=np.float32)
-    first = start // _DRAWN_BYTES
-    np.multiply(drawn(seed, leaf.stream, first, numbers.size, leaf.distribution), np.float32(leaf.scale), out=numbers)
 
 
 def _is_decoded_here(leaf: Leaf) -> bool:

@@ -289,7 +289,7 @@ def execute_together(
     groups = members_by_tensor(outputs)
     budget = joint_budget(plans, groups)
     for output in outputs:
-        output.fused.chunk = budget.chunk
+        output.fused.chunk, output.fused.workers = budget.chunk, budget.workers
     statistics = [(output, group) for output in outputs for group in shared_groups(output.plan.items)]
     if plans[0].device in ("auto", "cpu") and not statistics and all(map(covers, groups)):
         Scheduler(lambda: None, budget.workers).run(map(routine, groups))
@@ -318,6 +318,7 @@ def _fused(
         readers=readers,
         sink=sink,
         chunk=plan.budget.chunk,
+        workers=plan.budget.workers,
         seed=plan.seed,
         allow_nonfinite=plan.options.allow_nonfinite,
         advance=advance,

@@ -9,9 +9,8 @@ multiplies and adds with one rounding, so does this.
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -68,15 +67,15 @@ class Kernel:
     """A compiled program.
 
     Attributes:
-        call: ``(output, numbers, keys, first element, elements, maxima, inputs...)``, addresses but for the two
-            counts; the first element is even. ``maxima`` gets the bits of the largest magnitude of all inputs and of
-            that of the result, in the type of the program. Other threads of the interpreter run meanwhile.
+        address: of a function of ``(output, numbers, keys, first element, elements, maxima, inputs)``: addresses but
+            for the two counts. The first element is even, and ``inputs`` holds the address of each. ``maxima`` are
+            raised to the bits of the largest magnitude of all inputs and of that of the result, in the type of the
+            program.
         limit: maxima of finite values are below it.
     """
 
-    call: Callable[..., None]
+    address: int
     limit: int
-    _keeps: Any
 
 
 @cache
@@ -89,7 +88,10 @@ def is_available() -> bool:
 
 
 _kernels: dict[Any, Kernel] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""Of the compiler."""
+_engines: list[Any] = []
+"""What holds the code, until the process ends: an engine that is freed takes the compiler with it."""
 
 
 def compiled(program: Program, output: str | Counting | Summing) -> Kernel:
@@ -119,25 +121,20 @@ def _machine() -> Any:
     return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3)
 
 
-def _compiled(program: Program, output: str | Counting | Summing) -> Kernel:
+def address_of(name: str, assembly: str) -> int:
+    """The address of a function of a module in LLVM's language, which is compiled now."""
     from llvmlite import binding
 
-    module = binding.parse_assembly(_assembly(program, output))
-    engine = binding.create_mcjit_compiler(module, _machine())
-    engine.finalize_object()
-    pointers = [ctypes.c_void_p] * len(program.inputs)
-    kind = ctypes.CFUNCTYPE(
-        None,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        *pointers,
-    )
+    with _lock:
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(assembly), _machine())
+        engine.finalize_object()
+        _engines.append(engine)
+    return int(engine.get_function_address(name))
+
+
+def _compiled(program: Program, output: str | Counting | Summing) -> Kernel:
     limit = 0x7F800000 if program.type == "float" else 0x7FF0000000000000
-    return Kernel(kind(engine.get_function_address("merge")), limit, engine)
+    return Kernel(address_of("merge", _assembly(program, output)), limit)
 
 
 class _Code:
@@ -163,6 +160,9 @@ def _assembly(program: Program, output: str | Counting | Summing) -> str:
     kind = program.type
     bits = _vector(_BITS[kind])
     entry, loop, end = _Code("before"), _Code("each"), _Code("after")
+    for number in range(len(program.inputs)):
+        entry.lines.append(f"  %slot{number} = getelementptr ptr, ptr %inputs, i64 {number}")
+        entry.lines.append(f"  %in{number} = load ptr, ptr %slot{number}")
     values: list[str] = []
     read = "%read"
     for name, made, operands in program.operations:
@@ -194,12 +194,13 @@ def _assembly(program: Program, output: str | Counting | Summing) -> str:
         element = _BITS[kind]
         scalar = end.put(f"call {element} @llvm.vector.reduce.umax.v{LANES}{element}({bits} {largest})")
         address = end.put(f"getelementptr {element}, ptr %maxima, i64 {place}")
-        end.do(f"store {element} {scalar}, ptr {address}")
-    inputs = "".join(f", ptr noalias %in{number}" for number in range(len(program.inputs)))
+        before = end.put(f"load {element}, ptr {address}")
+        more = end.put(f"icmp ugt {element} {scalar}, {before}")
+        end.do(f"store {element} {end.put(f'select i1 {more}, {element} {scalar}, {element} {before}')}, ptr {address}")
     return "\n".join(
         [
             "define void @merge(ptr noalias %out, ptr noalias %numbers, ptr noalias %keys, i64 %start, i64 %count,"
-            f" ptr noalias %maxima{inputs}) {{",
+            " ptr noalias %maxima, ptr noalias %inputs) {",
             "entry:",
             *entry.lines,
             "  br label %loop",
