@@ -7,8 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from threading import local
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +101,7 @@ class _Source:
         return (file, place, self.width, self.buffer.ctypes.data)
 
 
-class Pieces:
+class Pieces(ExitStack):
     """Pieces of stored tensors, for elements [start, stop) of each. A context: files stay open in it.
 
     Args:
@@ -119,22 +118,14 @@ class Pieces:
         stop: int,
         workers: int,
     ) -> None:
+        super().__init__()
         self._readers = readers
         self._buffers = buffers
         self._seed = seed
         self._start = start
         self._stop = stop
         self._most_files = files_at_once() // workers
-        self._opened = ExitStack()
         self._sources: dict[Leaf, list[_Source]] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._opened.close()
 
     def of(self, leaf: Leaf) -> list[int] | None:
         """Addresses of its pieces: of elements as stored, and of one scale for each vector of what is decoded. None
@@ -168,7 +159,7 @@ class Pieces:
             take = Ahead(take, self._stop * width, self._buffers.bytes(f"{role} ahead", most * width).data)
         if len(self._sources) >= self._most_files or not system_function("pread"):
             return _Source(width, buffer, take)
-        place = self._opened.enter_context(reader.located(read.tensor))
+        place = self.enter_context(reader.located(read.tensor))
         return _Source(width, buffer, take, place or (FILLED, 0), partial(reader.count, read.tensor.file))
 
     def _scales(self, leaf: Decoded, role: str) -> _Source | None:
@@ -185,7 +176,7 @@ class Pieces:
         if scales is None:
             return None
         buffer = self._buffers.bytes(role, PIECE // native.LANES * scales.itemsize)
-        self._opened.callback(lambda: scales)  # kept as long as its address is in use
+        self.callback(lambda: scales)  # kept as long as its address is in use
         return _Source(scales.itemsize, buffer, file=(SCALES, scales.ctypes.data))
 
     def compute(self, computations: Sequence[Computation], begin: int, stop: int, *, repeat: bool = True) -> bool:

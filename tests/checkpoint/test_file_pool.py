@@ -22,7 +22,7 @@ class _File:
 
 @pytest.fixture
 def pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FilePool]]:
-    monkeypatch.setattr(file_pool, "_allowed", lambda: 10)
+    monkeypatch.setattr(file_pool, "files_at_once", lambda: 10)
     made = [FilePool(_File) for _ in range(5)]  # type: ignore[arg-type]
     yield made
     for pool in made:
@@ -51,4 +51,4 @@ def test_files_in_use_are_never_closed(pools: list[FilePool]) -> None:
 def test_the_limit_follows_the_system() -> None:
     resource = pytest.importorskip("resource")
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert soft == resource.RLIM_INFINITY or 4 <= file_pool._allowed() <= max(4, soft)
+    assert soft == resource.RLIM_INFINITY or 4 <= file_pool.files_at_once() <= max(4, soft)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from mergekit_px.checkpoint.contents import StoredTensor
+from mergekit_px.checkpoint.reader import FileReader
 from mergekit_px.testing import fine_tune, tiny_llama_config, tiny_llama_tensors, write_checkpoint
 
 Weights = dict[str, torch.Tensor]
@@ -143,17 +146,26 @@ def test_windows_are_models_of_one_pass(run, training) -> None:
     assert list(document["outputs"]) == folders
 
 
-def test_windows_read_each_tensor_once(run, training, monkeypatch) -> None:
-    from mergekit_px.checkpoint.reader import FileReader
-
+def _noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """What is read from now on: checkpoint, tensor and first byte, of those that machine code reads 0."""
     reads: list[tuple[str, str, int]] = []
-    read_into = FileReader.read_into
+    read_into, located = FileReader.read_into, FileReader.located
 
-    def counted(self, tensor, start, buffer):
+    def noted(self: FileReader, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         reads.append((self._checkpoint.label, tensor.name, start))
         read_into(self, tensor, start, buffer)
 
-    monkeypatch.setattr(FileReader, "read_into", counted)
+    def noted_place(self: FileReader, tensor: StoredTensor) -> AbstractContextManager[tuple[int, int] | None]:
+        reads.append((self._checkpoint.label, tensor.name, 0))
+        return located(self, tensor)
+
+    monkeypatch.setattr(FileReader, "read_into", noted)
+    monkeypatch.setattr(FileReader, "located", noted_place)
+    return reads
+
+
+def test_windows_read_each_tensor_once(run, training, monkeypatch) -> None:
+    reads = _noted_reads(monkeypatch)
     assert run("average", "run", "--window", 4, "--stride", 1, "--weights", "cosine", "-o", "out").code == 0
     assert len(reads) == len(set(reads)) == 6 * len(training[100])
 
@@ -232,8 +244,6 @@ def test_distributed_checkpoints_of_a_run(run, tmp_path, monkeypatch) -> None:
 
 
 def test_windows_over_encoded_checkpoints_read_each_tensor_once(run, tmp_path, monkeypatch) -> None:
-    from mergekit_px.checkpoint.reader import FileReader
-
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 5):
@@ -244,15 +254,8 @@ def test_windows_over_encoded_checkpoints_read_each_tensor_once(run, tmp_path, m
         }
         config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
         write_checkpoint(Path(f"run/step-{step}"), weights, config=config)
-    reads: list[tuple[str, str, int]] = []
-    read_into = FileReader.read_into
-
-    def counted(self, tensor, start, buffer):
-        reads.append((self._checkpoint.label, tensor.name, start))
-        read_into(self, tensor, start, buffer)
-
     with monkeypatch.context() as patch:
-        patch.setattr(FileReader, "read_into", counted)
+        reads = _noted_reads(patch)
         outcome = run("average", "run", "--window", 3, "--stride", 1, "-o", "out", "--dtype", "float32")
     assert outcome.code == 0, outcome.stderr
     values = [read for read in reads if not read[1].endswith("scale_inv")]

@@ -28,7 +28,7 @@ def test_row_holds_what_the_definitions_give() -> None:
     largest = sorted(((value, who) for who, values in enumerate(spectra) for value in values), reverse=True)[:5]
     pool = [sum(value**2 for value, who in largest if who == source) for source in range(3)]
     u, s, _ = np.linalg.svd(merged.double().numpy(), full_matrices=False)
-    left = np.sqrt(1 - np.cumsum(s**2) / np.sum(s**2))
+    left = np.sqrt(np.maximum(1 - np.cumsum(s**2) / np.sum(s**2), 0))
     rank = int(np.argmax(left <= 0.05)) + 1
     for who, entry in enumerate(row["sources"]):
         values = spectra[who]
