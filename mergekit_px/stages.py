@@ -66,14 +66,10 @@ class Stages:
             yield
         finally:
             processor, wall = time.thread_time_ns() - processor, time.perf_counter_ns() - wall
-            self._add(name, processor, wall, inside=inner.pop())
+            self.count(name, processor, wall, inside=inner.pop())
 
-    def count(self, name: str, processor: int, wall: int) -> None:
-        """Nanoseconds that were measured otherwise, in a thread that is in another stage."""
-        self._add(name, processor, wall)
-
-    def _add(self, name: str, processor: int, wall: int, inside: tuple[int, int] = (0, 0)) -> None:
-        """Time of a stage, with that of the stages inside it; the stage around it, if there is one, is told."""
+    def count(self, name: str, processor: int, wall: int, inside: tuple[int, int] = (0, 0)) -> None:
+        """Nanoseconds of a stage, with those of the stages inside it; the stage around it, if there is one, is told."""
         inner = self._threads.inner
         if inner:
             inner[-1] = (inner[-1][0] + processor, inner[-1][1] + wall)

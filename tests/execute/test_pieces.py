@@ -105,6 +105,8 @@ def test_few_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     by_machine.clear()
     monkeypatch.setattr(module, "files_at_once", lambda: 4)
     merge(models, "linear", output=str(tmp_path / "few"), threads=2)
+    assert by_machine
+    assert not any(by_machine)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("many", "few")]
     assert files[0] == files[1]
 
